@@ -1,0 +1,1 @@
+"""FR3E as pure functions of arrays: no model, no I/O, no clock."""

@@ -1,0 +1,1 @@
+"""Rollouts: first return and exploration, over chains of segments."""

@@ -1,0 +1,61 @@
+"""Drawing one token, with randomness that depends on who draws and not on where the row lies."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+BLOCK = 256  # inverse CDF: first the block, then the token within it
+
+
+def row_key(seed_key: Array, step: Array, query: Array, branch: Array) -> Array:
+    """The key of one branch; `draw_uniform` adds the position.
+
+    Args:
+      seed_key: key of the run's seed.
+      step: int32 [], query: int32 [], index in the stream; branch: int32 [].
+    """
+    for number in (step, query, branch):
+        seed_key = jax.random.fold_in(seed_key, number)
+    return seed_key
+
+
+def draw_uniform(key: Array, position: Array) -> Array:
+    """The one uniform number that the token at `position` of a row is drawn with, float32 []."""
+    return jax.random.uniform(jax.random.fold_in(key, position))
+
+
+def draw(logits: Array, uniform: Array, temperature: float) -> Array:
+    """Draw a token by inverse CDF, or take the most likely one at temperature 0.
+
+    Args:
+      logits: float32 [V].
+      uniform: float32 [], in [0, 1).
+      temperature: static.
+
+    Returns:
+      int32 [].
+    """
+    if temperature == 0.0:
+        return jnp.argmax(logits).astype(jnp.int32)
+    weight = jax.nn.softmax(logits / temperature)
+    blocks = -(-weight.shape[0] // BLOCK)
+    weight = jnp.pad(weight, (0, blocks * BLOCK - weight.shape[0])).reshape(blocks, BLOCK)
+    block_cdf = jnp.cumsum(jnp.sum(weight, axis=1))
+    target = uniform * block_cdf[-1]
+    block = first_above(block_cdf, target)
+    before = jnp.where(block > 0, block_cdf[block - 1], 0.0)
+    within = weight[block]
+    token = block * BLOCK + first_above(jnp.cumsum(within), target - before)
+    return token.astype(jnp.int32)
+
+
+def first_above(cdf: Array, target: Array) -> Array:
+    """First index whose cdf exceeds target; where rounding leaves none, the last of positive weight.
+
+    Args:
+      cdf: float32 [n], ascending. target: float32 [].
+
+    Returns:
+      int32 [].
+    """
+    return jnp.argmax(cdf > jnp.minimum(target, jnp.nextafter(cdf[-1], jnp.float32(-1))))

@@ -1,0 +1,1 @@
+"""One mesh, one table from logical axes to mesh axes."""

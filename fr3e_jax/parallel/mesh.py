@@ -1,0 +1,145 @@
+"""The mesh, the table of logical axes, and placing arrays by it.
+
+The mesh has three axes. `data` repeats the parameters, `fsdp` splits parameters and optimizer state
+along the hidden dimension, `tensor` splits heads, the MLP and the vocabulary. Rows of a batch are
+split over `data` and `fsdp` together. The same constraints hold on every backend.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MeshAxes = str | tuple[str, ...] | None
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+TRAINING_TABLE: Mapping[str, MeshAxes] = {
+    "batch": BATCH_AXES,
+    "length": None,
+    "activation": None,
+    "layer": None,
+    "norm": None,
+    "embed": "fsdp",
+    "head_dim": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+# While sampling, every token needs every weight: gathered over fsdp once a step, not once a token.
+SAMPLING_TABLE: Mapping[str, MeshAxes] = {**TRAINING_TABLE, "embed": None}
+
+
+class PlacementError(ValueError):
+    """A mesh or a sharding that cannot be; the message says which size to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh with a table of logical axes."""
+
+    mesh: Mesh
+    table: Mapping[str, MeshAxes] = dataclasses.field(default_factory=lambda: TRAINING_TABLE)
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """Logical axis names -> PartitionSpec.
+
+        Raises:
+          PlacementError: an unknown name, or one mesh axis used by two of the names.
+        """
+        placed: list[MeshAxes] = []
+        used: dict[str, str] = {}
+        for axis in axes:
+            if axis is not None and axis not in self.table:
+                raise PlacementError(f"unknown logical axis {axis!r}; known: {', '.join(self.table)}")
+            target = None if axis is None else self.table[axis]
+            for name in (target,) if isinstance(target, str) else target or ():
+                if name in used:
+                    raise PlacementError(
+                        f"logical axes {used[name]!r} and {axis!r} of {axes} are both placed on mesh "
+                        f"axis {name!r}"
+                    )
+                used[name] = str(axis)
+            placed.append(target)
+        return PartitionSpec(*placed)
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """Logical axis names -> NamedSharding on this mesh."""
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def shard(self, x: Array, *axes: str | None) -> Array:
+        """Constrain x, inside a jitted function."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+    def shardings(self, axes: Any, shapes: Any) -> Any:
+        """A tree of NamedShardings from a tree of logical axes, checked against the shapes.
+
+        Args:
+          axes: tree of tuples of names.
+          shapes: tree of the same structure with arrays or ShapeDtypeStructs.
+
+        Raises:
+          PlacementError: a dimension does not divide by its mesh axes; the message names both.
+        """
+
+        def one(names: tuple[str, ...], leaf: Any) -> NamedSharding:
+            spec = self.spec(*names)
+            for name, size, target in zip(names, leaf.shape, spec, strict=True):
+                check_divides(f"{name} ({size})", size, self.mesh, target)
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+    def place(self, x: Any, *axes: str | None) -> Array:
+        """Put a host array on the mesh."""
+        return jax.device_put(np.asarray(x), self.sharding(*axes))
+
+    def place_rows(self, tree: Any) -> Any:
+        """Put a tree of host arrays on the mesh, the first axis of each being rows of a batch."""
+        return jax.tree.map(lambda x: self.place(x, "batch"), tree)
+
+
+def check_divides(what: str, size: int, mesh: Mesh, target: MeshAxes) -> None:
+    """Raise PlacementError unless `size` divides by the product of the mesh axes in `target`."""
+    names = (target,) if isinstance(target, str) else target or ()
+    parts = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+    if size % parts:
+        fitting = [n for n in range(1, parts) if size % n == 0]
+        raise PlacementError(
+            f"{what} does not divide by mesh {' x '.join(names)} = {parts}; sizes up to {parts} that "
+            f"divide it: {', '.join(map(str, fitting))}"
+        )
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """The mesh over all devices, with axes that the compiler may propagate (Auto).
+
+    Args:
+      data, fsdp, tensor: sizes; one of them may be -1, for "all devices that are left".
+
+    Raises:
+      PlacementError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        others = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = devices // others
+    if min(sizes) < 1 or int(np.prod(sizes)) != devices:
+        raise PlacementError(
+            f"mesh {data} x {fsdp} x {tensor} (data x fsdp x tensor) does not cover the {devices} "
+            f"{jax.default_backend()} device(s); change --mesh.data, --mesh.fsdp or --mesh.tensor"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """In how many parts the rows of a batch are split."""
+    return int(np.prod([mesh.shape[name] for name in BATCH_AXES]))

@@ -1,0 +1,87 @@
+"""The pytrees that pass between the stages of a step, and the glossary.
+
+Paper symbol, meaning, name here:
+  q       query                        `Queries`; B of them a round
+  k       base trajectory              `Rollouts` with branch axis R
+  H_t     token entropy, nats          `Rollouts.entropy`
+  T_k     position                     `position`, index of a response token; K of them
+  S_j     state                        (trajectory, `prefix_length`); J = K + 1, S_0 = q
+  r_ij    reward of rollout i of S_j   `reward` [N, J, M]
+  V(S_j)  value                        `value` [N, J]
+  A, A'   advantage, modulated         `advantage` [N, J, M]
+  alpha_j modulation                   `alpha` [N, J]
+
+Axis letters: B queries, R base trajectories per query, N kept trajectories, J states, M rollouts
+per state, C branches of a trajectory (R, or J x M), P prompt tokens, S response tokens,
+T tokens of a whole sequence.
+"""
+
+import dataclasses
+
+import jax
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """B queries, right-padded.
+
+    token: int32 [B, P]. length: int32 [B], at least 1. index: int32 [B], the query's place in the
+    endless stream of queries; randomness is derived from it.
+    """
+
+    token: Array
+    length: Array
+    index: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """What C branches of N trajectories generated; entries from `length` on are 0.
+
+    token: int32 [N, C, S]. logprob: float32 [N, C, S], of the drawn token, nats. entropy: float32
+    [N, C, S], of the distribution before the draw, nats; both of the unfiltered distribution at
+    temperature 1. length: int32 [N, C], the token that ended the answer included. stopped: bool
+    [N, C], an end token was drawn (False: cut at the limit).
+    """
+
+    token: Array
+    logprob: Array
+    entropy: Array
+    length: Array
+    stopped: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class States:
+    """Where partial rollouts start: J states of each of N kept trajectories.
+
+    query: int32 [N], row of `Queries`. base: int32 [N], which of the R base trajectories.
+    prefix_length: int32 [N, J], response tokens of the base trajectory that are kept; 0 is the root.
+    valid: bool [N, J].
+    """
+
+    query: Array
+    base: Array
+    prefix_length: Array
+    valid: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows for the learner, in the flat form: each continuation with its own prefix.
+
+    token: int32 [..., T], query + prefix + continuation, right-padded. length: int32 [...].
+    start: int32 [...], index of the first trained token. old_logprob: float32 [..., T], aligned with
+    `token`, as recorded while sampling. advantage: float32 [...].
+    """
+
+    token: Array
+    length: Array
+    start: Array
+    old_logprob: Array
+    advantage: Array

@@ -1,0 +1,246 @@
+"""The Qwen2 decoder (Qwen2.5 checkpoints), in Flax NNX, for one sequence.
+
+Layers are stacked on a leading axis and scanned. Everything is written for one sequence; batches are
+`jax.vmap` of it, so that what is shared between rows (a prefix) is simply not mapped. NNX holds the
+parameters; callers `nnx.split` once and `nnx.merge` inside plain jitted functions.
+
+Axis letters: T tokens, V vocabulary, E hidden, F intermediate, H heads, K key-value heads,
+D per head, L layers, S slots of a segment.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from fr3e_jax.models.attention import Part, Segment, attend
+
+Shard = Callable[..., Array]
+"""`shard(x, *logical_axes) -> x` with a sharding constraint; the caller owns the mesh and the table."""
+
+
+def unsharded(x: Array, *_: str | None) -> Array:
+    """The `Shard` of a program without a mesh."""
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config:
+    """The architecture; names and meaning of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+
+
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float
+) -> nnx.Param:
+    """A normally distributed float32 parameter that knows the logical names of its axes."""
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, in float32."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def rotate(x: Array, position: Array, theta: float) -> Array:
+    """Rotary embedding, the two halves of a head paired, computed in float32.
+
+    Args:
+      x: [T, heads, D].
+      position: int32 [T].
+      theta: base of the frequencies.
+
+    Returns:
+      [T, heads, D].
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position.astype(jnp.float32)[:, None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """One decoder layer; built stacked ([L, ...] leaves), merged and called one layer at a time."""
+
+    def __init__(self, config: Qwen2Config, rngs: nnx.Rngs, init_scale: float = 0.02) -> None:
+        c = config
+        layers, hidden = c.num_hidden_layers, c.hidden_size
+        heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        out_scale = init_scale / (2 * layers) ** 0.5
+
+        def stacked(
+            shape: tuple[int, ...], axes: tuple[str, ...], scale: float = init_scale
+        ) -> nnx.Param:
+            return weight(rngs, (layers, *shape), ("layer", *axes), scale)
+
+        self.theta = c.rope_theta
+        norm = ((layers, hidden), ("layer", "norm"), c.rms_norm_eps)
+        self.attention_norm = RMSNorm(*norm)
+        self.mlp_norm = RMSNorm(*norm)
+        self.q = stacked((hidden, heads, head_dim), ("embed", "heads", "head_dim"))
+        self.k = stacked((hidden, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
+        self.v = stacked((hidden, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
+        self.q_bias = stacked((heads, head_dim), ("heads", "head_dim"), 0.0)
+        self.k_bias = stacked((kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
+        self.v_bias = stacked((kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
+        self.o = stacked((heads, head_dim, hidden), ("heads", "head_dim", "embed"), out_scale)
+        self.gate = stacked((hidden, c.intermediate_size), ("embed", "mlp"))
+        self.up = stacked((hidden, c.intermediate_size), ("embed", "mlp"))
+        self.down = stacked((c.intermediate_size, hidden), ("mlp", "embed"), out_scale)
+
+    def project(self, x: Array, position: Array, shard: Shard) -> tuple[Array, Array, Array]:
+        """Residual stream [T, E] -> rotated query [T, H, D], rotated key and value [T, K, D]."""
+        normed = self.attention_norm(x)
+        query = jnp.einsum("te,ehd->thd", normed, self.q[...]) + self.q_bias[...]
+        key = jnp.einsum("te,ekd->tkd", normed, self.k[...]) + self.k_bias[...]
+        value = jnp.einsum("te,ekd->tkd", normed, self.v[...]) + self.v_bias[...]
+        query = shard(query, "length", "heads", "head_dim")
+        key = shard(key, "length", "kv_heads", "head_dim")
+        value = shard(value, "length", "kv_heads", "head_dim")
+        return rotate(query, position, self.theta), rotate(key, position, self.theta), value
+
+    def finish(self, x: Array, attended: Array, shard: Shard) -> Array:
+        """Add attention's output [T, H, D] and the gated MLP to the residual stream [T, E]."""
+        x = x + jnp.einsum("thd,hde->te", attended, self.o[...])
+        x = shard(x, "length", "activation")
+        normed = self.mlp_norm(x)
+        inner = jax.nn.silu(normed @ self.gate[...]) * (normed @ self.up[...])
+        inner = shard(inner, "length", "mlp")
+        return shard(x + inner @ self.down[...], "length", "activation")
+
+
+class Qwen2(nnx.Module):
+    """Decoder with a (possibly tied) LM head. Parameters are created in float32."""
+
+    def __init__(self, config: Qwen2Config, rngs: nnx.Rngs) -> None:
+        self.config = config
+        table = (config.vocab_size, config.hidden_size)
+        self.embedding = weight(rngs, table, ("vocab", "embed"), 0.02)
+        self.layers = Block(config, rngs)
+        self.norm = RMSNorm((config.hidden_size,), ("norm",), config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = weight(rngs, table, ("vocab", "embed"), 0.02)
+
+    def embed(self, token: Array, shard: Shard) -> Array:
+        """int32 [T] -> [T, E]."""
+        return shard(self.embedding[...][token], "length", "activation")
+
+    def logits(self, hidden: Array, shard: Shard = unsharded) -> Array:
+        """Final hidden states [T, E] -> float32 [T, V], the vocabulary sharded."""
+        table = self.embedding if self.config.tie_word_embeddings else self.lm_head
+        logits = jnp.einsum("te,ve->tv", hidden, table[...], preferred_element_type=jnp.float32)
+        return shard(logits, "length", "vocab")
+
+    def __call__(
+        self,
+        token: Array,
+        position: Array,
+        length: Array,
+        shard: Shard = unsharded,
+        remat: bool = False,
+    ) -> tuple[Array, Segment]:
+        """Run a whole sequence causally.
+
+        Args:
+          token: int32 [T], right-padded.
+          position: int32 [T], places for the rotary embedding.
+          length: int32 [], real tokens.
+          shard: places activations on the mesh.
+          remat: recompute each layer in the backward pass instead of holding it.
+
+        Returns:
+          (hidden [T, E] after the final norm, the sequence's Segment with S = T).
+        """
+        graph, stacked = nnx.split(self.layers)
+        index = jnp.arange(token.shape[0])
+        mask = (index[None, :] <= index[:, None]) & (index[None, :] < length)
+        mask = mask | (index[None, :] == index[:, None])  # padding sees itself: no empty row
+
+        def layer(x: Array, params: nnx.State) -> tuple[Array, tuple[Array, Array]]:
+            block = nnx.merge(graph, params)
+            query, key, value = block.project(x, position, shard)
+            attended = attend(query, [Part(key, value, mask)])
+            return block.finish(x, attended, shard), (key, value)
+
+        body = jax.checkpoint(layer) if remat else layer
+        x, (key, value) = jax.lax.scan(body, self.embed(token, shard), stacked)
+        return self.norm(x), Segment(key, value, length)
+
+    def decode(
+        self,
+        token: Array,
+        position: Array,
+        context: Sequence[Segment],
+        own: Segment,
+        shard: Shard = unsharded,
+    ) -> tuple[Array, Segment]:
+        """Run one token of one branch against its chain of segments.
+
+        The token's key and value go into slot `own.length` of `own`, in place: the cache is carried
+        through the scan over layers, never sliced out and stacked again.
+
+        Args:
+          token: int32 [].
+          position: int32 [], place of the token for the rotary embedding.
+          context: segments before the branch's own, leaves [L, S, K, D].
+          own: the branch's own segment, leaves [L, S, K, D].
+          shard: places activations on the mesh.
+
+        Returns:
+          (hidden [E] after the final norm, `own` with one token more).
+        """
+        graph, stacked = nnx.split(self.layers)
+        slot = own.length
+        own_mask = (jnp.arange(own.key.shape[1]) <= slot)[None, :]
+
+        def layer(carry, inputs):  # type: ignore[no-untyped-def]
+            x, own_key, own_value = carry
+            number, params, context_keys, context_values = inputs
+            block = nnx.merge(graph, params)
+            query, key, value = block.project(x, position[None], shard)
+            start = (number, slot, 0, 0)
+            own_key = jax.lax.dynamic_update_slice(own_key, key[None].astype(own_key.dtype), start)
+            own_value = jax.lax.dynamic_update_slice(
+                own_value, value[None].astype(own_value.dtype), start
+            )
+            parts = [
+                Part(k, v, (jnp.arange(k.shape[0]) < segment.length)[None, :])
+                for k, v, segment in zip(context_keys, context_values, context, strict=True)
+            ]
+            parts.append(Part(own_key[number], own_value[number], own_mask))
+            return (block.finish(x, attend(query, parts), shard), own_key, own_value), None
+
+        inputs = (
+            jnp.arange(self.config.num_hidden_layers),
+            stacked,
+            tuple(s.key for s in context),
+            tuple(s.value for s in context),
+        )
+        start = (self.embed(token[None], shard), own.key, own.value)
+        (x, key, value), _ = jax.lax.scan(layer, start, inputs)
+        return self.norm(x)[0], Segment(key, value, slot + 1)
