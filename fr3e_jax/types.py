@@ -72,6 +72,28 @@ class States:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class StateGroups:
+    """G accepted states with their M rollouts, on the host: what waits for the learner.
+
+    query: int32 [G, P]. query_length: int32 [G]. prefix: int32 [G, S], the base response, of which
+    the state holds the first `prefix_length` (int32 [G]) tokens. token: int32 [G, M, S], logprob:
+    float32 [G, M, S], length: int32 [G, M], the continuations. advantage: float32 [G, M], modulated.
+    source: int32 [G, 3], index of the query, base trajectory and state.
+    """
+
+    query: Array
+    query_length: Array
+    prefix: Array
+    prefix_length: Array
+    token: Array
+    logprob: Array
+    length: Array
+    advantage: Array
+    source: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Rows for the learner, in the flat form: each continuation with its own prefix.
 

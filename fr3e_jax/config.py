@@ -1,0 +1,431 @@
+"""The configuration of a run: frozen dataclasses, parsed from YAML and the command line.
+
+Every field says its unit and, where a number has one, its source: (paper) arXiv 2507.07017,
+(release) the authors' released code, (ours) a choice of this project.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NoReturn, TypeVar
+
+import jsonargparse
+import yaml
+
+from fr3e_jax.algorithm.credit import FirstState, Modulation, RejectRule
+from fr3e_jax.algorithm.explore import KeepRule, PositionRule
+
+Algorithm = Literal["fr3e", "grpo", "grpo++"]
+PACKAGE = Path(__file__).parent
+QUICKSTART_MODEL = PACKAGE / "assets" / "quickstart"
+
+
+class ConfigError(ValueError):
+    """An impossible combination of settings; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str = "quickstart"
+    """Hugging Face directory of a Qwen2 model, or `quickstart` for the small one that is shipped."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products; parameters, statistics and reductions stay float32. Use bfloat16 on
+    accelerators."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The task and what the model sees of it."""
+
+    task: Literal["carry_addition", "word_addition"] = "carry_addition"
+    """`carry_addition`: column by column with written carries. `word_addition`: asked in words, scored
+    by the final number."""
+    min_digits: int = 3
+    """Fewest digits of an operand."""
+    max_digits: int = 3
+    """Most digits of an operand."""
+    template: Literal["plain", "chat"] = "plain"
+    """`plain`: the question as it is. `chat`: through the tokenizer's chat template."""
+    held_out: int = 256
+    """Problems kept for evaluation; training never draws them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """First return: whole answers sampled from the policy."""
+
+    queries: int = 32
+    """B, queries per sampling round (release: 32)."""
+    base_trajectories: int = 4
+    """R, whole answers per query that positions are sought in (release: 4). Not sampled by grpo and
+    grpo++, which have no positions."""
+    max_prompt: int = 1024
+    """Longest query, tokens (release: 1024)."""
+    max_response: int = 3072
+    """Longest response, prefix included, tokens (release: 3072)."""
+    temperature: float = 1.0
+    """Sampling temperature; recorded log-probabilities and entropies are those of temperature 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig:
+    """Entropy-eliciting explore: where to restart, and how often."""
+
+    positions: int = 4
+    """K, positions per kept trajectory (release: 4). grpo and grpo++ set it to 0."""
+    rollouts: int = 16
+    """M, rollouts per state (release: 16); the group size of grpo and grpo++."""
+    rule: PositionRule = "entropy"
+    """What makes a position: `entropy` (paper), `surprisal`, the least likely drawn tokens (release),
+    `random`, `uniform`."""
+    min_gap: int = 0
+    """Least distance of two positions, tokens (paper: 0)."""
+    keep: KeepRule = "first_of_each"
+    """Base trajectories to explore: `first_of_each`, the first correct and the first wrong of a query
+    (release), `random_of_each`, `all`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditConfig:
+    """Values, advantages, rejection."""
+
+    modulation: Modulation = "paper"
+    """`paper`: alpha_j = 1 / exp(V(S_j) - V(S_{j-1})); `none`: 1. grpo and grpo++ set `none`."""
+    first_state: FirstState = "neutral"
+    """Value change at the root: `neutral`, 0 (ours), or `released`, 1 - V(S_0) (release)."""
+    sharpen: bool = False
+    """Raise value changes to the power 1.5 and normalise them over the trajectory (release: an
+    option)."""
+    normalize_std: bool = False
+    """Divide advantages by the group's standard deviation. grpo and grpo++ set it."""
+    reject: RejectRule = "state"
+    """States without signal: `state`, reject those whose rewards are all 0 or all 1 (paper), `query`,
+    reject queries whose rewards are all equal, `none`. grpo sets `none`."""
+    max_rounds: int = 16
+    """Most sampling rounds per step to fill the batch; then the run ends with an error (ours)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective."""
+
+    clip_low: float = 0.22
+    """The ratio's lower bound is 1 - clip_low (paper: 0.22; release: 0.2)."""
+    clip_high: float = 0.28
+    """The ratio's upper bound is 1 + clip_high (paper: 0.28; release: 0.3). grpo sets it to
+    clip_low."""
+    dual_clip: float | None = None
+    """Bound of the loss of tokens with negative advantage, in multiples of it (release: 10); off by
+    default (paper)."""
+    kl_coefficient: float = 0.0
+    """Weight of KL(policy, starting model), k3 estimate. At 0 (paper) no reference model is held."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update."""
+
+    batch_states: int = 64
+    """Accepted states per step, each with M rollouts; what is left over is carried to the next step
+    (ours)."""
+    minibatches: int = 2
+    """Optimizer steps per pass over the batch. With 1 (and 1 epoch) the ratio is 1 and clipping does
+    nothing (ours: 2)."""
+    epochs: int = 1
+    """Passes over the batch (release: 1)."""
+    micro_rows: int = 64
+    """Rollouts per micro-batch, over all devices; bounds memory, does not change the gradient."""
+    logit_chunk: int = 256
+    """Tokens of a rollout whose logits exist at a time; bounds memory."""
+    learning_rate: float = 2e-6
+    """AdamW's rate after warm-up (release: 2e-6)."""
+    warmup_updates: int = 10
+    """Optimizer steps of linear warm-up (ours)."""
+    weight_decay: float = 0.01
+    """AdamW's decay of matrices; norms and biases are not decayed (ours)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm (release: 1)."""
+    b1: float = 0.9
+    """AdamW's decay of the first moment."""
+    b2: float = 0.95
+    """AdamW's decay of the second moment (ours)."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Greedy accuracy on the held-out problems."""
+
+    every: int = 10
+    """Steps between evaluations; 0 evaluates before and after only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What survives a kill."""
+
+    every: int = 10
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints to keep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh; the product is the number of devices, and -1 means all that are left."""
+
+    data: int = 1
+    """Copies of the parameters, each with its own rows."""
+    fsdp: int = -1
+    """Parts that parameters, optimizer state and rows are split into."""
+    tensor: int = 1
+    """Parts that heads, MLP and vocabulary are split into."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """FR3E and its baselines."""
+
+    algorithm: Algorithm = "fr3e"
+    """`fr3e`; `grpo`; `grpo++`, which is grpo with rejection sampling and clip-higher."""
+    steps: int = 100
+    """Training steps."""
+    seed: int = 0
+    """All randomness is a function of it."""
+    run_dir: str | None = None
+    """Where checkpoints, metrics, log and the final model go; default runs/NAME-TIME."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on where the run directory holds a checkpoint; `never` refuses such a directory."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    explore: ExploreConfig = dataclasses.field(default_factory=ExploreConfig)
+    credit: CreditConfig = dataclasses.field(default_factory=CreditConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Supervised warm-up on the task's worked solutions."""
+
+    out: str = "runs/sft"
+    """Directory for the model, in the Hugging Face format."""
+    seed: int = 0
+    """All randomness is a function of it."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 128
+    """Solutions per step."""
+    learning_rate: float = 2e-3
+    """Peak of the cosine schedule of AdamW."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's decay of matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    init_path: str | None = None
+    """Hugging Face directory to start from; by default a new model of the shape below is drawn."""
+    hidden_size: int = 128
+    """Width of a new model."""
+    intermediate_size: int = 512
+    """Width of its MLP."""
+    num_hidden_layers: int = 4
+    """Its layers."""
+    num_attention_heads: int = 4
+    """Its query heads."""
+    num_key_value_heads: int = 2
+    """Its key-value heads."""
+    max_position_embeddings: int = 256
+    """Its context, tokens; also the longest solution with its question."""
+    dropped_carry: float = 0.6
+    """carry_addition: probability that a solution forgets a carry between columns, the bad habit that
+    reinforcement is to undo."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def resolve(config: Config) -> Config:
+    """Write out what the algorithm implies: the baselines are settings of the same code."""
+    if config.algorithm == "fr3e":
+        return config
+    explore = dataclasses.replace(config.explore, positions=0)
+    credit = dataclasses.replace(config.credit, modulation="none", normalize_std=True)
+    loss = config.loss
+    if config.algorithm == "grpo":
+        credit = dataclasses.replace(credit, reject="none")
+        loss = dataclasses.replace(loss, clip_high=loss.clip_low)
+    return dataclasses.replace(config, explore=explore, credit=credit, loss=loss)
+
+
+def check(config: Config, row_parts: int, context: int) -> None:
+    """Refuse what cannot run.
+
+    Args:
+      config: resolved.
+      row_parts: in how many parts the mesh splits rows (data x fsdp).
+      context: the model's longest sequence, tokens.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    rollout, explore, optimizer = config.rollout, config.explore, config.optimizer
+    at_least = {
+        "steps": (config.steps, 1),
+        "rollout.queries": (rollout.queries, 1),
+        "rollout.base_trajectories": (rollout.base_trajectories, 1),
+        "rollout.max_prompt": (rollout.max_prompt, 1),
+        "rollout.max_response": (rollout.max_response, 1),
+        "explore.positions": (explore.positions, 0),
+        "explore.rollouts": (explore.rollouts, 2),
+        "explore.min_gap": (explore.min_gap, 0),
+        "credit.max_rounds": (config.credit.max_rounds, 1),
+        "optimizer.batch_states": (optimizer.batch_states, 1),
+        "optimizer.minibatches": (optimizer.minibatches, 1),
+        "optimizer.epochs": (optimizer.epochs, 1),
+        "optimizer.micro_rows": (optimizer.micro_rows, 1),
+        "optimizer.logit_chunk": (optimizer.logit_chunk, 1),
+        "optimizer.warmup_updates": (optimizer.warmup_updates, 0),
+        "evaluate.every": (config.evaluate.every, 0),
+        "checkpoint.every": (config.checkpoint.every, 1),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
+        "data.min_digits": (config.data.min_digits, 1),
+        "data.max_digits": (config.data.max_digits, config.data.min_digits),
+        "data.held_out": (config.data.held_out, 1),
+    }
+    for name, (value, least) in at_least.items():
+        if value < least:
+            raise ConfigError(f"{name} is {value}, must be at least {least}")
+    if rollout.temperature <= 0:
+        raise ConfigError(
+            f"rollout.temperature is {rollout.temperature}; it must be above 0, since greedy rollouts "
+            "of a state are all the same"
+        )
+    if optimizer.learning_rate <= 0 or optimizer.max_grad_norm <= 0:
+        raise ConfigError("optimizer.learning_rate and optimizer.max_grad_norm must be above 0")
+    if not 0 <= config.loss.clip_low < 1 or config.loss.clip_high < 0:
+        raise ConfigError("loss.clip_low must lie in [0, 1) and loss.clip_high must be at least 0")
+    if config.loss.dual_clip is not None and config.loss.dual_clip <= 1:
+        raise ConfigError(f"loss.dual_clip is {config.loss.dual_clip}; it must be above 1, or null")
+    if config.loss.kl_coefficient < 0:
+        raise ConfigError("loss.kl_coefficient must be at least 0")
+    if config.algorithm == "fr3e" and explore.positions == 0:
+        raise ConfigError(
+            "explore.positions is 0, which leaves fr3e nothing to return to; set it to 1 or more, or "
+            "use --algorithm grpo++"
+        )
+    if rollout.max_prompt + rollout.max_response > context:
+        raise ConfigError(
+            f"rollout.max_prompt {rollout.max_prompt} + rollout.max_response {rollout.max_response} is "
+            f"more than the model's context of {context}; lower one of them"
+        )
+    rows = optimizer.batch_states * explore.rollouts
+    if rows % (optimizer.minibatches * optimizer.micro_rows):
+        raise ConfigError(
+            f"optimizer.batch_states {optimizer.batch_states} x explore.rollouts {explore.rollouts} = "
+            f"{rows} rows do not divide by optimizer.minibatches {optimizer.minibatches} x "
+            f"optimizer.micro_rows {optimizer.micro_rows}"
+        )
+    for name, value in {
+        "rollout.queries": rollout.queries,
+        "optimizer.micro_rows": optimizer.micro_rows,
+        "data.held_out": config.data.held_out,
+    }.items():
+        if value % row_parts:
+            raise ConfigError(
+                f"{name} is {value}, which does not divide by the mesh's data x fsdp = {row_parts}"
+            )
+
+
+def find_config(path: str) -> str:
+    """A config file as given, or the one of that name that is shipped (`configs/NAME.yaml`)."""
+    shipped = PACKAGE / path
+    return str(shipped) if not Path(path).exists() and shipped.exists() else path
+
+
+def find_model(path: str) -> Path:
+    """The directory of a model as given in `model.path`.
+
+    Raises:
+      ConfigError: there is no such directory.
+    """
+    directory = QUICKSTART_MODEL if path == "quickstart" else Path(path).expanduser()
+    if not directory.is_dir():
+        raise ConfigError(
+            f"model.path {path!r} is not a directory; give a Hugging Face model directory or `quickstart`"
+        )
+    return directory
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def make_parser(config_class: type, command: str) -> jsonargparse.ArgumentParser:
+    """The parser of a command: every field of the dataclass as `--section.key`."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m fr3e_jax.{command}",
+        usage="%(prog)s [--config FILE.yaml] [--key VALUE | --section.key VALUE ...]",
+        description=config_class.__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def parse(
+    config_class: type[ConfigT], command: str, default: str, argv: Sequence[str] | None = None
+) -> tuple[ConfigT, str]:
+    """Parse the command line of a command; a mistake in it is one line and exit code 2.
+
+    Args:
+      config_class: frozen dataclass of the command.
+      command: name of the module that is run.
+      default: config file without `--config`.
+      argv: arguments; the process's by default.
+
+    Returns:
+      (the configuration, the stem of the config file).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
+    if not flags:
+        argv, flags = ["--config", default, *argv], [0]
+    name = "run"
+    for i in flags:
+        flag, equals, value = argv[i].partition("=")
+        if equals:
+            argv[i] = flag + equals + find_config(value)
+        elif i + 1 < len(argv):
+            value = argv[i + 1]
+            argv[i + 1] = find_config(value)
+        name = Path(value).stem
+    parser = make_parser(config_class, command)
+    try:
+        values = parser.instantiate_classes(parser.parse_args(argv))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        fail(command, error)
+    fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**fields), name
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML that `--config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def fail(command: str, error: Exception) -> NoReturn:
+    """End a command on a user's mistake: one line on stderr, exit code 2."""
+    message = " ".join(str(error).split())
+    print(f"fr3e_jax.{command}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

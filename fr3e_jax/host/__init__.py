@@ -1,0 +1,1 @@
+"""What touches text, files and people: data, tasks, checkpoints, metrics."""

@@ -1,0 +1,126 @@
+"""Accepted states on the host: gathering, carrying over, and rows for the learner."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from fr3e_jax.types import Batch, Queries, Rollouts, StateGroups, States
+
+LENGTH_BUCKET = 32  # rows are padded to a multiple of this many tokens
+
+
+def collect(
+    accepted: np.ndarray,
+    queries: Queries,
+    response: np.ndarray,
+    states: States,
+    rollouts: Rollouts,
+    advantage: np.ndarray,
+) -> StateGroups:
+    """Take the accepted states out of a round.
+
+    Args:
+      accepted: bool [N, J].
+      queries: the round's queries.
+      response: int32 [N, S], base trajectory of each kept trajectory.
+      states: the round's states.
+      rollouts: [N, J x M, S] leaves, state-major.
+      advantage: float32 [N, J, M].
+    """
+    n, j = np.nonzero(accepted)
+    m = advantage.shape[2]
+
+    def grouped(x: np.ndarray) -> np.ndarray:
+        return x.reshape(x.shape[0], -1, m, *x.shape[2:])[n, j]
+
+    query = states.query[n]
+    return StateGroups(
+        query=queries.token[query],
+        query_length=queries.length[query],
+        prefix=response[n],
+        prefix_length=states.prefix_length[n, j],
+        token=grouped(rollouts.token),
+        logprob=grouped(rollouts.logprob),
+        length=grouped(rollouts.length),
+        advantage=advantage[n, j],
+        source=np.stack([queries.index[query], states.base[n], j], axis=1).astype(np.int32),
+    )
+
+
+def empty_groups(rollouts: int, max_prompt: int, max_response: int) -> StateGroups:
+    """No accepted states, of the shapes of a run."""
+    return StateGroups(
+        query=np.zeros((0, max_prompt), np.int32),
+        query_length=np.zeros((0,), np.int32),
+        prefix=np.zeros((0, max_response), np.int32),
+        prefix_length=np.zeros((0,), np.int32),
+        token=np.zeros((0, rollouts, max_response), np.int32),
+        logprob=np.zeros((0, rollouts, max_response), np.float32),
+        length=np.zeros((0, rollouts), np.int32),
+        advantage=np.zeros((0, rollouts), np.float32),
+        source=np.zeros((0, 3), np.int32),
+    )
+
+
+def count(groups: StateGroups) -> int:
+    """How many states there are."""
+    return int(groups.query_length.shape[0])
+
+
+def join(first: StateGroups, second: StateGroups) -> StateGroups:
+    """The states of both, in order."""
+    return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
+
+
+def split(groups: StateGroups, at: int) -> tuple[StateGroups, StateGroups]:
+    """The first `at` states, and the others; a group is never cut in two."""
+    return jax.tree.map(lambda x: x[:at], groups), jax.tree.map(lambda x: x[at:], groups)
+
+
+def to_rows(groups: StateGroups) -> Batch:
+    """The flat form: one row per rollout, [G x M] rows of query + prefix + continuation.
+
+    Rows are padded to the longest of them, rounded up to a bucket so that few shapes are compiled.
+    """
+    g, m = groups.length.shape
+    start = np.repeat(groups.query_length + groups.prefix_length, m)
+    length = start + groups.length.reshape(-1)
+    width = -(-int(length.max()) // LENGTH_BUCKET) * LENGTH_BUCKET
+    token = np.zeros((g * m, width), np.int32)
+    logprob = np.zeros((g * m, width), np.float32)
+    for i in range(g * m):
+        state, rollout = divmod(i, m)
+        query_length, new = groups.query_length[state], groups.length[state, rollout]
+        token[i, :query_length] = groups.query[state, :query_length]
+        token[i, query_length : start[i]] = groups.prefix[state, : groups.prefix_length[state]]
+        token[i, start[i] : length[i]] = groups.token[state, rollout, :new]
+        logprob[i, start[i] : length[i]] = groups.logprob[state, rollout, :new]
+    return Batch(
+        token=token,
+        length=length.astype(np.int32),
+        start=start.astype(np.int32),
+        old_logprob=logprob,
+        advantage=groups.advantage.reshape(-1),
+    )
+
+
+def minibatches(batch: Batch, parts: int, micro_rows: int, rng: np.random.Generator) -> list[Batch]:
+    """Shuffle the rows and cut them into minibatches of [micro-batches, micro_rows, ...] leaves.
+
+    Values and advantages are already in the rows, so that reordering mixes no groups.
+    """
+    rows = batch.length.shape[0]
+    order = rng.permutation(rows).reshape(parts, -1, micro_rows)
+    return [jax.tree.map(lambda x, part=part: x[part], batch) for part in order]
+
+
+def as_dict(groups: StateGroups) -> dict[str, np.ndarray]:
+    """Field name -> array, padded by one state, since a checkpoint refuses arrays without elements."""
+    fields = {f.name: getattr(groups, f.name) for f in dataclasses.fields(groups)}
+    return {k: np.pad(v, [(0, 1)] + [(0, 0)] * (v.ndim - 1)) for k, v in fields.items()}
+
+
+def from_dict(fields: dict[str, np.ndarray]) -> StateGroups:
+    """The inverse of `as_dict`."""
+    return StateGroups(**{k: np.asarray(v)[:-1] for k, v in fields.items()})

@@ -1,0 +1,200 @@
+"""Built-in tasks: generated problems, their verifiers, and worked solutions to warm up on.
+
+A problem is held out or not by a hash of its operands, so that training never draws what evaluation
+asks, whatever the seeds are.
+"""
+
+import dataclasses
+import re
+import zlib
+from typing import Protocol
+
+import numpy as np
+
+from fr3e_jax.config import ConfigError, DataConfig
+
+TRAINING_PROBLEMS = 2**16
+HELD_OUT_SHARE = 8  # one problem in so many is held out
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question as the model is asked it, and the answer that is right."""
+
+    question: str
+    answer: str
+
+
+class Task(Protocol):
+    """A sequence of training problems, held-out problems and a verifier."""
+
+    alphabet: str
+    """Characters that questions and worked solutions are made of."""
+
+    def __len__(self) -> int:
+        """Number of training problems."""
+
+    def __getitem__(self, index: int) -> Problem:
+        """A training problem, the same at every call."""
+
+    def held_out(self, count: int) -> list[Problem]:
+        """The first `count` held-out problems, all different."""
+
+    def reward(self, response: str, answer: str) -> float:
+        """1.0 where the whole response is right, else 0.0."""
+
+    def solution(self, problem: Problem, rng: np.random.Generator) -> str:
+        """A worked solution to warm up on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Additions:
+    """Pairs of operands whose numbers of digits are drawn uniformly from [min_digits, max_digits]."""
+
+    min_digits: int
+    max_digits: int
+
+    def draw(self, *entropy: int) -> tuple[int, int]:
+        """A pair of operands as a function of `entropy`."""
+        rng = np.random.default_rng(entropy)
+
+        def operand() -> int:
+            digits = int(rng.integers(self.min_digits, self.max_digits + 1))
+            return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
+
+        return operand(), operand()
+
+    def training_pair(self, index: int) -> tuple[int, int]:
+        """The first pair drawn for `index` that is not held out."""
+        attempt = 0
+        while is_held_out(pair := self.draw(0, index, attempt)):
+            attempt += 1
+        return pair
+
+    def held_out_pairs(self, count: int) -> list[tuple[int, int]]:
+        """`count` different held-out pairs.
+
+        Raises:
+          ConfigError: there are not that many.
+        """
+        pairs: dict[tuple[int, int], None] = {}
+        for index in range(1000 * count):
+            pair = self.draw(1, index)
+            if is_held_out(pair):
+                pairs[pair] = None
+            if len(pairs) == count:
+                return list(pairs)
+        raise ConfigError(
+            f"data.held_out is {count}, but operands of {self.min_digits} to {self.max_digits} digits "
+            f"have only {len(pairs)} held-out problems"
+        )
+
+
+def is_held_out(pair: tuple[int, int]) -> bool:
+    """Whether a pair of operands belongs to evaluation."""
+    return zlib.crc32(f"{pair[0]}+{pair[1]}".encode()) % HELD_OUT_SHARE == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CarryAddition:
+    """Addition column by column, each line naming the carry that goes on to the next column.
+
+    `47+85=` is answered by `7+5+0=12,1;4+8+1=13,1;=132`. A solution to warm up on forgets a carry
+    between two columns with probability `dropped_carry` (writes `,0;`), and goes on from there without
+    another mistake: one wrong decision decides the answer. The carry out of the last column is never
+    forgotten.
+    """
+
+    pairs: Additions
+    dropped_carry: float = 0.0
+    alphabet: str = "0123456789+=,;"
+
+    def __len__(self) -> int:
+        """Number of training problems."""
+        return TRAINING_PROBLEMS
+
+    def __getitem__(self, index: int) -> Problem:
+        """A training problem."""
+        return self.problem(*self.pairs.training_pair(index))
+
+    def held_out(self, count: int) -> list[Problem]:
+        """The first `count` held-out problems."""
+        return [self.problem(*pair) for pair in self.pairs.held_out_pairs(count)]
+
+    @staticmethod
+    def problem(a: int, b: int) -> Problem:
+        """The question for two operands."""
+        return Problem(f"{a}+{b}=", str(a + b))
+
+    def reward(self, response: str, answer: str) -> float:
+        """Whether what follows the last column is the sum."""
+        return float(response.rpartition(";")[2] == f"={answer}")
+
+    def solution(self, problem: Problem, rng: np.random.Generator) -> str:
+        """Columns from the ones upwards, then the sum that they give."""
+        a, b = problem.question.rstrip("=").split("+")
+        columns = max(len(a), len(b))
+        lines, digits, carry = [], "", 0
+        for column in range(1, columns + 1):
+            x, y = (int(n.zfill(columns)[-column]) for n in (a, b))
+            total = x + y + carry
+            given = total // 10
+            if column < columns and given and rng.random() < self.dropped_carry:
+                given = 0
+            lines.append(f"{x}+{y}+{carry}={total},{given};")
+            digits, carry = f"{total % 10}{digits}", given
+        result = f"{carry or ''}{digits}".lstrip("0") or "0"
+        return "".join(lines) + f"={result}"
+
+
+@dataclasses.dataclass(frozen=True)
+class WordAddition:
+    """`What is 3 + 4?`, scored by the last number of the response."""
+
+    pairs: Additions
+    alphabet: str = ""
+
+    def __len__(self) -> int:
+        """Number of training problems."""
+        return TRAINING_PROBLEMS
+
+    def __getitem__(self, index: int) -> Problem:
+        """A training problem."""
+        return self.problem(*self.pairs.training_pair(index))
+
+    def held_out(self, count: int) -> list[Problem]:
+        """The first `count` held-out problems."""
+        return [self.problem(*pair) for pair in self.pairs.held_out_pairs(count)]
+
+    @staticmethod
+    def problem(a: int, b: int) -> Problem:
+        """The question for two operands."""
+        return Problem(f"What is {a} + {b}?", str(a + b))
+
+    def reward(self, response: str, answer: str) -> float:
+        """Whether the last number equals the sum."""
+        numbers = NUMBER.findall(response)
+        # Compared as text: a response can hold a number of any length.
+        return float(bool(numbers) and numbers[-1].replace(",", "") == answer)
+
+    def solution(self, problem: Problem, rng: np.random.Generator) -> str:
+        """There are none.
+
+        Raises:
+          ConfigError: always.
+        """
+        raise ConfigError("task word_addition has no worked solutions; use data.task carry_addition")
+
+
+def make_task(config: DataConfig, dropped_carry: float = 0.0) -> Task:
+    """The task of a run.
+
+    Args:
+      config: the run's data section.
+      dropped_carry: the bad habit of carry_addition's worked solutions.
+    """
+    pairs = Additions(config.min_digits, config.max_digits)
+    if config.task == "word_addition":
+        return WordAddition(pairs)
+    return CarryAddition(pairs, dropped_carry)

@@ -1,0 +1,93 @@
+"""Parameters and optimizer state, and where they lie."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from fr3e_jax.config import OptimizerConfig
+from fr3e_jax.parallel.mesh import Placement
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an update changes. Parameters and moments are float32.
+
+    params: the model's parameters. optimizer: optax state. updates: int32 [], optimizer steps taken.
+    """
+
+    params: nnx.State
+    optimizer: optax.OptState
+    updates: Array
+
+
+def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+    """AdamW with linear warm-up, then a constant rate, after clipping by the global norm.
+
+    Norms and biases are not decayed.
+
+    Args:
+      config: the run's optimizer section.
+      axes: logical axes of the parameters; a leaf with an `embed` axis is a matrix and is decayed.
+    """
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    matrices = jax.tree.map(lambda names: "embed" in names, axes, is_leaf=is_axes)
+    warmup = max(config.warmup_updates, 1)
+    schedule = optax.linear_schedule(
+        config.learning_rate / warmup, config.learning_rate, max(warmup - 1, 1)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=matrices,
+        ),
+    )
+
+
+def state_shardings(
+    placement: Placement, optimizer: optax.GradientTransformation, axes: Any, params: nnx.State
+) -> TrainState:
+    """NamedShardings of a TrainState: moments lie like their parameters, scalars everywhere."""
+    params_at = placement.shardings(axes, params)
+    everywhere = placement.sharding()
+    optimizer_at = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        params_at,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(params_at, optimizer_at, everywhere)
+
+
+def init_state(
+    placement: Placement, optimizer: optax.GradientTransformation, axes: Any, params: nnx.State
+) -> TrainState:
+    """A fresh TrainState on the mesh from parameters on the host or anywhere else."""
+    at = state_shardings(placement, optimizer, axes, params)
+    placed = jax.device_put(params, at.params)
+    moments = jax.jit(optimizer.init, out_shardings=at.optimizer)(placed)
+    return TrainState(placed, moments, jax.device_put(jnp.int32(0), at.updates))
+
+
+def sampling_params(placement: Placement, axes: Any, params: nnx.State, dtype: Any) -> nnx.State:
+    """One cast and one reshard a step: the parameters as the engine reads them.
+
+    Args:
+      placement: mesh and *sampling* table.
+      axes: logical axes of the parameters.
+      params: float32 parameters in the training layout.
+      dtype: compute dtype.
+    """
+    at = placement.shardings(axes, params)
+    return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=at)(params)
