@@ -140,6 +140,9 @@ class OptimizerConfig:
     """Rollouts per micro-batch, over all devices; bounds memory, does not change the gradient."""
     logit_chunk: int = 256
     """Tokens of a rollout whose logits exist at a time; bounds memory."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of holding it: less memory, a third more
+    work."""
     learning_rate: float = 2e-6
     """AdamW's rate after warm-up (release: 2e-6)."""
     warmup_updates: int = 10
@@ -162,6 +165,8 @@ class EvaluateConfig:
 
     every: int = 10
     """Steps between evaluations; 0 evaluates before and after only."""
+    rows: int = 256
+    """Problems decoded at a time; bounds memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +300,7 @@ def check(config: Config, row_parts: int, context: int) -> None:
         "optimizer.logit_chunk": (optimizer.logit_chunk, 1),
         "optimizer.warmup_updates": (optimizer.warmup_updates, 0),
         "evaluate.every": (config.evaluate.every, 0),
+        "evaluate.rows": (config.evaluate.rows, 1),
         "checkpoint.every": (config.checkpoint.every, 1),
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "data.min_digits": (config.data.min_digits, 1),
@@ -327,17 +333,21 @@ def check(config: Config, row_parts: int, context: int) -> None:
             f"rollout.max_prompt {rollout.max_prompt} + rollout.max_response {rollout.max_response} is "
             f"more than the model's context of {context}; lower one of them"
         )
-    rows = optimizer.batch_states * explore.rollouts
-    if rows % (optimizer.minibatches * optimizer.micro_rows):
+    if optimizer.batch_states % optimizer.minibatches:
         raise ConfigError(
-            f"optimizer.batch_states {optimizer.batch_states} x explore.rollouts {explore.rollouts} = "
-            f"{rows} rows do not divide by optimizer.minibatches {optimizer.minibatches} x "
-            f"optimizer.micro_rows {optimizer.micro_rows}"
+            f"optimizer.batch_states {optimizer.batch_states} does not divide by "
+            f"optimizer.minibatches {optimizer.minibatches}"
+        )
+    rows = optimizer.batch_states // optimizer.minibatches * explore.rollouts
+    if rows % optimizer.micro_rows:
+        raise ConfigError(
+            f"a minibatch has {rows} rows (optimizer.batch_states / optimizer.minibatches x "
+            f"explore.rollouts), which do not divide by optimizer.micro_rows {optimizer.micro_rows}"
         )
     for name, value in {
         "rollout.queries": rollout.queries,
         "optimizer.micro_rows": optimizer.micro_rows,
-        "data.held_out": config.data.held_out,
+        "evaluate.rows": config.evaluate.rows,
     }.items():
         if value % row_parts:
             raise ConfigError(
@@ -424,8 +434,8 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def fail(command: str, error: Exception) -> NoReturn:
-    """End a command on a user's mistake: one line on stderr, exit code 2."""
+def fail(command: str, error: Exception, code: int = 2) -> NoReturn:
+    """End a command with one line on stderr; exit code 2 says that the user's settings are at fault."""
     message = " ".join(str(error).split())
     print(f"fr3e_jax.{command}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import Array
+from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fr3e_jax.models.qwen2 import Qwen2, Qwen2Config
+from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -152,7 +151,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     if not (directory / SINGLE_FILE).is_file():
         raise CheckpointError(f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}")
     with open_safetensors(directory / SINGLE_FILE) as tensors:
-        return {name: directory / SINGLE_FILE for name in tensors.keys()}
+        return dict.fromkeys(tensors.keys(), directory / SINGLE_FILE)
 
 
 def open_safetensors(file: Path) -> Any:
@@ -163,7 +162,7 @@ def open_safetensors(file: Path) -> Any:
         raise CheckpointError(f"{file} is damaged: {error}") from None
 
 
-def read_params(directory: Path, config: Qwen2Config) -> nnx.State:
+def read_params(directory: Path, config: Qwen2Config) -> Params:
     """Read the weights as float32, on the host.
 
     Returns:
@@ -190,40 +189,31 @@ def read_params(directory: Path, config: Qwen2Config) -> nnx.State:
             )
         return to_flax(tensor.astype(np.float32), shape, inputs)
 
-    def leaf(path: tuple[Any, ...], abstract: nnx.Variable) -> nnx.Variable:
-        name = ".".join(str(p) for p in path)
-        shape = abstract.get_value().shape
+    params: dict[str, np.ndarray] = {}
+    for name, abstract in traverse_util.flatten_dict(abstract_params(config), sep=".").items():
+        shape = abstract.shape
         if name in TOP_NAMES:
-            return abstract.replace(read(TOP_NAMES[name], shape, 0))
+            params[name] = read(TOP_NAMES[name], shape, 0)
+            continue
         hf_name, inputs = LAYER_NAMES[name.removeprefix("layers.")]
-        layers = [
-            read(f"model.layers.{i}.{hf_name}", shape[1:], inputs) for i in range(shape[0])
-        ]
-        return abstract.replace(np.stack(layers))
-
-    state = nnx.map_state(leaf, abstract_params(config))
+        layers = [read(f"model.layers.{i}.{hf_name}", shape[1:], inputs) for i in range(shape[0])]
+        params[name] = np.stack(layers)
     # A tied checkpoint may carry the shared matrix twice.
     unread -= {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unread:
         raise CheckpointError(f"{directory} holds unexpected tensors: {', '.join(sorted(unread))}")
-    return state
+    return traverse_util.unflatten_dict(params, sep=".")
 
 
-def abstract_params(config: Qwen2Config) -> nnx.State:
-    """The parameters' shapes, without memory."""
-    return nnx.eval_shape(lambda: nnx.state(Qwen2(config, nnx.Rngs(0))))
-
-
-def write_params(directory: Path, params: nnx.State, dtype: Any = jnp.float32) -> None:
+def write_params(directory: Path, params: Params, dtype: Any = jnp.float32) -> None:
     """Write the weights as one model.safetensors in `dtype`.
 
     Args:
       params: parameters of a `Qwen2`, addressable from this process.
     """
     tensors: dict[str, np.ndarray] = {}
-    for path, variable in nnx.to_flat_state(params):
-        name = ".".join(str(p) for p in path)
-        array = np.asarray(jax.device_get(variable.get_value())).astype(dtype)
+    for name, leaf in traverse_util.flatten_dict(params, sep=".").items():
+        array = np.asarray(jax.device_get(leaf)).astype(dtype)
         if name in TOP_NAMES:
             tensors[TOP_NAMES[name]] = np.ascontiguousarray(array)
             continue
@@ -231,24 +221,3 @@ def write_params(directory: Path, params: nnx.State, dtype: Any = jnp.float32) -
         for i, layer in enumerate(array):
             tensors[f"model.layers.{i}.{hf_name}"] = np.ascontiguousarray(to_hf(layer, inputs))
     save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
-
-
-def logical_axes(params: nnx.State) -> Any:
-    """The logical axis names of every leaf, as a tree of tuples parallel to `params`."""
-    return jax.tree.map(
-        lambda variable: variable.get_metadata("axes"),
-        params,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
-
-
-__all__ = [
-    "Array",
-    "CheckpointError",
-    "abstract_params",
-    "config_json",
-    "logical_axes",
-    "read_config",
-    "read_params",
-    "write_params",
-]

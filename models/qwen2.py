@@ -10,16 +10,21 @@ D per head, L layers, S slots of a segment.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax import Array
 
 from fr3e_jax.models.attention import Part, Segment, attend
 
 Shard = Callable[..., Array]
 """`shard(x, *logical_axes) -> x` with a sharding constraint; the caller owns the mesh and the table."""
+
+
+Params = dict[str, Any]
+"""The model's parameters: nested dicts of arrays, the layers stacked."""
 
 
 def unsharded(x: Array, *_: str | None) -> Array:
@@ -44,9 +49,7 @@ class Qwen2Config:
     tie_word_embeddings: bool
 
 
-def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float
-) -> nnx.Param:
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
     """A normally distributed float32 parameter that knows the logical names of its axes."""
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
@@ -93,9 +96,7 @@ class Block(nnx.Module):
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         out_scale = init_scale / (2 * layers) ** 0.5
 
-        def stacked(
-            shape: tuple[int, ...], axes: tuple[str, ...], scale: float = init_scale
-        ) -> nnx.Param:
+        def stacked(shape: tuple[int, ...], axes: tuple[str, ...], scale: float = init_scale) -> nnx.Param:
             return weight(rngs, (layers, *shape), ("layer", *axes), scale)
 
         self.theta = c.rope_theta
@@ -181,7 +182,7 @@ class Qwen2(nnx.Module):
         mask = (index[None, :] <= index[:, None]) & (index[None, :] < length)
         mask = mask | (index[None, :] == index[:, None])  # padding sees itself: no empty row
 
-        def layer(x: Array, params: nnx.State) -> tuple[Array, tuple[Array, Array]]:
+        def layer(x: Array, params: Params) -> tuple[Array, tuple[Array, Array]]:
             block = nnx.merge(graph, params)
             query, key, value = block.project(x, position, shard)
             attended = attend(query, [Part(key, value, mask)])
@@ -225,9 +226,7 @@ class Qwen2(nnx.Module):
             query, key, value = block.project(x, position[None], shard)
             start = (number, slot, 0, 0)
             own_key = jax.lax.dynamic_update_slice(own_key, key[None].astype(own_key.dtype), start)
-            own_value = jax.lax.dynamic_update_slice(
-                own_value, value[None].astype(own_value.dtype), start
-            )
+            own_value = jax.lax.dynamic_update_slice(own_value, value[None].astype(own_value.dtype), start)
             parts = [
                 Part(k, v, (jnp.arange(k.shape[0]) < segment.length)[None, :])
                 for k, v, segment in zip(context_keys, context_values, context, strict=True)
@@ -244,3 +243,25 @@ class Qwen2(nnx.Module):
         start = (self.embed(token[None], shard), own.key, own.value)
         (x, key, value), _ = jax.lax.scan(layer, start, inputs)
         return self.norm(x)[0], Segment(key, value, slot + 1)
+
+
+def graph_of(config: Qwen2Config) -> nnx.GraphDef[Qwen2]:
+    """The static half of the model: `nnx.merge(graph, params)` is a `Qwen2`."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0))))
+
+
+def init_params(config: Qwen2Config, seed: int) -> Params:
+    """Fresh float32 parameters, a function of `seed`."""
+    return nnx.to_pure_dict(nnx.state(Qwen2(config, nnx.Rngs(seed))))
+
+
+def abstract_params(config: Qwen2Config) -> Params:
+    """The parameters as ShapeDtypeStructs, without memory."""
+    return jax.eval_shape(lambda: init_params(config, 0))
+
+
+def logical_axes(config: Qwen2Config) -> Params:
+    """The logical axis names of every parameter, a tree of tuples parallel to the parameters."""
+    state = nnx.state(nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0))))
+    flat = {path: variable.get_metadata("axes") for path, variable in nnx.to_flat_state(state)}
+    return traverse_util.unflatten_dict(flat)

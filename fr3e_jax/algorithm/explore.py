@@ -60,9 +60,7 @@ def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
     return first(correct) | first(~correct)
 
 
-def choose_positions(
-    score: Array, length: Array, count: int, min_gap: int = 0
-) -> tuple[Array, Array]:
+def choose_positions(score: Array, length: Array, count: int, min_gap: int = 0) -> tuple[Array, Array]:
     """The `count` highest-scoring positions of each trajectory, in ascending order.
 
     Paper: score = token entropy. The released code scores by surprisal. Position 0 is
@@ -116,7 +114,7 @@ def uniform_positions(length: Array, count: int, min_gap: int = 0) -> tuple[Arra
     return jnp.where(valid, position, 0).astype(jnp.int32), valid
 
 
-def positions(
+def positions_of(
     rule: PositionRule,
     entropy: Array,
     logprob: Array,
@@ -149,7 +147,7 @@ def positions(
     return choose_positions(score, length, count, min_gap)
 
 
-def states(position: Array, valid: Array) -> tuple[Array, Array]:
+def states_of(position: Array, valid: Array) -> tuple[Array, Array]:
     """S_0 = the bare query, S_j = the query and the response before position T_j.
 
     Args:

@@ -16,7 +16,7 @@ from jax import Array
 from fr3e_jax.engine.branches import decode_branches, prefill
 from fr3e_jax.engine.sampler import row_key
 from fr3e_jax.models.attention import Segment
-from fr3e_jax.models.qwen2 import Qwen2
+from fr3e_jax.models.qwen2 import Params, Qwen2
 from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.types import Queries, Rollouts, States
 
@@ -46,7 +46,7 @@ class Engine:
 
     def first_return(
         self,
-        params: nnx.State,
+        params: Params,
         queries: Queries,
         seed_key: Array,
         step: int,
@@ -62,7 +62,7 @@ class Engine:
 
     def explore(
         self,
-        params: nnx.State,
+        params: Params,
         queries: Queries,
         base: Rollouts,
         caches: Caches,
@@ -104,15 +104,13 @@ class Engine:
 
 def pad_rows(states: States, rows: int) -> States:
     """Append trajectories without valid states until there are `rows`."""
-    return jax.tree.map(
-        lambda x: np.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1)), states
-    )
+    return jax.tree.map(lambda x: np.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1)), states)
 
 
 @functools.partial(jax.jit, static_argnames=("engine", "count", "temperature"))
 def _first_return(
     engine: Engine,
-    params: nnx.State,
+    params: Params,
     queries: Queries,
     seed_key: Array,
     step: Array,
@@ -143,7 +141,7 @@ def _first_return(
 @functools.partial(jax.jit, static_argnames=("engine", "rollouts", "temperature"))
 def _explore(
     engine: Engine,
-    params: nnx.State,
+    params: Params,
     queries: Queries,
     base: Rollouts,
     caches: Caches,

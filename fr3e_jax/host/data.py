@@ -28,9 +28,7 @@ class QueryStream:
         return encode_queries(problems, self.text, self.max_prompt, position), problems
 
 
-def encode_queries(
-    problems: Sequence[Problem], text: Text, max_prompt: int, first_index: int = 0
-) -> Queries:
+def encode_queries(problems: Sequence[Problem], text: Text, max_prompt: int, first_index: int = 0) -> Queries:
     """Tokenize problems into right-padded host arrays.
 
     Raises:

@@ -78,10 +78,19 @@ def split(groups: StateGroups, at: int) -> tuple[StateGroups, StateGroups]:
     return jax.tree.map(lambda x: x[:at], groups), jax.tree.map(lambda x: x[at:], groups)
 
 
-def to_rows(groups: StateGroups) -> Batch:
-    """The flat form: one row per rollout, [G x M] rows of query + prefix + continuation.
+def minibatches(groups: StateGroups, parts: int, rng: np.random.Generator) -> list[StateGroups]:
+    """Shuffle the states and cut them into `parts` minibatches; a state's rollouts stay together."""
+    order = rng.permutation(count(groups)).reshape(parts, -1)
+    return [jax.tree.map(lambda x, part=part: x[part], groups) for part in order]
+
+
+def to_rows(groups: StateGroups, micro_rows: int) -> Batch:
+    """The flat form: one row per rollout, query + prefix + continuation.
 
     Rows are padded to the longest of them, rounded up to a bucket so that few shapes are compiled.
+
+    Returns:
+      Batch with leaves [G x M / micro_rows, micro_rows, ...].
     """
     g, m = groups.length.shape
     start = np.repeat(groups.query_length + groups.prefix_length, m)
@@ -96,23 +105,14 @@ def to_rows(groups: StateGroups) -> Batch:
         token[i, query_length : start[i]] = groups.prefix[state, : groups.prefix_length[state]]
         token[i, start[i] : length[i]] = groups.token[state, rollout, :new]
         logprob[i, start[i] : length[i]] = groups.logprob[state, rollout, :new]
-    return Batch(
+    batch = Batch(
         token=token,
         length=length.astype(np.int32),
         start=start.astype(np.int32),
         old_logprob=logprob,
         advantage=groups.advantage.reshape(-1),
     )
-
-
-def minibatches(batch: Batch, parts: int, micro_rows: int, rng: np.random.Generator) -> list[Batch]:
-    """Shuffle the rows and cut them into minibatches of [micro-batches, micro_rows, ...] leaves.
-
-    Values and advantages are already in the rows, so that reordering mixes no groups.
-    """
-    rows = batch.length.shape[0]
-    order = rng.permutation(rows).reshape(parts, -1, micro_rows)
-    return [jax.tree.map(lambda x, part=part: x[part], batch) for part in order]
+    return jax.tree.map(lambda x: x.reshape(-1, micro_rows, *x.shape[1:]), batch)
 
 
 def as_dict(groups: StateGroups) -> dict[str, np.ndarray]:

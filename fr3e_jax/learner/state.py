@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax import Array
 
 from fr3e_jax.config import OptimizerConfig
+from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.mesh import Placement
 
 
@@ -21,9 +21,18 @@ class TrainState:
     params: the model's parameters. optimizer: optax state. updates: int32 [], optimizer steps taken.
     """
 
-    params: nnx.State
+    params: Params
     optimizer: optax.OptState
     updates: Array
+
+
+def decayed(axes: Any) -> Any:
+    """Which parameters weight decay holds for, a tree of bool: matrices, not norms and biases.
+
+    Args:
+      axes: tree of logical axes; every matrix, and nothing else, has an `embed` axis.
+    """
+    return jax.tree.map(lambda names: "embed" in names, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
@@ -33,14 +42,10 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
 
     Args:
       config: the run's optimizer section.
-      axes: logical axes of the parameters; a leaf with an `embed` axis is a matrix and is decayed.
+      axes: logical axes of the parameters.
     """
-    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-    matrices = jax.tree.map(lambda names: "embed" in names, axes, is_leaf=is_axes)
     warmup = max(config.warmup_updates, 1)
-    schedule = optax.linear_schedule(
-        config.learning_rate / warmup, config.learning_rate, max(warmup - 1, 1)
-    )
+    schedule = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(warmup - 1, 1))
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -49,13 +54,13 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=matrices,
+            mask=decayed(axes),
         ),
     )
 
 
 def state_shardings(
-    placement: Placement, optimizer: optax.GradientTransformation, axes: Any, params: nnx.State
+    placement: Placement, optimizer: optax.GradientTransformation, axes: Any, params: Params
 ) -> TrainState:
     """NamedShardings of a TrainState: moments lie like their parameters, scalars everywhere."""
     params_at = placement.shardings(axes, params)
@@ -71,7 +76,7 @@ def state_shardings(
 
 
 def init_state(
-    placement: Placement, optimizer: optax.GradientTransformation, axes: Any, params: nnx.State
+    placement: Placement, optimizer: optax.GradientTransformation, axes: Any, params: Params
 ) -> TrainState:
     """A fresh TrainState on the mesh from parameters on the host or anywhere else."""
     at = state_shardings(placement, optimizer, axes, params)
@@ -80,7 +85,7 @@ def init_state(
     return TrainState(placed, moments, jax.device_put(jnp.int32(0), at.updates))
 
 
-def sampling_params(placement: Placement, axes: Any, params: nnx.State, dtype: Any) -> nnx.State:
+def sampling_params(placement: Placement, axes: Any, params: Params, dtype: Any) -> Params:
     """One cast and one reshard a step: the parameters as the engine reads them.
 
     Args:

@@ -18,7 +18,7 @@ from jax import Array
 from fr3e_jax.algorithm.loss import kl_k3, masked_sum, policy_loss
 from fr3e_jax.config import LossConfig
 from fr3e_jax.learner.state import TrainState
-from fr3e_jax.models.qwen2 import Qwen2
+from fr3e_jax.models.qwen2 import Params, Qwen2
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement
 from fr3e_jax.types import Batch
 
@@ -35,9 +35,10 @@ class Learner:
     loss: LossConfig
     compute_dtype: Any
     logit_chunk: int  # tokens of a row whose logits exist at a time
+    remat: bool  # recompute each layer in the backward pass
 
     def update(
-        self, state: TrainState, batch: Batch, reference: nnx.State | None = None
+        self, state: TrainState, batch: Batch, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         """Take one optimizer step.
 
@@ -53,20 +54,21 @@ class Learner:
         return _update(self, state, batch, reference)
 
     def gradient(
-        self, params: nnx.State, batch: Batch, reference: nnx.State | None = None
-    ) -> tuple[nnx.State, dict[str, Array]]:
+        self, params: Params, batch: Batch, reference: Params | None = None
+    ) -> tuple[Params, dict[str, Array]]:
         """Gradient of the loss and its metrics, accumulated over the micro-batches of `batch`."""
         return _gradient(self, params, batch, reference)
 
 
 def token_logprob(
-    model: Qwen2, placement: Placement, token: Array, length: Array, logit_chunk: int
+    model: Qwen2, placement: Placement, token: Array, length: Array, logit_chunk: int, remat: bool
 ) -> Array:
     """log pi(token_t | token_<t) of every token of every row, without [T, V] logits.
 
     Args:
       token: int32 [rows, T], T a multiple of `logit_chunk` or below it. length: int32 [rows].
       logit_chunk: tokens of a row whose logits exist at a time.
+      remat: recompute each layer in the backward pass.
 
     Returns:
       float32 [rows, T], 0 at t = 0, meaningless from `length` on.
@@ -82,7 +84,7 @@ def token_logprob(
         return drawn - jax.nn.logsumexp(logits, axis=1)
 
     def row(token: Array, length: Array) -> Array:
-        hidden, _ = model(token, jnp.arange(size), length, placement.shard, remat=True)
+        hidden, _ = model(token, jnp.arange(size), length, placement.shard, remat)
         pieces = (hidden.reshape(chunks, chunk, -1), jnp.roll(token, -1).reshape(chunks, chunk))
         _, logprob = jax.lax.scan(lambda _, piece: (None, chunk_logprob(*piece)), None, pieces)
         return jnp.roll(logprob.reshape(size), 1).at[0].set(0.0)
@@ -98,19 +100,19 @@ def trained(batch: Batch) -> Array:
 
 def micro_loss(
     learner: Learner,
-    params: nnx.State,
-    reference: nnx.State | None,
+    params: Params,
+    reference: Params | None,
     micro: Batch,
     denominator: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """This micro-batch's share of the loss, and of the metrics."""
     mask = trained(micro)
 
-    def logprob_under(params: nnx.State) -> Array:
+    def logprob_under(params: Params) -> Array:
         compute = jax.tree.map(lambda x: x.astype(learner.compute_dtype), params)
         model = nnx.merge(learner.graph, compute)
         return token_logprob(
-            model, learner.placement, micro.token, micro.length, learner.logit_chunk
+            model, learner.placement, micro.token, micro.length, learner.logit_chunk, learner.remat
         )
 
     logprob = logprob_under(params)
@@ -140,13 +142,13 @@ def micro_loss(
 
 @functools.partial(jax.jit, static_argnames=("learner",))
 def _gradient(
-    learner: Learner, params: nnx.State, batch: Batch, reference: nnx.State | None
-) -> tuple[nnx.State, dict[str, Array]]:
+    learner: Learner, params: Params, batch: Batch, reference: Params | None
+) -> tuple[Params, dict[str, Array]]:
     # An empty batch has loss 0, not 0 / 0.
     denominator = jnp.maximum(jnp.sum(trained(batch)), 1).astype(jnp.float32)
     differentiate = jax.grad(micro_loss, argnums=1, has_aux=True)
 
-    def accumulate(total: nnx.State, micro: Batch) -> tuple[nnx.State, dict[str, Array]]:
+    def accumulate(total: Params, micro: Batch) -> tuple[Params, dict[str, Array]]:
         gradient, metrics = differentiate(learner, params, reference, micro, denominator)
         return jax.tree.map(jnp.add, total, gradient), metrics
 
@@ -161,7 +163,7 @@ def _gradient(
 
 @functools.partial(jax.jit, static_argnames=("learner",), donate_argnames=("state",))
 def _update(
-    learner: Learner, state: TrainState, batch: Batch, reference: nnx.State | None
+    learner: Learner, state: TrainState, batch: Batch, reference: Params | None
 ) -> tuple[TrainState, dict[str, Array]]:
     gradient, metrics = _gradient(learner, state.params, batch, reference)
     changes, optimizer = learner.optimizer.update(gradient, state.optimizer, state.params)

@@ -101,9 +101,10 @@ class Placement:
         """Put a host array on the mesh."""
         return jax.device_put(np.asarray(x), self.sharding(*axes))
 
-    def place_rows(self, tree: Any) -> Any:
-        """Put a tree of host arrays on the mesh, the first axis of each being rows of a batch."""
-        return jax.tree.map(lambda x: self.place(x, "batch"), tree)
+    def place_rows(self, tree: Any, row_axis: int = 0) -> Any:
+        """Put a tree of host arrays on the mesh, axis `row_axis` of each being rows of a batch."""
+        axes = (*(None,) * row_axis, "batch")
+        return jax.tree.map(lambda x: self.place(x, *axes), tree)
 
 
 def check_divides(what: str, size: int, mesh: Mesh, target: MeshAxes) -> None:

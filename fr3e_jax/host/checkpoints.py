@@ -1,0 +1,86 @@
+"""Checkpoints: what a run needs to go on as if nothing had happened.
+
+A checkpoint is written beside the old ones and becomes visible in one rename, so a kill at any moment
+leaves the last whole one.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from fr3e_jax.host.groups import as_dict, from_dict
+from fr3e_jax.learner.state import TrainState
+from fr3e_jax.types import StateGroups
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside its arrays.
+
+    Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
+    the whole random state.
+    """
+
+    step: int = 0
+    data_position: int = 0
+    tokens_generated: int = 0
+    seconds: float = 0.0
+    seed: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of a run directory."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.manager = ocp.CheckpointManager(
+            (directory / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
+        """Start to save; returns when the arrays are copied, and writes in the background."""
+        self.manager.save(
+            progress.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(as_leaves(state)),
+                carried=ocp.args.StandardSave(as_dict(carried)),
+                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+            ),
+        )
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, StateGroups, Progress]:
+        """Read a checkpoint into the layout of `like`, whatever mesh it was written from."""
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), as_leaves(like)
+        )
+        found = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                carried=ocp.args.StandardRestore(),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        leaves = [found.state[name] for name in abstract]
+        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return state, from_dict(found.carried), Progress(**found.progress)
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def as_leaves(state: TrainState) -> dict[str, Any]:
+    """Path -> array: names in the checkpoint do not depend on the libraries' container classes."""
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }

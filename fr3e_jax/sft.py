@@ -1,0 +1,178 @@
+"""Supervised warm-up: `python -m fr3e_jax.sft --config configs/quickstart_sft.yaml`.
+
+Teaches a model the task's worked solutions and writes it as a Hugging Face directory, from which
+reinforcement starts. Loss on the solution and its end token, not on the question.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from rich.progress import Progress
+
+from fr3e_jax.algorithm.loss import masked_sum
+from fr3e_jax.config import ConfigError, SFTConfig, fail, find_model, parse
+from fr3e_jax.host.export import export_model
+from fr3e_jax.host.tasks import Task, make_task
+from fr3e_jax.host.text import Text, character_tokenizer, load_text
+from fr3e_jax.learner.state import TrainState, decayed, init_state
+from fr3e_jax.learner.update import token_logprob, trained
+from fr3e_jax.models.hf import (
+    CheckpointError,
+    config_json,
+    read_config,
+    read_params,
+)
+from fr3e_jax.models.qwen2 import (
+    Params,
+    Qwen2,
+    Qwen2Config,
+    graph_of,
+    init_params,
+    logical_axes,
+)
+from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
+from fr3e_jax.types import Batch
+
+
+def new_model_directory(config: SFTConfig, task: Task, out: Path) -> None:
+    """Write config.json and tokenizer of a new model with one token per character of the task."""
+    tokenizer = character_tokenizer(task.alphabet)
+    model = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_theta=10_000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    raw = config_json(model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def make_batch(config: SFTConfig, task: Task, text: Text, step: int, width: int) -> Batch:
+    """Questions with worked solutions, host arrays; a function of (seed, step).
+
+    Raises:
+      ConfigError: a solution does not fit into the model's context.
+    """
+    rng = np.random.default_rng((config.seed, step))
+    token = np.zeros((config.batch, width), np.int32)
+    start, length = np.zeros((2, config.batch), np.int32)
+    for row, index in enumerate(rng.integers(len(task), size=config.batch)):
+        problem = task[int(index)]
+        query = text.query(problem.question)
+        solution = text.tokenizer.encode(task.solution(problem, rng), add_special_tokens=False)
+        ids = [*query, *solution, text.end_tokens[0]]
+        if len(ids) > width:
+            raise ConfigError(
+                f"a question with its solution has {len(ids)} tokens, more than "
+                f"max_position_embeddings {width}; raise it"
+            )
+        token[row, : len(ids)] = ids
+        start[row], length[row] = len(query), len(ids)
+    longest = -(-int(length.max()) // 16) * 16
+    nothing = np.zeros((config.batch,), np.float32)
+    return Batch(token[:, :longest], length, start, np.zeros((config.batch, longest)), nothing)
+
+
+def make_step(
+    graph: nnx.GraphDef[Qwen2], placement: Placement, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, Array]]:
+    """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
+        mask = trained(batch)
+
+        def loss(params: Params) -> Array:
+            model = nnx.merge(graph, params)
+            width = batch.token.shape[1]
+            logprob = token_logprob(model, placement, batch.token, batch.length, width, remat=False)
+            return -masked_sum(logprob, mask) / jnp.sum(mask)
+
+        value, gradient = jax.value_and_grad(loss)(state.params)
+        changes, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, changes)
+        return TrainState(params, moments, state.updates + 1), value
+
+    return step
+
+
+def run(config: SFTConfig) -> Path:
+    """Train and write the model.
+
+    Returns:
+      The model's directory.
+    """
+    started = time.perf_counter()
+    out = Path(config.out)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if config.batch % row_parts(mesh):
+        raise ConfigError(f"batch {config.batch} does not divide by data x fsdp {row_parts(mesh)}")
+    task = make_task(config.data, config.dropped_carry)
+    if config.init_path is None:
+        source = out
+        new_model_directory(config, task, out)
+    else:
+        source = find_model(config.init_path)
+    text = load_text(source, config.data.template)
+    architecture = read_config(source)
+    graph, axes = graph_of(architecture), logical_axes(architecture)
+    if config.init_path is None:
+        params = init_params(architecture, config.seed)
+    else:
+        params = read_params(source, architecture)
+    placement = Placement(mesh)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.steps
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed(axes)),
+    )
+    state = init_state(placement, optimizer, axes, params)
+    step = make_step(graph, placement, optimizer)
+    width = min(architecture.max_position_embeddings, config.max_position_embeddings)
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("warm-up", total=config.steps)
+        for i in range(config.steps):
+            batch = placement.place_rows(make_batch(config, task, text, i, width))
+            state, loss = step(state, batch)
+            progress.advance(bar)
+            if i % 50 == 0 or i == config.steps - 1:
+                progress.console.print(f"step {i:>5} | loss {float(loss):.4f} nats per token")
+    export_model(source, out, state.params)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(
+        f"{count:,} parameters, {config.steps} steps in {time.perf_counter() - started:.0f} s; model in {out}"
+    )
+    return out
+
+
+def main() -> None:
+    """Parse the command line and run; a user's mistake is one line and exit code 2."""
+    config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml")
+    try:
+        run(config)
+    except (ConfigError, PlacementError, CheckpointError) as error:
+        fail("sft", error)
+
+
+if __name__ == "__main__":
+    main()
