@@ -7,7 +7,7 @@ import numpy as np
 
 from fr3e_jax.types import Batch, Queries, Rollouts, StateGroups, States
 
-LENGTH_BUCKET = 32  # rows are padded to a multiple of this many tokens
+LENGTH_BUCKET = 16  # rows are padded to a multiple of this many tokens
 
 
 def collect(

@@ -124,18 +124,21 @@ def step_line(metrics: Mapping[str, Any]) -> str:
     """One readable line of a step."""
     parts = [f"step {metrics['step']:>4}"]
     if "reward/root_mean" in metrics:
+        parts += [
+            f"root reward {metrics['reward/root_mean']:.3f}",
+            f"entropy {metrics['entropy/mean']:.3f} nats",
+            f"states +{metrics['states/accepted']} -{metrics['states/rejected']}",
+            f"{metrics['tokens/generated']:,} tokens",
+        ]
+    elif "rounds" in metrics:
+        parts.append("no sampling: the states carried over fill the batch")
+    if "time/step" in metrics:
         stages = " ".join(
             f"{name.removeprefix('time/')} {value:.1f}"
             for name, value in metrics.items()
             if name.startswith("time/") and name != "time/step"
         )
-        parts += [
-            f"root reward {metrics['reward/root_mean']:.3f}",
-            f"entropy {metrics['entropy/mean']:.3f} nats",
-            f"states +{metrics['states/accepted']} -{metrics['states/rejected']}",
-            f"{metrics['tokens/generated']} tokens",
-            f"{metrics['time/step']:.1f} s ({stages})",
-        ]
+        parts.append(f"{metrics['time/step']:.1f} s ({stages})")
     if "eval/accuracy" in metrics:
         parts.append(f"held-out accuracy {metrics['eval/accuracy']:.1%}")
     return " | ".join(parts)
