@@ -168,7 +168,7 @@ def return_and_explore(
         base_reward = run.reward(answers, [p for p in problems for _ in range(r)]).reshape(-1, r)
 
     round_key = jax.random.fold_in(jax.random.fold_in(run.choice_key, step), int(queries.index[0]))
-    kept = keep_trajectories(base_reward, config.explore.keep, round_key)
+    kept = keep_trajectories(jnp.asarray(base_reward), config.explore.keep, round_key)
     query, trajectory = np.nonzero(np.asarray(kept))
     position, valid = positions_of(
         config.explore.rule,
@@ -243,7 +243,7 @@ def sample_round(
     credit = config.credit
     advantage, value, alpha = jax.device_get(
         modulated_advantage(
-            reward,
+            jnp.asarray(reward),
             states.valid,
             credit.normalize_std,
             credit.modulation,
@@ -251,7 +251,7 @@ def sample_round(
             credit.sharpen,
         )
     )
-    accepted = np.asarray(accept_states(reward, states.valid, states.query, credit.reject))
+    accepted = np.asarray(accept_states(jnp.asarray(reward), states.valid, states.query, credit.reject))
     metrics |= {
         "reward/root_mean": float(reward[:, 0].mean()),
         "value/mean": float(value[states.valid].mean()),

@@ -17,9 +17,12 @@ T tokens of a whole sequence.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
-from jax import Array
+
+Leaf = Any
+"""A jax.Array on the devices, a numpy array on the host; the docstrings give shape and dtype."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,9 +34,9 @@ class Queries:
     endless stream of queries; randomness is derived from it.
     """
 
-    token: Array
-    length: Array
-    index: Array
+    token: Leaf
+    length: Leaf
+    index: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -47,11 +50,11 @@ class Rollouts:
     [N, C], an end token was drawn (False: cut at the limit).
     """
 
-    token: Array
-    logprob: Array
-    entropy: Array
-    length: Array
-    stopped: Array
+    token: Leaf
+    logprob: Leaf
+    entropy: Leaf
+    length: Leaf
+    stopped: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -64,10 +67,10 @@ class States:
     valid: bool [N, J].
     """
 
-    query: Array
-    base: Array
-    prefix_length: Array
-    valid: Array
+    query: Leaf
+    base: Leaf
+    prefix_length: Leaf
+    valid: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -81,15 +84,15 @@ class StateGroups:
     source: int32 [G, 3], index of the query, base trajectory and state.
     """
 
-    query: Array
-    query_length: Array
-    prefix: Array
-    prefix_length: Array
-    token: Array
-    logprob: Array
-    length: Array
-    advantage: Array
-    source: Array
+    query: Leaf
+    query_length: Leaf
+    prefix: Leaf
+    prefix_length: Leaf
+    token: Leaf
+    logprob: Leaf
+    length: Leaf
+    advantage: Leaf
+    source: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -102,8 +105,8 @@ class Batch:
     `token`, as recorded while sampling. advantage: float32 [...].
     """
 
-    token: Array
-    length: Array
-    start: Array
-    old_logprob: Array
-    advantage: Array
+    token: Leaf
+    length: Leaf
+    start: Leaf
+    old_logprob: Leaf
+    advantage: Leaf

@@ -4,8 +4,9 @@ A context is a chain: the query, then the shared part of a response, then a bran
 Each link is attended to where it lies; nothing is concatenated, so nothing is copied per branch.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ class Segment(NamedTuple):
 
     key, value: [L, S, K, D] for L layers, S slots, K key-value heads, D per head; the engine adds
     batch axes. length: int32 [], slots that hold tokens; the rest is never read.
+    (Any, since trees of axis numbers and of shapes have this form too.)
     """
 
-    key: Array
-    value: Array
-    length: Array
+    key: Any
+    value: Any
+    length: Any
 
 
 class Part(NamedTuple):
@@ -65,11 +67,9 @@ def attend(query: Array, parts: Sequence[Part]) -> Array:
                 preferred_element_type=jnp.float32,
             )
         )
-    peak = tops[0]
-    for top in tops[1:]:
-        peak = jnp.maximum(peak, top)
+    peak = functools.reduce(jnp.maximum, tops)
     scales = [jnp.exp(top - peak) for top in tops]
-    total = sum(s * t for s, t in zip(scales, totals, strict=True))
-    output = sum(s[..., None] * o for s, o in zip(scales, outputs, strict=True))
-    joined = output / total[..., None]
+    total = functools.reduce(jnp.add, [s * t for s, t in zip(scales, totals, strict=True)])
+    scaled = [s[..., None] * o for s, o in zip(scales, outputs, strict=True)]
+    joined = functools.reduce(jnp.add, scaled) / total[..., None]
     return jnp.einsum("kgtd->tkgd", joined).reshape(length, heads, head_dim).astype(query.dtype)

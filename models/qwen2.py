@@ -62,6 +62,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
+        """[..., E] -> [..., E], dtype of x."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
@@ -134,6 +135,24 @@ class Block(nnx.Module):
         inner = shard(inner, "length", "mlp")
         return shard(x + inner @ self.down[...], "length", "activation")
 
+    def attend_chain(self, x: Array, query: Array, chain: Sequence[Segment], shard: Shard) -> Array:
+        """Finish one token of one branch, whose key and value its own segment already holds.
+
+        Args:
+          x: [1, E], residual stream of the token.
+          query: [1, H, D], as `project` gave it.
+          chain: this layer's segments, key and value [S, K, D]; all that they hold is attended to.
+          shard: places activations on the mesh.
+
+        Returns:
+          residual stream [1, E].
+        """
+        parts = [
+            Part(segment.key, segment.value, jnp.arange(segment.key.shape[0])[None] < segment.length)
+            for segment in chain
+        ]
+        return self.finish(x, attend(query, parts), shard)
+
 
 class Qwen2(nnx.Module):
     """Decoder with a (possibly tied) LM head. Parameters are created in float32."""
@@ -182,67 +201,15 @@ class Qwen2(nnx.Module):
         mask = (index[None, :] <= index[:, None]) & (index[None, :] < length)
         mask = mask | (index[None, :] == index[:, None])  # padding sees itself: no empty row
 
-        def layer(x: Array, params: Params) -> tuple[Array, tuple[Array, Array]]:
+        def layer(x: Array, params: Any) -> tuple[Array, tuple[Array, Array]]:
             block = nnx.merge(graph, params)
             query, key, value = block.project(x, position, shard)
             attended = attend(query, [Part(key, value, mask)])
             return block.finish(x, attended, shard), (key, value)
 
-        body = jax.checkpoint(layer) if remat else layer
+        body: Any = jax.checkpoint(layer) if remat else layer
         x, (key, value) = jax.lax.scan(body, self.embed(token, shard), stacked)
         return self.norm(x), Segment(key, value, length)
-
-    def decode(
-        self,
-        token: Array,
-        position: Array,
-        context: Sequence[Segment],
-        own: Segment,
-        shard: Shard = unsharded,
-    ) -> tuple[Array, Segment]:
-        """Run one token of one branch against its chain of segments.
-
-        The token's key and value go into slot `own.length` of `own`, in place: the cache is carried
-        through the scan over layers, never sliced out and stacked again.
-
-        Args:
-          token: int32 [].
-          position: int32 [], place of the token for the rotary embedding.
-          context: segments before the branch's own, leaves [L, S, K, D].
-          own: the branch's own segment, leaves [L, S, K, D].
-          shard: places activations on the mesh.
-
-        Returns:
-          (hidden [E] after the final norm, `own` with one token more).
-        """
-        graph, stacked = nnx.split(self.layers)
-        slot = own.length
-        own_mask = (jnp.arange(own.key.shape[1]) <= slot)[None, :]
-
-        def layer(carry, inputs):  # type: ignore[no-untyped-def]
-            x, own_key, own_value = carry
-            number, params, context_keys, context_values = inputs
-            block = nnx.merge(graph, params)
-            query, key, value = block.project(x, position[None], shard)
-            start = (number, slot, 0, 0)
-            own_key = jax.lax.dynamic_update_slice(own_key, key[None].astype(own_key.dtype), start)
-            own_value = jax.lax.dynamic_update_slice(own_value, value[None].astype(own_value.dtype), start)
-            parts = [
-                Part(k, v, (jnp.arange(k.shape[0]) < segment.length)[None, :])
-                for k, v, segment in zip(context_keys, context_values, context, strict=True)
-            ]
-            parts.append(Part(own_key[number], own_value[number], own_mask))
-            return (block.finish(x, attend(query, parts), shard), own_key, own_value), None
-
-        inputs = (
-            jnp.arange(self.config.num_hidden_layers),
-            stacked,
-            tuple(s.key for s in context),
-            tuple(s.value for s in context),
-        )
-        start = (self.embed(token[None], shard), own.key, own.value)
-        (x, key, value), _ = jax.lax.scan(layer, start, inputs)
-        return self.norm(x)[0], Segment(key, value, slot + 1)
 
 
 def graph_of(config: Qwen2Config) -> nnx.GraphDef[Qwen2]:

@@ -6,9 +6,11 @@ needs no logits from elsewhere: a segment is read one token short, and nothing i
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
 from fr3e_jax.algorithm.explore import token_entropy
@@ -18,9 +20,71 @@ from fr3e_jax.models.qwen2 import Qwen2
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement
 from fr3e_jax.types import Rollouts
 
-# Axes of a branch cache [L, N, S, K, C, D]: with the branch axis next to D, XLA keeps the cache in
-# place through the loop (layer, trajectory, slot, kv head, branch, head dim).
-TRAJECTORY_AXIS, BRANCH_AXIS = 1, 3  # the branch axis once the trajectory axis is mapped away
+# A branch cache is [L, N, S, K, C, D]: layer, trajectory, slot, key-value head, branch, head dim. With
+# the branch axis next to D, and carried whole through the loops over tokens and layers, it is updated
+# in place. Only what one layer does with one branch is mapped: mapping a loop would move these axes.
+LAYER_OWN_AXES = Segment(2, 2, None)  # of [S, K, C, D], over branches
+
+
+def decode_token(
+    model: Qwen2,
+    placement: Placement,
+    token: Array,
+    position: Array,
+    context: tuple[Segment, ...],
+    own: Segment,
+) -> tuple[Array, Segment]:
+    """Run one token of every branch against its chain of segments.
+
+    Args:
+      token, position: int32 [N, C].
+      context: segments that the branches of a trajectory share: key, value [L, N, S, K, D], length
+        int32 [N, C].
+      own: the branches' own segment: key, value [L, N, S, K, C, D], length int32 [], the slot to fill.
+
+    Returns:
+      (hidden [N, C, E] after the final norm, `own` with one token more).
+    """
+    graph, stacked = nnx.split(model.layers)
+    shared = Segment(None, None, 0)
+
+    def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
+        x, own_key, own_value = carry
+        number, params, keys, values = inputs
+
+        block = nnx.merge(graph, params)
+
+        def project(x: Array, position: Array) -> tuple[Array, Array, Array]:
+            return block.project(x, position[None], placement.shard)
+
+        def finish(x: Array, query: Array, chain: tuple[Segment, ...], own: Segment) -> Array:
+            return block.attend_chain(x, query, (*chain, own), placement.shard)
+
+        def store(cache: Array, new: Array) -> Array:
+            new = jnp.einsum("nctkd->ntkcd", new)[None]
+            return jax.lax.dynamic_update_slice(cache, new, (number, 0, own.length, 0, 0, 0))
+
+        query, key, value = jax.vmap(jax.vmap(project), spmd_axis_name=BATCH_AXES)(x, position)
+        # Stored before it is read: a read of what is about to change would make XLA copy the cache.
+        own_key, own_value = store(own_key, key), store(own_value, value)
+        chain = tuple(
+            Segment(key, value, segment.length)
+            for key, value, segment in zip(keys, values, context, strict=True)
+        )
+        branches = jax.vmap(finish, (0, 0, (shared,) * len(context), LAYER_OWN_AXES))
+        trajectories = jax.vmap(branches, (0, 0, 0, Segment(0, 0, None)), spmd_axis_name=BATCH_AXES)
+        held = Segment(own_key[number], own_value[number], own.length + 1)
+        return (trajectories(x, query, chain, held), own_key, own_value), None
+
+    embed = jax.vmap(jax.vmap(lambda t: model.embed(t[None], placement.shard)), spmd_axis_name=BATCH_AXES)
+    inputs = (
+        jnp.arange(model.config.num_hidden_layers),
+        stacked,
+        tuple(segment.key for segment in context),
+        tuple(segment.value for segment in context),
+    )
+    (x, key, value), _ = jax.lax.scan(layer, (embed(token), own.key, own.value), inputs)
+    return model.norm(x)[:, :, 0], Segment(key, value, own.length + 1)
 
 
 def decode_branches(
@@ -65,30 +129,19 @@ def decode_branches(
         config.head_dim,
     )
     cache_axes = ("layer", "batch", "length", "kv_heads", None, "head_dim")
-    cache = placement.shard(jnp.zeros(cache_shape, model.embedding[...].dtype), *cache_axes)
-    own = Segment(cache, cache, jnp.int32(0))
+
+    def cache() -> Array:
+        return placement.shard(jnp.zeros(cache_shape, model.embedding[...].dtype), *cache_axes)
+
+    own = Segment(cache(), cache(), jnp.int32(0))
     ends = jnp.asarray(end_tokens, jnp.int32)
 
-    def one_branch(token, position, context, own, key):  # type: ignore[no-untyped-def]
-        hidden, own = model.decode(token, position, context, own, placement.shard)
+    def draw_one(hidden: Array, position: Array, key: Array) -> tuple[Array, Array, Array]:
         logits = model.logits(hidden[None], placement.shard)[0]
         drawn = draw(logits, draw_uniform(key, position), temperature)
-        logprob = logits[drawn] - jax.nn.logsumexp(logits)
-        return drawn, logprob, token_entropy(logits), own
+        return drawn, logits[drawn] - jax.nn.logsumexp(logits), token_entropy(logits)
 
-    own_axes = Segment(BRANCH_AXIS, BRANCH_AXIS, None)
-    per_branch = jax.vmap(
-        one_branch,
-        in_axes=(0, 0, (Segment(None, None, 0),) * len(context), own_axes, 0),
-        out_axes=(0, 0, 0, own_axes),
-    )
-    own_axes = Segment(TRAJECTORY_AXIS, TRAJECTORY_AXIS, None)
-    decode = jax.vmap(
-        per_branch,
-        in_axes=(0, 0, (Segment(TRAJECTORY_AXIS, TRAJECTORY_AXIS, 0),) * len(context), own_axes, 0),
-        out_axes=(0, 0, 0, own_axes),
-        spmd_axis_name=BATCH_AXES,
-    )
+    draw_all = jax.vmap(jax.vmap(draw_one), spmd_axis_name=BATCH_AXES)
 
     empty = Rollouts(
         token=jnp.zeros((n, branches, max_new), jnp.int32),
@@ -99,10 +152,11 @@ def decode_branches(
     )
     rows = functools.partial(jax.tree.map, lambda x: placement.shard(x, "batch"))
 
-    def step(carry):  # type: ignore[no-untyped-def]
+    def step(carry: Any) -> Any:
         rollouts, running, last, own = carry
         slot = own.length
-        drawn, logprob, entropy, own = decode(last, position + slot, context, own, key)
+        hidden, own = decode_token(model, placement, last, position + slot, context, own)
+        drawn, logprob, entropy = draw_all(hidden, position + slot, key)
 
         def write(buffer: Array, value: Array) -> Array:
             value = jnp.where(running, value, 0)[..., None]
@@ -119,7 +173,7 @@ def decode_branches(
         running = running & ~ended & (rollouts.length < limit)
         return rows(rollouts), running, drawn, own
 
-    def unfinished(carry):  # type: ignore[no-untyped-def]
+    def unfinished(carry: Any) -> Array:
         _, running, _, own = carry
         return jnp.any(running) & (own.length < max_new)
 
@@ -143,7 +197,7 @@ def prefill(model: Qwen2, placement: Placement, token: Array, length: Array) -> 
 
     rows = jax.vmap(
         one,
-        out_axes=Segment(TRAJECTORY_AXIS, TRAJECTORY_AXIS, 0),
+        out_axes=Segment(1, 1, 0),
         spmd_axis_name=BATCH_AXES,
     )
     return rows(token, length)

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fr3e_jax.types import Leaf
+
 BLOCK = 256  # inverse CDF: first the block, then the token within it
 
 
-def row_key(seed_key: Array, step: Array, query: Array, branch: Array) -> Array:
+def row_key(seed_key: Array, step: Leaf, query: Leaf, branch: Leaf) -> Array:
     """The key of one branch; `draw_uniform` adds the position.
 
     Args:

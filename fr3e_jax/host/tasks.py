@@ -29,8 +29,9 @@ class Problem:
 class Task(Protocol):
     """A sequence of training problems, held-out problems and a verifier."""
 
-    alphabet: str
-    """Characters that questions and worked solutions are made of."""
+    @property
+    def alphabet(self) -> str:
+        """Characters that questions and worked solutions are made of."""
 
     def __len__(self) -> int:
         """Number of training problems."""

@@ -34,8 +34,8 @@ class Text:
             )
         )
 
-    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Responses as text, special tokens left out."""
+    def decode(self, rows: Sequence[Any]) -> list[str]:
+        """Responses (sequences of ids) as text, special tokens left out."""
         return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 

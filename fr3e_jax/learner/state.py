@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from fr3e_jax.config import OptimizerConfig
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.mesh import Placement
+from fr3e_jax.types import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,7 @@ class TrainState:
 
     params: Params
     optimizer: optax.OptState
-    updates: Array
+    updates: Leaf
 
 
 def decayed(axes: Any) -> Any:

@@ -157,7 +157,7 @@ def _gradient(
     reduced = {name: jnp.sum(value) for name, value in metrics.items() if name in SUMMED}
     reduced["ratio_max"] = jnp.max(metrics["ratio_max"])
     reduced["ratio_min"] = jnp.min(metrics["ratio_min"])
-    reduced["grad_norm"] = optax.global_norm(gradient)
+    reduced["grad_norm"] = optax.tree.norm(gradient)
     return gradient, reduced
 
 

@@ -1,0 +1,205 @@
+"""The update against the slow, obvious form: row by row, full logits, one plain sum."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from support import TINY, placement, tiny_params
+
+from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.learner.state import init_state, make_optimizer, state_shardings
+from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.qwen2 import graph_of, logical_axes
+from fr3e_jax.types import Batch
+
+ROWS, WIDTH = 8, 16
+GRAPH, AXES = graph_of(TINY), logical_axes(TINY)
+PARAMS = tiny_params(scale=2.0)
+LOSS = LossConfig(clip_low=0.22, clip_high=0.28)
+
+
+def make_batch(off_policy=0.3, seed=0):
+    """Ragged rows, some right up to the edge, with old log-probabilities near the policy's."""
+    rng = np.random.default_rng(seed)
+    length = np.array([16, 9, 12, 5, 16, 7, 3, 10], np.int32)
+    start = np.array([4, 3, 11, 1, 8, 7, 2, 5], np.int32)  # row 5 has no continuation at all
+    token = rng.integers(0, TINY.vocab_size, (ROWS, WIDTH)).astype(np.int32)
+    token = np.where(np.arange(WIDTH) < length[:, None], token, 0).astype(np.int32)
+    logprob = np.asarray(reference_logprob(PARAMS, token))
+    old = logprob + off_policy * rng.standard_normal(logprob.shape)
+    inside = (np.arange(WIDTH) >= start[:, None]) & (np.arange(WIDTH) < length[:, None])
+    old = np.where(inside, old, 0.0).astype(np.float32)
+    return Batch(token, length, start, old, rng.standard_normal(ROWS).astype(np.float32))
+
+
+@jax.jit
+def reference_logprob(params, token):
+    """log pi(token_t | token_<t) for every row, from full logits; 0 at t = 0."""
+    model = nnx.merge(GRAPH, params)
+
+    def row(token):
+        logits = model.logits(model(token, jnp.arange(WIDTH), jnp.int32(WIDTH))[0])
+        return jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), token[1:, None], axis=1)[:, 0]
+
+    return jnp.pad(jax.vmap(row)(token), ((0, 0), (1, 0)))
+
+
+def reference_loss(params, batch, kl_coefficient=0.0, reference=None):
+    """Clip-higher, token by token in a Python loop."""
+    logprob = reference_logprob(params, batch.token)
+    total, count, kl = 0.0, 0, 0.0
+    for i in range(ROWS):
+        for t in range(int(batch.start[i]), int(batch.length[i])):
+            ratio = jnp.exp(logprob[i, t] - batch.old_logprob[i, t])
+            a = float(batch.advantage[i])
+            total += -min_of(ratio * a, jnp.clip(ratio, 1 - 0.22, 1 + 0.28) * a)
+            count += 1
+            if reference is not None:
+                d = reference[i, t] - logprob[i, t]
+                kl += jnp.exp(d) - d - 1
+    return (total + kl_coefficient * kl) / count
+
+
+def min_of(a, b):
+    return jnp.where(a < b, a, b)
+
+
+def learner(mesh=(1, 1, 1), chunk=WIDTH, remat=False, loss=LOSS, optimizer=None):
+    return Learner(GRAPH, placement(*mesh), optimizer or optax.sgd(1.0), loss, jnp.float32, chunk, remat)
+
+
+def gradient(batch, parts=1, mesh=(1, 1, 1), reference=None, **options):
+    """Gradient and metrics of the project's update, over `parts` micro-batches."""
+    own = learner(mesh, **options)
+    params = jax.device_put(PARAMS, own.placement.shardings(AXES, PARAMS))
+    micro = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    placed = own.placement.place_rows(micro, 1)
+    return jax.device_get(own.gradient(params, placed, reference))
+
+
+@functools.cache
+def expected():
+    value, slope = jax.value_and_grad(reference_loss)(jax.tree.map(jnp.asarray, PARAMS), make_batch())
+    return float(value), jax.device_get(slope)
+
+
+def assert_same(ours, theirs, atol=1e-6):
+    scale = float(optax.tree.norm(theirs))
+    assert scale > 1e-3  # a gradient of zeros would agree with anything
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), ours, theirs)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_loss_and_gradient_equal_the_plain_form_for_any_number_of_micro_batches(parts):
+    ours, metrics = gradient(make_batch(), parts)
+    value, slope = expected()
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5, atol=1e-6)
+    assert_same(ours, slope)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 4}, {"chunk": 8, "remat": True}])
+def test_chunks_of_logits_and_recomputed_layers_do_not_change_the_gradient(options):
+    ours, _ = gradient(make_batch(), 2, **options)
+    assert_same(ours, expected()[1])
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2)])
+def test_loss_and_gradient_do_not_depend_on_the_mesh(mesh):
+    ours, metrics = gradient(make_batch(), 1, mesh)
+    value, slope = expected()
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5, atol=1e-6)
+    assert_same(ours, slope)
+
+
+def test_kl_to_a_reference_is_part_of_loss_and_gradient():
+    other = jax.tree.map(lambda x: x * 1.1, PARAMS)
+    batch = make_batch()
+    theirs = np.asarray(reference_logprob(other, batch.token))
+    value, slope = jax.value_and_grad(reference_loss)(jax.tree.map(jnp.asarray, PARAMS), batch, 0.5, theirs)
+    loss = LossConfig(clip_low=0.22, clip_high=0.28, kl_coefficient=0.5)
+    ours, metrics = gradient(batch, 2, reference=other, loss=loss)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert metrics["reference_kl"] > 0.01
+    assert_same(ours, jax.device_get(slope))
+
+
+def test_the_first_minibatch_is_on_policy_and_never_clipped():
+    _, metrics = gradient(make_batch(off_policy=0.0), 2)
+    assert metrics["mismatch"] < 1e-6
+    assert metrics["clip_low"] == metrics["clip_high"] == 0.0
+
+
+def test_a_stale_batch_is_clipped():
+    _, metrics = gradient(make_batch(off_policy=0.5), 2)
+    assert metrics["clip_low"] > 0.05
+    assert metrics["clip_high"] > 0.05
+
+
+def test_an_empty_batch_has_a_finite_loss_and_no_gradient():
+    batch = make_batch()
+    empty = Batch(batch.token, batch.start, batch.start, batch.old_logprob, batch.advantage)
+    ours, metrics = gradient(empty)
+    assert metrics["loss"] == 0.0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(ours))
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    """With gradients of zero, AdamW changes exactly what is decayed."""
+    settings = OptimizerConfig(learning_rate=0.1, warmup_updates=0, weight_decay=0.5)
+    optimizer = make_optimizer(settings, AXES)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, change in jax.tree_util.tree_leaves_with_path(changes):
+        name = jax.tree_util.keystr(path)
+        kept = "norm" in name or "bias" in name
+        assert bool((change == 0).all()) == kept, name
+
+
+@pytest.mark.parametrize(("updates", "rate"), [(0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)])
+def test_warm_up_is_linear_and_then_constant(updates, rate):
+    settings = OptimizerConfig(
+        learning_rate=1.0, warmup_updates=4, weight_decay=0.0, b1=0.0, b2=0.0, eps=1e-12, max_grad_norm=1e9
+    )
+    optimizer = make_optimizer(settings, {"w": ("embed",)})
+    params = {"w": jnp.zeros(1)}
+    state = optimizer.init(params)
+    for _ in range(updates + 1):
+        change, state = optimizer.update({"w": jnp.ones(1)}, state, params)
+    np.testing.assert_allclose(change["w"], -rate, rtol=1e-5)  # without momentum, Adam's step is the rate
+
+
+def test_an_update_is_the_optimizers_step_on_that_gradient_on_any_mesh():
+    settings = OptimizerConfig(learning_rate=1e-2, warmup_updates=0, max_grad_norm=0.5)
+    batch = make_batch()
+    slope = expected()[1]
+    plain = make_optimizer(settings, AXES)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    changes, _ = plain.update(slope, plain.init(params), params)
+    wanted = optax.apply_updates(params, changes)
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        own = learner(mesh, optimizer=make_optimizer(settings, AXES))
+        state = init_state(own.placement, own.optimizer, AXES, PARAMS)
+        micro = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[1:]), batch)
+        state, _ = own.update(state, own.placement.place_rows(micro, 1))
+        assert int(state.updates) == 1
+        # Adam's first step is the sign of the gradient: where that is rounding noise, signs differ.
+        clear = jax.tree.map(lambda g: np.abs(g) > 1e-5, slope)
+        jax.tree.map(
+            lambda a, b, sure: np.testing.assert_allclose(a[sure], b[sure], atol=1e-4),
+            jax.device_get(state.params),
+            jax.device_get(wanted),
+            clear,
+        )
+
+
+def test_moments_lie_where_their_parameters_lie():
+    place = placement(2, 2, 2)
+    optimizer = make_optimizer(OptimizerConfig(), AXES)
+    at = state_shardings(place, optimizer, AXES, jax.tree.map(jnp.asarray, PARAMS))
+    leaves = jax.tree.leaves(at.optimizer)
+    for sharding in jax.tree.leaves(at.params):
+        assert sum(sharding == other for other in leaves) >= 2  # first and second moment
