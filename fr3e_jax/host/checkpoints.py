@@ -57,9 +57,10 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, StateGroups, Progress]:
         """Read a checkpoint into the layout of `like`, whatever mesh it was written from."""
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), as_leaves(like)
-        )
+        abstract = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in as_leaves(like).items()
+        }
         found = self.manager.restore(
             step,
             args=ocp.args.Composite(

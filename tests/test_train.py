@@ -1,0 +1,211 @@
+"""The whole program, as a user runs it: in its own process, on few steps of the quickstart."""
+
+import json
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import yaml
+from support import command, run
+
+from fr3e_jax.host.text import load_text
+
+SMALL = [
+    "--steps=6",
+    "--rollout.queries=8",
+    "--explore.positions=2",
+    "--explore.rollouts=4",
+    "--optimizer.batch_states=8",
+    "--optimizer.micro_rows=16",
+    "--data.held_out=32",
+    "--evaluate.rows=32",
+    "--evaluate.every=3",
+    "--checkpoint.every=2",
+]
+
+
+def metrics(directory):
+    """Metrics of a run without what depends on the clock."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run that nothing interrupts."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    done = run("train", *SMALL, "--run_dir", directory)
+    assert done.returncode == 0, done.stderr
+    return directory, done
+
+
+def test_a_run_tells_what_it_did(whole_run):
+    directory, done = whole_run
+    lines = metrics(directory)
+    assert [line["step"] for line in lines] == list(range(7))
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 3, 6]
+    sampled = [line for line in lines if line.get("rounds")]
+    for line in sampled:
+        assert 0 < line["reward/root_mean"] < 1
+        assert 0 < line["entropy/mean"] < line["entropy/positions"]
+        assert line["states/accepted"] > 0
+        assert line["tokens/generated"] > 0
+        assert np.isfinite(line["update/loss"])
+    # Clipping acts in the second minibatch of a batch.
+    assert max(line["update/clip_low"] + line["update/clip_high"] for line in lines[1:]) > 0
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["accuracy_before"] == lines[0]["eval/accuracy"]
+    assert summary["accuracy_after"] == lines[-1]["eval/accuracy"]
+    assert summary["tokens_generated"] == lines[-1]["tokens/total"]
+    assert {"seconds", "seed", "steps"} <= summary.keys()
+    assert yaml.safe_load((directory / "config.yaml").read_text())["explore"]["rollouts"] == 4
+    assert "held-out accuracy after" in done.stdout
+    assert f"{summary['accuracy_after']:.1%}" in done.stdout
+
+
+def test_samples_show_states_with_rewards_between(whole_run):
+    directory, _ = whole_run
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    assert samples
+    for sample in samples:
+        assert sample["rewards"] == [1.0, 0.0]
+        right, wrong = (sample["prefix"] + c for c in sample["continuations"])
+        assert right.endswith(f"={sample['answer']}")
+        assert not wrong.endswith(f";={sample['answer']}")
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 5])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole_run, tmp_path, killed_after):
+    directory = tmp_path / "run"
+    process = subprocess.Popen(**command("train", *SMALL, "--run_dir", directory))
+    file = directory / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (file.exists() and len(file.read_text().splitlines()) > killed_after):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(metrics(directory)) < 7  # it was killed before its end
+    again = run("train", *SMALL, "--run_dir", directory)
+    assert again.returncode == 0, again.stderr
+    assert metrics(directory) == metrics(whole_run[0])
+    ours, theirs = ((d / "model" / "model.safetensors").read_bytes() for d in (directory, whole_run[0]))
+    assert ours == theirs
+
+
+def test_a_finished_run_is_not_run_again(whole_run):
+    directory, _ = whole_run
+    before = metrics(directory)
+    again = run("train", *SMALL, "--run_dir", directory)
+    assert again.returncode == 0, again.stderr
+    assert metrics(directory) == before
+
+
+def test_a_run_is_not_resumed_with_other_settings(whole_run):
+    directory, _ = whole_run
+    refused = run("train", *SMALL, "--run_dir", directory, "--loss.clip_high=0.4", "--seed=1")
+    assert refused.returncode == 2
+    assert "loss.clip_high, seed" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    refused = run("train", *SMALL, "--run_dir", directory, "--resume=never")
+    assert refused.returncode == 2
+    assert "holds a checkpoint" in refused.stderr
+
+
+def test_the_exported_model_says_the_same_in_transformers(whole_run):
+    torch = pytest.importorskip("torch", reason="torch is the reference; pip install -e '.[parity]'")
+    from transformers import Qwen2ForCausalLM
+
+    directory = whole_run[0] / "model"
+    text = load_text(directory, "plain")
+    model = Qwen2ForCausalLM.from_pretrained(directory)
+    assert model.dtype == torch.float32
+    right = 0
+    from fr3e_jax.config import DataConfig
+    from fr3e_jax.host.tasks import make_task
+
+    task = make_task(DataConfig())
+    problems = task.held_out(32)
+    for problem in problems:
+        query = torch.tensor([text.query(problem.question)])
+        answer = model.generate(query, max_new_tokens=40, do_sample=False, pad_token_id=0)
+        right += task.reward(text.decode([answer[0, query.shape[1] :].tolist()])[0], problem.answer)
+    assert right / 32 == metrics(whole_run[0])[-1]["eval/accuracy"]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "grpo++"])
+def test_the_baselines_run_from_the_same_code(tmp_path, algorithm):
+    done = run("train", *SMALL, "--steps=2", "--algorithm", algorithm, "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert resolved["explore"]["positions"] == 0
+    last = metrics(tmp_path / "run")[-1]
+    assert "reward/base_mean" not in last  # no base trajectories were sampled
+    assert (last.get("states/rejected", 0) > 0) == (algorithm == "grpo++")
+
+
+def test_the_released_settings_and_kl_run(tmp_path):
+    options = [
+        "--steps=2",
+        "--explore.rule=surprisal",
+        "--explore.min_gap=2",
+        "--explore.keep=random_of_each",
+        "--credit.first_state=released",
+        "--credit.sharpen=true",
+        "--credit.normalize_std=true",
+        "--credit.reject=query",
+        "--loss.dual_clip=10",
+        "--loss.kl_coefficient=0.01",
+        "--optimizer.epochs=2",
+    ]
+    done = run("train", *SMALL, *options, "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    # The policy leaves its reference with the first update.
+    assert metrics(tmp_path / "run")[-1]["update/reference_kl"] > 0
+
+
+def test_eight_devices_train_as_one_does(whole_run, tmp_path):
+    """Metrics of the first step agree to rounding; later ones drift, as any sampled run does."""
+    done = run("train", *SMALL, "--steps=1", "--run_dir", tmp_path / "run", "--mesh.data=2",
+               "--mesh.fsdp=2", "--mesh.tensor=2", devices=8)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours, theirs = metrics(tmp_path / "run")[1], metrics(whole_run[0])[1]
+    assert ours["tokens/generated"] == theirs["tokens/generated"]
+    for name in ("update/loss", "update/grad_norm", "reward/root_mean", "entropy/mean"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--explore.positions=0"], "grpo++"),
+        (["--rollout.max_response=1000"], "context of 256"),
+        (["--model.path=/nowhere"], "/nowhere"),
+        (["--mesh.data=3"], "does not cover"),
+        (["--data.template=chat"], "no chat template"),
+        (["--rollout.max_prompt=4"], "rollout.max_prompt 4"),
+        (["--data.min_digits=1", "--data.max_digits=1"], "held-out problems"),
+    ],
+)
+def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, message):
+    refused = run("train", *SMALL, *flags, "--run_dir", tmp_path / "run")
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_task_that_is_too_easy_ends_with_what_to_change(tmp_path):
+    """Queries of one digit have no carries to forget: no state ever carries a gradient."""
+    flags = ["--data.min_digits=1", "--data.max_digits=1", "--data.held_out=8", "--credit.max_rounds=2"]
+    ended = run("train", *SMALL, *flags, "--optimizer.batch_states=64", "--run_dir", tmp_path / "run")
+    assert ended.returncode == 1
+    assert "2 rounds gave" in ended.stderr and "max_rounds" in ended.stderr
+
+
+def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    from fr3e_jax.host.metrics import read_metrics
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
