@@ -43,6 +43,35 @@ from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_par
 from fr3e_jax.types import Batch
 
 
+def check_sft(config: SFTConfig, row_parts: int) -> None:
+    """Refuse what cannot run.
+
+    Args:
+      config: of the command.
+      row_parts: in how many parts the mesh splits rows (data x fsdp).
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    for name in ("steps", "batch", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}, must be at least 1")
+    if config.batch % row_parts:
+        raise ConfigError(f"batch {config.batch} does not divide by the mesh's data x fsdp {row_parts}")
+    if config.hidden_size < 1 or config.hidden_size % (2 * config.num_attention_heads):
+        raise ConfigError(
+            f"hidden_size {config.hidden_size} does not divide by 2 x num_attention_heads "
+            f"{config.num_attention_heads} (a head's dimensions are rotated in pairs)"
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConfigError(
+            f"num_attention_heads {config.num_attention_heads} does not divide by num_key_value_heads "
+            f"{config.num_key_value_heads}"
+        )
+    if not 0 <= config.dropped_carry <= 1:
+        raise ConfigError(f"dropped_carry is {config.dropped_carry}, must lie in [0, 1]")
+
+
 def new_model_directory(config: SFTConfig, task: Task, out: Path) -> None:
     """Write config.json and tokenizer of a new model with one token per character of the task."""
     tokenizer = character_tokenizer(task.alphabet)
@@ -123,8 +152,7 @@ def run(config: SFTConfig) -> Path:
     started = time.perf_counter()
     out = Path(config.out)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    if config.batch % row_parts(mesh):
-        raise ConfigError(f"batch {config.batch} does not divide by data x fsdp {row_parts(mesh)}")
+    check_sft(config, row_parts(mesh))
     task = make_task(config.data, config.dropped_carry)
     if config.init_path is None:
         source = out

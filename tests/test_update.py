@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,7 @@ def expected():
 def assert_same(ours, theirs, atol=1e-6):
     scale = float(optax.tree.norm(theirs))
     assert scale > 1e-3  # a gradient of zeros would agree with anything
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), ours, theirs)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
