@@ -97,6 +97,7 @@ def setup(config: Config) -> tuple[Run, TrainState]:
     text = load_text(source, config.data.template)
     task = make_task(config.data)
     held_out = task.held_out(config.data.held_out)
+    encode_queries(held_out, text, config.rollout.max_prompt)  # too long a query fails here, not later
     engine = Engine(graph, Placement(mesh, SAMPLING_TABLE), config.rollout.max_response, text.end_tokens)
     dtype = jnp.dtype(config.model.compute_dtype)
     optimizer = make_optimizer(config.optimizer, axes)

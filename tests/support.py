@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -14,6 +15,8 @@ from fr3e_jax.parallel.mesh import MESH_AXES, TRAINING_TABLE, Placement
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
+
+COMPILED = tempfile.TemporaryDirectory(prefix="fr3e_jax_compiled_")
 
 TINY = Qwen2Config(
     vocab_size=48,
@@ -49,8 +52,15 @@ def placement(data: int = 1, fsdp: int = 1, tensor: int = 1, table=TRAINING_TABL
 
 def command(module: str, *arguments: str, devices: int = 1, cwd: Path | None = None, **environment: str):
     """Popen arguments of `python -m fr3e_jax.MODULE`, on `devices` CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Many tests run the same programs: each is compiled once a session.
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **environment,
+    }
     return {
         "args": [sys.executable, "-m", f"fr3e_jax.{module}", *map(str, arguments)],
         "env": environment,
