@@ -422,7 +422,7 @@ def parse(
         name = Path(value).stem
     parser = make_parser(config_class, command)
     try:
-        values = parser.instantiate_classes(parser.parse_args(argv))
+        values = parser.instantiate(parser.parse_args(argv))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         fail(command, error)
     fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]

@@ -56,6 +56,10 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
     for name in ("steps", "batch", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}, must be at least 1")
+    if not 0 <= config.warmup_steps < config.steps:
+        raise ConfigError(
+            f"warmup_steps {config.warmup_steps} must be at least 0 and below steps {config.steps}"
+        )
     if config.batch % row_parts:
         raise ConfigError(f"batch {config.batch} does not divide by the mesh's data x fsdp {row_parts}")
     if config.hidden_size < 1 or config.hidden_size % (2 * config.num_attention_heads):

@@ -21,7 +21,8 @@ PROBLEMS, ROLLOUTS, MAX_RESPONSE, K = 64, 4, 40, 2
 
 
 def test_the_command_writes_a_model_that_training_can_start_from(tmp_path):
-    flags = "--steps=3 --batch=8 --hidden_size=32 --num_hidden_layers=2 --intermediate_size=32".split()
+    shape = "--hidden_size=32 --num_hidden_layers=2 --intermediate_size=32".split()
+    flags = ["--steps=3", "--warmup_steps=1", "--batch=8", *shape]
     done = run("sft", *flags, "--out", tmp_path / "model")
     assert done.returncode == 0, done.stderr
     assert "model in" in done.stdout
@@ -46,10 +47,11 @@ def test_the_command_writes_a_model_that_training_can_start_from(tmp_path):
         (["--max_position_embeddings=20"], "max_position_embeddings 20"),
         (["--init_path=/nowhere"], "/nowhere"),
         (["--hidden_size=33"], "hidden_size"),
+        (["--warmup_steps=9"], "warmup_steps 9"),
     ],
 )
 def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, message):
-    refused = run("sft", *flags, "--steps=1", "--out", tmp_path / "model")
+    refused = run("sft", "--steps=1", "--warmup_steps=0", *flags, "--out", tmp_path / "model")
     assert refused.returncode == 2
     assert message in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
