@@ -75,6 +75,10 @@ class Run:
         """The key that random choices of trajectories and positions derive theirs from."""
         return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
+    def sampling_params(self, params: Params) -> Params:
+        """Parameters in the type and layout for sampling."""
+        return sampling_params(self.engine.placement, self.axes, params, self.learner.compute_dtype)
+
     def reward(self, responses: list[np.ndarray], problems: list[Problem]) -> np.ndarray:
         """Verify whole responses (token ids), float32."""
         texts = self.stream.text.decode(responses)
@@ -170,7 +174,10 @@ def return_and_explore(
 
     round_key = jax.random.fold_in(jax.random.fold_in(run.choice_key, step), int(queries.index[0]))
     kept = keep_trajectories(jnp.asarray(base_reward), config.explore.keep, round_key)
+    # Padded to a bucket, with trajectories that have no valid state, so that few shapes are compiled.
     query, trajectory = np.nonzero(np.asarray(kept))
+    real = np.arange(run.engine.bucket(len(query))) < len(query)
+    query, trajectory = np.pad([query, trajectory], [(0, 0), (0, len(real) - len(query))]).astype(np.int32)
     position, valid = positions_of(
         config.explore.rule,
         seen.entropy[query, trajectory],
@@ -181,7 +188,7 @@ def return_and_explore(
         jax.vmap(row_key, (None, None, 0, 0))(run.choice_key, step, queries.index[query], trajectory),
     )
     prefix_length, valid = jax.device_get(states_of(position, valid))
-    states = States(query.astype(np.int32), trajectory.astype(np.int32), prefix_length, valid)
+    states = States(query, trajectory, prefix_length, valid & real[:, None])
     with watch.stage("explore"):
         rollouts = jax.device_get(
             run.engine.explore(
@@ -189,7 +196,7 @@ def return_and_explore(
                 placed,
                 base,
                 caches,
-                states,
+                run.engine.placement.place_rows(states),
                 run.sampling_key,
                 step,
                 config.explore.rollouts,
@@ -199,7 +206,8 @@ def return_and_explore(
     entropy = np.take_along_axis(seen.entropy[query, trajectory], prefix_length[:, 1:], axis=1)
     metrics = whole_answer_metrics(seen)
     metrics["reward/base_mean"] = float(base_reward.mean())
-    metrics["entropy/positions"] = float(entropy[valid[:, 1:]].mean()) if valid[:, 1:].any() else 0.0
+    restarted = entropy[states.valid[:, 1:]]
+    metrics["entropy/positions"] = float(restarted.mean()) if restarted.size else 0.0
     metrics["tokens/generated"] += int(rollouts.length.sum())
     return states, seen.token[query, trajectory], rollouts, metrics
 
@@ -254,7 +262,7 @@ def sample_round(
     )
     accepted = np.asarray(accept_states(jnp.asarray(reward), states.valid, states.query, credit.reject))
     metrics |= {
-        "reward/root_mean": float(reward[:, 0].mean()),
+        "reward/root_mean": float(value[states.valid[:, 0], 0].mean()),
         "value/mean": float(value[states.valid].mean()),
         "modulation/mean": float(alpha[states.valid].mean()),
         "states/accepted": int(accepted.sum()),
@@ -334,10 +342,8 @@ def train_step(
     """
     config, watch, started = run.config, Stopwatch(), time.perf_counter()
     step, position, wanted = progress.step + 1, progress.data_position, config.optimizer.batch_states
-    sampler_params = sampling_params(run.engine.placement, run.axes, state.params, run.learner.compute_dtype)
     rounds: list[dict[str, Any]] = []
-    sample = None
-    waiting = carried
+    sample, waiting, sampler_params = None, carried, None
     while groups.count(waiting) < wanted:
         if len(rounds) == config.credit.max_rounds:
             raise SamplingError(
@@ -347,6 +353,8 @@ def train_step(
                 "easier or harder task, raise explore.rollouts, rollout.queries or credit.max_rounds, or "
                 "lower optimizer.batch_states."
             )
+        if sampler_params is None:
+            sampler_params = run.sampling_params(state.params)
         accepted, metrics, sample = sample_round(run, sampler_params, step, position, watch)
         waiting = groups.join(waiting, accepted)
         position += config.rollout.queries
@@ -391,7 +399,7 @@ def summarize(rounds: list[dict[str, Any]], updates: list[dict[str, Any]]) -> di
 
 def evaluate(run: Run, params: Params) -> float:
     """Share of the held-out problems that greedy decoding answers right."""
-    params = sampling_params(run.engine.placement, run.axes, params, run.learner.compute_dtype)
+    params = run.sampling_params(params)
     rows, right = run.config.evaluate.rows, 0.0
     for start in range(0, len(run.held_out), rows):
         problems = run.held_out[start : start + rows]

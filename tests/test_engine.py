@@ -87,7 +87,8 @@ def explored(temperature, mesh=(1, 1, 1), padding=0):
     )
     if padding:  # trajectories without valid states must not change the others
         states = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:padding])]), states)
-    partial = e.explore(params, placed, base, caches, states, SEED_KEY, STEP, M, temperature)
+    at = e.placement.place_rows(states)
+    partial = e.explore(params, placed, base, caches, at, SEED_KEY, STEP, M, temperature)
     return jax.device_get(base), states, jax.device_get(partial)
 
 

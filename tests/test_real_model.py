@@ -85,4 +85,4 @@ def test_one_step_on_a_real_model(smollm2, tmp_path):
     (_, step) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < step["reward/root_mean"] < 1
     assert np.isfinite(step["update/loss"]) and step["update/grad_norm"] > 0
-    assert step["update/mismatch"] < 1e-4  # one minibatch: sampler and learner see the same policy
+    assert step["update/abs_log_ratio"] < 1e-4  # one minibatch: sampler and learner see the same policy

@@ -21,6 +21,7 @@ from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.types import Queries, Rollouts, States
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Caches:
     """What exploration restarts from: the segments of a round's queries and base trajectories.
@@ -32,9 +33,6 @@ class Caches:
     base: Segment
 
 
-jax.tree_util.register_dataclass(Caches)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
 class Engine:
     """The rollouts of one model on one mesh; every method runs as one jitted program."""
@@ -44,12 +42,13 @@ class Engine:
     max_new: int  # most tokens of a response
     end_tokens: tuple[int, ...]
 
+    @functools.partial(jax.jit, static_argnames=("self", "count", "temperature"))
     def first_return(
         self,
         params: Params,
         queries: Queries,
         seed_key: Array,
-        step: int,
+        step: Array | int,
         count: int,
         temperature: float,
     ) -> tuple[Rollouts, Caches]:
@@ -58,8 +57,27 @@ class Engine:
         Returns:
           (Rollouts with N = B and C = count, the caches).
         """
-        return _first_return(self, params, queries, seed_key, jnp.int32(step), count, temperature)
+        model = nnx.merge(self.graph, params)
+        query_segment = prefill(model, self.placement, queries.token, queries.length)
+        shape = (queries.length.shape[0], count)
+        last = queries.length - 1
+        last_token = jnp.take_along_axis(queries.token, last[:, None], axis=1)
+        position = jnp.broadcast_to(last[:, None], shape)
+        rollouts, base_segment = decode_branches(
+            model,
+            self.placement,
+            token=jnp.broadcast_to(last_token, shape),
+            position=position,
+            context=(query_segment._replace(length=position),),
+            limit=jnp.full(shape, self.max_new, jnp.int32),
+            key=branch_keys(seed_key, step, queries.index, jnp.broadcast_to(jnp.arange(count), shape)),
+            max_new=self.max_new,
+            end_tokens=self.end_tokens,
+            temperature=temperature,
+        )
+        return rollouts, Caches(query_segment, base_segment)
 
+    @functools.partial(jax.jit, static_argnames=("self", "rollouts", "temperature"))
     def explore(
         self,
         params: Params,
@@ -68,130 +86,65 @@ class Engine:
         caches: Caches,
         states: States,
         seed_key: Array,
-        step: int,
+        step: Array | int,
         rollouts: int,
         temperature: float,
     ) -> Rollouts:
         """Sample `rollouts` continuations from every valid state.
 
         Args:
-          states: host arrays; N is padded here to a bucket that divides by the mesh.
+          queries, base, caches: as given to and returned by `first_return`.
+          states: of N trajectories, N dividing by the mesh's row parts.
 
         Returns:
           Rollouts with N trajectories and C = J x rollouts branches, state-major.
         """
-        n = states.query.shape[0]
-        padded = self.placement.place_rows(pad_rows(states, self.bucket(n)))
-        result = _explore(
-            self,
-            params,
-            queries,
-            base,
-            caches,
-            padded,
-            seed_key,
-            jnp.int32(step),
-            rollouts,
-            temperature,
+        model = nnx.merge(self.graph, params)
+        count = base.token.shape[1]
+
+        def per_branch(x: Array) -> Array:
+            return jnp.repeat(x, rollouts, axis=1)
+
+        # The kept trajectories' rows are taken out once; their branches share them.
+        query_length = queries.length[states.query][:, None]
+        query_segment = Segment(
+            caches.query.key[:, states.query],
+            caches.query.value[:, states.query],
+            per_branch(jnp.broadcast_to(query_length - 1, states.prefix_length.shape)),
         )
-        return jax.tree.map(lambda x: x[:n], result)
+        base_segment = Segment(
+            take_trajectory(caches.base.key, states),
+            take_trajectory(caches.base.value, states),
+            per_branch(states.prefix_length),
+        )
+        response = base.token[states.query, states.base]
+        before = jnp.take_along_axis(response, jnp.maximum(states.prefix_length - 1, 0), axis=1)
+        last = jnp.take_along_axis(queries.token[states.query], query_length - 1, axis=1)
+        token = jnp.where(states.prefix_length > 0, before, last)
+
+        # A whole answer, prefix included, has at most max_new tokens.
+        limit = jnp.where(states.valid, self.max_new - states.prefix_length, 0)
+        branches = states.prefix_length.shape[1] * rollouts
+        # Branch numbers continue after the base trajectories', one range per trajectory of the query.
+        number = count + states.base[:, None] * branches + jnp.arange(branches)[None, :]
+        result, _ = decode_branches(
+            model,
+            self.placement,
+            token=per_branch(token),
+            position=per_branch(query_length - 1 + states.prefix_length),
+            context=(query_segment, base_segment),
+            limit=per_branch(limit),
+            key=branch_keys(seed_key, step, queries.index[states.query], number),
+            max_new=self.max_new,
+            end_tokens=self.end_tokens,
+            temperature=temperature,
+        )
+        return result
 
     def bucket(self, rows: int) -> int:
-        """The number of rows to compile for: the mesh's row parts times a power of two."""
+        """The number of trajectories to compile for: the mesh's row parts times a power of two."""
         parts = row_parts(self.placement.mesh)
         return parts * 2 ** int(np.ceil(np.log2(max(-(-rows // parts), 1))))
-
-
-def pad_rows(states: States, rows: int) -> States:
-    """Append trajectories without valid states until there are `rows`."""
-    return jax.tree.map(lambda x: np.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1)), states)
-
-
-@functools.partial(jax.jit, static_argnames=("engine", "count", "temperature"))
-def _first_return(
-    engine: Engine,
-    params: Params,
-    queries: Queries,
-    seed_key: Array,
-    step: Array,
-    count: int,
-    temperature: float,
-) -> tuple[Rollouts, Caches]:
-    model = nnx.merge(engine.graph, params)
-    query_segment = prefill(model, engine.placement, queries.token, queries.length)
-    shape = (queries.length.shape[0], count)
-    last = queries.length - 1
-    last_token = jnp.take_along_axis(queries.token, last[:, None], axis=1)
-    position = jnp.broadcast_to(last[:, None], shape)
-    rollouts, base_segment = decode_branches(
-        model,
-        engine.placement,
-        token=jnp.broadcast_to(last_token, shape),
-        position=position,
-        context=(query_segment._replace(length=position),),
-        limit=jnp.full(shape, engine.max_new, jnp.int32),
-        key=branch_keys(seed_key, step, queries.index, jnp.broadcast_to(jnp.arange(count), shape)),
-        max_new=engine.max_new,
-        end_tokens=engine.end_tokens,
-        temperature=temperature,
-    )
-    return rollouts, Caches(query_segment, base_segment)
-
-
-@functools.partial(jax.jit, static_argnames=("engine", "rollouts", "temperature"))
-def _explore(
-    engine: Engine,
-    params: Params,
-    queries: Queries,
-    base: Rollouts,
-    caches: Caches,
-    states: States,
-    seed_key: Array,
-    step: Array,
-    rollouts: int,
-    temperature: float,
-) -> Rollouts:
-    model = nnx.merge(engine.graph, params)
-    count = base.token.shape[1]
-
-    def per_branch(x: Array) -> Array:
-        return jnp.repeat(x, rollouts, axis=1)
-
-    # The kept trajectories' rows are taken out once; their branches share them.
-    query_length = queries.length[states.query][:, None]
-    query_segment = Segment(
-        caches.query.key[:, states.query],
-        caches.query.value[:, states.query],
-        per_branch(jnp.broadcast_to(query_length - 1, states.prefix_length.shape)),
-    )
-    base_segment = Segment(
-        take_trajectory(caches.base.key, states),
-        take_trajectory(caches.base.value, states),
-        per_branch(states.prefix_length),
-    )
-    response = base.token[states.query, states.base]
-    before = jnp.take_along_axis(response, jnp.maximum(states.prefix_length - 1, 0), axis=1)
-    last = jnp.take_along_axis(queries.token[states.query], query_length - 1, axis=1)
-    token = jnp.where(states.prefix_length > 0, before, last)
-
-    # A whole answer, prefix included, has at most max_new tokens.
-    limit = jnp.where(states.valid, engine.max_new - states.prefix_length, 0)
-    branches = states.prefix_length.shape[1] * rollouts
-    # Branch numbers continue after the base trajectories', one range per trajectory of the query.
-    number = count + states.base[:, None] * branches + jnp.arange(branches)[None, :]
-    result, _ = decode_branches(
-        model,
-        engine.placement,
-        token=per_branch(token),
-        position=per_branch(query_length - 1 + states.prefix_length),
-        context=(query_segment, base_segment),
-        limit=per_branch(limit),
-        key=branch_keys(seed_key, step, queries.index[states.query], number),
-        max_new=engine.max_new,
-        end_tokens=engine.end_tokens,
-        temperature=temperature,
-    )
-    return result
 
 
 def take_trajectory(cache: Array, states: States) -> Array:
@@ -204,7 +157,7 @@ def take_trajectory(cache: Array, states: States) -> Array:
     return jax.vmap(one, out_axes=1)(states.query, states.base)
 
 
-def branch_keys(seed_key: Array, step: Array, query: Array, branch: Array) -> Array:
+def branch_keys(seed_key: Array, step: Array | int, query: Array, branch: Array) -> Array:
     """Keys [N, C] of branches int32 [N, C] of queries int32 [N]."""
     keys = jax.vmap(row_key, in_axes=(None, None, None, 0))
     return jax.vmap(keys, in_axes=(None, None, 0, 0))(seed_key, step, query, branch)

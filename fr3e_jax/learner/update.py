@@ -22,7 +22,7 @@ from fr3e_jax.models.qwen2 import Params, Qwen2
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement
 from fr3e_jax.types import Batch
 
-SUMMED = ("loss", "clip_low", "clip_high", "clip_dual", "approx_kl", "reference_kl", "mismatch")
+SUMMED = ("loss", "clip_low", "clip_high", "clip_dual", "approx_kl", "reference_kl", "abs_log_ratio")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
@@ -37,6 +37,7 @@ class Learner:
     logit_chunk: int  # tokens of a row whose logits exist at a time
     remat: bool  # recompute each layer in the backward pass
 
+    @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
     def update(
         self, state: TrainState, batch: Batch, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
@@ -49,15 +50,33 @@ class Learner:
 
         Returns:
           (the new state, metrics float32 []): those of `policy_loss`, `loss`, `reference_kl`,
-          `grad_norm`, `ratio_max`, `ratio_min`, and `mismatch`, the mean |logprob - old_logprob|.
+          `grad_norm`, `ratio_max`, `ratio_min`, and `abs_log_ratio`, the mean |logprob - old_logprob|.
         """
-        return _update(self, state, batch, reference)
+        gradient, metrics = self.gradient(state.params, batch, reference)
+        changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, changes)
+        return TrainState(params, optimizer, state.updates + 1), metrics
 
+    @functools.partial(jax.jit, static_argnames=("self",))
     def gradient(
         self, params: Params, batch: Batch, reference: Params | None = None
     ) -> tuple[Params, dict[str, Array]]:
         """Gradient of the loss and its metrics, accumulated over the micro-batches of `batch`."""
-        return _gradient(self, params, batch, reference)
+        # An empty batch has loss 0, not 0 / 0.
+        denominator = jnp.maximum(jnp.sum(trained(batch)), 1).astype(jnp.float32)
+        differentiate = jax.grad(micro_loss, argnums=1, has_aux=True)
+
+        def accumulate(total: Params, micro: Batch) -> tuple[Params, dict[str, Array]]:
+            gradient, metrics = differentiate(self, params, reference, micro, denominator)
+            return jax.tree.map(jnp.add, total, gradient), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        gradient, metrics = jax.lax.scan(accumulate, zeros, batch)
+        reduced = {name: jnp.sum(value) for name, value in metrics.items() if name in SUMMED}
+        reduced["ratio_max"] = jnp.max(metrics["ratio_max"])
+        reduced["ratio_min"] = jnp.min(metrics["ratio_min"])
+        reduced["grad_norm"] = optax.tree.norm(gradient)
+        return gradient, reduced
 
 
 def token_logprob(
@@ -66,7 +85,7 @@ def token_logprob(
     """log pi(token_t | token_<t) of every token of every row, without [T, V] logits.
 
     Args:
-      token: int32 [rows, T], T a multiple of `logit_chunk` or below it. length: int32 [rows].
+      token: int32 [rows, T]. length: int32 [rows].
       logit_chunk: tokens of a row whose logits exist at a time.
       remat: recompute each layer in the backward pass.
 
@@ -75,7 +94,8 @@ def token_logprob(
     """
     size = token.shape[1]
     chunk = min(logit_chunk, size)
-    chunks = size // chunk
+    chunks = -(-size // chunk)
+    padding = chunks * chunk - size
 
     @jax.checkpoint
     def chunk_logprob(hidden: Array, target: Array) -> Array:
@@ -85,9 +105,10 @@ def token_logprob(
 
     def row(token: Array, length: Array) -> Array:
         hidden, _ = model(token, jnp.arange(size), length, placement.shard, remat)
-        pieces = (hidden.reshape(chunks, chunk, -1), jnp.roll(token, -1).reshape(chunks, chunk))
-        _, logprob = jax.lax.scan(lambda _, piece: (None, chunk_logprob(*piece)), None, pieces)
-        return jnp.roll(logprob.reshape(size), 1).at[0].set(0.0)
+        hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
+        target = jnp.pad(jnp.roll(token, -1), (0, padding)).reshape(chunks, chunk)
+        _, logprob = jax.lax.scan(lambda _, piece: (None, chunk_logprob(*piece)), None, (hidden, target))
+        return jnp.roll(logprob.reshape(-1)[:size], 1).at[0].set(0.0)
 
     return jax.vmap(row, spmd_axis_name=BATCH_AXES)(token, length)
 
@@ -133,39 +154,8 @@ def micro_loss(
         metrics["reference_kl"] = masked_sum(kl, mask) / denominator
         loss = loss + settings.kl_coefficient * metrics["reference_kl"]
     log_ratio = jnp.where(mask, logprob - micro.old_logprob, 0.0)
-    metrics["mismatch"] = masked_sum(jnp.abs(log_ratio), mask) / denominator
+    metrics["abs_log_ratio"] = masked_sum(jnp.abs(log_ratio), mask) / denominator
     metrics["ratio_max"] = jnp.exp(jnp.max(log_ratio))
     metrics["ratio_min"] = jnp.exp(jnp.min(log_ratio))
     metrics["loss"] = loss
     return loss, metrics
-
-
-@functools.partial(jax.jit, static_argnames=("learner",))
-def _gradient(
-    learner: Learner, params: Params, batch: Batch, reference: Params | None
-) -> tuple[Params, dict[str, Array]]:
-    # An empty batch has loss 0, not 0 / 0.
-    denominator = jnp.maximum(jnp.sum(trained(batch)), 1).astype(jnp.float32)
-    differentiate = jax.grad(micro_loss, argnums=1, has_aux=True)
-
-    def accumulate(total: Params, micro: Batch) -> tuple[Params, dict[str, Array]]:
-        gradient, metrics = differentiate(learner, params, reference, micro, denominator)
-        return jax.tree.map(jnp.add, total, gradient), metrics
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    gradient, metrics = jax.lax.scan(accumulate, zeros, batch)
-    reduced = {name: jnp.sum(value) for name, value in metrics.items() if name in SUMMED}
-    reduced["ratio_max"] = jnp.max(metrics["ratio_max"])
-    reduced["ratio_min"] = jnp.min(metrics["ratio_min"])
-    reduced["grad_norm"] = optax.tree.norm(gradient)
-    return gradient, reduced
-
-
-@functools.partial(jax.jit, static_argnames=("learner",), donate_argnames=("state",))
-def _update(
-    learner: Learner, state: TrainState, batch: Batch, reference: Params | None
-) -> tuple[TrainState, dict[str, Array]]:
-    gradient, metrics = _gradient(learner, state.params, batch, reference)
-    changes, optimizer = learner.optimizer.update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, changes)
-    return TrainState(params, optimizer, state.updates + 1), metrics

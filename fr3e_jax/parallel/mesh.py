@@ -126,8 +126,13 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
       data, fsdp, tensor: sizes; one of them may be -1, for "all devices that are left".
 
     Raises:
-      PlacementError: the sizes do not multiply to the number of devices.
+      PlacementError: the sizes do not multiply to the number of devices, or there are several hosts.
     """
+    if jax.process_count() > 1:
+        raise PlacementError(
+            f"this program runs on one host, and there are {jax.process_count()} processes; use a slice "
+            "of one host"
+        )
     sizes = [data, fsdp, tensor]
     devices = jax.device_count()
     if sizes.count(-1) == 1:
