@@ -63,12 +63,13 @@ class States:
     """Where partial rollouts start: J states of each of N kept trajectories.
 
     query: int32 [N], row of `Queries`. base: int32 [N], which of the R base trajectories.
-    prefix_length: int32 [N, J], response tokens of the base trajectory that are kept; 0 is the root.
-    valid: bool [N, J].
+    response: int32 [N, S], the tokens of that trajectory. prefix_length: int32 [N, J], how many of them
+    the state keeps; 0 is the root. valid: bool [N, J].
     """
 
     query: Leaf
     base: Leaf
+    response: Leaf
     prefix_length: Leaf
     valid: Leaf
 

@@ -82,13 +82,14 @@ def explored(temperature, mesh=(1, 1, 1), padding=0):
     states = States(
         query=np.array([0, 0, 3, 2], np.int32),
         base=np.array([2, 1, 0, 1], np.int32),
+        response=np.asarray(base.token)[[0, 0, 3, 2], [2, 1, 0, 1]],
         prefix_length=np.array([[0, 1, length[0, 2] - 1], [0, 1, 2], [0, 2, 3], [0, 0, 0]], np.int32).clip(0),
         valid=np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]], bool),
     )
     if padding:  # trajectories without valid states must not change the others
         states = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:padding])]), states)
     at = e.placement.place_rows(states)
-    partial = e.explore(params, placed, base, caches, at, SEED_KEY, STEP, M, temperature)
+    partial = e.explore(params, placed, caches, at, SEED_KEY, STEP, M, temperature)
     return jax.device_get(base), states, jax.device_get(partial)
 
 

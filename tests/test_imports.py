@@ -6,7 +6,7 @@ import pytest
 from support import REPOSITORY
 
 PACKAGE = REPOSITORY / "fr3e_jax"
-COMMANDS = {"train", "sft"}
+COMMANDS = {"train", "sft", "step"}  # step is the part of train that is the algorithm
 
 # Part of the package -> parts that it may import (itself always). `config` reads the names of options
 # from `algorithm`; host, engine and learner are handed models and do not build them, except for `export`,

@@ -142,7 +142,7 @@ def test_the_baselines_run_from_the_same_code(tmp_path, algorithm):
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert resolved["explore"]["positions"] == 0
     last = metrics(tmp_path / "run")[-1]
-    assert "reward/base_mean" not in last  # no base trajectories were sampled
+    assert "entropy/positions" not in last
     assert (last.get("states/rejected", 0) > 0) == (algorithm == "grpo++")
 
 

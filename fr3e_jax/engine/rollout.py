@@ -82,7 +82,6 @@ class Engine:
         self,
         params: Params,
         queries: Queries,
-        base: Rollouts,
         caches: Caches,
         states: States,
         seed_key: Array,
@@ -93,14 +92,13 @@ class Engine:
         """Sample `rollouts` continuations from every valid state.
 
         Args:
-          queries, base, caches: as given to and returned by `first_return`.
+          queries, caches: as given to and returned by `first_return`.
           states: of N trajectories, N dividing by the mesh's row parts.
 
         Returns:
           Rollouts with N trajectories and C = J x rollouts branches, state-major.
         """
         model = nnx.merge(self.graph, params)
-        count = base.token.shape[1]
 
         def per_branch(x: Array) -> Array:
             return jnp.repeat(x, rollouts, axis=1)
@@ -117,8 +115,7 @@ class Engine:
             take_trajectory(caches.base.value, states),
             per_branch(states.prefix_length),
         )
-        response = base.token[states.query, states.base]
-        before = jnp.take_along_axis(response, jnp.maximum(states.prefix_length - 1, 0), axis=1)
+        before = jnp.take_along_axis(states.response, jnp.maximum(states.prefix_length - 1, 0), axis=1)
         last = jnp.take_along_axis(queries.token[states.query], query_length - 1, axis=1)
         token = jnp.where(states.prefix_length > 0, before, last)
 
@@ -126,7 +123,7 @@ class Engine:
         limit = jnp.where(states.valid, self.max_new - states.prefix_length, 0)
         branches = states.prefix_length.shape[1] * rollouts
         # Branch numbers continue after the base trajectories', one range per trajectory of the query.
-        number = count + states.base[:, None] * branches + jnp.arange(branches)[None, :]
+        number = caches.base.key.shape[4] + states.base[:, None] * branches + jnp.arange(branches)[None, :]
         result, _ = decode_branches(
             model,
             self.placement,

@@ -13,7 +13,6 @@ LENGTH_BUCKET = 16  # rows are padded to a multiple of this many tokens
 def collect(
     accepted: np.ndarray,
     queries: Queries,
-    response: np.ndarray,
     states: States,
     rollouts: Rollouts,
     advantage: np.ndarray,
@@ -23,7 +22,6 @@ def collect(
     Args:
       accepted: bool [N, J].
       queries: the round's queries.
-      response: int32 [N, S], base trajectory of each kept trajectory.
       states: the round's states.
       rollouts: [N, J x M, S] leaves, state-major.
       advantage: float32 [N, J, M].
@@ -38,7 +36,7 @@ def collect(
     return StateGroups(
         query=queries.token[query],
         query_length=queries.length[query],
-        prefix=response[n],
+        prefix=states.response[n],
         prefix_length=states.prefix_length[n, j],
         token=grouped(rollouts.token),
         logprob=grouped(rollouts.logprob),
