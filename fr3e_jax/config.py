@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -285,6 +285,7 @@ def check(config: Config, row_parts: int, context: int) -> None:
     rollout, explore, optimizer = config.rollout, config.explore, config.optimizer
     at_least = {
         "steps": (config.steps, 1),
+        "seed": (config.seed, 0),
         "rollout.queries": (rollout.queries, 1),
         "rollout.base_trajectories": (rollout.base_trajectories, 1),
         "rollout.max_prompt": (rollout.max_prompt, 1),
@@ -303,8 +304,6 @@ def check(config: Config, row_parts: int, context: int) -> None:
         "evaluate.rows": (config.evaluate.rows, 1),
         "checkpoint.every": (config.checkpoint.every, 1),
         "checkpoint.keep": (config.checkpoint.keep, 1),
-        "data.min_digits": (config.data.min_digits, 1),
-        "data.max_digits": (config.data.max_digits, config.data.min_digits),
         "data.held_out": (config.data.held_out, 1),
     }
     for name, (value, least) in at_least.items():
@@ -426,7 +425,23 @@ def parse(
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         fail(command, error)
     fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    return config_class(**fields), name
+    config = config_class(**fields)
+    if empty := nulls(config):
+        fail(command, ConfigError(f"{', '.join(empty)}: null is not a value of this option"))
+    return config, name
+
+
+def nulls(config: Any) -> list[str]:
+    """Names of options that are null and may not be, which the parser lets through."""
+    names = []
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            names += [f"{field.name}.{name}" for name in nulls(value)]
+        elif value is None and type(None) not in get_args(hints[field.name]):
+            names.append(field.name)
+    return names
 
 
 def dump(config: Config) -> str:

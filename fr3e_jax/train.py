@@ -18,7 +18,7 @@ from fr3e_jax.host.checkpoints import Checkpoints, Progress
 from fr3e_jax.host.data import QueryStream, encode_queries
 from fr3e_jax.host.export import export_model
 from fr3e_jax.host.metrics import Reporter, read_metrics
-from fr3e_jax.host.run_dir import open_run_dir
+from fr3e_jax.host.run_dir import open_run_dir, refuse_other_settings
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
@@ -83,6 +83,7 @@ def train(config: Config, name: str) -> dict[str, Any]:
       What summary.json says.
     """
     config = resolve(config)
+    refuse_other_settings(config)
     run, state, held_out = setup(config)
     directory = open_run_dir(config, name)
     checkpoints = Checkpoints(directory, config.checkpoint.keep)

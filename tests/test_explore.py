@@ -1,6 +1,7 @@
 """Token entropy, choice of positions, states and kept trajectories against slow, obvious loops."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -23,6 +24,8 @@ from fr3e_jax.algorithm.explore import (
 N, S = 3, 12  # one shape for all drawn examples, so that each option is compiled once
 
 choose = jax.jit(choose_positions, static_argnums=(2, 3))
+spread_evenly = jax.jit(uniform_positions, static_argnums=(1, 2))
+by_rule = jax.jit(positions_of, static_argnums=(0, 4, 5))
 entropy_of = jax.jit(token_entropy)
 
 
@@ -114,24 +117,24 @@ def test_choice_equals_the_slow_loop(count, min_gap, score, length):
 
 def test_position_zero_and_padding_are_never_chosen():
     score = np.array([[9.0, 1.0, 2.0, 8.0, 8.0]], np.float32)
-    assert picked(*choose_positions(score, np.array([3]), 2)) == [[1, 2]]
+    assert picked(*choose(score, np.array([3]), 2)) == [[1, 2]]
 
 
 def test_ties_go_to_the_earlier_position():
     score = np.array([[0.0, 5.0, 7.0, 5.0, 5.0]], np.float32)
-    assert picked(*choose_positions(score, np.array([5]), 2)) == [[1, 2]]
+    assert picked(*choose(score, np.array([5]), 2)) == [[1, 2]]
 
 
 def test_positions_come_in_order_and_not_by_score():
     score = np.array([[0.0, 1.0, 5.0, 3.0, 9.0]], np.float32)
-    assert picked(*choose_positions(score, np.array([5]), 3)) == [[2, 3, 4]]
+    assert picked(*choose(score, np.array([5]), 3)) == [[2, 3, 4]]
 
 
 def test_the_gap_passes_over_neighbours_of_a_better_position():
     score = np.array([[0.0, 7.0, 8.0, 9.0, 8.5, 1.0, 2.0]], np.float32)
     length = np.array([7])
-    assert picked(*choose_positions(score, length, 3, 2)) == [[1, 3, 6]]
-    assert picked(*choose_positions(score, length, 3, 3)) == [[3, 6]]
+    assert picked(*choose(score, length, 3, 2)) == [[1, 3, 6]]
+    assert picked(*choose(score, length, 3, 3)) == [[3, 6]]
 
 
 def test_short_responses_give_fewer_positions_and_no_repeats():
@@ -142,32 +145,31 @@ def test_short_responses_give_fewer_positions_and_no_repeats():
 
 @pytest.mark.parametrize("min_gap", [0, 1, 3, 7])
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_uniform_positions_lie_one_in_each_equal_part(count, min_gap):
+def test_uniform_positions_lie_in_the_middles_of_equal_parts(count, min_gap):
     length = np.arange(41, dtype=np.int32)
-    for size, chosen in zip(length, picked(*uniform_positions(length, count, min_gap)), strict=True):
+    for size, chosen in zip(length, picked(*spread_evenly(length, count, min_gap)), strict=True):
         candidates = max(int(size) - 1, 0)  # positions 1 to size - 1
         gap = max(min_gap, 1)
         assert len(chosen) <= count
         assert len(chosen) >= min(count, candidates // gap)
         if count and candidates:
             assert chosen  # one position needs no gap
-        assert all(b - a >= gap for a, b in zip(chosen, chosen[1:], strict=False))
+        assert all(b - a >= gap for a, b in itertools.pairwise(chosen))
         for k, t in enumerate(chosen):
-            low, high = candidates * k / len(chosen), candidates * (k + 1) / len(chosen)
+            middle = candidates * (k + 0.5) / len(chosen)  # of the k-th equal part
             assert 1 <= t < size
-            assert low <= t - 1 < high
-            assert abs(t - 1 - (low + high) / 2) < 1  # its middle, rounded down
+            assert abs(t - 1 - middle) < 1
 
 
 def test_uniform_positions_of_a_known_length():
-    assert picked(*uniform_positions(np.array([13]), 3)) == [[3, 7, 11]]
+    assert picked(*spread_evenly(np.array([13]), 3)) == [[3, 7, 11]]
 
 
 def test_rules_score_by_what_they_are_named_after():
     entropy = np.array([[0.0, 0.1, 0.9, 0.2, 0.8, 0.3, 0.1]], np.float32)
     logprob = np.array([[-9.0, -3.0, -0.1, -0.2, -0.3, -2.0, -0.1]], np.float32)
     found = {
-        rule: picked(*positions_of(rule, entropy, logprob, np.array([7]), 2, 0, keys_of(0)))
+        rule: picked(*by_rule(rule, entropy, logprob, np.array([7]), 2, 0, keys_of(0)))
         for rule in ("entropy", "surprisal", "uniform")
     }
     assert found == {"entropy": [[2, 4]], "surprisal": [[1, 5]], "uniform": [[2, 5]]}
@@ -178,10 +180,10 @@ def test_every_rule_keeps_to_the_length_and_the_gap():
     entropy, logprob = rng.random((2, 40, S)).astype(np.float32)
     length = rng.integers(0, S + 1, 40).astype(np.int32)
     for rule in ("entropy", "surprisal", "random", "uniform"):
-        found = picked(*positions_of(rule, entropy, -logprob, length, 3, 2, keys_of(*range(40))))
+        found = picked(*by_rule(rule, entropy, -logprob, length, 3, 2, keys_of(*range(40))))
         for size, chosen in zip(length, found, strict=True):
             assert all(1 <= t < size for t in chosen)
-            assert all(b - a >= 2 for a, b in zip(chosen, chosen[1:], strict=False))
+            assert all(b - a >= 2 for a, b in itertools.pairwise(chosen))
             assert len(chosen) == len(set(chosen)) and bool(chosen) == (size > 1)
 
 
@@ -192,7 +194,7 @@ def test_random_positions_depend_on_their_key_alone():
 
     def at_random(keys, seed):
         entropy, logprob = np.random.default_rng(seed).random((2, 6, S)).astype(np.float32)
-        return picked(*positions_of("random", entropy, -logprob, length, 2, 0, keys))
+        return picked(*by_rule("random", entropy, -logprob, length, 2, 0, keys))
 
     found = at_random(keys, 0)
     assert at_random(keys, 1) == found  # not on the scores
@@ -206,7 +208,7 @@ def test_random_positions_are_equally_likely():
     rows, size = 4000, 6
     zeros = np.zeros((rows, S), np.float32)
     length = np.full(rows, size, np.int32)
-    found = positions_of("random", zeros, zeros, length, 1, 0, jax.random.split(jax.random.key(0), rows))
+    found = by_rule("random", zeros, zeros, length, 1, 0, jax.random.split(jax.random.key(0), rows))
     count = np.bincount(np.concatenate(picked(*found)), minlength=S)
     share = 1 / (size - 1)
     assert count[0] == 0 and not count[size:].any()

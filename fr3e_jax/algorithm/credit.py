@@ -40,7 +40,9 @@ def group_advantage(reward: Array, normalize_std: bool = False) -> Array:
     Returns:
       float32 [N, J, M].
     """
-    centred = reward - state_values(reward)[..., None]
+    alike = jnp.max(reward, axis=-1, keepdims=True) == jnp.min(reward, axis=-1, keepdims=True)
+    # The mean of equal rewards is theirs only up to rounding, and the deviation would blow that up.
+    centred = jnp.where(alike, 0.0, reward - state_values(reward)[..., None])
     if normalize_std:
         centred = centred / (jnp.std(reward, axis=-1, keepdims=True, ddof=1) + STD_EPSILON)
     return centred

@@ -42,22 +42,28 @@ def draw(logits: Array, uniform: Array, temperature: float) -> Array:
     weight = jax.nn.softmax(logits / temperature)
     blocks = -(-weight.shape[0] // BLOCK)
     weight = jnp.pad(weight, (0, blocks * BLOCK - weight.shape[0])).reshape(blocks, BLOCK)
-    block_cdf = jnp.cumsum(jnp.sum(weight, axis=1))
+    block_weight = jnp.sum(weight, axis=1)
+    block_cdf = jnp.cumsum(block_weight)
     target = uniform * block_cdf[-1]
-    block = first_above(block_cdf, target)
+    block = first_above(block_cdf, block_weight, target)
     before = jnp.where(block > 0, block_cdf[block - 1], 0.0)
     within = weight[block]
-    token = block * BLOCK + first_above(jnp.cumsum(within), target - before)
+    token = block * BLOCK + first_above(jnp.cumsum(within), within, target - before)
     return token.astype(jnp.int32)
 
 
-def first_above(cdf: Array, target: Array) -> Array:
-    """First index whose cdf exceeds target; where rounding leaves none, the last of positive weight.
+def first_above(cdf: Array, weight: Array, target: Array) -> Array:
+    """First index of positive weight whose cdf exceeds target; where rounding leaves none, the last.
+
+    A cdf that is summed in parallel can step up by rounding where the weight is 0.
 
     Args:
-      cdf: float32 [n], ascending. target: float32 [].
+      cdf, weight: float32 [n]. target: float32 [].
 
     Returns:
       int32 [].
     """
-    return jnp.argmax(cdf > jnp.minimum(target, jnp.nextafter(cdf[-1], jnp.float32(-1))))
+    positive = weight > 0
+    above = positive & (cdf > target)
+    last = weight.shape[0] - 1 - jnp.argmax(positive[::-1])
+    return jnp.where(jnp.any(above), jnp.argmax(above), last)

@@ -7,7 +7,7 @@ asks, whatever the seeds are.
 import dataclasses
 import re
 import zlib
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from fr3e_jax.config import ConfigError, DataConfig
 
 TRAINING_PROBLEMS = 2**16
 HELD_OUT_SHARE = 8  # one problem in so many is held out
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+MAX_DIGITS = 18  # operands are drawn as 64-bit integers
+# Commas belong to a number only where they separate thousands.
+NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +31,8 @@ class Problem:
 class Task(Protocol):
     """A sequence of training problems, held-out problems and a verifier."""
 
-    @property
-    def alphabet(self) -> str:
-        """Characters that questions and worked solutions are made of."""
+    alphabet: ClassVar[str]
+    """Characters that questions and worked solutions are made of."""
 
     def __len__(self) -> int:
         """Number of training problems."""
@@ -49,12 +50,49 @@ class Task(Protocol):
         """A worked solution to warm up on."""
 
 
+def is_held_out(pair: tuple[int, int]) -> bool:
+    """Whether a pair of operands belongs to evaluation."""
+    return zlib.crc32(f"{pair[0]}+{pair[1]}".encode()) % HELD_OUT_SHARE == 0
+
+
 @dataclasses.dataclass(frozen=True)
-class Additions:
-    """Pairs of operands whose numbers of digits are drawn uniformly from [min_digits, max_digits]."""
+class Addition:
+    """Problems about two operands, their numbers of digits drawn uniformly from [min_digits, max_digits]."""
 
     min_digits: int
     max_digits: int
+
+    question: ClassVar[str]
+    """Format of the question, with places for `a` and `b`."""
+
+    def __len__(self) -> int:
+        """Number of training problems."""
+        return TRAINING_PROBLEMS
+
+    def __getitem__(self, index: int) -> Problem:
+        """The first problem drawn for `index` that is not held out."""
+        attempt = 0
+        while is_held_out(pair := self.draw(0, index, attempt)):
+            attempt += 1
+        return self.problem(*pair)
+
+    def held_out(self, count: int) -> list[Problem]:
+        """`count` different held-out problems.
+
+        Raises:
+          ConfigError: there are not that many.
+        """
+        pairs: dict[tuple[int, int], None] = {}
+        for index in range(1000 * count):
+            pair = self.draw(1, index)
+            if is_held_out(pair):
+                pairs[pair] = None
+            if len(pairs) == count:
+                return [self.problem(*pair) for pair in pairs]
+        raise ConfigError(
+            f"data.held_out is {count}, but operands of {self.min_digits} to {self.max_digits} digits "
+            f"have only {len(pairs)} held-out problems"
+        )
 
     def draw(self, *entropy: int) -> tuple[int, int]:
         """A pair of operands as a function of `entropy`."""
@@ -66,39 +104,13 @@ class Additions:
 
         return operand(), operand()
 
-    def training_pair(self, index: int) -> tuple[int, int]:
-        """The first pair drawn for `index` that is not held out."""
-        attempt = 0
-        while is_held_out(pair := self.draw(0, index, attempt)):
-            attempt += 1
-        return pair
-
-    def held_out_pairs(self, count: int) -> list[tuple[int, int]]:
-        """`count` different held-out pairs.
-
-        Raises:
-          ConfigError: there are not that many.
-        """
-        pairs: dict[tuple[int, int], None] = {}
-        for index in range(1000 * count):
-            pair = self.draw(1, index)
-            if is_held_out(pair):
-                pairs[pair] = None
-            if len(pairs) == count:
-                return list(pairs)
-        raise ConfigError(
-            f"data.held_out is {count}, but operands of {self.min_digits} to {self.max_digits} digits "
-            f"have only {len(pairs)} held-out problems"
-        )
-
-
-def is_held_out(pair: tuple[int, int]) -> bool:
-    """Whether a pair of operands belongs to evaluation."""
-    return zlib.crc32(f"{pair[0]}+{pair[1]}".encode()) % HELD_OUT_SHARE == 0
+    def problem(self, a: int, b: int) -> Problem:
+        """The question about two operands."""
+        return Problem(self.question.format(a=a, b=b), str(a + b))
 
 
 @dataclasses.dataclass(frozen=True)
-class CarryAddition:
+class CarryAddition(Addition):
     """Addition column by column, each line naming the carry that goes on to the next column.
 
     `47+85=` is answered by `7+5+0=12,1;4+8+1=13,1;=132`. A solution to warm up on forgets a carry
@@ -107,26 +119,10 @@ class CarryAddition:
     forgotten.
     """
 
-    pairs: Additions
     dropped_carry: float = 0.0
-    alphabet: str = "0123456789+=,;"
 
-    def __len__(self) -> int:
-        """Number of training problems."""
-        return TRAINING_PROBLEMS
-
-    def __getitem__(self, index: int) -> Problem:
-        """A training problem."""
-        return self.problem(*self.pairs.training_pair(index))
-
-    def held_out(self, count: int) -> list[Problem]:
-        """The first `count` held-out problems."""
-        return [self.problem(*pair) for pair in self.pairs.held_out_pairs(count)]
-
-    @staticmethod
-    def problem(a: int, b: int) -> Problem:
-        """The question for two operands."""
-        return Problem(f"{a}+{b}=", str(a + b))
+    question: ClassVar[str] = "{a}+{b}="
+    alphabet: ClassVar[str] = "0123456789+=,;"
 
     def reward(self, response: str, answer: str) -> float:
         """Whether what follows the last column is the sum."""
@@ -150,28 +146,11 @@ class CarryAddition:
 
 
 @dataclasses.dataclass(frozen=True)
-class WordAddition:
-    """`What is 3 + 4?`, scored by the last number of the response."""
+class WordAddition(Addition):
+    """Asked in words, scored by the last number of the response."""
 
-    pairs: Additions
-    alphabet: str = ""
-
-    def __len__(self) -> int:
-        """Number of training problems."""
-        return TRAINING_PROBLEMS
-
-    def __getitem__(self, index: int) -> Problem:
-        """A training problem."""
-        return self.problem(*self.pairs.training_pair(index))
-
-    def held_out(self, count: int) -> list[Problem]:
-        """The first `count` held-out problems."""
-        return [self.problem(*pair) for pair in self.pairs.held_out_pairs(count)]
-
-    @staticmethod
-    def problem(a: int, b: int) -> Problem:
-        """The question for two operands."""
-        return Problem(f"What is {a} + {b}?", str(a + b))
+    question: ClassVar[str] = "What is {a} + {b}?"
+    alphabet: ClassVar[str] = ""
 
     def reward(self, response: str, answer: str) -> float:
         """Whether the last number equals the sum."""
@@ -194,8 +173,16 @@ def make_task(config: DataConfig, dropped_carry: float = 0.0) -> Task:
     Args:
       config: the run's data section.
       dropped_carry: the bad habit of carry_addition's worked solutions.
+
+    Raises:
+      ConfigError: operands that the task cannot have.
     """
-    pairs = Additions(config.min_digits, config.max_digits)
+    if not 1 <= config.min_digits <= config.max_digits <= MAX_DIGITS:
+        raise ConfigError(
+            f"data.min_digits {config.min_digits} and data.max_digits {config.max_digits} must be ascending "
+            f"and lie in [1, {MAX_DIGITS}]"
+        )
+    digits = config.min_digits, config.max_digits
     if config.task == "word_addition":
-        return WordAddition(pairs)
-    return CarryAddition(pairs, dropped_carry)
+        return WordAddition(*digits)
+    return CarryAddition(*digits, dropped_carry)
