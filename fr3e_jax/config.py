@@ -309,6 +309,8 @@ def check(config: Config, row_parts: int, context: int) -> None:
     for name, (value, least) in at_least.items():
         if value < least:
             raise ConfigError(f"{name} is {value}, must be at least {least}")
+    if config.seed >= 2**32:
+        raise ConfigError(f"seed is {config.seed}, must be below 2^32")
     if rollout.temperature <= 0:
         raise ConfigError(
             f"rollout.temperature is {rollout.temperature}; it must be above 0, since greedy rollouts "
@@ -422,7 +424,9 @@ def parse(
     parser = make_parser(config_class, command)
     try:
         values = parser.instantiate(parser.parse_args(argv))
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+    except TypeError:  # from a section that is given as a number, which the parser lets through
+        fail(command, "a section of the configuration is not a mapping of options to values")
+    except (jsonargparse.ArgumentError, ValueError) as error:
         fail(command, error)
     fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**fields)
@@ -449,7 +453,7 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def fail(command: str, error: Exception, code: int = 2) -> NoReturn:
+def fail(command: str, error: Exception | str, code: int = 2) -> NoReturn:
     """End a command with one line on stderr; exit code 2 says that the user's settings are at fault."""
     message = " ".join(str(error).split())
     print(f"fr3e_jax.{command}: error: {message}", file=sys.stderr)

@@ -219,10 +219,9 @@ def train_step(
 
     told: Metrics = {"step": step} | summarize(rounds, updates)
     tokens = progress.tokens_generated + told.get("tokens/generated", 0)
-    seconds = time.perf_counter() - started
     told |= {"states/carried": groups.count(carried), "tokens/total": tokens, "rounds": len(rounds)}
-    told |= watch.metrics() | {"time/step": round(seconds, 4)}
-    progress = Progress(step, position, tokens, progress.seconds + seconds, config.seed)
+    told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
+    progress = dataclasses.replace(progress, step=step, data_position=position, tokens_generated=tokens)
     return state, carried, progress, told, sample
 
 

@@ -4,6 +4,7 @@ Sets a run up, goes through its steps (the pipeline is in step.py), evaluates, s
 the model at the end. A run directory that holds a checkpoint is resumed.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def train(config: Config, name: str) -> dict[str, Any]:
     Returns:
       What summary.json says.
     """
+    started = time.perf_counter()
     config = resolve(config)
     refuse_other_settings(config)
     run, state, held_out = setup(config)
@@ -93,6 +95,7 @@ def train(config: Config, name: str) -> dict[str, Any]:
     )
     if (latest := checkpoints.latest()) is not None:
         state, carried, progress = checkpoints.restore(latest, state)
+    started -= progress.seconds
 
     with Reporter(directory, config.steps, progress.step) as reporter:
         reporter.say(
@@ -112,9 +115,10 @@ def train(config: Config, name: str) -> dict[str, Any]:
             state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
             every, last = config.evaluate.every, progress.step == config.steps
             if last or (every and progress.step % every == 0):
-                started = time.perf_counter()
+                begun = time.perf_counter()
                 metrics["eval/accuracy"] = evaluate(run, state.params, held_out)
-                metrics["time/evaluate"] = round(time.perf_counter() - started, 4)
+                metrics["time/evaluate"] = round(time.perf_counter() - begun, 4)
+            progress = dataclasses.replace(progress, seconds=time.perf_counter() - started)
             reporter.step(metrics, sample)
             if last or progress.step % config.checkpoint.every == 0:
                 checkpoints.save(state, carried, progress)
@@ -160,6 +164,8 @@ def main() -> None:
         fail("train", error)
     except SamplingError as error:
         fail("train", error, code=1)
+    except KeyboardInterrupt:
+        fail("train", "interrupted; with --run_dir DIR this run goes on from its last checkpoint", 130)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def refused(capsys, *argv):
         ("float_for_int.yaml", "steps"),
         ("null_for_int.yaml", "steps"),
         ("wrong_choice.yaml", "explore.rule"),
-        ("section_is_a_number.yaml", ""),
+        ("section_is_a_number.yaml", "section"),
         ("list.yaml", ""),
         ("empty.yaml", ""),
         ("no_yaml.yaml", ""),
@@ -355,6 +355,7 @@ def test_what_can_run_is_not_refused():
         ({"data__held_out": 0}, ["data.held_out"]),
         ({"steps": 0}, ["steps"]),
         ({"seed": -1}, ["seed"]),  # numpy takes none below 0
+        ({"seed": 2**63}, ["seed"]),  # jax takes none of 64 bits
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(settings, named):

@@ -24,9 +24,11 @@ def test_an_unknown_logical_axis_is_refused():
         placement().spec("hedas")
 
 
-def test_a_mesh_must_cover_the_devices():
-    with pytest.raises(PlacementError, match=r"3 x 1 x 1.*8 cpu"):
-        make_mesh(3, 1, 1)
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (0, -1, 1), (-1, -1, 1), (-2, -4, 1), (16, -1, 1)])
+def test_a_mesh_must_cover_the_devices(sizes):
+    named = " x ".join(map(str, sizes))
+    with pytest.raises(PlacementError, match=rf"{named}.*8 cpu"):
+        make_mesh(*sizes)
 
 
 def test_minus_one_takes_all_devices_that_are_left():

@@ -100,7 +100,7 @@ def uniform_positions(length: Array, count: int, min_gap: int = 0) -> tuple[Arra
     Args:
       length: int32 [N], response tokens that are real.
       count: K.
-      min_gap: as in `choose_positions`.
+      min_gap: as in `choose_positions`; a short response may get fewer positions than would fit.
 
     Returns:
       (position int32 [N, K], valid bool [N, K]), as `choose_positions` does.

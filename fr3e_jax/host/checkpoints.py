@@ -21,7 +21,7 @@ class Progress:
     """Where a run stands, beside its arrays.
 
     Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
-    the whole random state.
+    the whole random state. `seconds` is wall time, over all resumptions.
     """
 
     step: int = 0

@@ -51,7 +51,7 @@ class Task(Protocol):
 
 
 def is_held_out(pair: tuple[int, int]) -> bool:
-    """Whether a pair of operands belongs to evaluation."""
+    """Whether a pair of operands, in this order, belongs to evaluation."""
     return zlib.crc32(f"{pair[0]}+{pair[1]}".encode()) % HELD_OUT_SHARE == 0
 
 

@@ -135,7 +135,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
         )
     sizes = [data, fsdp, tensor]
     devices = jax.device_count()
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         others = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = devices // others
     if min(sizes) < 1 or int(np.prod(sizes)) != devices:
