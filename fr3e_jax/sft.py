@@ -142,7 +142,7 @@ def make_step(
         value, gradient = jax.value_and_grad(loss)(state.params)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, changes)
-        return TrainState(params, moments, state.updates + 1), value
+        return TrainState(params, moments), value
 
     return step
 

@@ -17,16 +17,18 @@ grpo and grpo++ have no positions: a round is M rollouts from S_0, which stages 
 """
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
-from fr3e_jax.config import Config
+from fr3e_jax.config import Config, CreditConfig, ExploreConfig
 from fr3e_jax.engine.rollout import Caches, Engine
 from fr3e_jax.engine.sampler import row_key
 from fr3e_jax.host import groups
@@ -34,7 +36,7 @@ from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.metrics import Stopwatch
 from fr3e_jax.host.verify import Verifier
-from fr3e_jax.learner.state import TrainState, sampling_params
+from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.mesh import Placement
@@ -53,20 +55,17 @@ class Run:
 
     config: Config
     placement: Placement
-    axes: Params
     engine: Engine
     learner: Learner
     stream: QueryStream
     verifier: Verifier
     reference: Params | None
+    sampling_params: Callable[[Params], Params]
+    """Parameters in the type and layout for sampling, from those that are trained."""
 
-    def key(self, purpose: int) -> jax.Array:
+    def key(self, purpose: int) -> Array:
         """A key of the run's seed: 0 for the tokens that are drawn, 1 for choices between them."""
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
-
-    def sampling_params(self, params: Params) -> Params:
-        """Parameters in the type and layout for sampling."""
-        return sampling_params(self.engine.placement, self.axes, params, self.learner.compute_dtype)
 
 
 def sample_round(
@@ -97,17 +96,10 @@ def sample_round(
             reward = run.verifier.whole(states, rollouts, problems)
     else:
         states, rollouts, reward = roots(base), base, base_reward[:, None]
-    advantage, value, alpha = jax.device_get(
-        modulated_advantage(
-            jnp.asarray(reward),
-            jnp.asarray(states.valid),
-            credit.normalize_std,
-            credit.modulation,
-            credit.first_state,
-            credit.sharpen,
-        )
+    place = run.engine.placement.place_rows
+    advantage, value, alpha, accepted = jax.device_get(
+        assign_credit(credit, *place((reward, states.valid, states.query)))
     )
-    accepted = np.asarray(accept_states(jnp.asarray(reward), states.valid, states.query, credit.reject))
 
     metrics = round_metrics(base, base_reward, states, value, alpha, accepted)
     if config.explore.positions:
@@ -129,26 +121,59 @@ def first_return(run: Run, params: Params, step: int, queries: Queries) -> tuple
 
 
 def find_states(run: Run, step: int, queries: Queries, base: Rollouts, base_reward: np.ndarray) -> States:
-    """Stages 4 to 6, on the host.
+    """Stages 4 to 6; states on the host.
 
     The kept trajectories are padded to a bucket, with some that have no valid state, so that few shapes
     are compiled.
     """
-    rules = run.config.explore
-    round_key = row_key(run.key(1), step, queries.index[0], 0)
-    kept = keep_trajectories(jnp.asarray(base_reward), rules.keep, round_key)
-    query, trajectory = np.nonzero(np.asarray(kept))
+    rules, place = run.config.explore, run.engine.placement.place_rows
+    kept = keep(rules, run.key(1), step, *place((queries.index, base_reward)))
+    query, trajectory = np.nonzero(jax.device_get(kept))
     real = np.arange(run.engine.bucket(len(query))) < len(query)
     query, trajectory = np.pad([query, trajectory], [(0, 0), (0, len(real) - len(query))]).astype(np.int32)
 
-    # Branch numbers from 1: 0 is the round's.
-    keys = jax.vmap(row_key, (None, None, 0, 0))(run.key(1), step, queries.index[query], 1 + trajectory)
-    entropy, logprob = base.entropy[query, trajectory], base.logprob[query, trajectory]
-    length = base.length[query, trajectory]
+    chosen = jax.tree.map(lambda x: x[query, trajectory], base)
+    told = (queries.index[query], trajectory, real, chosen.entropy, chosen.logprob, chosen.length)
+    prefix_length, valid = jax.device_get(choose_states(rules, run.key(1), step, *place(told)))
+    return States(query, trajectory, chosen.token, prefix_length, valid)
+
+
+@functools.partial(jax.jit, static_argnames="rules")
+def keep(rules: ExploreConfig, key: Array, step: int, query: Array, base_reward: Array) -> Array:
+    """Stage 4: bool [B, R] from rewards [B, R] of queries [B]."""
+    keys = jax.vmap(row_key, (None, None, 0, None))(key, step, query, 0)
+    return keep_trajectories(base_reward, rules.keep, keys)
+
+
+@functools.partial(jax.jit, static_argnames="rules")
+def choose_states(
+    rules: ExploreConfig,
+    key: Array,
+    step: int,
+    query: Array,
+    trajectory: Array,
+    real: Array,
+    entropy: Array,
+    logprob: Array,
+    length: Array,
+) -> tuple[Array, Array]:
+    """Stages 5 and 6: (prefix_length int32 [N, J], valid bool [N, J]) of N kept trajectories."""
+    # Branch numbers from 1: 0 chose the trajectories.
+    keys = jax.vmap(row_key, (None, None, 0, 0))(key, step, query, 1 + trajectory)
     position, valid = positions_of(rules.rule, entropy, logprob, length, rules.positions, rules.min_gap, keys)
-    prefix_length, valid = jax.device_get(states_of(position, valid))
-    response = base.token[query, trajectory]
-    return States(query, trajectory, response, prefix_length, valid & real[:, None])
+    prefix_length, valid = states_of(position, valid)
+    return prefix_length, valid & real[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="credit")
+def assign_credit(
+    credit: CreditConfig, reward: Array, valid: Array, query: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Stage 9: (advantage [N, J, M], value [N, J], alpha [N, J], accepted bool [N, J])."""
+    advantage, value, alpha = modulated_advantage(
+        reward, valid, credit.normalize_std, credit.modulation, credit.first_state, credit.sharpen
+    )
+    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject)
 
 
 def roots(base: Rollouts) -> States:
@@ -236,7 +261,7 @@ def round_metrics(
     """Metrics that a round of every algorithm has; `base` are answers sampled from the query alone."""
     tokens = int(base.length.sum())
     return {
-        "reward/root_mean": float(value[states.valid[:, 0], 0].mean()),
+        "reward/root_mean": root_mean(states, value),
         "reward/base_mean": float(base_reward.mean()),
         "entropy/mean": float(base.entropy.sum() / max(tokens, 1)),
         "response/length": float(base.length.mean()),
@@ -247,6 +272,13 @@ def round_metrics(
         "states/rejected": int((states.valid & ~accepted).sum()),
         "tokens/generated": tokens,
     }
+
+
+def root_mean(states: States, value: np.ndarray) -> float:
+    """Mean of V(S_0) over queries, however many trajectories of each were kept."""
+    kept = states.valid[:, 0]
+    count, total = (np.bincount(states.query[kept], weights=w) for w in (None, value[kept, 0]))
+    return float((total[count > 0] / count[count > 0]).mean())
 
 
 def restart_metrics(states: States, base: Rollouts, rollouts: Rollouts) -> Metrics:

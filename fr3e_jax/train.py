@@ -23,7 +23,7 @@ from fr3e_jax.host.run_dir import open_run_dir, refuse_other_settings
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
-from fr3e_jax.learner.state import TrainState, init_state, make_optimizer
+from fr3e_jax.learner.state import TrainState, init_state, make_optimizer, sampling_cast
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.hf import CheckpointError, read_config, read_params
 from fr3e_jax.models.qwen2 import Params, abstract_params, graph_of, logical_axes
@@ -59,7 +59,9 @@ def setup(config: Config) -> tuple[Run, TrainState, list[Problem]]:
     if config.loss.kl_coefficient > 0:
         reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
     stream = QueryStream(task, text, config.rollout.max_prompt, config.seed)
-    run = Run(config, placement, axes, engine, learner, stream, Verifier(task, text), reference)
+    verifier = Verifier(task, text)
+    cast = sampling_cast(engine.placement, axes, state.params, dtype)
+    run = Run(config, placement, engine, learner, stream, verifier, reference, cast)
     return run, state, held_out
 
 

@@ -25,7 +25,7 @@ def trained_state(mesh):
     state = init_state(place, optimizer, AXES, tiny_params())
     noise = jax.tree.map(lambda x: jnp.cos(7 * x), state.params)
     _, moments = jax.jit(optimizer.update)(noise, state.optimizer, state.params)
-    return type(state)(state.params, moments, state.updates + 1)
+    return type(state)(state.params, moments)
 
 
 def some_groups(count):

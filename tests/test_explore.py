@@ -246,21 +246,21 @@ REWARD = np.array(
     np.float32,
 )
 
+KEYS = jax.random.split(jax.random.key(0), len(REWARD))
+
 
 def test_first_of_each_keeps_the_first_correct_and_the_first_wrong():
-    kept = keep_trajectories(jnp.asarray(REWARD), "first_of_each", jax.random.key(0))
+    kept = keep_trajectories(jnp.asarray(REWARD), "first_of_each", KEYS)
     expected = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0]]
     np.testing.assert_array_equal(kept, expected)
 
 
 def test_all_keeps_every_trajectory():
-    np.testing.assert_array_equal(
-        keep_trajectories(jnp.asarray(REWARD), "all", jax.random.key(0)), np.ones_like(REWARD)
-    )
+    np.testing.assert_array_equal(keep_trajectories(jnp.asarray(REWARD), "all", KEYS), np.ones_like(REWARD))
 
 
 def test_random_of_each_keeps_one_of_each_kind_and_reaches_every_candidate():
-    keys = jax.random.split(jax.random.key(0), 400)
+    keys = jax.random.split(jax.random.key(0), (400, len(REWARD)))
     kept = np.asarray(
         jax.vmap(functools.partial(keep_trajectories, jnp.asarray(REWARD), "random_of_each"))(keys)
     )

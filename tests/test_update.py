@@ -186,7 +186,6 @@ def test_an_update_is_the_optimizers_step_on_that_gradient_on_any_mesh():
         state = init_state(own.placement, own.optimizer, AXES, PARAMS)
         micro = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[1:]), batch)
         state, _ = own.update(state, own.placement.place_rows(micro, 1))
-        assert int(state.updates) == 1
         # Adam's first step is the sign of the gradient: where that is rounding noise, signs differ.
         clear = jax.tree.map(lambda g: np.abs(g) > 1e-5, slope)
         jax.tree.map(

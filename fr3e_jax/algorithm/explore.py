@@ -39,7 +39,7 @@ def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
       reward: float32 [B, R]; a trajectory is correct where its reward is 1.
       rule: `first_of_each` keeps the first correct and the first wrong trajectory of a query (the
         release), `random_of_each` one of each at random, `all` every trajectory.
-      key: PRNG key, read by `random_of_each` only.
+      key: PRNG keys [B], read by `random_of_each` only.
 
     Returns:
       bool [B, R].
@@ -48,7 +48,7 @@ def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
         return jnp.ones(reward.shape, bool)
     correct = reward >= 1.0
     if rule == "random_of_each":
-        order = jax.random.uniform(key, reward.shape)
+        order = jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key)
     else:
         order = jnp.broadcast_to(jnp.arange(reward.shape[1], dtype=jnp.float32), reward.shape)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from fr3e_jax.types import Batch, Queries, Rollouts, StateGroups, States
 
-LENGTH_BUCKET = 16  # rows are padded to a multiple of this many tokens
+SMALLEST_BUCKET = 16  # tokens
 
 
 def collect(
@@ -93,7 +93,7 @@ def to_rows(groups: StateGroups, micro_rows: int) -> Batch:
     g, m = groups.length.shape
     start = np.repeat(groups.query_length + groups.prefix_length, m)
     length = start + groups.length.reshape(-1)
-    width = -(-int(length.max()) // LENGTH_BUCKET) * LENGTH_BUCKET
+    width = bucket(int(length.max()))
     token = np.zeros((g * m, width), np.int32)
     logprob = np.zeros((g * m, width), np.float32)
     for i in range(g * m):
@@ -111,6 +111,12 @@ def to_rows(groups: StateGroups, micro_rows: int) -> Batch:
         advantage=groups.advantage.reshape(-1),
     )
     return jax.tree.map(lambda x: x.reshape(-1, micro_rows, *x.shape[1:]), batch)
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to one of four sizes per doubling, so that few widths are compiled."""
+    step = max(SMALLEST_BUCKET, 2 ** ((length - 1).bit_length() - 1) // 4)
+    return -(-length // step) * step
 
 
 def as_dict(groups: StateGroups) -> dict[str, np.ndarray]:

@@ -1,16 +1,15 @@
 """Parameters and optimizer state, and where they lie."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from fr3e_jax.config import OptimizerConfig
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.mesh import Placement
-from fr3e_jax.types import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -18,12 +17,11 @@ from fr3e_jax.types import Leaf
 class TrainState:
     """What an update changes. Parameters and moments are float32.
 
-    params: the model's parameters. optimizer: optax state. updates: int32 [], optimizer steps taken.
+    params: the model's parameters. optimizer: optax state.
     """
 
     params: Params
     optimizer: optax.OptState
-    updates: Leaf
 
 
 def decayed(axes: Any) -> Any:
@@ -72,7 +70,7 @@ def state_shardings(
         params_at,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(params_at, optimizer_at, everywhere)
+    return TrainState(params_at, optimizer_at)
 
 
 def init_state(
@@ -82,17 +80,19 @@ def init_state(
     at = state_shardings(placement, optimizer, axes, params)
     placed = jax.device_put(params, at.params)
     moments = jax.jit(optimizer.init, out_shardings=at.optimizer)(placed)
-    return TrainState(placed, moments, jax.device_put(jnp.int32(0), at.updates))
+    return TrainState(placed, moments)
 
 
-def sampling_params(placement: Placement, axes: Any, params: Params, dtype: Any) -> Params:
-    """One cast and one reshard a step: the parameters as the engine reads them.
+def sampling_cast(placement: Placement, axes: Any, shapes: Params, dtype: Any) -> Callable[[Params], Params]:
+    """The one cast and reshard of a step: float32 parameters -> the parameters as the engine reads them.
 
     Args:
       placement: mesh and *sampling* table.
       axes: logical axes of the parameters.
-      params: float32 parameters in the training layout.
+      shapes: the parameters, or their shapes.
       dtype: compute dtype.
     """
-    at = placement.shardings(axes, params)
-    return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=at)(params)
+    return jax.jit(
+        lambda params: jax.tree.map(lambda x: x.astype(dtype), params),
+        out_shardings=placement.shardings(axes, shapes),
+    )

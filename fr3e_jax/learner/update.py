@@ -55,7 +55,7 @@ class Learner:
         gradient, metrics = self.gradient(state.params, batch, reference)
         changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, changes)
-        return TrainState(params, optimizer, state.updates + 1), metrics
+        return TrainState(params, optimizer), metrics
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def gradient(
