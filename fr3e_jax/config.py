@@ -152,11 +152,11 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm (release: 1)."""
     b1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """AdamW's decay of the first moment (release: 0.9)."""
     b2: float = 0.95
     """AdamW's decay of the second moment (ours)."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon (its usual value)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,18 +311,24 @@ def check(config: Config, row_parts: int, context: int) -> None:
             raise ConfigError(f"{name} is {value}, must be at least {least}")
     if config.seed >= 2**32:
         raise ConfigError(f"seed is {config.seed}, must be below 2^32")
-    if rollout.temperature <= 0:
+    if not rollout.temperature > 0:
         raise ConfigError(
             f"rollout.temperature is {rollout.temperature}; it must be above 0, since greedy rollouts "
             "of a state are all the same"
         )
-    if optimizer.learning_rate <= 0 or optimizer.max_grad_norm <= 0:
-        raise ConfigError("optimizer.learning_rate and optimizer.max_grad_norm must be above 0")
-    if not 0 <= config.loss.clip_low < 1 or config.loss.clip_high < 0:
+    if not (optimizer.learning_rate > 0 and optimizer.max_grad_norm > 0 and optimizer.eps > 0):
+        raise ConfigError(
+            "optimizer.learning_rate, optimizer.max_grad_norm and optimizer.eps must be above 0"
+        )
+    if not (0 <= optimizer.b1 < 1 and 0 <= optimizer.b2 < 1 and optimizer.weight_decay >= 0):
+        raise ConfigError(
+            "optimizer.b1 and optimizer.b2 must lie in [0, 1), optimizer.weight_decay must be at least 0"
+        )
+    if not (0 <= config.loss.clip_low < 1 and config.loss.clip_high >= 0):
         raise ConfigError("loss.clip_low must lie in [0, 1) and loss.clip_high must be at least 0")
-    if config.loss.dual_clip is not None and config.loss.dual_clip <= 1:
+    if config.loss.dual_clip is not None and not config.loss.dual_clip > 1:
         raise ConfigError(f"loss.dual_clip is {config.loss.dual_clip}; it must be above 1, or null")
-    if config.loss.kl_coefficient < 0:
+    if not config.loss.kl_coefficient >= 0:
         raise ConfigError("loss.kl_coefficient must be at least 0")
     if config.algorithm == "fr3e" and explore.positions == 0:
         raise ConfigError(
@@ -411,7 +417,7 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
     if not flags:
-        argv, flags = ["--config", default, *argv], [0]
+        argv, flags = ["--config", str(PACKAGE / default), *argv], [0]
     name = "run"
     for i in flags:
         flag, equals, value = argv[i].partition("=")

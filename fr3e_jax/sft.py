@@ -6,6 +6,7 @@ reinforcement starts. Loss on the solution and its end token, not on the questio
 
 import functools
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
@@ -42,6 +44,19 @@ from fr3e_jax.models.qwen2 import (
 from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
 from fr3e_jax.types import Batch
 
+POSITIVE = (
+    "steps",
+    "batch",
+    "learning_rate",
+    "max_grad_norm",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
 
 def check_sft(config: SFTConfig, row_parts: int) -> None:
     """Refuse what cannot run.
@@ -53,16 +68,18 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
     Raises:
       ConfigError: with one line that says what to change.
     """
-    for name in ("steps", "batch", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}, must be at least 1")
+    for name in POSITIVE:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}, must be above 0")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed is {config.seed}, must lie in [0, 2^32)")
     if not 0 <= config.warmup_steps < config.steps:
         raise ConfigError(
             f"warmup_steps {config.warmup_steps} must be at least 0 and below steps {config.steps}"
         )
     if config.batch % row_parts:
         raise ConfigError(f"batch {config.batch} does not divide by the mesh's data x fsdp {row_parts}")
-    if config.hidden_size < 1 or config.hidden_size % (2 * config.num_attention_heads):
+    if config.hidden_size % (2 * config.num_attention_heads):
         raise ConfigError(
             f"hidden_size {config.hidden_size} does not divide by 2 x num_attention_heads "
             f"{config.num_attention_heads} (a head's dimensions are rotated in pairs)"
@@ -76,11 +93,10 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
         raise ConfigError(f"dropped_carry is {config.dropped_carry}, must lie in [0, 1]")
 
 
-def new_model_directory(config: SFTConfig, task: Task, out: Path) -> None:
-    """Write config.json and tokenizer of a new model with one token per character of the task."""
-    tokenizer = character_tokenizer(task.alphabet)
-    model = Qwen2Config(
-        vocab_size=len(tokenizer),
+def new_architecture(config: SFTConfig, vocab_size: int) -> Qwen2Config:
+    """The shape of a new model."""
+    return Qwen2Config(
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -92,10 +108,15 @@ def new_model_directory(config: SFTConfig, task: Task, out: Path) -> None:
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
+
+
+def write_new_model(config: SFTConfig, task: Task, directory: Path) -> None:
+    """Write config.json and tokenizer of a new model with one token per character of the task."""
+    tokenizer = character_tokenizer(task.alphabet)
+    model = new_architecture(config, len(tokenizer))
+    tokenizer.save_pretrained(directory)
     raw = config_json(model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
-    (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def make_batch(config: SFTConfig, task: Task, text: Text, step: int, width: int) -> Batch:
@@ -155,14 +176,28 @@ def run(config: SFTConfig) -> Path:
     """
     started = time.perf_counter()
     out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out {out} exists and is not an empty directory; choose another")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_sft(config, row_parts(mesh))
     task = make_task(config.data, config.dropped_carry)
-    if config.init_path is None:
-        source = out
-        new_model_directory(config, task, out)
-    else:
-        source = find_model(config.init_path)
+    with tempfile.TemporaryDirectory() as scratch:
+        if config.init_path is None:
+            source = Path(scratch)
+            write_new_model(config, task, source)
+        else:
+            source = find_model(config.init_path)
+        params = warm_up(config, task, mesh, source)
+        export_model(source, out, params)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(
+        f"{count:,} parameters, {config.steps} steps in {time.perf_counter() - started:.0f} s; model in {out}"
+    )
+    return out
+
+
+def warm_up(config: SFTConfig, task: Task, mesh: Mesh, source: Path) -> Params:
+    """Train the model of `source` (a new one where it holds no weights) on the task's solutions."""
     text = load_text(source, config.data.template)
     architecture = read_config(source)
     graph, axes = graph_of(architecture), logical_axes(architecture)
@@ -189,12 +224,7 @@ def run(config: SFTConfig) -> Path:
             progress.advance(bar)
             if i % 50 == 0 or i == config.steps - 1:
                 progress.console.print(f"step {i:>5} | loss {float(loss):.4f} nats per token")
-    export_model(source, out, state.params)
-    count = sum(x.size for x in jax.tree.leaves(params))
-    print(
-        f"{count:,} parameters, {config.steps} steps in {time.perf_counter() - started:.0f} s; model in {out}"
-    )
-    return out
+    return state.params
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ the model at the end. A run directory that holds a checkpoint is resumed.
 
 import dataclasses
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fr3e_jax.host.checkpoints import Checkpoints, Progress
 from fr3e_jax.host.data import QueryStream, encode_queries
 from fr3e_jax.host.export import export_model
 from fr3e_jax.host.metrics import Reporter, read_metrics
-from fr3e_jax.host.run_dir import open_run_dir, refuse_other_settings
+from fr3e_jax.host.run_dir import differing, open_run_dir, refuse_other_settings
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
@@ -86,7 +87,7 @@ def train(config: Config, name: str) -> dict[str, Any]:
       What summary.json says.
     """
     started = time.perf_counter()
-    config = resolve(config)
+    given, config = config, resolve(config)
     refuse_other_settings(config)
     run, state, held_out = setup(config)
     directory = open_run_dir(config, name)
@@ -104,6 +105,8 @@ def train(config: Config, name: str) -> dict[str, Any]:
             f"{config.algorithm} on {config.model.path} | {config.data.task} | mesh "
             f"{dict(run.placement.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
         )
+        if implied := differing(asdict(given), asdict(config)):
+            reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
         else:
@@ -114,7 +117,11 @@ def train(config: Config, name: str) -> dict[str, Any]:
                 {"step": 0, "eval/accuracy": evaluate(run, state.params, held_out), "tokens/total": 0}
             )
         while progress.step < config.steps:
-            state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
+            try:
+                state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
+            except SamplingError:
+                checkpoints.save_last(state, carried, progress)
+                raise
             every, last = config.evaluate.every, progress.step == config.steps
             if last or (every and progress.step % every == 0):
                 begun = time.perf_counter()

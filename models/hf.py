@@ -4,12 +4,12 @@ Reads and writes `config.json` and safetensors files. Nothing is unpickled and n
 checkpoint is run.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
@@ -34,7 +34,7 @@ def read_config(directory: Path) -> Qwen2Config:
     file = directory / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{directory} holds no config.json; point at a Hugging Face directory")
-    raw = json.loads(file.read_text())
+    raw = read_json(file)
 
     def refuse(what: str) -> None:
         raise CheckpointError(f"{file}: {what} is not supported")
@@ -53,7 +53,7 @@ def read_config(directory: Path) -> Qwen2Config:
         refuse("auto_map (code in a checkpoint)")
     try:
         heads = int(raw["num_attention_heads"])
-        return Qwen2Config(
+        config = Qwen2Config(
             vocab_size=int(raw["vocab_size"]),
             hidden_size=int(raw["hidden_size"]),
             intermediate_size=int(raw["intermediate_size"]),
@@ -68,6 +68,27 @@ def read_config(directory: Path) -> Qwen2Config:
         )
     except KeyError as error:
         raise CheckpointError(f"{file} lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file} has a field of the wrong type: {error}") from None
+    for field, value in dataclasses.asdict(config).items():
+        if field != "tie_word_embeddings" and value <= 0:
+            raise CheckpointError(f"{file}: {field} is {value}, must be above 0")
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      CheckpointError: it is none.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no object")
+    return found
 
 
 def config_json(config: Qwen2Config, eos: list[int], pad: int) -> dict[str, Any]:
@@ -142,7 +163,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
       CheckpointError: there are no safetensors files, or the index names a file that is not there.
     """
     if (directory / INDEX_FILE).is_file():
-        weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
+        weight_map = read_json(directory / INDEX_FILE).get("weight_map", {})
         files = {name: directory / file for name, file in weight_map.items()}
         for file in sorted(set(files.values())):
             if not file.is_file():
@@ -205,15 +226,15 @@ def read_params(directory: Path, config: Qwen2Config) -> Params:
     return traverse_util.unflatten_dict(params, sep=".")
 
 
-def write_params(directory: Path, params: Params, dtype: Any = jnp.float32) -> None:
-    """Write the weights as one model.safetensors in `dtype`.
+def write_params(directory: Path, params: Params) -> None:
+    """Write the weights as one float32 model.safetensors.
 
     Args:
       params: parameters of a `Qwen2`, addressable from this process.
     """
     tensors: dict[str, np.ndarray] = {}
     for name, leaf in traverse_util.flatten_dict(params, sep=".").items():
-        array = np.asarray(jax.device_get(leaf)).astype(dtype)
+        array = np.asarray(jax.device_get(leaf)).astype(np.float32)
         if name in TOP_NAMES:
             tensors[TOP_NAMES[name]] = np.ascontiguousarray(array)
             continue

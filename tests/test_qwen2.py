@@ -139,12 +139,21 @@ def test_config_round_trips(checkpoint):
         ({"rope_parameters": {"rope_type": "linear"}}, "linear"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"vocab_size": "many"}, "wrong type"),
     ],
 )
 def test_unsupported_features_are_refused_by_name(checkpoint, change, message):
     raw = json.loads((checkpoint / "config.json").read_text()) | change
     (checkpoint / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=message):
+        read_config(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_a_damaged_config_is_refused(checkpoint, text):
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         read_config(checkpoint)
 
 

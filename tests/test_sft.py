@@ -16,6 +16,7 @@ from fr3e_jax.host.text import end_tokens, load_text
 from fr3e_jax.models.hf import read_config, read_params
 from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
+from fr3e_jax.sft import new_architecture
 
 PROBLEMS, ROLLOUTS, MAX_RESPONSE, K = 64, 4, 40, 2
 
@@ -48,6 +49,9 @@ def test_the_command_writes_a_model_that_training_can_start_from(tmp_path):
         (["--init_path=/nowhere"], "/nowhere"),
         (["--hidden_size=33"], "hidden_size"),
         (["--warmup_steps=9"], "warmup_steps 9"),
+        (["--num_attention_heads=0"], "num_attention_heads"),
+        (["--num_key_value_heads=0"], "num_key_value_heads"),
+        (["--seed=-1"], "seed"),
     ],
 )
 def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, message):
@@ -55,12 +59,23 @@ def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, messa
     assert refused.returncode == 2
     assert message in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_directory_with_files_in_it_is_never_written_to(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        refused = run("sft", "--steps=1", "--warmup_steps=0", "--out", out)
+        assert refused.returncode == 2
+        assert "choose another" in refused.stderr
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["precious"]
 
 
 def test_the_shipped_config_says_how_the_shipped_model_was_made():
     config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml", [])
-    shipped = read_config(find_model("quickstart"))
-    assert (shipped.hidden_size, shipped.num_hidden_layers) == (config.hidden_size, config.num_hidden_layers)
+    shipped = find_model("quickstart")
+    vocabulary = len(load_text(shipped, "plain").tokenizer)
+    assert read_config(shipped) == new_architecture(config, vocabulary)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,26 @@
 """The whole program, as a user runs it: in its own process, on few steps of the quickstart."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 import yaml
-from support import command, run
+from support import command, placement, run
 
+from fr3e_jax.config import DataConfig
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.host.data import encode_queries
+from fr3e_jax.host.metrics import read_metrics
+from fr3e_jax.host.tasks import make_task
 from fr3e_jax.host.text import load_text
+from fr3e_jax.models.hf import read_config, read_params
+from fr3e_jax.models.qwen2 import graph_of
+from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 
 SMALL = [
     "--steps=6",
@@ -28,7 +38,7 @@ SMALL = [
 
 def metrics(directory):
     """Metrics of a run without what depends on the clock."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(directory)
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
@@ -76,31 +86,40 @@ def test_samples_show_states_with_rewards_between(whole_run):
         assert not wrong.endswith(f";={sample['answer']}")
 
 
-@pytest.mark.parametrize("killed_after", [1, 2, 5])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole_run, tmp_path, killed_after):
-    directory = tmp_path / "run"
-    process = subprocess.Popen(**command("train", *SMALL, "--run_dir", directory))
-    file = directory / "metrics.jsonl"
+@pytest.mark.parametrize("checkpoint", [None, 1, 3])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole_run, tmp_path, checkpoint):
+    """Killed before its first checkpoint, or as soon as that of a step is there."""
+    directory, often = tmp_path / "run", "--checkpoint.every=1"
+    process = subprocess.Popen(**command("train", *SMALL, often, "--run_dir", directory))
+    reached = directory / ("metrics.jsonl" if checkpoint is None else f"checkpoints/{checkpoint}")
     deadline = time.monotonic() + 300
-    while not (file.exists() and len(file.read_text().splitlines()) > killed_after):
+    while not (reached.exists() and metrics(directory)):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(metrics(directory)) < 7  # it was killed before its end
-    again = run("train", *SMALL, "--run_dir", directory)
+    assert process.returncode == -signal.SIGKILL  # it had not come to its end
+    again = run("train", *SMALL, often, "--run_dir", directory)
     assert again.returncode == 0, again.stderr
+    assert ("resumed from the checkpoint of step" in again.stdout) == (checkpoint is not None)
     assert metrics(directory) == metrics(whole_run[0])
     ours, theirs = ((d / "model" / "model.safetensors").read_bytes() for d in (directory, whole_run[0]))
     assert ours == theirs
 
 
+def test_the_resumed_steps_carried_states(whole_run):
+    """So that the tests above prove that what is carried over survives."""
+    carried = {line["step"]: line["states/carried"] for line in metrics(whole_run[0])[1:]}
+    assert carried[1] > 0 and carried[3] > 0
+
+
 def test_a_finished_run_is_not_run_again(whole_run):
     directory, _ = whole_run
-    before = metrics(directory)
+    before = (directory / "metrics.jsonl").read_bytes()  # times included
     again = run("train", *SMALL, "--run_dir", directory)
     assert again.returncode == 0, again.stderr
-    assert metrics(directory) == before
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    assert "resumed from the checkpoint of step 6" in again.stdout
 
 
 def test_a_run_is_not_resumed_with_other_settings(whole_run):
@@ -111,28 +130,48 @@ def test_a_run_is_not_resumed_with_other_settings(whole_run):
     assert len(refused.stderr.splitlines()) == 1
     refused = run("train", *SMALL, "--run_dir", directory, "--resume=never")
     assert refused.returncode == 2
-    assert "holds a checkpoint" in refused.stderr
+    assert "holds a run" in refused.stderr
+
+
+def test_a_run_may_be_resumed_with_more_steps_and_less_memory(whole_run, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(whole_run[0], directory)
+    flags = ["--steps=7", "--optimizer.micro_rows=8", "--optimizer.remat=true", "--credit.max_rounds=20"]
+    done = run("train", *SMALL, *flags, "--run_dir", directory)
+    assert done.returncode == 0, done.stderr
+    assert metrics(directory)[:6] == metrics(whole_run[0])[:6]
+    assert metrics(directory)[-1]["step"] == 7
 
 
 def test_the_exported_model_says_the_same_in_transformers(whole_run):
+    """Token for token, what our engine decodes greedily from the checkpoint's parameters."""
     torch = pytest.importorskip("torch", reason="torch is the reference; pip install -e '.[parity]'")
     from transformers import Qwen2ForCausalLM
 
     directory = whole_run[0] / "model"
-    text = load_text(directory, "plain")
+    config, text = read_config(directory), load_text(directory, "plain")
+    problems = make_task(DataConfig()).held_out(32)
+    engine = Engine(graph_of(config), placement(table=SAMPLING_TABLE), 40, text.end_tokens)
+    queries = engine.placement.place_rows(encode_queries(problems, text, 8))
+    ours, _ = engine.first_return(read_params(directory, config), queries, jax.random.key(0), 0, 1, 0.0)
     model = Qwen2ForCausalLM.from_pretrained(directory)
     assert model.dtype == torch.float32
     right = 0
-    from fr3e_jax.config import DataConfig
-    from fr3e_jax.host.tasks import make_task
-
-    task = make_task(DataConfig())
-    problems = task.held_out(32)
-    for problem in problems:
+    for row, problem in enumerate(problems):
         query = torch.tensor([text.query(problem.question)])
-        answer = model.generate(query, max_new_tokens=40, do_sample=False, pad_token_id=0)
-        right += task.reward(text.decode([answer[0, query.shape[1] :].tolist()])[0], problem.answer)
+        theirs = model.generate(query, max_new_tokens=40, do_sample=False)[0, query.shape[1] :].tolist()
+        assert np.asarray(ours.token[row, 0, : int(ours.length[row, 0])]).tolist() == theirs
+        right += make_task(DataConfig()).reward(text.decode([theirs])[0], problem.answer)
     assert right / 32 == metrics(whole_run[0])[-1]["eval/accuracy"]
+
+
+def test_the_quickstart_learns(tmp_path):
+    """Its first four steps gain the 30 points of held-out accuracy that all sixteen promise."""
+    done = run("train", "--steps=4", "--evaluate.every=0", "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0.2 < summary["accuracy_before"] < 0.5
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.3
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "grpo++"])
@@ -205,7 +244,5 @@ def test_a_task_that_is_too_easy_ends_with_what_to_change(tmp_path):
 
 
 def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
-    from fr3e_jax.host.metrics import read_metrics
-
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]

@@ -55,6 +55,12 @@ class Checkpoints:
             ),
         )
 
+    def save_last(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
+        """Save where a run ends early, if that step is not saved yet, and wait for it."""
+        if progress.step and progress.step != self.latest():
+            self.save(state, carried, progress)
+        self.close()
+
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, StateGroups, Progress]:
         """Read a checkpoint into the layout of `like`, whatever mesh it was written from."""
         abstract = {

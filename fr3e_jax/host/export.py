@@ -17,12 +17,10 @@ def export_model(source: Path, out: Path, params: Params) -> None:
 
     Args:
       source: Hugging Face directory that the run started from.
-      out: directory to write; replaced where it exists.
+      out: directory to write; what lies there is replaced, so callers name one of their own.
       params: trained parameters.
     """
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = temporary_beside(out)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix not in WEIGHTS and "safetensors" not in file.name:
             shutil.copyfile(file, temporary / file.name)
@@ -33,3 +31,11 @@ def export_model(source: Path, out: Path, params: Params) -> None:
     write_params(temporary, params)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+def temporary_beside(out: Path) -> Path:
+    """A fresh directory `OUT.tmp`, that becomes `out` when it is complete."""
+    temporary = out.absolute().with_name(out.absolute().name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary

@@ -136,7 +136,7 @@ def step_line(metrics: Mapping[str, Any]) -> str:
         stages = " ".join(
             f"{name.removeprefix('time/')} {value:.1f}"
             for name, value in metrics.items()
-            if name.startswith("time/") and name != "time/step"
+            if name.startswith("time/") and name not in ("time/step", "time/evaluate")
         )
         parts.append(f"{metrics['time/step']:.1f} s ({stages})")
     if "eval/accuracy" in metrics:

@@ -1,34 +1,50 @@
 """A run's directory: new, or held by a run that goes on."""
 
+import itertools
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from flax import traverse_util
 
 from fr3e_jax.config import Config, ConfigError, dump
 from fr3e_jax.host.metrics import write_atomically
 
 CONFIG_FILE = "config.yaml"
 
-RESUMABLE = {"steps", "run_dir", "resume", "evaluate", "checkpoint", "mesh"}
-"""Settings that a resumed run may have otherwise than the run that it goes on with."""
+RESUMABLE = {
+    "steps",
+    "run_dir",
+    "resume",
+    "evaluate",
+    "checkpoint",
+    "mesh",
+    "credit.max_rounds",
+    "optimizer.micro_rows",
+    "optimizer.logit_chunk",
+    "optimizer.remat",
+}
+"""Sections and settings that a resumed run may have otherwise: they do not change what is learned, or
+are what a failed run is told to change."""
 
 
 def refuse_other_settings(config: Config) -> None:
     """Refuse a run directory that holds another run.
 
     Raises:
-      ConfigError: the directory holds a run that was started with other settings, or `resume: never`
-        meets a checkpoint.
+      ConfigError: the directory holds a run that was started with other settings, or any run where
+        `resume` is `never`, or it is no directory.
     """
-    if config.run_dir is None or not any((Path(config.run_dir) / "checkpoints").glob("[0-9]*")):
+    directory = Path(config.run_dir or "runs")
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory; choose another --run_dir")
+    file = directory / CONFIG_FILE
+    if config.run_dir is None or not file.exists():
         return
-    directory = config.run_dir
     if config.resume == "never":
-        raise ConfigError(f"{directory} holds a checkpoint; choose another --run_dir, or --resume auto")
-    old = yaml.safe_load((Path(directory) / CONFIG_FILE).read_text())
-    changed = differing(old, yaml.safe_load(dump(config)))
+        raise ConfigError(f"{directory} holds a run; choose another --run_dir, or --resume auto")
+    changed = differing(yaml.safe_load(file.read_text()), yaml.safe_load(dump(config)))
     if changed:
         raise ConfigError(
             f"{directory} was started with other settings of {', '.join(changed)}; choose another "
@@ -37,20 +53,41 @@ def refuse_other_settings(config: Config) -> None:
 
 
 def open_run_dir(config: Config, name: str) -> Path:
-    """Make the run's directory and write config.yaml into it; by default it is named after the time."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    directory = Path(config.run_dir or f"runs/{name}-{stamp}")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / CONFIG_FILE, dump(config))
+    """Make the run's directory and write config.yaml into it; by default it is a new one.
+
+    Raises:
+      ConfigError: it cannot be made.
+    """
+    if config.run_dir is None:
+        stamp = Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+        directory = next(d for i in itertools.count() if not (d := numbered(stamp, i)).exists())
+    else:
+        directory = Path(config.run_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=config.run_dir is not None)
+        write_atomically(directory / CONFIG_FILE, dump(config))
+    except OSError as error:
+        raise ConfigError(f"--run_dir {directory} cannot be written: {error}") from None
     return directory
+
+
+def numbered(directory: Path, number: int) -> Path:
+    """`directory`, or with a number from 1 behind its name."""
+    return directory.with_name(f"{directory.name}-{number}") if number else directory
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Names of the settings that a resumed run may not change and that differ."""
-    names = []
-    for key in sorted(set(new) - RESUMABLE):
-        if isinstance(new[key], dict):
-            names += [f"{key}.{k}" for k, v in new[key].items() if (old.get(key) or {}).get(k) != v]
-        elif old.get(key) != new[key]:
-            names.append(key)
-    return names
+    before, after = flatten(old), flatten(new)
+    return [
+        name
+        for name in sorted(after)
+        if name not in RESUMABLE
+        and name.partition(".")[0] not in RESUMABLE
+        and before.get(name) != after[name]
+    ]
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """`section.key` -> value."""
+    return traverse_util.flatten_dict(config, sep=".")
