@@ -56,7 +56,7 @@ def command(module: str, *arguments: str, devices: int = 1, cwd: Path | None = N
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # Many tests run the same programs: each is compiled once a session.
+        # Many tests run the same programs: each is compiled once a test run.
         "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **environment,
