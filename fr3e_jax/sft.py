@@ -197,7 +197,7 @@ def run(config: SFTConfig) -> Path:
 
 
 def warm_up(config: SFTConfig, task: Task, mesh: Mesh, source: Path) -> Params:
-    """Train the model of `source` (a new one where it holds no weights) on the task's solutions."""
+    """Train the model of `source` (its shape only, without `init_path`) on the task's solutions."""
     text = load_text(source, config.data.template)
     architecture = read_config(source)
     graph, axes = graph_of(architecture), logical_axes(architecture)

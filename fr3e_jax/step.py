@@ -84,19 +84,20 @@ def sample_round(
     """
     config, credit = run.config, run.config.credit
     queries, problems = run.stream.take(position, config.rollout.queries)
+    place = run.engine.placement.place_rows
+    placed = place(queries)
     with watch.stage("first_return"):
-        base, caches = first_return(run, params, step, queries)
+        base, caches = first_return(run, params, step, placed)
     with watch.stage("verify"):
         base_reward = run.verifier.base(base, problems)
     if config.explore.positions:
         states = find_states(run, step, queries, base, base_reward)
         with watch.stage("explore"):
-            rollouts = explore(run, params, step, queries, caches, states)
+            rollouts = explore(run, params, step, placed, caches, place(states))
         with watch.stage("verify"):
             reward = run.verifier.whole(states, rollouts, problems)
     else:
         states, rollouts, reward = roots(base), base, base_reward[:, None]
-    place = run.engine.placement.place_rows
     advantage, value, alpha, accepted = jax.device_get(
         assign_credit(credit, *place((reward, states.valid, states.query)))
     )
@@ -110,12 +111,11 @@ def sample_round(
 
 
 def first_return(run: Run, params: Params, step: int, queries: Queries) -> tuple[Rollouts, Caches]:
-    """R whole answers per query, or M where they are all that is sampled; rollouts on the host."""
+    """R whole answers per query on the mesh, or M where no other are sampled; rollouts on the host."""
     config = run.config
     count = config.rollout.base_trajectories if config.explore.positions else config.explore.rollouts
-    placed = run.engine.placement.place_rows(queries)
     rollouts, caches = run.engine.first_return(
-        params, placed, run.key(0), step, count, config.rollout.temperature
+        params, queries, run.key(0), step, count, config.rollout.temperature
     )
     return jax.device_get(rollouts), caches
 
@@ -188,13 +188,13 @@ def roots(base: Rollouts) -> States:
 def explore(
     run: Run, params: Params, step: int, queries: Queries, caches: Caches, states: States
 ) -> Rollouts:
-    """M rollouts from every valid state, on the host."""
-    config, place = run.config, run.engine.placement.place_rows
+    """M rollouts from every valid state; queries and states on the mesh, rollouts on the host."""
+    config = run.config
     rollouts = run.engine.explore(
         params,
-        place(queries),
+        queries,
         caches,
-        place(states),
+        states,
         run.key(0),
         step,
         config.explore.rollouts,

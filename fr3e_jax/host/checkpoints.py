@@ -88,6 +88,6 @@ class Checkpoints:
 def as_leaves(state: TrainState) -> dict[str, Any]:
     """Path -> array: names in the checkpoint do not depend on the libraries' container classes."""
     return {
-        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
