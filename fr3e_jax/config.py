@@ -1,16 +1,13 @@
-"""The configuration of a run: frozen dataclasses, parsed from YAML and the command line.
+"""The configuration of a run: frozen dataclasses, and what cannot run.
 
 Every field says its unit and, where a number has one, its source: (paper) arXiv 2507.07017,
 (release) the authors' released code, (ours) a choice of this project.
 """
 
 import dataclasses
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Literal
 
-import jsonargparse
 import yaml
 
 from fr3e_jax.algorithm.credit import FirstState, Modulation, RejectRule
@@ -30,10 +27,13 @@ class ModelConfig:
     """The policy."""
 
     path: str = "quickstart"
-    """Hugging Face directory of a Qwen2 model, or `quickstart` for the small one that is shipped."""
+    """Hugging Face directory of a Qwen2, Qwen3 or Llama model, name on the hub (`Org/Name`, or
+    `Org/Name@revision`), or `quickstart` for the small one that is shipped."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products; parameters, statistics and reductions stay float32. Use bfloat16 on
     accelerators."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights of the model that a run writes at its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,8 @@ class SFTConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     init_path: str | None = None
-    """Hugging Face directory to start from; by default a new model of the shape below is drawn."""
+    """Hugging Face directory or name on the hub to start from; by default a new model of the shape below is
+    drawn."""
     hidden_size: int = 128
     """Width of a new model."""
     intermediate_size: int = 512
@@ -362,105 +363,6 @@ def check(config: Config, row_parts: int, context: int) -> None:
             )
 
 
-def find_config(path: str) -> str:
-    """A config file as given, or the one of that name that is shipped (`configs/NAME.yaml`)."""
-    shipped = PACKAGE / path
-    return str(shipped) if not Path(path).exists() and shipped.exists() else path
-
-
-def find_model(path: str) -> Path:
-    """The directory of a model as given in `model.path`.
-
-    Raises:
-      ConfigError: there is no such directory.
-    """
-    directory = QUICKSTART_MODEL if path == "quickstart" else Path(path).expanduser()
-    if not directory.is_dir():
-        raise ConfigError(
-            f"model.path {path!r} is not a directory; give a Hugging Face model directory or `quickstart`"
-        )
-    return directory
-
-
-ConfigT = TypeVar("ConfigT")
-
-
-def make_parser(config_class: type, command: str) -> jsonargparse.ArgumentParser:
-    """The parser of a command: every field of the dataclass as `--section.key`."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog=f"python -m fr3e_jax.{command}",
-        usage="%(prog)s [--config FILE.yaml] [--key VALUE | --section.key VALUE ...]",
-        description=config_class.__doc__,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
-    parser.add_class_arguments(config_class)
-    return parser
-
-
-def parse(
-    config_class: type[ConfigT], command: str, default: str, argv: Sequence[str] | None = None
-) -> tuple[ConfigT, str]:
-    """Parse the command line of a command; a mistake in it is one line and exit code 2.
-
-    Args:
-      config_class: frozen dataclass of the command.
-      command: name of the module that is run.
-      default: config file without `--config`.
-      argv: arguments; the process's by default.
-
-    Returns:
-      (the configuration, the stem of the config file).
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    flags = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
-    if not flags:
-        argv, flags = ["--config", str(PACKAGE / default), *argv], [0]
-    name = "run"
-    for i in flags:
-        flag, equals, value = argv[i].partition("=")
-        if equals:
-            argv[i] = flag + equals + find_config(value)
-        elif i + 1 < len(argv):
-            value = argv[i + 1]
-            argv[i + 1] = find_config(value)
-        name = Path(value).stem
-    parser = make_parser(config_class, command)
-    try:
-        values = parser.instantiate(parser.parse_args(argv))
-    except TypeError:  # from a section that is given as a number, which the parser lets through
-        fail(command, "a section of the configuration is not a mapping of options to values")
-    except (jsonargparse.ArgumentError, ValueError) as error:
-        fail(command, error)
-    fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    config = config_class(**fields)
-    if empty := nulls(config):
-        fail(command, ConfigError(f"{', '.join(empty)}: null is not a value of this option"))
-    return config, name
-
-
-def nulls(config: Any) -> list[str]:
-    """Names of options that are null and may not be, which the parser lets through."""
-    names = []
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            names += [f"{field.name}.{name}" for name in nulls(value)]
-        elif value is None and type(None) not in get_args(hints[field.name]):
-            names.append(field.name)
-    return names
-
-
 def dump(config: Config) -> str:
     """The configuration as YAML that `--config` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def fail(command: str, error: Exception | str, code: int = 2) -> NoReturn:
-    """End a command with one line on stderr; exit code 2 says that the user's settings are at fault."""
-    message = " ".join(str(error).split())
-    print(f"fr3e_jax.{command}: error: {message}", file=sys.stderr)
-    raise SystemExit(code)

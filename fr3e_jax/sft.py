@@ -17,30 +17,19 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
-from fr3e_jax.config import ConfigError, SFTConfig, fail, find_model, parse
+from fr3e_jax.cli import fail, parse
+from fr3e_jax.config import ConfigError, SFTConfig
 from fr3e_jax.host.export import export_model
+from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.tasks import Task, make_task
 from fr3e_jax.host.text import Text, character_tokenizer, load_text
 from fr3e_jax.learner.state import TrainState, decayed, init_state
 from fr3e_jax.learner.update import token_logprob, trained
-from fr3e_jax.models.hf import (
-    CheckpointError,
-    config_json,
-    read_config,
-    read_params,
-)
-from fr3e_jax.models.qwen2 import (
-    Params,
-    Qwen2,
-    Qwen2Config,
-    graph_of,
-    init_params,
-    logical_axes,
-)
+from fr3e_jax.models.hf import CheckpointError, config_json
+from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, init_params
 from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
 from fr3e_jax.types import Batch
 
@@ -183,12 +172,10 @@ def run(config: SFTConfig) -> Path:
     task = make_task(config.data, config.dropped_carry)
     with tempfile.TemporaryDirectory() as scratch:
         if config.init_path is None:
-            source = Path(scratch)
-            write_new_model(config, task, source)
-        else:
-            source = find_model(config.init_path)
-        params = warm_up(config, task, mesh, source)
-        export_model(source, out, params)
+            write_new_model(config, task, Path(scratch))
+        model = open_model(config.init_path or scratch, mesh)
+        params = warm_up(config, task, model)
+        export_model(model.source, out, params)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(
         f"{count:,} parameters, {config.steps} steps in {time.perf_counter() - started:.0f} s; model in {out}"
@@ -196,26 +183,24 @@ def run(config: SFTConfig) -> Path:
     return out
 
 
-def warm_up(config: SFTConfig, task: Task, mesh: Mesh, source: Path) -> Params:
-    """Train the model of `source` (its shape only, without `init_path`) on the task's solutions."""
-    text = load_text(source, config.data.template)
-    architecture = read_config(source)
-    graph, axes = graph_of(architecture), logical_axes(architecture)
+def warm_up(config: SFTConfig, task: Task, model: PlacedModel) -> Params:
+    """Train the model (of which only the shape exists, without `init_path`) on the task's solutions."""
+    text = load_text(model.source, config.data.template)
+    placement = model.training
     if config.init_path is None:
-        params = init_params(architecture, config.seed)
+        params = init_params(model.config, config.seed)
     else:
-        params = read_params(source, architecture)
-    placement = Placement(mesh)
+        params = model.read_params(placement)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed(axes)),
+        optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed(model.axes)),
     )
-    state = init_state(placement, optimizer, axes, params)
-    step = make_step(graph, placement, optimizer)
-    width = min(architecture.max_position_embeddings, config.max_position_embeddings)
+    state = init_state(placement, optimizer, model.axes, params)
+    step = make_step(model.graph, placement, optimizer)
+    width = min(model.config.context, config.max_position_embeddings)
     with Progress(transient=True) as progress:
         bar = progress.add_task("warm-up", total=config.steps)
         for i in range(config.steps):

@@ -13,57 +13,61 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fr3e_jax.config import Config, ConfigError, check, fail, find_model, parse, resolve
+from fr3e_jax.cli import fail, parse
+from fr3e_jax.config import Config, ConfigError, check, resolve
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Checkpoints, Progress
 from fr3e_jax.host.data import QueryStream, encode_queries
 from fr3e_jax.host.export import export_model
 from fr3e_jax.host.metrics import Reporter, read_metrics
+from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.run_dir import differing, open_run_dir, refuse_other_settings
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.state import TrainState, init_state, make_optimizer, sampling_cast
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.hf import CheckpointError, read_config, read_params
-from fr3e_jax.models.qwen2 import Params, abstract_params, graph_of, logical_axes
-from fr3e_jax.parallel.mesh import SAMPLING_TABLE, Placement, PlacementError, make_mesh, row_parts
+from fr3e_jax.models.hf import CheckpointError
+from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
 from fr3e_jax.step import Run, SamplingError, train_step
 
 
-def setup(config: Config) -> tuple[Run, TrainState, list[Problem]]:
+def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
     """Check the configuration, then load the model and place it on the mesh.
 
     Returns:
-      (the run, its fresh state, held-out problems).
+      (the run, the model that it starts from, its fresh state, held-out problems).
     """
-    source = find_model(config.model.path)
-    architecture = read_config(source)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    check(config, row_parts(mesh), architecture.max_position_embeddings)
-    graph, axes = graph_of(architecture), logical_axes(architecture)
-    placement = Placement(mesh)
-    placement.shardings(axes, abstract_params(architecture))
-    text = load_text(source, config.data.template)
+    model = open_model(config.model.path, mesh)
+    check(config, row_parts(mesh), model.config.context)
+    text = load_text(model.source, config.data.template)
     task = make_task(config.data)
     held_out = task.held_out(config.data.held_out)
     encode_queries(held_out, text, config.rollout.max_prompt)  # too long a query fails here, not later
-    engine = Engine(graph, Placement(mesh, SAMPLING_TABLE), config.rollout.max_response, text.end_tokens)
+    engine = Engine(model.graph, model.sampling, config.rollout.max_response, text.end_tokens)
     dtype = jnp.dtype(config.model.compute_dtype)
-    optimizer = make_optimizer(config.optimizer, axes)
+    optimizer = make_optimizer(config.optimizer, model.axes)
     learner = Learner(
-        graph, placement, optimizer, config.loss, dtype, config.optimizer.logit_chunk, config.optimizer.remat
+        model.graph,
+        model.training,
+        optimizer,
+        config.loss,
+        dtype,
+        config.optimizer.logit_chunk,
+        config.optimizer.remat,
     )
-    state = init_state(placement, optimizer, axes, read_params(source, architecture))
+    state = init_state(model.training, optimizer, model.axes, model.read_params(model.training))
     reference = None
     if config.loss.kl_coefficient > 0:
         reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
     stream = QueryStream(task, text, config.rollout.max_prompt, config.seed)
     verifier = Verifier(task, text)
-    cast = sampling_cast(engine.placement, axes, state.params, dtype)
-    run = Run(config, placement, engine, learner, stream, verifier, reference, cast)
-    return run, state, held_out
+    cast = sampling_cast(model.sampling, model.axes, state.params, dtype)
+    run = Run(config, model.training, engine, learner, stream, verifier, reference, cast)
+    return run, model, state, held_out
 
 
 def evaluate(run: Run, params: Params, held_out: list[Problem]) -> float:
@@ -89,7 +93,7 @@ def train(config: Config, name: str) -> dict[str, Any]:
     started = time.perf_counter()
     given, config = config, resolve(config)
     refuse_other_settings(config)
-    run, state, held_out = setup(config)
+    run, model, state, held_out = setup(config)
     directory = open_run_dir(config, name)
     checkpoints = Checkpoints(directory, config.checkpoint.keep)
     progress = Progress(seed=config.seed)
@@ -132,7 +136,7 @@ def train(config: Config, name: str) -> dict[str, Any]:
             if last or progress.step % config.checkpoint.every == 0:
                 checkpoints.save(state, carried, progress)
         checkpoints.close()
-        export_model(find_model(config.model.path), directory / "model", state.params)
+        export_model(model.source, directory / "model", state.params, jnp.dtype(config.model.export_dtype))
         return finish(reporter, directory, progress)
 
 

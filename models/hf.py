@@ -1,79 +1,205 @@
-"""Hugging Face checkpoint directories <-> Flax parameters.
+"""Hugging Face checkpoints: what config.json says, and how a parameter lies in safetensors files.
 
-Reads and writes `config.json` and safetensors files. Nothing is unpickled and no code of a
-checkpoint is run.
+Read and written here are names, shapes and settings; `fr3e_jax.host.weights` moves the numbers. Nothing
+is unpickled and no code of a checkpoint is run.
 """
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params
+from fr3e_jax.models.qwen2 import Params, Qwen2Config
+from fr3e_jax.models.rope import Yarn, attention_factor
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+
+class Kind(NamedTuple):
+    """A model_type: the two flags of the decoder, and the class that transformers calls it."""
+
+    qkv_bias: bool
+    qk_norm: bool
+    architecture: str
+
+
+KINDS = {
+    "qwen2": Kind(True, False, "Qwen2ForCausalLM"),
+    "qwen3": Kind(False, True, "Qwen3ForCausalLM"),
+    "llama": Kind(False, False, "LlamaForCausalLM"),
+}
+
+# Fields of config.json that change what is computed, in a way that this decoder does not have, unless
+# they hold one of these values.
+INERT: dict[str, tuple[Any, ...]] = {
+    "auto_map": (None, {}),  # code in a checkpoint
+    "use_sliding_window": (None, False),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "hidden_act": (None, "silu"),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "quantization_config": (None, {}),
+    "dual_chunk_attention_config": (None, {}),
+}
+
+YARN_FIELDS = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint directory that cannot be read as a Qwen2 model; the message names file and cause."""
+    """A checkpoint that cannot be read; the message names file and cause."""
 
 
 def read_config(directory: Path) -> Qwen2Config:
     """Read config.json.
 
     Raises:
-      CheckpointError: no config.json, not a Qwen2 model, or a feature that is not supported.
+      CheckpointError: no config.json, an architecture or a feature that is not supported, or a field
+        that is missing, of the wrong type or out of range.
     """
     file = directory / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{directory} holds no config.json; point at a Hugging Face directory")
     raw = read_json(file)
-
-    def refuse(what: str) -> None:
-        raise CheckpointError(f"{file}: {what} is not supported")
-
-    if raw.get("model_type") != "qwen2":
-        refuse(f"model_type {raw.get('model_type')!r} (supported: 'qwen2')")
-    if raw.get("use_sliding_window"):
-        refuse("use_sliding_window: true")
+    refuse_unsupported(raw, file)
+    model_type = raw["model_type"]
+    heads = number(raw, file, "num_attention_heads", int)
+    # What transformers derives or takes as a default where a field is absent.
+    kv_default = heads if model_type == "llama" else None
+    hidden_size = number(raw, file, "hidden_size", int)
+    derived_head_dim = hidden_size // heads if model_type != "qwen3" else None
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        refuse(f"rope scaling of type {rope_type!r}")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {raw['hidden_act']!r}")
-    if raw.get("auto_map"):
-        refuse("auto_map (code in a checkpoint)")
-    try:
-        heads = int(raw["num_attention_heads"])
-        config = Qwen2Config(
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=int(raw["hidden_size"]),
-            intermediate_size=int(raw["intermediate_size"]),
-            num_hidden_layers=int(raw["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
-            max_position_embeddings=int(raw["max_position_embeddings"]),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    config = Qwen2Config(
+        vocab_size=number(raw, file, "vocab_size", int),
+        hidden_size=hidden_size,
+        intermediate_size=number(raw, file, "intermediate_size", int),
+        num_hidden_layers=number(raw, file, "num_hidden_layers", int),
+        num_attention_heads=heads,
+        num_key_value_heads=number(raw, file, "num_key_value_heads", int, kv_default),
+        head_dim=number(raw, file, "head_dim", int, derived_head_dim),
+        max_position_embeddings=number(raw, file, "max_position_embeddings", int),
+        rope_theta=number({**raw, **rope}, file, "rope_theta", float, 10_000.0),
+        rms_norm_eps=number(raw, file, "rms_norm_eps", float, 1e-6),
+        tie_word_embeddings=flag(raw, file, "tie_word_embeddings", False),
+        qkv_bias=KINDS[model_type].qkv_bias,
+        qk_norm=KINDS[model_type].qk_norm,
+        yarn=read_yarn(rope, raw, file) if rope_type(rope) == "yarn" else None,
+    )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(
+            f"{file}: num_attention_heads {heads} does not divide by num_key_value_heads "
+            f"{config.num_key_value_heads}"
         )
-    except KeyError as error:
-        raise CheckpointError(f"{file} lacks {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file} has a field of the wrong type: {error}") from None
-    for field, value in dataclasses.asdict(config).items():
-        if field != "tie_word_embeddings" and value <= 0:
-            raise CheckpointError(f"{file}: {field} is {value}, must be above 0")
+    if config.head_dim % 2:
+        raise CheckpointError(f"{file}: head_dim is {config.head_dim}; it is rotated in pairs, so it is even")
+    if config.rope_theta <= 1:
+        raise CheckpointError(f"{file}: rope_theta is {config.rope_theta}, must be above 1")
     return config
+
+
+def refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
+    """Refuse, by name, what this decoder does not compute."""
+    if raw.get("model_type") not in KINDS:
+        raise CheckpointError(
+            f"{file}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(KINDS)}"
+        )
+    for name, inert in INERT.items():
+        if name == "attention_bias" and raw["model_type"] == "qwen2":
+            continue  # no field of Qwen2, whose query, key and value have biases in any case
+        if name in raw and raw[name] not in inert:
+            what = " (code in a checkpoint)" if name == "auto_map" else ""
+            raise CheckpointError(f"{file}: {name} {json.dumps(raw[name])[:80]}{what} is not supported")
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise CheckpointError(f"{file}: layer_types other than full_attention are not supported")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(name) or {}
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"{file}: {name} is {rope!r}, must be an object or null")
+        if rope_type(rope) not in ("default", "yarn"):
+            raise CheckpointError(
+                f"{file}: {name} of type {rope_type(rope)!r} is not supported; supported: default, yarn"
+            )
+        if rope.get("partial_rotary_factor") not in INERT["partial_rotary_factor"]:
+            raise CheckpointError(f"{file}: {name} with a partial_rotary_factor is not supported")
+
+
+def rope_type(rope: dict[str, Any]) -> Any:
+    """The type of a rope_scaling; older files call the field `type`."""
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def read_yarn(rope: dict[str, Any], raw: dict[str, Any], file: Path) -> Yarn:
+    """The YaRN settings of a rope_scaling, with the defaults of transformers."""
+    if unknown := set(rope) - YARN_FIELDS - {"partial_rotary_factor"}:
+        raise CheckpointError(f"{file}: rope_scaling has unknown fields: {', '.join(sorted(unknown))}")
+    fallback = raw.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    original = number(rope, file, "original_max_position_embeddings", int, fallback)
+    factor = number(rope, file, "factor", float)
+    mscale, mscale_all_dim = (
+        number(rope, file, name, float, 0.0, least=0.0) for name in ("mscale", "mscale_all_dim")
+    )
+    recommended = attention_factor(factor)
+    if mscale and mscale_all_dim:
+        recommended = attention_factor(factor, mscale) / attention_factor(factor, mscale_all_dim)
+    yarn = Yarn(
+        factor=factor,
+        original_max_position_embeddings=original,
+        attention_factor=number(rope, file, "attention_factor", float, recommended),
+        beta_fast=number(rope, file, "beta_fast", float, 32.0),
+        beta_slow=number(rope, file, "beta_slow", float, 1.0),
+        truncate=flag(rope, file, "truncate", True),
+    )
+    if yarn.factor < 1 or yarn.beta_fast <= yarn.beta_slow:
+        raise CheckpointError(
+            f"{file}: rope_scaling has factor {yarn.factor}, beta_fast {yarn.beta_fast}, beta_slow "
+            f"{yarn.beta_slow}; factor must be at least 1 and beta_fast above beta_slow"
+        )
+    return yarn
+
+
+def number(
+    raw: dict[str, Any], file: Path, name: str, kind: type, default: Any = None, least: float | None = None
+) -> Any:
+    """A field that is a finite number above 0 (or at least `least`); null is as absent.
+
+    Raises:
+      CheckpointError: it is neither, or it is absent and there is no default.
+    """
+    value = raw.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise CheckpointError(f"{file} lacks {name!r}")
+    types = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise CheckpointError(f"{file}: {name} is {value!r}, which has the wrong type; it is {kind.__name__}")
+    in_range = value > 0 if least is None else value >= least
+    if not (in_range and value < 2**53 and math.isfinite(value)):
+        raise CheckpointError(f"{file}: {name} is {value}, must be a finite number above 0")
+    return kind(value)
+
+
+def flag(raw: dict[str, Any], file: Path, name: str, default: bool) -> bool:
+    """A field that is true or false; null is as absent."""
+    value = raw.get(name)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{file}: {name} is {value!r}, which has the wrong type; it is true or false")
+    return value
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -84,8 +210,10 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is damaged: it holds no object")
     return found
@@ -93,17 +221,23 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def config_json(config: Qwen2Config, eos: list[int], pad: int) -> dict[str, Any]:
     """What config.json says for `config`, in the form that transformers 4 and 5 both read."""
+    flags = (config.qkv_bias, config.qk_norm)
+    model_type = next(name for name, kind in KINDS.items() if (kind.qkv_bias, kind.qk_norm) == flags)
+    rope_scaling = None
+    if config.yarn is not None:
+        rope_scaling = {"rope_type": "yarn", **dataclasses.asdict(config.yarn)}
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [KINDS[model_type].architecture],
+        "model_type": model_type,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
+        **({} if config.qkv_bias else {"attention_bias": False}),
         "initializer_range": 0.02,
         "use_cache": True,
         "use_sliding_window": False,
         "sliding_window": None,
         "max_window_layers": config.num_hidden_layers,
-        "rope_scaling": None,
+        "rope_scaling": rope_scaling,
         "bos_token_id": None,
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
         "pad_token_id": pad,
@@ -121,124 +255,109 @@ def config_json(config: Qwen2Config, eos: list[int], pad: int) -> dict[str, Any]
     }
 
 
-# Flax path of a layer's leaf -> (Hugging Face name within the layer, number of leading axes that are
-# inputs of the matrix; Hugging Face stores [out, in], Flax [in, out], each with heads split out).
-LAYER_NAMES = {
-    "attention_norm.scale": ("input_layernorm.weight", 0),
-    "mlp_norm.scale": ("post_attention_layernorm.weight", 0),
-    "q": ("self_attn.q_proj.weight", 1),
-    "k": ("self_attn.k_proj.weight", 1),
-    "v": ("self_attn.v_proj.weight", 1),
-    "q_bias": ("self_attn.q_proj.bias", 0),
-    "k_bias": ("self_attn.k_proj.bias", 0),
-    "v_bias": ("self_attn.v_proj.bias", 0),
-    "o": ("self_attn.o_proj.weight", 2),
-    "gate": ("mlp.gate_proj.weight", 1),
-    "up": ("mlp.up_proj.weight", 1),
-    "down": ("mlp.down_proj.weight", 1),
+class Layout(NamedTuple):
+    """How a parameter lies in a checkpoint.
+
+    name: of its tensor, `{}` for the layer. groups: for each axis of the tensor, the axes of our array
+    (without the layer axis) that it merges: Hugging Face has a matrix as [out, in] with all heads in one
+    axis, we have it as [in, out] with heads and head_dim apart.
+    """
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def order(self) -> list[int]:
+        """Our axes, in the order in which the tensor has them."""
+        return [axis for group in self.groups for axis in group]
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Our shape -> the tensor's."""
+        return tuple(math.prod(shape[axis] for axis in group) for group in self.groups)
+
+    def tensor_slices(self, shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """The part of the tensor that a part of our array is.
+
+        Args:
+          shape: of our whole array.
+          index: of the part, a slice with start and stop for each axis; of axes that are merged, only the
+            first may be cut, so that the part is one piece.
+        """
+        slices = []
+        for first, *others in self.groups:
+            inner = math.prod(shape[axis] for axis in others)
+            assert all(index[axis] == slice(0, shape[axis]) for axis in others), (self.name, index)
+            slices.append(slice(index[first].start * inner, index[first].stop * inner))
+        return tuple(slices)
+
+    def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor, or a part of it, as our array of `shape`."""
+        split = tensor.reshape([shape[axis] for axis in self.order])
+        return split.transpose(np.argsort(self.order))
+
+    def to_tensor(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`."""
+        return array.transpose(self.order).reshape(self.tensor_shape(array.shape))
+
+
+VECTOR, BIAS, TABLE, MATRIX = ((0,),), ((0, 1),), ((0,), (1,)), ((1,), (0,))
+FROM_HEADS, TO_HEADS = ((2,), (0, 1)), ((1, 2), (0,))
+
+# Path of a parameter -> its layout, in the order in which checkpoints are written.
+LAYOUTS = {
+    "embedding": Layout("model.embed_tokens.weight", TABLE),
+    "layers.attention_norm.scale": Layout("model.layers.{}.input_layernorm.weight", VECTOR),
+    "layers.q": Layout("model.layers.{}.self_attn.q_proj.weight", TO_HEADS),
+    "layers.q_bias": Layout("model.layers.{}.self_attn.q_proj.bias", BIAS),
+    "layers.q_norm.scale": Layout("model.layers.{}.self_attn.q_norm.weight", VECTOR),
+    "layers.k": Layout("model.layers.{}.self_attn.k_proj.weight", TO_HEADS),
+    "layers.k_bias": Layout("model.layers.{}.self_attn.k_proj.bias", BIAS),
+    "layers.k_norm.scale": Layout("model.layers.{}.self_attn.k_norm.weight", VECTOR),
+    "layers.v": Layout("model.layers.{}.self_attn.v_proj.weight", TO_HEADS),
+    "layers.v_bias": Layout("model.layers.{}.self_attn.v_proj.bias", BIAS),
+    "layers.o": Layout("model.layers.{}.self_attn.o_proj.weight", FROM_HEADS),
+    "layers.mlp_norm.scale": Layout("model.layers.{}.post_attention_layernorm.weight", VECTOR),
+    "layers.gate": Layout("model.layers.{}.mlp.gate_proj.weight", MATRIX),
+    "layers.up": Layout("model.layers.{}.mlp.up_proj.weight", MATRIX),
+    "layers.down": Layout("model.layers.{}.mlp.down_proj.weight", MATRIX),
+    "norm.scale": Layout("model.norm.weight", VECTOR),
+    "lm_head": Layout("lm_head.weight", TABLE),
 }
-TOP_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-}
 
 
-def to_flax(tensor: np.ndarray, shape: tuple[int, ...], inputs: int) -> np.ndarray:
-    """[out, in] (or a vector) -> `shape`, whose first `inputs` axes are the matrix's inputs."""
-    return (tensor.T if inputs else tensor).reshape(shape)
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint: its name and shape there, and where our parameters have it.
 
-
-def to_hf(array: np.ndarray, inputs: int) -> np.ndarray:
-    """The inverse of `to_flax`: matrices [out, in], vectors flat."""
-    if not inputs:
-        return array.reshape(-1)
-    return array.reshape(int(np.prod(array.shape[:inputs])), -1).T
-
-
-def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or from the single file.
-
-    Raises:
-      CheckpointError: there are no safetensors files, or the index names a file that is not there.
+    path: of the parameter, as in `LAYOUTS`. layer: its index on the parameter's first axis, or None where
+    the parameter has no layers.
     """
-    if (directory / INDEX_FILE).is_file():
-        weight_map = read_json(directory / INDEX_FILE).get("weight_map", {})
-        files = {name: directory / file for name, file in weight_map.items()}
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise CheckpointError(f"{directory / INDEX_FILE} names {file.name}, which is absent")
-        return files
-    if not (directory / SINGLE_FILE).is_file():
-        raise CheckpointError(f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}")
-    with open_safetensors(directory / SINGLE_FILE) as tensors:
-        return dict.fromkeys(tensors.keys(), directory / SINGLE_FILE)
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    layer: int | None
 
 
-def open_safetensors(file: Path) -> Any:
-    """Open a safetensors file for reading as numpy arrays (bfloat16 through ml_dtypes)."""
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
+def tensors_of(params: Params) -> Iterator[Tensor]:
+    """Every tensor that a checkpoint of these parameters (or of their shapes) has, in its order.
 
-
-def read_params(directory: Path, config: Qwen2Config) -> Params:
-    """Read the weights as float32, on the host.
-
-    Returns:
-      The parameters of `Qwen2(config)`.
-
-    Raises:
-      CheckpointError: a tensor is missing, unexpected or of another shape.
+    Lazy: a config.json can claim more layers than could be listed.
     """
-    files = tensor_files(directory)
-    handles = {file: open_safetensors(file) for file in set(files.values())}
-    unread = set(files)
+    flat = traverse_util.flatten_dict(params, sep=".")
+    ordered = [(path, layout) for path, layout in LAYOUTS.items() if path in flat]
+    assert len(ordered) == len(flat), set(flat) - set(LAYOUTS)
+    stacked = [(path, layout) for path, layout in ordered if path.startswith("layers.")]
+    layers = flat[stacked[0][0]].shape[0]
 
-    def read(name: str, shape: tuple[int, ...], inputs: int) -> np.ndarray:
-        if name not in files:
-            raise CheckpointError(f"{directory} lacks tensor {name}")
-        unread.discard(name)
-        tensor = handles[files[name]].get_tensor(name)
-        expected = to_hf(np.broadcast_to(np.float32(0), shape), inputs).shape
-        if name in TOP_NAMES.values():
-            expected = shape
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"{files[name]}: {name} has shape {tensor.shape}, config.json asks for {expected}"
-            )
-        return to_flax(tensor.astype(np.float32), shape, inputs)
+    def whole(path: str) -> Tensor:
+        layout = LAYOUTS[path]
+        return Tensor(layout.name, layout.tensor_shape(flat[path].shape), path, None)
 
-    params: dict[str, np.ndarray] = {}
-    for name, abstract in traverse_util.flatten_dict(abstract_params(config), sep=".").items():
-        shape = abstract.shape
-        if name in TOP_NAMES:
-            params[name] = read(TOP_NAMES[name], shape, 0)
-            continue
-        hf_name, inputs = LAYER_NAMES[name.removeprefix("layers.")]
-        layers = [read(f"model.layers.{i}.{hf_name}", shape[1:], inputs) for i in range(shape[0])]
-        params[name] = np.stack(layers)
-    # A tied checkpoint may carry the shared matrix twice.
-    unread -= {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if unread:
-        raise CheckpointError(f"{directory} holds unexpected tensors: {', '.join(sorted(unread))}")
-    return traverse_util.unflatten_dict(params, sep=".")
-
-
-def write_params(directory: Path, params: Params) -> None:
-    """Write the weights as one float32 model.safetensors.
-
-    Args:
-      params: parameters of a `Qwen2`, addressable from this process.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    for name, leaf in traverse_util.flatten_dict(params, sep=".").items():
-        array = np.asarray(jax.device_get(leaf)).astype(np.float32)
-        if name in TOP_NAMES:
-            tensors[TOP_NAMES[name]] = np.ascontiguousarray(array)
-            continue
-        hf_name, inputs = LAYER_NAMES[name.removeprefix("layers.")]
-        for i, layer in enumerate(array):
-            tensors[f"model.layers.{i}.{hf_name}"] = np.ascontiguousarray(to_hf(layer, inputs))
-    save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
+    yield whole("embedding")
+    for layer in range(layers):
+        for path, layout in stacked:
+            shape = layout.tensor_shape(flat[path].shape[1:])
+            yield Tensor(layout.name.format(layer), shape, path, layer)
+    yield whole("norm.scale")
+    if "lm_head" in flat:
+        yield whole("lm_head")

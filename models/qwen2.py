@@ -1,5 +1,8 @@
 """The Qwen2 decoder (Qwen2.5 checkpoints), in Flax NNX, for one sequence.
 
+Two flags make the same decoder its nearest kin: `qk_norm` without `qkv_bias` is dense Qwen3, neither is
+Llama.
+
 Layers are stacked on a leading axis and scanned. Everything is written for one sequence; batches are
 `jax.vmap` of it, so that what is shared between rows (a prefix) is simply not mapped. NNX holds the
 parameters; callers `nnx.split` once and `nnx.merge` inside plain jitted functions.
@@ -9,6 +12,7 @@ D per head, L layers, S slots of a segment.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +22,7 @@ from flax import nnx, traverse_util
 from jax import Array
 
 from fr3e_jax.models.attention import Part, Segment, attend
+from fr3e_jax.models.rope import Yarn, rotate
 
 Shard = Callable[..., Array]
 """`shard(x, *logical_axes) -> x` with a sharding constraint; the caller owns the mesh and the table."""
@@ -34,7 +39,11 @@ def unsharded(x: Array, *_: str | None) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config:
-    """The architecture; names and meaning of Hugging Face's config.json."""
+    """The architecture; names and meaning of Hugging Face's config.json.
+
+    qkv_bias: query, key and value have biases (Qwen2). qk_norm: query and key are normalised, head by
+    head, before they are rotated (Qwen3). yarn: scaling of the context, or None.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -47,6 +56,17 @@ class Qwen2Config:
     rope_theta: float
     rms_norm_eps: float
     tie_word_embeddings: bool
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    yarn: Yarn | None = None
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, tokens; YaRN extends what the model was trained with."""
+        if self.yarn is None:
+            return self.max_position_embeddings
+        extended = int(self.yarn.factor * self.yarn.original_max_position_embeddings)
+        return max(self.max_position_embeddings, extended)
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
@@ -68,26 +88,6 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
-def rotate(x: Array, position: Array, theta: float) -> Array:
-    """Rotary embedding, the two halves of a head paired, computed in float32.
-
-    Args:
-      x: [T, heads, D].
-      position: int32 [T].
-      theta: base of the frequencies.
-
-    Returns:
-      [T, heads, D].
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position.astype(jnp.float32)[:, None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
 class Block(nnx.Module):
     """One decoder layer; built stacked ([L, ...] leaves), merged and called one layer at a time."""
 
@@ -100,16 +100,22 @@ class Block(nnx.Module):
         def stacked(shape: tuple[int, ...], axes: tuple[str, ...], scale: float = init_scale) -> nnx.Param:
             return weight(rngs, (layers, *shape), ("layer", *axes), scale)
 
-        self.theta = c.rope_theta
-        norm = ((layers, hidden), ("layer", "norm"), c.rms_norm_eps)
-        self.attention_norm = RMSNorm(*norm)
-        self.mlp_norm = RMSNorm(*norm)
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm((layers, size), ("layer", "norm"), c.rms_norm_eps)
+
+        self.config = c
+        self.attention_norm = norm(hidden)
+        self.mlp_norm = norm(hidden)
         self.q = stacked((hidden, heads, head_dim), ("embed", "heads", "head_dim"))
         self.k = stacked((hidden, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
         self.v = stacked((hidden, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
-        self.q_bias = stacked((heads, head_dim), ("heads", "head_dim"), 0.0)
-        self.k_bias = stacked((kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
-        self.v_bias = stacked((kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
+        if c.qkv_bias:
+            self.q_bias = stacked((heads, head_dim), ("heads", "head_dim"), 0.0)
+            self.k_bias = stacked((kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
+            self.v_bias = stacked((kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
+        if c.qk_norm:
+            self.q_norm = norm(head_dim)
+            self.k_norm = norm(head_dim)
         self.o = stacked((heads, head_dim, hidden), ("heads", "head_dim", "embed"), out_scale)
         self.gate = stacked((hidden, c.intermediate_size), ("embed", "mlp"))
         self.up = stacked((hidden, c.intermediate_size), ("embed", "mlp"))
@@ -118,13 +124,20 @@ class Block(nnx.Module):
     def project(self, x: Array, position: Array, shard: Shard) -> tuple[Array, Array, Array]:
         """Residual stream [T, E] -> rotated query [T, H, D], rotated key and value [T, K, D]."""
         normed = self.attention_norm(x)
-        query = jnp.einsum("te,ehd->thd", normed, self.q[...]) + self.q_bias[...]
-        key = jnp.einsum("te,ekd->tkd", normed, self.k[...]) + self.k_bias[...]
-        value = jnp.einsum("te,ekd->tkd", normed, self.v[...]) + self.v_bias[...]
+        query = jnp.einsum("te,ehd->thd", normed, self.q[...])
+        key = jnp.einsum("te,ekd->tkd", normed, self.k[...])
+        value = jnp.einsum("te,ekd->tkd", normed, self.v[...])
+        if self.config.qkv_bias:
+            query, key, value = query + self.q_bias[...], key + self.k_bias[...], value + self.v_bias[...]
         query = shard(query, "length", "heads", "head_dim")
         key = shard(key, "length", "kv_heads", "head_dim")
         value = shard(value, "length", "kv_heads", "head_dim")
-        return rotate(query, position, self.theta), rotate(key, position, self.theta), value
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        turn = functools.partial(
+            rotate, position=position, theta=self.config.rope_theta, yarn=self.config.yarn
+        )
+        return turn(query), turn(key), value
 
     def finish(self, x: Array, attended: Array, shard: Shard) -> Array:
         """Add attention's output [T, H, D] and the gated MLP to the residual stream [T, E]."""
@@ -183,22 +196,26 @@ class Qwen2(nnx.Module):
         length: Array,
         shard: Shard = unsharded,
         remat: bool = False,
+        start: Array | int = 0,
     ) -> tuple[Array, Segment]:
         """Run a whole sequence causally.
 
         Args:
-          token: int32 [T], right-padded.
+          token: int32 [T], padded on the right, and before `start` on the left.
           position: int32 [T], places for the rotary embedding.
-          length: int32 [], real tokens.
+          length: int32 [], index behind the last real token.
           shard: places activations on the mesh.
           remat: recompute each layer in the backward pass instead of holding it.
+          start: int32 [], index of the first real token. A sequence that others go on from starts at 0,
+            since a segment is read from its first slot.
 
         Returns:
           (hidden [T, E] after the final norm, the sequence's Segment with S = T).
         """
         graph, stacked = nnx.split(self.layers)
         index = jnp.arange(token.shape[0])
-        mask = (index[None, :] <= index[:, None]) & (index[None, :] < length)
+        real = (start <= index) & (index < length)
+        mask = (index[None, :] <= index[:, None]) & real[None, :]
         mask = mask | (index[None, :] == index[:, None])  # padding sees itself: no empty row
 
         def layer(x: Array, params: Any) -> tuple[Array, tuple[Array, Array]]:

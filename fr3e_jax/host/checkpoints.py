@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from fr3e_jax.host.groups import as_dict, from_dict
 from fr3e_jax.learner.state import TrainState
+from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.types import StateGroups
 
 
@@ -49,7 +50,8 @@ class Checkpoints:
         self.manager.save(
             progress.step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(as_leaves(state)),
+                params=ocp.args.StandardSave(as_leaves(state.params)),
+                optimizer=ocp.args.StandardSave(as_leaves(state.optimizer)),
                 carried=ocp.args.StandardSave(as_dict(carried)),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
             ),
@@ -63,21 +65,24 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, StateGroups, Progress]:
         """Read a checkpoint into the layout of `like`, whatever mesh it was written from."""
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in as_leaves(like).items()
-        }
         found = self.manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
+                params=ocp.args.StandardRestore(abstract_leaves(like.params)),
+                optimizer=ocp.args.StandardRestore(abstract_leaves(like.optimizer)),
                 carried=ocp.args.StandardRestore(),
                 progress=ocp.args.JsonRestore(),
             ),
         )
-        leaves = [found.state[name] for name in abstract]
-        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        state = TrainState(
+            from_leaves(found.params, like.params), from_leaves(found.optimizer, like.optimizer)
+        )
         return state, from_dict(found.carried), Progress(**found.progress)
+
+    def restore_params(self, step: int, like: Params) -> Params:
+        """Read the parameters alone, into the shapes, types and shardings of `like`."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_leaves(like)))
+        return from_leaves(self.manager.restore(step, args=args).params, like)
 
     def close(self) -> None:
         """Wait until everything is on disk."""
@@ -85,9 +90,22 @@ class Checkpoints:
         self.manager.close()
 
 
-def as_leaves(state: TrainState) -> dict[str, Any]:
+def as_leaves(tree: Any) -> dict[str, Any]:
     """Path -> array: names in the checkpoint do not depend on the libraries' container classes."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def abstract_leaves(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape, type and sharding, as which a leaf is to be read."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in as_leaves(tree).items()
+    }
+
+
+def from_leaves(leaves: dict[str, Any], like: Any) -> Any:
+    """The inverse of `as_leaves`, for a tree of the structure of `like`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in as_leaves(like)])

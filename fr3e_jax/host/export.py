@@ -3,39 +3,80 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from fr3e_jax.models.hf import write_params
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from fr3e_jax.host.text import GENERATION_FILE, end_tokens, pad_token
+from fr3e_jax.host.weights import MAX_FILE_BYTES, write_params
+from fr3e_jax.models.hf import read_json
 from fr3e_jax.models.qwen2 import Params
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+COPIED = (
+    "config.json",
+    GENERATION_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
 
 
-def export_model(source: Path, out: Path, params: Params) -> None:
-    """Write `params` as float32 beside the configuration and tokenizer of `source`.
+def export_model(
+    source: Path,
+    out: Path,
+    params: Params,
+    dtype: Any = jnp.float32,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write `params` beside the configuration and tokenizer of `source`.
 
-    The directory appears whole or not at all.
+    The directory appears whole or not at all. On several hosts every process calls this; the first one
+    writes, and the others wait for it.
 
     Args:
-      source: Hugging Face directory that the run started from.
+      source: Hugging Face directory that the model came from.
       out: directory to write; what lies there is replaced, so callers name one of their own.
-      params: trained parameters.
+      params: trained parameters, with NamedShardings.
+      dtype: type of the weights, float32 or bfloat16.
+      max_file_bytes: most bytes of tensors in one file.
     """
+    writes = jax.process_index() == 0
     temporary = temporary_beside(out)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in WEIGHTS and "safetensors" not in file.name:
-            shutil.copyfile(file, temporary / file.name)
-    config = json.loads((source / "config.json").read_text())
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        copy_description(source, temporary, dtype)
+    write_params(temporary, params, dtype, max_file_bytes)
+    if writes:
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    multihost_utils.sync_global_devices(f"exported {out}")
+
+
+def copy_description(source: Path, out: Path, dtype: Any) -> None:
+    """Everything but the weights: configuration, tokenizer, chat template, licence."""
+    for pattern in COPIED:
+        for file in sorted(source.glob(pattern)):
+            shutil.copyfile(file, out / file.name)
+    config = read_json(source / "config.json")
     config.pop("dtype", None)
-    config["torch_dtype"] = "float32"
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_params(temporary, params)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    config["torch_dtype"] = jnp.dtype(dtype).name  # the name that transformers 4 and 5 both read
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if not (out / GENERATION_FILE).exists():
+        ends = end_tokens(source)
+        generation = {"eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
+        if (pad := pad_token(source)) is not None:
+            generation["pad_token_id"] = pad
+        (out / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def temporary_beside(out: Path) -> Path:
-    """A fresh directory `OUT.tmp`, that becomes `out` when it is complete."""
-    temporary = out.absolute().with_name(out.absolute().name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
+    """The directory `OUT.tmp`, that becomes `out` when it is complete."""
+    return out.absolute().with_name(out.absolute().name + ".tmp")

@@ -20,6 +20,7 @@ RESUMABLE = {
     "evaluate",
     "checkpoint",
     "mesh",
+    "model.export_dtype",
     "credit.max_rounds",
     "optimizer.micro_rows",
     "optimizer.logit_chunk",

@@ -1,7 +1,6 @@
 """Tokens <-> text: the tokenizer of a checkpoint, its end tokens, and prompt templates."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.models.hf import read_json
+
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +54,56 @@ def load_text(directory: Path, template: Literal["plain", "chat"]) -> Text:
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"{directory} holds no tokenizer.json")
     # Not AutoTokenizer: for model_type qwen2 it would force Qwen's own pre-tokenizer on every file.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # the library's own, of no common class
+        raise ConfigError(f"the tokenizer of {directory} cannot be read: {error}") from None
     if template == "chat" and not tokenizer.chat_template:
-        raise ConfigError(f"the tokenizer of {directory} has no chat template; use data.template plain")
+        raise ConfigError(f"the tokenizer of {directory} has no chat template; use the plain template")
     return Text(tokenizer, end_tokens(directory), template)
 
 
 def end_tokens(directory: Path) -> tuple[int, ...]:
-    """eos_token_id, one or several, of generation_config.json or else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (directory / name).is_file():
-            found = json.loads((directory / name).read_text()).get("eos_token_id")
-            if found is not None:
-                return (found,) if isinstance(found, int) else tuple(found)
-    raise ConfigError(f"neither generation_config.json nor config.json of {directory} has eos_token_id")
+    """The ids that end an answer: eos_token_id, one or several, as the checkpoint's files say.
+
+    generation_config.json goes before config.json, as in transformers, and both before the tokenizer's
+    eos_token.
+
+    Raises:
+      ConfigError: none of them names one, or it is no id.
+    """
+    found = token_id(directory, "eos_token_id", "eos_token")
+    if found is None:
+        raise ConfigError(
+            f"{directory} names no end token: eos_token_id is in neither {GENERATION_FILE} nor config.json, "
+            "and tokenizer_config.json has no eos_token"
+        )
+    ids = found if isinstance(found, list) else [found]
+    if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise ConfigError(f"eos_token_id of {directory} is {found!r}, must be an id or a list of ids")
+    return tuple(ids)
+
+
+def pad_token(directory: Path) -> int | None:
+    """The id that pads, as the checkpoint's files say, or None where they say nothing.
+
+    Nothing here is padded with it: masks come from lengths. It is what others read of an export.
+    """
+    found = token_id(directory, "pad_token_id", "pad_token")
+    return found if isinstance(found, int) else None
+
+
+def token_id(directory: Path, id_field: str, token_field: str) -> Any:
+    """An id of the first file that names it; the tokenizer's own is looked up in its vocabulary."""
+    for name in (GENERATION_FILE, "config.json"):
+        if (directory / name).is_file() and (found := read_json(directory / name).get(id_field)) is not None:
+            return found
+    named = directory / "tokenizer_config.json"
+    token = read_json(named).get(token_field) if named.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return None
+    return Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(token)
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:

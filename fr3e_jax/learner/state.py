@@ -9,7 +9,7 @@ import optax
 
 from fr3e_jax.config import OptimizerConfig
 from fr3e_jax.models.qwen2 import Params
-from fr3e_jax.parallel.mesh import Placement
+from fr3e_jax.parallel.mesh import Placement, is_axes
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,7 @@ def decayed(axes: Any) -> Any:
     Args:
       axes: tree of logical axes; every matrix, and nothing else, has an `embed` axis.
     """
-    return jax.tree.map(lambda names: "embed" in names, axes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(lambda names: "embed" in names, axes, is_leaf=is_axes)
 
 
 def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:

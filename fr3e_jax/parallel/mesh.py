@@ -95,7 +95,7 @@ class Placement:
                 check_divides(f"{name} ({size})", size, self.mesh, target)
             return NamedSharding(self.mesh, spec)
 
-        return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+        return jax.tree.map(one, axes, shapes, is_leaf=is_axes)
 
     def place(self, x: Any, *axes: str | None) -> Array:
         """Put a host array on the mesh."""
@@ -117,6 +117,45 @@ def check_divides(what: str, size: int, mesh: Mesh, target: MeshAxes) -> None:
             f"{what} does not divide by mesh {' x '.join(names)} = {parts}; sizes up to {parts} that "
             f"divide it: {', '.join(map(str, fitting))}"
         )
+
+
+def place_model(mesh: Mesh, axes: Any, shapes: Any) -> tuple[Placement, Placement]:
+    """The placements of a model for training and for sampling.
+
+    Key-value heads that are fewer than the parts of the tensor axis are held by every device: query
+    heads are many more, and are what is worth splitting.
+
+    Args:
+      mesh: of `make_mesh`.
+      axes, shapes: the logical axes of the model's parameters, and the parameters or their shapes.
+
+    Raises:
+      PlacementError: the model does not divide by the mesh; the message names the sizes that work.
+    """
+    sizes: dict[str, int] = {}
+    leaves = zip(jax.tree.leaves(axes, is_leaf=is_axes), jax.tree.leaves(shapes), strict=True)
+    for names, leaf in leaves:
+        sizes.update(zip(names, leaf.shape, strict=True))
+
+    def divides(name: str, parts: int) -> bool:
+        return sizes[name] % parts == 0 or (name == "kv_heads" and sizes[name] < parts)
+
+    for mesh_axis in ("fsdp", "tensor"):
+        split = [name for name in sizes if TRAINING_TABLE[name] == mesh_axis]
+        parts = mesh.shape[mesh_axis]
+        if odd := [f"{name} ({sizes[name]})" for name in split if not divides(name, parts)]:
+            fitting = [n for n in range(1, parts) if all(divides(name, n) for name in split)]
+            raise PlacementError(
+                f"{', '.join(odd)} does not divide by --mesh.{mesh_axis} {parts}; smaller sizes that "
+                f"work for this model: {', '.join(map(str, fitting))}"
+            )
+    own = {"kv_heads": None} if sizes["kv_heads"] < mesh.shape["tensor"] else {}
+    return Placement(mesh, {**TRAINING_TABLE, **own}), Placement(mesh, {**SAMPLING_TABLE, **own})
+
+
+def is_axes(x: Any) -> bool:
+    """Whether a node of a tree is the tuple of logical axes of a parameter."""
+    return isinstance(x, tuple)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:

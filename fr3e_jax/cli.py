@@ -1,0 +1,95 @@
+"""The command lines: dataclasses parsed from YAML and flags, and mistakes told in one line."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+import jsonargparse
+
+from fr3e_jax.config import PACKAGE, ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def make_parser(config_class: type, command: str) -> jsonargparse.ArgumentParser:
+    """The parser of a command: every field of the dataclass as `--section.key`."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m fr3e_jax.{command}",
+        usage="%(prog)s [--config FILE.yaml] [--key VALUE | --section.key VALUE ...]",
+        description=config_class.__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def parse(
+    config_class: type[ConfigT], command: str, default: str, argv: Sequence[str] | None = None
+) -> tuple[ConfigT, str]:
+    """Parse the command line of a command; a mistake in it is one line and exit code 2.
+
+    Args:
+      config_class: frozen dataclass of the command.
+      command: name of the module that is run.
+      default: config file without `--config`.
+      argv: arguments; the process's by default.
+
+    Returns:
+      (the configuration, the stem of the config file).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
+    if not flags:
+        argv, flags = ["--config", str(PACKAGE / default), *argv], [0]
+    name = "run"
+    for i in flags:
+        flag, equals, value = argv[i].partition("=")
+        if equals:
+            argv[i] = flag + equals + find_config(value)
+        elif i + 1 < len(argv):
+            value = argv[i + 1]
+            argv[i + 1] = find_config(value)
+        name = Path(value).stem
+    parser = make_parser(config_class, command)
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+    except TypeError:  # from a section that is given as a number, which the parser lets through
+        fail(command, "a section of the configuration is not a mapping of options to values")
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        fail(command, error)
+    fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    config = config_class(**fields)
+    if empty := nulls(config):
+        fail(command, ConfigError(f"{', '.join(empty)}: null is not a value of this option"))
+    return config, name
+
+
+def nulls(config: Any) -> list[str]:
+    """Names of options that are null and may not be, which the parser lets through."""
+    names = []
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            names += [f"{field.name}.{name}" for name in nulls(value)]
+        elif value is None and type(None) not in get_args(hints[field.name]):
+            names.append(field.name)
+    return names
+
+
+def find_config(path: str) -> str:
+    """A config file as given, or the one of that name that is shipped (`configs/NAME.yaml`)."""
+    shipped = PACKAGE / path
+    return str(shipped) if not Path(path).exists() and shipped.exists() else path
+
+
+def fail(command: str, error: Exception | str, code: int = 2) -> NoReturn:
+    """End a command with one line on stderr; exit code 2 says that the user's settings are at fault."""
+    message = " ".join(str(error).split())
+    print(f"fr3e_jax.{command}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)

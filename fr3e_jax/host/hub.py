@@ -1,0 +1,151 @@
+"""Models by name: a local directory, or a repository of the Hugging Face hub, fetched into its cache.
+
+Every process of a run calls `find_model`. Each host fetches into its own cache, and huggingface_hub's file
+locks keep the processes of a host apart: one fetches a file, the others wait for it. Without a revision each
+host asks for the branch `main`, which can move in between; a commit (`Org/Name@COMMIT`) cannot.
+
+Fetched are the files named below and no others: neither pickle weights, which can run code when they are
+read, nor a repository's own code.
+"""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from fr3e_jax.config import QUICKSTART_MODEL, ConfigError
+
+DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+NO_NAME = (
+    "is not a directory; give a Hugging Face model directory, a name of the hub (Org/Name or "
+    "Org/Name@REVISION) or `quickstart`"
+)
+LOG_IN = "`hf auth login` or set HF_TOKEN"
+
+
+def find_model(name: str, weights: bool = True) -> Path:
+    """The directory of a model as a user names it.
+
+    Args:
+      name: `quickstart`, a directory, or `Org/Name` or `Org/Name@REVISION` of the hub (a branch, tag or
+        commit). A directory that exists is never looked up on the hub.
+      weights: whether the weights are needed; without, only configuration and tokenizer are fetched.
+
+    Returns:
+      The directory, of the hub's cache where the model is fetched.
+
+    Raises:
+      ConfigError: there is no such model, or it cannot be had; the message is one line and says what to do.
+    """
+    if name == "quickstart":
+        return QUICKSTART_MODEL
+    # os.path, since Path raises on names that no file can have.
+    directory = os.path.expanduser(name)
+    if os.path.isdir(directory):
+        return Path(directory)
+    repository, at, revision = name.partition("@")
+    if os.path.exists(directory) or repository.count("/") != 1 or (at and not revision):
+        raise ConfigError(f"model {name!r} {NO_NAME}")
+    return fetch(name, repository, revision or constants.DEFAULT_REVISION, weights)
+
+
+def fetch(name: str, repository: str, revision: str, weights: bool) -> Path:
+    """Fetch what is not in the cache yet.
+
+    Args:
+      name: the model as the user gave it, for messages.
+      repository: Org/Name.
+      revision: a branch, tag or commit.
+      weights: whether to fetch the weights too.
+
+    Returns:
+      The snapshot's directory in the cache.
+
+    Raises:
+      ConfigError: the files cannot be had, or the weights are none that are read here.
+    """
+    try:
+        snapshot = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[*DESCRIPTION_FILES, *(WEIGHT_FILES if weights else ())],
+            # "*" also matches "/": folders hold the same weights for other programs.
+            ignore_patterns="*/*",
+            # Offline implies it, but unless it is said, a commit's partial snapshot is not called partial.
+            local_files_only=constants.HF_HUB_OFFLINE,
+        )
+    # The library lets through what HTTP, TLS, proxies and the disk raise.
+    except Exception as error:
+        message = f"model {name!r} {reason(error, repository, revision)}"
+        raise ConfigError(" ".join(message.split())) from error
+    folder = Path(snapshot)  # named after its commit
+    if weights and not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"model {name!r} {no_weights(repository, revision, folder.name)}")
+    return folder
+
+
+def reason(error: Exception, repository: str, revision: str) -> str:
+    """What kept a repository from being fetched, and what to do about it."""
+    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    if isinstance(error, HFValidationError):  # such as ./model or ~/model
+        return NO_NAME
+    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is one
+        return f"is gated; ask for access at {hub}/{repository}, then {LOG_IN}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"is neither a directory nor found at {hub}; check the name, or, if it is private, {LOG_IN}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision {revision!r}; give a branch, tag or commit of {hub}/{repository}"
+    if isinstance(error, IncompleteSnapshotError):
+        return f"is only partly in the cache {cache}; {advice(repository, revision)} ({error})"
+    if isinstance(error, LocalEntryNotFoundError):
+        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        return f"is neither a directory nor in the cache {cache}; {advice(repository, revision)}{cause}"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"was refused to the token in use; {LOG_IN} ({error})"
+    return f"could not be fetched from {hub} ({type(error).__name__}: {error})"
+
+
+def no_weights(repository: str, revision: str, commit: str) -> str:
+    """Why a snapshot holds no weights: the repository has none, or they were never fetched."""
+    try:
+        # Not the listing of the tree, which is tried again for half a minute without a network.
+        files = [file.rfilename for file in HfApi().model_info(repository, revision=commit).siblings or ()]
+        absent = not any(file.endswith(".safetensors") and "/" not in file for file in files)
+    except Exception:  # the cache may hold what another program fetched, for example a tokenizer
+        absent = False
+    if absent:
+        return (
+            "has no safetensors weights in its repository, and pickle files are not read because they can "
+            "run code; give a repository with safetensors"
+        )
+    return f"has no weights in the cache {constants.HF_HUB_CACHE}; {advice(repository, revision)}"
+
+
+def advice(repository: str, revision: str) -> str:
+    """What to do where the hub was not reached."""
+    download = f"run `hf download {repository} --revision {revision}` where there is a network"
+    if constants.HF_HUB_OFFLINE:
+        return f"unset HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE), or {download}"
+    return f"{constants.ENDPOINT} gave no usable answer: check the network, or {download}"

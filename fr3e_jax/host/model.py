@@ -1,0 +1,61 @@
+"""A model as a user names it: its files, its architecture, and its place on a mesh."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from fr3e_jax.host.hub import find_model
+from fr3e_jax.host.weights import read_params
+from fr3e_jax.models.hf import read_config
+from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, abstract_params, graph_of, logical_axes
+from fr3e_jax.parallel.mesh import Placement, place_model
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedModel:
+    """A model on a mesh, without its weights.
+
+    name: as the user gave it. source: the directory of its configuration and tokenizer. graph: its static
+    half. axes: the logical axes of its parameters. training, sampling: where arrays lie while it is
+    trained, and while it is sampled from.
+    """
+
+    name: str
+    source: Path
+    config: Qwen2Config
+    graph: nnx.GraphDef[Qwen2]
+    axes: Any
+    training: Placement
+    sampling: Placement
+
+    def read_params(self, placement: Placement, dtype: Any = jnp.float32) -> Params:
+        """The weights, in one of the placements; of a model on the hub, they are fetched only now.
+
+        Raises:
+          ConfigError: they cannot be fetched.
+          CheckpointError: they are not there, or not this model's.
+        """
+        shardings = placement.shardings(self.axes, abstract_params(self.config))
+        return read_params(find_model(self.name), self.config, shardings, dtype)
+
+
+def open_model(name: str, mesh: Mesh) -> PlacedModel:
+    """The model of `model.path` on a mesh: a directory, a name on the hub, or `quickstart`.
+
+    Only its configuration and tokenizer are fetched, so that what cannot run is refused before the weights
+    are.
+
+    Raises:
+      ConfigError: it is not found.
+      CheckpointError: its config.json is not one of a supported model.
+      PlacementError: it does not divide by the mesh.
+    """
+    source = find_model(name, weights=False)
+    config = read_config(source)
+    axes = logical_axes(config)
+    training, sampling = place_model(mesh, axes, abstract_params(config))
+    return PlacedModel(name, source, config, graph_of(config), axes, training, sampling)

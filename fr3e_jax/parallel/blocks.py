@@ -1,0 +1,52 @@
+"""Reading and writing a sharded array piece by piece, each device its own part.
+
+A block is a sharded array like the whole one, but with few rows on its first axis: every device holds
+`rows` of its own rows. Nothing moves between devices, so these work on any number of hosts, in lockstep.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Array:
+    """A sharded array of zeros, made where it lies."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.cache
+def block_writer(mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Jitted (array, block, start) -> array, in place: `start` counts each device's own rows."""
+
+    def write(array: Array, block: Array, start: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)
+
+    mapped = jax.shard_map(write, mesh=mesh, in_specs=(spec, spec, PartitionSpec()), out_specs=spec)
+    return jax.jit(mapped, donate_argnums=0)
+
+
+@functools.cache
+def block_reader(mesh: Mesh, spec: PartitionSpec, rows: int, dtype: Any) -> Any:
+    """Jitted (array, start) -> block of `rows` rows of each device, cast to `dtype`."""
+
+    def read(array: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, rows, axis=0).astype(dtype)
+
+    mapped = jax.shard_map(read, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    return jax.jit(mapped)
+
+
+def block_rows(index: slice, start: int, rows: int, device_rows: int) -> slice:
+    """The rows of the whole array that a device's rows of a block are.
+
+    Args:
+      index: the device's rows in the block.
+      start: first of each device's own rows that the block holds.
+      rows, device_rows: rows of one device in the block, and in the whole array.
+    """
+    first = (index.start or 0) // rows * device_rows + start
+    return slice(first, first + rows)
