@@ -1,8 +1,9 @@
 """The command lines: dataclasses parsed from YAML and flags, and mistakes told in one line."""
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -13,38 +14,53 @@ from fr3e_jax.config import PACKAGE, ConfigError
 ConfigT = TypeVar("ConfigT")
 
 
-def make_parser(config_class: type, command: str) -> jsonargparse.ArgumentParser:
-    """The parser of a command: every field of the dataclass as `--section.key`."""
+def make_parser(config_class: type, command: str, files: bool) -> jsonargparse.ArgumentParser:
+    """The parser of a command: every field of the dataclass as `--section.key`.
+
+    Args:
+      config_class: frozen dataclass of the command.
+      command: name of the module that is run.
+      files: whether it takes YAML files.
+    """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    needed = "".join(
+        f" --{field.name} {field.name.upper()}"
+        for field in dataclasses.fields(config_class)
+        if field.default is field.default_factory is dataclasses.MISSING
+    )
+    options = (
+        " [--config FILE.yaml] [--key VALUE | --section.key VALUE ...]" if files else " [--key VALUE ...]"
+    )
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m fr3e_jax.{command}",
-        usage="%(prog)s [--config FILE.yaml] [--key VALUE | --section.key VALUE ...]",
+        usage=f"%(prog)s{needed}{options}",
         description=config_class.__doc__,
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
+    if files:
+        parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
     parser.add_class_arguments(config_class)
     return parser
 
 
 def parse(
-    config_class: type[ConfigT], command: str, default: str, argv: Sequence[str] | None = None
+    config_class: type[ConfigT], command: str, default: str | None, argv: Sequence[str] | None = None
 ) -> tuple[ConfigT, str]:
     """Parse the command line of a command; a mistake in it is one line and exit code 2.
 
     Args:
       config_class: frozen dataclass of the command.
       command: name of the module that is run.
-      default: config file without `--config`.
+      default: config file without `--config`; None for a command that takes no files.
       argv: arguments; the process's by default.
 
     Returns:
       (the configuration, the stem of the config file).
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = spell_out(config_class, list(sys.argv[1:] if argv is None else argv))
     flags = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
-    if not flags:
+    if default is not None and not flags:
         argv, flags = ["--config", str(PACKAGE / default), *argv], [0]
     name = "run"
     for i in flags:
@@ -55,7 +71,7 @@ def parse(
             value = argv[i + 1]
             argv[i + 1] = find_config(value)
         name = Path(value).stem
-    parser = make_parser(config_class, command)
+    parser = make_parser(config_class, command, files=default is not None)
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except TypeError:  # from a section that is given as a number, which the parser lets through
@@ -67,6 +83,24 @@ def parse(
     if empty := nulls(config):
         fail(command, ConfigError(f"{', '.join(empty)}: null is not a value of this option"))
     return config, name
+
+
+def spell_out(config_class: type, argv: list[str]) -> list[str]:
+    """`--flag` of a setting that is true or false, without a value, as `--flag=true`."""
+    switches = {f"--{name}" for name in booleans(config_class)}
+    return [
+        f"{part}=true" if part in switches and (following is None or following.startswith("--")) else part
+        for part, following in itertools.zip_longest(argv, argv[1:])
+    ]
+
+
+def booleans(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Names of the settings that are true or false, as on the command line."""
+    for name, kind in get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(kind):
+            yield from booleans(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif kind is bool:
+            yield prefix + name
 
 
 def nulls(config: Any) -> list[str]:

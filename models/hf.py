@@ -113,7 +113,7 @@ def read_config(directory: Path) -> Qwen2Config:
 
 def refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
     """Refuse, by name, what this decoder does not compute."""
-    if raw.get("model_type") not in KINDS:
+    if raw.get("model_type") not in list(KINDS):
         raise CheckpointError(
             f"{file}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(KINDS)}"
         )

@@ -1,5 +1,6 @@
 """What several test files need: tiny models, meshes of a part of the devices, subprocesses."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,22 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from fr3e_jax.models.qwen2 import Params, Qwen2Config, init_params
-from fr3e_jax.parallel.mesh import MESH_AXES, TRAINING_TABLE, Placement
+from fr3e_jax.host.weights import read_params, write_params
+from fr3e_jax.models.hf import config_json, read_config
+from fr3e_jax.models.qwen2 import (
+    Params,
+    Qwen2Config,
+    abstract_params,
+    graph_of,
+    init_params,
+    logical_axes,
+)
+from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placement, place_model
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -44,10 +56,61 @@ def tiny_params(config: Qwen2Config = TINY, scale: float = 4.0) -> Params:
     return jax.tree.map(leaf, init_params(config, 0))
 
 
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first data x fsdp x tensor devices."""
+    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def placement(data: int = 1, fsdp: int = 1, tensor: int = 1, table=TRAINING_TABLE) -> Placement:
     """A placement over the first data x fsdp x tensor devices."""
-    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
-    return Placement(Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3), table)
+    return Placement(mesh_of(data, fsdp, tensor), table)
+
+
+def placed(params: Params, config: Qwen2Config, mesh: tuple[int, ...] = (1, 1, 1)) -> Params:
+    """Parameters on a mesh, as training has them."""
+    axes = logical_axes(config)
+    training, _ = place_model(mesh_of(*mesh), axes, params)
+    return jax.device_put(params, training.shardings(axes, params))
+
+
+def read(directory: Path, mesh: tuple[int, ...] = (1, 1, 1), dtype=jnp.float32) -> Params:
+    """The parameters of a checkpoint directory on a mesh."""
+    config = read_config(directory)
+    axes, shapes = logical_axes(config), abstract_params(config)
+    training, _ = place_model(mesh_of(*mesh), axes, shapes)
+    return read_params(directory, config, training.shardings(axes, shapes), dtype)
+
+
+def write(directory: Path, config: Qwen2Config, params: Params, **options) -> Path:
+    """A checkpoint directory with config.json and weights of host parameters."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config_json(config, [1], 0)))
+    write_params(directory, placed(params, config), **options)
+    return directory
+
+
+def logits(
+    config: Qwen2Config, params: Params, token, length=None, start=None, mesh: tuple[int, ...] = (1, 1, 1)
+) -> np.ndarray:
+    """float32 logits [rows, T, V] of rows of tokens, padded outside [start, length), on a mesh."""
+    training, _ = place_model(mesh_of(*mesh), logical_axes(config), params)
+    graph, size = graph_of(config), token.shape[1]
+    length = np.full(len(token), size) if length is None else np.asarray(length)
+    start = np.zeros(len(token), int) if start is None else np.asarray(start)
+
+    @jax.jit
+    def forward(params, *rows):
+        model = nnx.merge(graph, params)
+
+        def one(token, length, start):
+            position = jnp.arange(size) - start
+            hidden, _ = model(token, position, length, training.shard, start=start)
+            return model.logits(hidden, training.shard)
+
+        return jax.vmap(one, spmd_axis_name=BATCH_AXES)(*rows)
+
+    return np.asarray(forward(params, *training.place_rows((np.asarray(token), length, start))))
 
 
 def command(module: str, *arguments: str, devices: int = 1, cwd: Path | None = None, **environment: str):

@@ -10,15 +10,13 @@ import yaml
 from support import REPOSITORY
 
 from fr3e_jax import config as config_module
+from fr3e_jax.cli import find_config, parse
 from fr3e_jax.config import (
     Config,
     ConfigError,
     SFTConfig,
     check,
     dump,
-    find_config,
-    find_model,
-    parse,
     resolve,
 )
 
@@ -370,13 +368,6 @@ def test_what_cannot_run_is_refused_in_one_line(settings, named):
     assert "\n" not in message
     for part in named:
         assert part in message
-
-
-def test_a_model_that_is_not_there_is_refused(tmp_path):
-    assert find_model(str(tmp_path)) == tmp_path
-    assert (find_model("quickstart") / "config.json").is_file()
-    with pytest.raises(ConfigError, match=r"model\.path 'nowhere'"):
-        find_model("nowhere")
 
 
 # --- shipped files

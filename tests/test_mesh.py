@@ -3,15 +3,75 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from support import TINY, placement
 
+from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import abstract_params, logical_axes
-from fr3e_jax.parallel.mesh import SAMPLING_TABLE, Placement, PlacementError, make_mesh
+from fr3e_jax.parallel.mesh import (
+    MESH_AXES,
+    SAMPLING_TABLE,
+    Placement,
+    PlacementError,
+    make_mesh,
+    place_model,
+    widest_tensor,
+)
 
 
 def test_a_dimension_that_does_not_divide_is_named_with_sizes_that_would():
     with pytest.raises(PlacementError, match=r"kv_heads \(2\).*tensor = 4.*1, 2"):
         placement(2, 1, 4).shardings(logical_axes(TINY), abstract_params(TINY))
+
+
+def placed_shape(name, **sizes):
+    """The placements of a model of the family on a mesh of any size, without devices or memory."""
+    config = PRESETS[name].config
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    return place_model(mesh, logical_axes(config), abstract_params(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        # 28 heads; 152,064 words divide by 8 and 16 and not by 7 or 14.
+        ("qwen2.5-7b", {"tensor": 8}, r"heads \(28\) does not divide by --mesh.tensor 8.*: 1, 2, 4$"),
+        ("qwen2.5-7b", {"tensor": 16}, r"heads \(28\).*--mesh.tensor 16.*: 1, 2, 4$"),
+        ("qwen2.5-7b", {"tensor": 7}, r"vocab \(152064\).*--mesh.tensor 7.*: 1, 2, 4$"),
+        ("qwen2.5-0.5b", {"tensor": 4}, r"heads \(14\).*--mesh.tensor 4.*: 1, 2$"),
+        ("qwen2.5-14b", {"tensor": 16}, r"heads \(40\).*: 1, 2, 4, 8$"),
+        ("qwen2.5-14b", {"tensor": 5}, r"kv_heads \(8\).*: 1, 2, 4$"),  # 8 are not fewer than 5
+        ("qwen2.5-0.5b", {"fsdp": 256}, r"embed \(896\).*--mesh.fsdp 256.*1, 2, 4, 7, 8"),
+    ],
+)
+def test_a_model_that_does_not_divide_is_refused_with_the_sizes_that_work_for_all_of_it(name, sizes, message):
+    with pytest.raises(PlacementError, match=message):
+        placed_shape(name, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "heads"),
+    [
+        ("qwen2.5-7b", 4, "tensor"),
+        ("qwen2.5-1.5b", 2, "tensor"),
+        ("qwen2.5-1.5b", 4, None),  # 12 heads on 4 devices, 2 key-value heads on each
+        ("qwen2.5-3b", 16, None),
+        ("qwen2.5-72b", 16, None),
+    ],
+)
+def test_key_value_heads_fewer_than_the_tensor_axis_are_replicated(name, tensor, heads):
+    for placement_ in placed_shape(name, tensor=tensor):
+        assert placement_.table["kv_heads"] == heads
+        assert placement_.table["heads"] == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "widest"),
+    [("qwen2.5-7b", 8, 4), ("qwen2.5-0.5b", 8, 2), ("qwen2.5-72b", 8, 8), ("qwen2.5-14b", 6, 2)],
+)
+def test_the_widest_tensor_axis_fits_model_and_devices(name, devices, widest):
+    config = PRESETS[name].config
+    assert widest_tensor(logical_axes(config), abstract_params(config), devices) == widest
 
 
 def test_a_mesh_axis_is_never_used_twice_in_one_array():

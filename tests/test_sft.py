@@ -4,16 +4,18 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from support import placement, run
+from support import placement, read, run
 
 from fr3e_jax.algorithm.explore import positions_of
-from fr3e_jax.config import DataConfig, SFTConfig, find_model, parse
+from fr3e_jax.cli import parse
+from fr3e_jax.config import DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import row_key
 from fr3e_jax.host.data import encode_queries
+from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.tasks import make_task
 from fr3e_jax.host.text import end_tokens, load_text
-from fr3e_jax.models.hf import read_config, read_params
+from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.sft import new_architecture
@@ -29,7 +31,7 @@ def test_the_command_writes_a_model_that_training_can_start_from(tmp_path):
     assert "model in" in done.stdout
     config = read_config(tmp_path / "model")
     assert (config.hidden_size, config.num_hidden_layers, config.tie_word_embeddings) == (32, 2, True)
-    params = read_params(tmp_path / "model", config)
+    params = read(tmp_path / "model")
     graph = graph_of(config)
     text = load_text(tmp_path / "model", "plain")
     assert text.end_tokens == (text.tokenizer.eos_token_id,)
@@ -87,7 +89,7 @@ def rollouts():
     engine = Engine(graph_of(config), placement(8, 1, 1, SAMPLING_TABLE), MAX_RESPONSE, end_tokens(directory))
     queries = encode_queries(task.held_out(PROBLEMS), text, 8)
     sampled, _ = engine.first_return(
-        read_params(directory, config),
+        read(directory, (8, 1, 1)),
         engine.placement.place_rows(queries),
         jax.random.key(0),
         0,

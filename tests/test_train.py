@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from support import command, placement, run
+from support import command, placement, read, run
 
 from fr3e_jax.config import DataConfig
 from fr3e_jax.engine.rollout import Engine
@@ -18,7 +18,7 @@ from fr3e_jax.host.data import encode_queries
 from fr3e_jax.host.metrics import read_metrics
 from fr3e_jax.host.tasks import make_task
 from fr3e_jax.host.text import load_text
-from fr3e_jax.models.hf import read_config, read_params
+from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 
@@ -153,7 +153,7 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
     problems = make_task(DataConfig()).held_out(32)
     engine = Engine(graph_of(config), placement(table=SAMPLING_TABLE), 40, text.end_tokens)
     queries = engine.placement.place_rows(encode_queries(problems, text, 8))
-    ours, _ = engine.first_return(read_params(directory, config), queries, jax.random.key(0), 0, 1, 0.0)
+    ours, _ = engine.first_return(read(directory), queries, jax.random.key(0), 0, 1, 0.0)
     model = Qwen2ForCausalLM.from_pretrained(directory)
     assert model.dtype == torch.float32
     right = 0

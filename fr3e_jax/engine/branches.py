@@ -5,7 +5,7 @@ tokens]. The first input of its own segment is the *last token of the state*, so
 needs no logits from elsewhere: a segment is read one token short, and nothing is prefilled twice.
 """
 
-import functools
+import dataclasses
 from typing import Any
 
 import jax
@@ -87,45 +87,50 @@ def decode_token(
     return model.norm(x)[:, :, 0], Segment(key, value, own.length + 1)
 
 
-def decode_branches(
-    model: Qwen2,
-    placement: Placement,
-    token: Array,
-    position: Array,
-    context: tuple[Segment, ...],
-    limit: Array,
-    key: Array,
-    max_new: int,
-    end_tokens: tuple[int, ...],
-    temperature: float,
-) -> tuple[Rollouts, Segment]:
-    """Generate until every branch has stopped or reached its limit.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """What is fixed for C branches of each of N trajectories while they are decoded in lockstep.
 
-    Args:
-      model: merged with parameters in the compute dtype.
-      placement: mesh and table for sampling; trajectories are rows.
-      token: int32 [N, C], last token of each branch's state.
-      position: int32 [N, C], place of that token in the whole sequence.
-      context: segments shared by the branches of a trajectory: key, value [L, N, S, K, D], length
-        int32 [N, C].
-      limit: int32 [N, C], most tokens that a branch may draw, at most `max_new`; 0 leaves it empty.
-      key: PRNG keys [N, C].
-      max_new: slots of the branch cache.
-      end_tokens: a branch stops after drawing one of these; it belongs to the answer.
-      temperature: 0 is greedy.
-
-    Returns:
-      (Rollouts with S = max_new, the branches' own Segment: key, value [L, N, S, K, C, D], slot i
-      holding the token before generated token i; length is a scalar).
+    token: int32 [N, C], last token of each branch's state. position: int32 [N, C], its place in the whole
+    sequence. context: segments shared by the branches of a trajectory: key, value [L, N, S, K, D], length
+    int32 [N, C]. limit: int32 [N, C], most tokens that a branch may draw; 0 leaves it empty. key: PRNG
+    keys [N, C].
     """
-    n, branches = token.shape
+
+    token: Array
+    position: Array
+    context: tuple[Segment, ...]
+    limit: Array
+    key: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How far the branches have come.
+
+    rollouts: what they have generated. running: bool [N, C], not stopped yet. last: int32 [N, C], the
+    token to run next. own: the branches' own segment, key, value [L, N, S, K, C, D], slot i holding the
+    token before generated token i; length a scalar.
+    """
+
+    rollouts: Rollouts
+    running: Array
+    last: Array
+    own: Segment
+
+
+def start_branches(model: Qwen2, placement: Placement, branches: Branches, max_new: int) -> Decoding:
+    """Branches that have generated nothing, with room for `max_new` tokens, the largest limit."""
+    n, count = branches.token.shape
     config = model.config
     cache_shape = (
         config.num_hidden_layers,
         n,
         max_new,
         config.num_key_value_heads,
-        branches,
+        count,
         config.head_dim,
     )
     cache_axes = ("layer", "batch", "length", "kv_heads", None, "head_dim")
@@ -133,7 +138,37 @@ def decode_branches(
     def cache() -> Array:
         return placement.shard(jnp.zeros(cache_shape, model.embedding[...].dtype), *cache_axes)
 
+    empty = Rollouts(
+        token=jnp.zeros((n, count, max_new), jnp.int32),
+        logprob=jnp.zeros((n, count, max_new), jnp.float32),
+        entropy=jnp.zeros((n, count, max_new), jnp.float32),
+        length=jnp.zeros((n, count), jnp.int32),
+        stopped=jnp.zeros((n, count), bool),
+    )
     own = Segment(cache(), cache(), jnp.int32(0))
+    return Decoding(by_row(placement, empty), branches.limit > 0, branches.token, own)
+
+
+def advance_branches(
+    model: Qwen2,
+    placement: Placement,
+    branches: Branches,
+    decoding: Decoding,
+    until: Array | int,
+    end_tokens: tuple[int, ...],
+    temperature: float,
+) -> Decoding:
+    """Generate until every branch has stopped or reached its limit, or `until` tokens are generated.
+
+    Args:
+      model: merged with parameters in the compute dtype.
+      placement: mesh and table for sampling; trajectories are rows.
+      branches: as given to `start_branches`.
+      decoding: what `start_branches` or a call before this one returned.
+      until: int32 [], at most the slots of the branch cache.
+      end_tokens: a branch stops after drawing one of these; it belongs to the answer.
+      temperature: 0 is greedy.
+    """
     ends = jnp.asarray(end_tokens, jnp.int32)
 
     def draw_one(hidden: Array, position: Array, key: Array) -> tuple[Array, Array, Array]:
@@ -143,20 +178,11 @@ def decode_branches(
 
     draw_all = jax.vmap(jax.vmap(draw_one), spmd_axis_name=BATCH_AXES)
 
-    empty = Rollouts(
-        token=jnp.zeros((n, branches, max_new), jnp.int32),
-        logprob=jnp.zeros((n, branches, max_new), jnp.float32),
-        entropy=jnp.zeros((n, branches, max_new), jnp.float32),
-        length=jnp.zeros((n, branches), jnp.int32),
-        stopped=jnp.zeros((n, branches), bool),
-    )
-    rows = functools.partial(jax.tree.map, lambda x: placement.shard(x, "batch"))
-
-    def step(carry: Any) -> Any:
-        rollouts, running, last, own = carry
-        slot = own.length
-        hidden, own = decode_token(model, placement, last, position + slot, context, own)
-        drawn, logprob, entropy = draw_all(hidden, position + slot, key)
+    def step(before: Decoding) -> Decoding:
+        rollouts, running, slot = before.rollouts, before.running, before.own.length
+        position = branches.position + slot
+        hidden, own = decode_token(model, placement, before.last, position, branches.context, before.own)
+        drawn, logprob, entropy = draw_all(hidden, position, branches.key)
 
         def write(buffer: Array, value: Array) -> Array:
             value = jnp.where(running, value, 0)[..., None]
@@ -170,15 +196,18 @@ def decode_branches(
             length=rollouts.length + running,
             stopped=rollouts.stopped | ended,
         )
-        running = running & ~ended & (rollouts.length < limit)
-        return rows(rollouts), running, drawn, own
+        running = running & ~ended & (rollouts.length < branches.limit)
+        return Decoding(by_row(placement, rollouts), running, drawn, own)
 
-    def unfinished(carry: Any) -> Array:
-        _, running, _, own = carry
-        return jnp.any(running) & (own.length < max_new)
+    def unfinished(decoding: Decoding) -> Array:
+        return jnp.any(decoding.running) & (decoding.own.length < until)
 
-    rollouts, _, _, own = jax.lax.while_loop(unfinished, step, (rows(empty), limit > 0, token, own))
-    return rollouts, own
+    return jax.lax.while_loop(unfinished, step, decoding)
+
+
+def by_row(placement: Placement, tree: Rollouts) -> Rollouts:
+    """Constrain arrays whose first axis is trajectories."""
+    return jax.tree.map(lambda x: placement.shard(x, "batch"), tree)
 
 
 def prefill(model: Qwen2, placement: Placement, token: Array, length: Array) -> Segment:

@@ -13,7 +13,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from fr3e_jax.engine.branches import decode_branches, prefill
+from fr3e_jax.engine.branches import (
+    Branches,
+    Decoding,
+    advance_branches,
+    prefill,
+    start_branches,
+)
 from fr3e_jax.engine.sampler import row_key
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.qwen2 import Params, Qwen2
@@ -58,24 +64,53 @@ class Engine:
           (Rollouts with N = B and C = count, the caches).
         """
         model = nnx.merge(self.graph, params)
+        branches = self.root_branches(model, queries, seed_key, step, count)
+        decoding = self.decode(model, branches, temperature)
+        (query_segment,) = branches.context
+        query_segment = query_segment._replace(length=queries.length)
+        return decoding.rollouts, Caches(query_segment, decoding.own)
+
+    def root_branches(
+        self, model: Qwen2, queries: Queries, seed_key: Array, step: Array | int, count: int
+    ) -> Branches:
+        """Prefill the queries, each once, and open `count` branches from each."""
         query_segment = prefill(model, self.placement, queries.token, queries.length)
         shape = (queries.length.shape[0], count)
-        last = queries.length - 1
-        last_token = jnp.take_along_axis(queries.token, last[:, None], axis=1)
-        position = jnp.broadcast_to(last[:, None], shape)
-        rollouts, base_segment = decode_branches(
-            model,
-            self.placement,
-            token=jnp.broadcast_to(last_token, shape),
+        last = queries.length[:, None] - 1
+        position = jnp.broadcast_to(last, shape)
+        return Branches(
+            token=jnp.broadcast_to(jnp.take_along_axis(queries.token, last, axis=1), shape),
             position=position,
             context=(query_segment._replace(length=position),),
             limit=jnp.full(shape, self.max_new, jnp.int32),
             key=branch_keys(seed_key, step, queries.index, jnp.broadcast_to(jnp.arange(count), shape)),
-            max_new=self.max_new,
-            end_tokens=self.end_tokens,
-            temperature=temperature,
         )
-        return rollouts, Caches(query_segment, base_segment)
+
+    def decode(self, model: Qwen2, branches: Branches, temperature: float) -> Decoding:
+        """Generate until every branch has stopped."""
+        decoding = start_branches(model, self.placement, branches, self.max_new)
+        return advance_branches(
+            model, self.placement, branches, decoding, self.max_new, self.end_tokens, temperature
+        )
+
+    @functools.partial(jax.jit, static_argnames=("self", "count"))
+    def begin(
+        self, params: Params, queries: Queries, seed_key: Array, step: Array | int, count: int
+    ) -> tuple[Branches, Decoding]:
+        """`first_return` in pieces, to be shown as it goes on: before the first token."""
+        model = nnx.merge(self.graph, params)
+        branches = self.root_branches(model, queries, seed_key, step, count)
+        return branches, start_branches(model, self.placement, branches, self.max_new)
+
+    @functools.partial(jax.jit, static_argnames=("self", "temperature"), donate_argnames=("decoding",))
+    def advance(
+        self, params: Params, branches: Branches, decoding: Decoding, until: Array | int, temperature: float
+    ) -> Decoding:
+        """`first_return` in pieces: up to `until` generated tokens, at most `max_new`."""
+        model = nnx.merge(self.graph, params)
+        return advance_branches(
+            model, self.placement, branches, decoding, until, self.end_tokens, temperature
+        )
 
     @functools.partial(jax.jit, static_argnames=("self", "rollouts", "temperature"))
     def explore(
@@ -121,22 +156,17 @@ class Engine:
 
         # A whole answer, prefix included, has at most max_new tokens.
         limit = jnp.where(states.valid, self.max_new - states.prefix_length, 0)
-        branches = states.prefix_length.shape[1] * rollouts
+        count = states.prefix_length.shape[1] * rollouts
         # Branch numbers continue after the base trajectories', one range per trajectory of the query.
-        number = caches.base.key.shape[4] + states.base[:, None] * branches + jnp.arange(branches)[None, :]
-        result, _ = decode_branches(
-            model,
-            self.placement,
+        number = caches.base.key.shape[4] + states.base[:, None] * count + jnp.arange(count)[None, :]
+        branches = Branches(
             token=per_branch(token),
             position=per_branch(query_length - 1 + states.prefix_length),
             context=(query_segment, base_segment),
             limit=per_branch(limit),
             key=branch_keys(seed_key, step, queries.index[states.query], number),
-            max_new=self.max_new,
-            end_tokens=self.end_tokens,
-            temperature=temperature,
         )
-        return result
+        return self.decode(model, branches, temperature).rollouts
 
     def bucket(self, rows: int) -> int:
         """The number of trajectories to compile for: the mesh's row parts times a power of two."""

@@ -16,6 +16,8 @@ from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.types import StateGroups
 
+CHECKPOINTS = "checkpoints"
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -33,17 +35,23 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of a run directory."""
+    """The checkpoints of a run directory, of which the last `keep` are kept; None only reads them."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int | None) -> None:
         self.manager = ocp.CheckpointManager(
-            (directory / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            (directory / CHECKPOINTS).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=keep is not None, read_only=keep is None
+            ),
         )
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint."""
         return self.manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, ascending."""
+        return sorted(self.manager.all_steps())
 
     def save(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
         """Start to save; returns when the arrays are copied, and writes in the background."""

@@ -9,23 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
+from fr3e_jax.host.hub import DESCRIPTION_FILES
 from fr3e_jax.host.text import GENERATION_FILE, end_tokens, pad_token
 from fr3e_jax.host.weights import MAX_FILE_BYTES, write_params
 from fr3e_jax.models.hf import read_json
 from fr3e_jax.models.qwen2 import Params
-
-COPIED = (
-    "config.json",
-    GENERATION_FILE,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "LICENSE*",
-)
 
 
 def export_model(
@@ -62,7 +50,7 @@ def export_model(
 
 def copy_description(source: Path, out: Path, dtype: Any) -> None:
     """Everything but the weights: configuration, tokenizer, chat template, licence."""
-    for pattern in COPIED:
+    for pattern in DESCRIPTION_FILES:
         for file in sorted(source.glob(pattern)):
             shutil.copyfile(file, out / file.name)
     config = read_json(source / "config.json")

@@ -145,7 +145,8 @@ def no_weights(repository: str, revision: str, commit: str) -> str:
 
 def advice(repository: str, revision: str) -> str:
     """What to do where the hub was not reached."""
-    download = f"run `hf download {repository} --revision {revision}` where there is a network"
+    option = "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
+    download = f"run `hf download {repository}{option}` where there is a network"
     if constants.HF_HUB_OFFLINE:
         return f"unset HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE), or {download}"
     return f"{constants.ENDPOINT} gave no usable answer: check the network, or {download}"

@@ -59,7 +59,9 @@ def load_text(directory: Path, template: Literal["plain", "chat"]) -> Text:
     except Exception as error:  # the library's own, of no common class
         raise ConfigError(f"the tokenizer of {directory} cannot be read: {error}") from None
     if template == "chat" and not tokenizer.chat_template:
-        raise ConfigError(f"the tokenizer of {directory} has no chat template; use the plain template")
+        raise ConfigError(
+            f"the tokenizer of {directory} has no chat template; use --data.template plain, or generate --raw"
+        )
     return Text(tokenizer, end_tokens(directory), template)
 
 

@@ -64,20 +64,18 @@ def find_tensors(directory: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} is damaged: its weight_map does not map tensors to files")
-    files = {name: directory / file for name, file in weight_map.items()}
-    for file in sorted(set(files.values())):
-        name = weight_map[next(tensor for tensor, its in files.items() if its == file)]
+    for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {name!r}, which is no safetensors file of its directory")
-        if not file.is_file():
+        if not (directory / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is absent")
-        with open_safetensors(file) as tensors:
-            held = set(tensors.keys())
-        listed = {tensor for tensor, its in files.items() if its == file}
-        if held != listed:
-            odd = sorted(held ^ listed)
-            raise CheckpointError(f"{index} and {file} disagree on tensors: {shortened(odd)}")
-    return files
+    for name in sorted(set(weight_map.values())):
+        listed = {tensor for tensor, file in weight_map.items() if file == name}
+        with open_safetensors(directory / name) as tensors:
+            odd = sorted(listed ^ set(tensors.keys()))
+        if odd:
+            raise CheckpointError(f"{index} and {name} disagree on which tensors lie there: {shortened(odd)}")
+    return {tensor: directory / name for tensor, name in weight_map.items()}
 
 
 @contextmanager
@@ -309,6 +307,7 @@ def write_params(
                 progress.advance(bar)
             if held:
                 save_file(held, directory / file, metadata={"format": "pt"})
+                (directory / file).chmod(0o644)  # others read models too
     if split.is_sharded and jax.process_index() == 0:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -132,25 +132,37 @@ def place_model(mesh: Mesh, axes: Any, shapes: Any) -> tuple[Placement, Placemen
     Raises:
       PlacementError: the model does not divide by the mesh; the message names the sizes that work.
     """
-    sizes: dict[str, int] = {}
-    leaves = zip(jax.tree.leaves(axes, is_leaf=is_axes), jax.tree.leaves(shapes), strict=True)
-    for names, leaf in leaves:
-        sizes.update(zip(names, leaf.shape, strict=True))
-
-    def divides(name: str, parts: int) -> bool:
-        return sizes[name] % parts == 0 or (name == "kv_heads" and sizes[name] < parts)
-
+    sizes = logical_sizes(axes, shapes)
     for mesh_axis in ("fsdp", "tensor"):
-        split = [name for name in sizes if TRAINING_TABLE[name] == mesh_axis]
         parts = mesh.shape[mesh_axis]
-        if odd := [f"{name} ({sizes[name]})" for name in split if not divides(name, parts)]:
-            fitting = [n for n in range(1, parts) if all(divides(name, n) for name in split)]
+        if odd := not_dividing(sizes, mesh_axis, parts):
+            named = ", ".join(f"{name} ({sizes[name]})" for name in odd)
+            fitting = [n for n in range(1, parts) if not not_dividing(sizes, mesh_axis, n)]
             raise PlacementError(
-                f"{', '.join(odd)} does not divide by --mesh.{mesh_axis} {parts}; smaller sizes that "
-                f"work for this model: {', '.join(map(str, fitting))}"
+                f"{named} does not divide by --mesh.{mesh_axis} {parts}; smaller sizes that work for this "
+                f"model: {', '.join(map(str, fitting))}"
             )
     own = {"kv_heads": None} if sizes["kv_heads"] < mesh.shape["tensor"] else {}
     return Placement(mesh, {**TRAINING_TABLE, **own}), Placement(mesh, {**SAMPLING_TABLE, **own})
+
+
+def widest_tensor(axes: Any, shapes: Any, devices: int) -> int:
+    """The most parts, of those that divide the number of devices, that a model's tensors can be split in."""
+    sizes = logical_sizes(axes, shapes)
+    return max(n for n in range(1, devices + 1) if devices % n == 0 and not not_dividing(sizes, "tensor", n))
+
+
+def logical_sizes(axes: Any, shapes: Any) -> dict[str, int]:
+    """Size of every logical axis of a model's parameters."""
+    leaves = zip(jax.tree.leaves(axes, is_leaf=is_axes), jax.tree.leaves(shapes), strict=True)
+    return {name: size for names, leaf in leaves for name, size in zip(names, leaf.shape, strict=True)}
+
+
+def not_dividing(sizes: Mapping[str, int], mesh_axis: str, parts: int) -> list[str]:
+    """The logical axes on a mesh axis that cannot be split into `parts`."""
+    split = [name for name in sizes if TRAINING_TABLE[name] == mesh_axis]
+    few = {"kv_heads"} if sizes["kv_heads"] < parts else set()  # then held by every device
+    return [name for name in split if sizes[name] % parts and name not in few]
 
 
 def is_axes(x: Any) -> bool:

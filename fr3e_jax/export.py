@@ -1,0 +1,101 @@
+"""A run's model as a Hugging Face directory: `python -m fr3e_jax.export --run DIR --out DIR`.
+
+Training writes the same at its end; this command does it for a run that is still going on, for an older
+checkpoint, in another type, or on another machine.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from fr3e_jax.cli import fail, parse
+from fr3e_jax.config import ConfigError, MeshConfig
+from fr3e_jax.host.checkpoints import CHECKPOINTS, Checkpoints
+from fr3e_jax.host.export import export_model
+from fr3e_jax.host.model import open_model
+from fr3e_jax.host.run_dir import CONFIG_FILE
+from fr3e_jax.models.hf import CheckpointError
+from fr3e_jax.models.qwen2 import abstract_params
+from fr3e_jax.parallel.mesh import PlacementError, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's model in the Hugging Face format: configuration, tokenizer, safetensors."""
+
+    run: str
+    """Run directory, as --run_dir of train."""
+    out: str
+    """Directory to write; it must not exist, or be empty."""
+    model: str | None = None
+    """The model that the run started from, for configuration and tokenizer; by default where the run's
+    config.yaml says."""
+    step: int | None = None
+    """Checkpoint to write; by default the last one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. Training holds float32; bfloat16 halves the size and rounds to the nearest."""
+    max_file_gb: float = 5.0
+    """Most gigabytes (10^9 bytes) in a file of weights."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Devices that hold the parameters while they are written."""
+
+
+def export(config: ExportConfig) -> Path:
+    """Read the parameters of a checkpoint, on whatever mesh is here, and write them.
+
+    Returns:
+      The directory.
+
+    Raises:
+      ConfigError: the run directory holds no such checkpoint, or `out` holds files.
+    """
+    run, out = Path(config.run), Path(config.out)
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"{run} is not a run directory: it holds no {CONFIG_FILE}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out {out} exists and is not an empty directory; choose another")
+    if not config.max_file_gb > 0:
+        raise ConfigError(f"max_file_gb is {config.max_file_gb}, must be above 0")
+    if not (run / CHECKPOINTS).is_dir():
+        raise ConfigError(f"{run} holds no checkpoint yet")
+    checkpoints = Checkpoints(run, keep=None)
+    steps = checkpoints.steps()
+    step = (steps[-1] if steps else None) if config.step is None else config.step
+    if step not in steps:
+        held = f"it holds those of steps {', '.join(map(str, steps))}" if steps else "it holds none yet"
+        raise ConfigError(f"{run} holds no checkpoint of step {step}; {held}")
+
+    started_from = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]["path"]
+    model = open_model(
+        config.model or started_from, make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    )
+    shapes = abstract_params(model.config)
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        model.training.shardings(model.axes, shapes),
+    )
+    params = checkpoints.restore_params(step, like)
+    checkpoints.close()
+    export_model(model.source, out, params, jnp.dtype(config.dtype), int(config.max_file_gb * 10**9))
+    print(f"step {step} of {run}, {config.dtype}: model in {out}")
+    return out
+
+
+def main() -> None:
+    """Parse the command line and run; a user's mistake is one line and exit code 2."""
+    config, _ = parse(ExportConfig, "export", None)
+    try:
+        export(config)
+    except (ConfigError, PlacementError, CheckpointError) as error:
+        fail("export", error)
+    except KeyboardInterrupt:
+        fail("export", "interrupted; --out was not written", 130)
+
+
+if __name__ == "__main__":
+    main()

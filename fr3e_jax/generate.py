@@ -1,0 +1,192 @@
+"""Ask a model: `python -m fr3e_jax.generate --model DIR_OR_NAME --prompt TEXT`.
+
+The answer streams to stdout as it is decoded, by the engine that training samples with; everything else
+goes to stderr.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+from fr3e_jax.cli import fail, parse
+from fr3e_jax.config import ConfigError
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.host.hub import find_model
+from fr3e_jax.host.model import PlacedModel, open_model
+from fr3e_jax.host.text import Text, load_text
+from fr3e_jax.models.hf import CheckpointError, read_config
+from fr3e_jax.models.qwen2 import Params, abstract_params, logical_axes
+from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts, widest_tensor
+from fr3e_jax.types import Queries, Rollouts
+
+CHUNK = 4  # tokens between two looks at what was generated
+PROMPT_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Ask a model and read its answer as it is written."""
+
+    model: str
+    """Hugging Face directory of a Qwen2, Qwen3 or Llama model, name on the hub (`Org/Name`, or
+    `Org/Name@revision`), or `quickstart` for the small one that is shipped."""
+    prompt: str
+    """What the user says; with --raw, the text to go on from."""
+    raw: bool = False
+    """Take the prompt as it is, not through the model's chat template."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the most likely token."""
+    max_new_tokens: int = 256
+    """Longest answer, tokens; the model's context may end it before."""
+    n: int = 1
+    """Answers to sample; the prompt is run once for all of them. The first is shown as it is written."""
+    seed: int = 0
+    """All randomness is a function of it."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
+    tensor: int = 0
+    """Parts that heads, MLP and vocabulary are split into over the devices; 0 takes as many as the model's
+    shape allows."""
+
+
+def check(config: GenerateConfig, prompt_tokens: int, context: int) -> None:
+    """Refuse what cannot run.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    for name, least in {"max_new_tokens": 1, "n": 1, "temperature": 0, "seed": 0, "tensor": 0}.items():
+        if not getattr(config, name) >= least:
+            raise ConfigError(f"{name} is {getattr(config, name)}, must be at least {least}")
+    if config.seed >= 2**32:
+        raise ConfigError(f"seed is {config.seed}, must be below 2^32")
+    if config.n > 1 and config.temperature == 0:
+        raise ConfigError(
+            f"n is {config.n}, but at temperature 0 all answers are the same; set --temperature"
+        )
+    if prompt_tokens == 0:
+        raise ConfigError("the prompt is empty; give the model a token to go on from")
+    if prompt_tokens >= context:
+        raise ConfigError(f"the prompt has {prompt_tokens} tokens; the model's context is {context}")
+
+
+def generate(config: GenerateConfig) -> list[str]:
+    """Load the model, answer, and show the answers.
+
+    Returns:
+      The answers, special tokens left out.
+    """
+    source = find_model(config.model, weights=False)
+    architecture = read_config(source)
+    text = load_text(source, "plain" if config.raw else "chat")
+    query = text.query(config.prompt)
+    check(config, len(query), architecture.context)
+    shapes = abstract_params(architecture)
+    devices = jax.device_count()
+    tensor = config.tensor or widest_tensor(logical_axes(architecture), shapes, devices)
+    model = open_model(config.model, make_mesh(-1, 1, tensor))
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(config.compute_dtype, config.compute_dtype)
+    say(
+        f"{config.model}: {parameter_count(shapes):,} parameters, {dtype} | {devices} "
+        f"{jax.default_backend()} device(s), {tensor} to a copy"
+    )
+    params = model.read_params(model.sampling, jnp.dtype(dtype))
+    return show(config, text, answer(config, model, text, params, query))
+
+
+def answer(
+    config: GenerateConfig, model: PlacedModel, text: Text, params: Params, query: list[int]
+) -> Iterator[Rollouts]:
+    """What the `n` branches have generated, again and again as they go on: Rollouts [copies, branches].
+
+    Every copy of the model takes an equal part of the branches, and a few more where that part is not whole.
+    """
+    copies = row_parts(model.sampling.mesh)
+    width = -(-len(query) // PROMPT_BUCKET) * PROMPT_BUCKET
+    token = np.zeros((copies, width), np.int32)
+    token[:, : len(query)] = query
+    length = np.full(copies, len(query), np.int32)
+    queries = model.sampling.place_rows(Queries(token, length, np.arange(copies, dtype=np.int32)))
+    most = min(config.max_new_tokens, model.config.context - len(query))
+    engine = Engine(model.graph, model.sampling, most, text.end_tokens)
+    key = jax.random.key(config.seed)
+    branches, decoding = engine.begin(params, queries, key, 0, -(-config.n // copies))
+    for until in range(1, most + CHUNK, CHUNK):  # the first token as soon as it is there
+        decoding = engine.advance(params, branches, decoding, min(until, most), config.temperature)
+        yield jax.device_get(decoding.rollouts)
+        if not decoding.running.any():
+            return
+
+
+def show(config: GenerateConfig, text: Text, answers: Iterator[Rollouts]) -> list[str]:
+    """Print the first answer as it grows, then the others, and what it took."""
+    started = time.perf_counter()
+    first_token = None
+    stream, printed, seen = DecodeStream(skip_special_tokens=True), "", 0
+    for rollouts in answers:
+        first_token = first_token or time.perf_counter()
+        for token in rollouts.token[0, 0, seen : rollouts.length[0, 0]].tolist():
+            piece = stream.step(text.tokenizer.backend_tokenizer, token) or ""
+            print(piece, end="", flush=True)
+            printed, seen = printed + piece, seen + 1
+    finished = time.perf_counter()
+
+    branches = [(n, c) for c in range(rollouts.length.shape[1]) for n in range(rollouts.length.shape[0])]
+    branches = branches[: config.n]
+    shown = text.decode([rollouts.token[n, c, : rollouts.length[n, c]] for n, c in branches])
+    # The stream holds back bytes that are not yet a character.
+    print(shown[0].removeprefix(printed))
+    for i, other in enumerate(shown[1:], start=2):
+        say(f"--- {i} of {config.n}")
+        print(other)
+    lengths = [int(rollouts.length[branch]) for branch in branches]
+    cut = sum(not rollouts.stopped[branch] for branch in branches)
+    assert first_token is not None
+    say(summary(lengths, cut, first_token - started, finished - first_token))
+    return shown
+
+
+def summary(lengths: Sequence[int], cut: int, wait: float, seconds: float) -> str:
+    """One line on what was generated.
+
+    Args:
+      lengths: tokens of each answer.
+      cut: answers that did not come to an end.
+      wait: seconds to the first token, compilation included. seconds: from there to the last.
+    """
+    rate = (sum(lengths) - len(lengths)) / seconds if max(lengths) > 1 else 0.0
+    ended = f", {cut} answer(s) cut before the end" if cut else ""
+    return f"{sum(lengths)} tokens{ended} | first after {wait:.1f} s, then {rate:.1f} tokens/s"
+
+
+def parameter_count(shapes: Params) -> int:
+    """Numbers in a tree of arrays or shapes."""
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def say(message: str) -> None:
+    """A line for people, beside the answer."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Parse the command line and run; a user's mistake is one line and exit code 2."""
+    config, _ = parse(GenerateConfig, "generate", None)
+    try:
+        generate(config)
+    except (ConfigError, PlacementError, CheckpointError) as error:
+        fail("generate", error)
+    except KeyboardInterrupt:
+        fail("generate", "interrupted", 130)
+
+
+if __name__ == "__main__":
+    main()
