@@ -35,14 +35,12 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of a run directory, of which the last `keep` are kept; None only reads them."""
+    """The checkpoints of a run directory, of which the last `keep` are kept; with None all are."""
 
     def __init__(self, directory: Path, keep: int | None) -> None:
         self.manager = ocp.CheckpointManager(
             (directory / CHECKPOINTS).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=keep is not None, read_only=keep is None
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
         )
 
     def latest(self) -> int | None:
