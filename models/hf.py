@@ -45,18 +45,20 @@ INERT: dict[str, tuple[Any, ...]] = {
     "dual_chunk_attention_config": (None, {}),
 }
 
-YARN_FIELDS = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
+PLAIN_ROPE_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+ROPE_FIELDS = {
+    "default": PLAIN_ROPE_FIELDS,
+    "yarn": PLAIN_ROPE_FIELDS
+    | {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
 }
 
 
@@ -130,12 +132,18 @@ def refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
         rope = raw.get(name) or {}
         if not isinstance(rope, dict):
             raise CheckpointError(f"{file}: {name} is {rope!r}, must be an object or null")
-        if rope_type(rope) not in ("default", "yarn"):
+        if rope_type(rope) not in list(ROPE_FIELDS):
             raise CheckpointError(
-                f"{file}: {name} of type {rope_type(rope)!r} is not supported; supported: default, yarn"
+                f"{file}: {name} of type {rope_type(rope)!r} is not supported; supported: "
+                f"{', '.join(ROPE_FIELDS)}"
             )
         if rope.get("partial_rotary_factor") not in INERT["partial_rotary_factor"]:
             raise CheckpointError(f"{file}: {name} with a partial_rotary_factor is not supported")
+        if unknown := set(rope) - ROPE_FIELDS[rope_type(rope)]:
+            raise CheckpointError(
+                f"{file}: {name} of type {rope_type(rope)!r} has fields that are not supported: "
+                f"{', '.join(sorted(unknown))}"
+            )
 
 
 def rope_type(rope: dict[str, Any]) -> Any:
@@ -145,8 +153,6 @@ def rope_type(rope: dict[str, Any]) -> Any:
 
 def read_yarn(rope: dict[str, Any], raw: dict[str, Any], file: Path) -> Yarn:
     """The YaRN settings of a rope_scaling, with the defaults of transformers."""
-    if unknown := set(rope) - YARN_FIELDS - {"partial_rotary_factor"}:
-        raise CheckpointError(f"{file}: rope_scaling has unknown fields: {', '.join(sorted(unknown))}")
     fallback = raw.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
     original = number(rope, file, "original_max_position_embeddings", int, fallback)
     factor = number(rope, file, "factor", float)

@@ -130,6 +130,19 @@ def test_a_tied_checkpoint_may_carry_the_shared_matrix_twice(tmp_path):
     chex.assert_trees_all_equal(jax.device_get(read(directory)), tiny_params())
 
 
+@pytest.mark.parametrize("block_bytes", [1, 10**9])
+def test_a_tied_checkpoint_with_a_second_matrix_is_refused(tmp_path, monkeypatch, block_bytes):
+    """One number that differs is a model that is not tied; transformers would not tie it either."""
+    monkeypatch.setattr(weights, "BLOCK_BYTES", block_bytes)
+    directory = write(tmp_path, TINY, tiny_params())
+    file = directory / weights.SINGLE_FILE
+    tensors = load_file(file)
+    other = tensors["model.embed_tokens.weight"].copy()
+    other[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": other}, file)
+    refused(directory, "lm_head.weight", "tie_word_embeddings")
+
+
 # --- refusals
 
 

@@ -8,7 +8,7 @@ the parameters is bounded by a few blocks for reading, and by one file for writi
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from fr3e_jax.models.hf import LAYOUTS, CheckpointError, Tensor, read_json, tensors_of
 from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params
-from fr3e_jax.parallel.blocks import block_reader, block_rows, block_writer, zeros
+from fr3e_jax.parallel.blocks import block_reader, block_rows, block_writer, zeros_maker
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -107,8 +107,8 @@ def check_tensors(directory: Path, files: Mapping[str, Path], params: Params) ->
             raise CheckpointError(f"{directory} lacks tensor {tensor.name}")
         unread.discard(tensor.name)
         by_file.setdefault(files[tensor.name], []).append(tensor)
-    # A tied checkpoint may carry the shared matrix twice.
-    if "lm_head" not in params:
+    twice = "lm_head" not in params and LAYOUTS["lm_head"].name in unread
+    if twice:
         unread.discard(LAYOUTS["lm_head"].name)
     if unread:
         raise CheckpointError(f"{directory} holds unexpected tensors: {shortened(sorted(unread))}")
@@ -132,6 +132,23 @@ def check_tensors(directory: Path, files: Mapping[str, Path], params: Params) ->
                         f"{file}: {tensor.name} has type {kind}, config.json says {declared}; correct the "
                         "one that is wrong"
                     )
+    if twice:
+        check_tied(files)
+
+
+def check_tied(files: Mapping[str, Path]) -> None:
+    """A tied checkpoint may carry the shared matrix twice, but not two matrices."""
+    embedding, lm_head = LAYOUTS["embedding"].name, LAYOUTS["lm_head"].name
+    with open_safetensors(files[embedding]) as one, open_safetensors(files[lm_head]) as two:
+        first, second = one.get_slice(embedding), two.get_slice(lm_head)
+        shape = first.get_shape()
+        rows = max(BLOCK_BYTES // (4 * math.prod(shape[1:])), 1)
+        pieces = [slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows)]
+        if shape != second.get_shape() or not all(np.array_equal(first[i], second[i]) for i in pieces):
+            raise CheckpointError(
+                f"{files[lm_head]}: {lm_head} differs from {embedding}, and config.json says "
+                "tie_word_embeddings: one of the two is wrong"
+            )
 
 
 def declared_type(directory: Path) -> str | None:
@@ -193,7 +210,7 @@ def read_leaf(
     files: Mapping[str, Path], path: str, shape: tuple[int, ...], sharding: NamedSharding, dtype: Any
 ) -> Array:
     """Read one parameter, all its layers, block by block."""
-    leaf = zeros(shape, dtype, sharding)
+    leaf = zeros_maker(shape, jnp.dtype(dtype), sharding)()
     device_shape = sharding.shard_shape(shape)
     write = block_writer(sharding.mesh, sharding.spec)
     for start, rows in blocks(device_shape, dtype):
@@ -288,27 +305,50 @@ def write_params(
       max_file_bytes: most bytes of tensors in a file.
     """
     flat = traverse_util.flatten_dict(params, sep=".")
-    tensors = {tensor.name: tensor for tensor in tensors_of(params)}
+
+    def array_of(tensor: Tensor) -> np.ndarray:
+        return LAYOUTS[tensor.path].to_tensor(fetch(flat[tensor.path], tensor.layer, dtype))
+
+    write_tensors(directory, list(tensors_of(params)), array_of, dtype, max_file_bytes)
+
+
+def write_tensors(
+    directory: Path,
+    tensors: Sequence[Tensor],
+    array_of: Callable[[Tensor], np.ndarray],
+    dtype: Any,
+    max_file_bytes: int,
+) -> None:
+    """Write tensors in as many files as they need, asking for each when its turn comes.
+
+    Args:
+      directory: exists on the first process, the only one that writes.
+      tensors: in the order in which they are written.
+      array_of: the numbers of a tensor; every process asks.
+      dtype: their type.
+      max_file_bytes: most bytes of tensors in a file.
+    """
+    writes = jax.process_index() == 0
     split = split_state_dict_into_shards_factory(
-        tensors,
+        {tensor.name: tensor for tensor in tensors},
         get_storage_size=lambda tensor: math.prod(tensor.shape) * jnp.dtype(dtype).itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_file_bytes,
     )
+    by_name = {tensor.name: tensor for tensor in tensors}
     with progress_bar() as progress:
         bar = progress.add_task("writing weights", total=len(tensors))
         for file, names in split.filename_to_tensors.items():
             held = {}
             for name in names:
-                tensor = tensors[name]
-                array = fetch(flat[tensor.path], tensor.layer, dtype)
-                if jax.process_index() == 0:
-                    held[name] = np.ascontiguousarray(LAYOUTS[tensor.path].to_tensor(array))
+                array = array_of(by_name[name])
+                if writes:
+                    held[name] = np.ascontiguousarray(array)
                 progress.advance(bar)
-            if held:
+            if writes:
                 save_file(held, directory / file, metadata={"format": "pt"})
                 (directory / file).chmod(0o644)  # others read models too
-    if split.is_sharded and jax.process_index() == 0:
+    if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 

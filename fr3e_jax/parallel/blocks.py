@@ -13,9 +13,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Array:
-    """A sharded array of zeros, made where it lies."""
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+@functools.cache
+def zeros_maker(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    """Jitted () -> a sharded array of zeros, made where it lies."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.cache

@@ -1,0 +1,178 @@
+"""Measurements behind this project's claims: `python -m fr3e_jax.bench NAME`.
+
+Each prints a ratio of two sides that were measured in one run, in turns; shared machines drift, so nothing
+else is to be compared. Every measurement has a process of its own.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jsonargparse
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file
+
+from fr3e_jax.host.weights import find_tensors, read_params, write_tensors
+from fr3e_jax.models.hf import LAYOUTS, Tensor, config_json, read_config, tensors_of
+from fr3e_jax.models.presets import PRESETS
+from fr3e_jax.models.qwen2 import abstract_params, logical_axes
+from fr3e_jax.parallel.mesh import make_mesh, place_model
+
+GIB = 2**30
+
+
+def measure(function: Callable[..., Any], *arguments: Any, devices: int) -> Any:
+    """Call a function in a fresh process with `devices` CPU devices, and return what it returns."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=fresh) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+class Load(NamedTuple):
+    """What loading took: seconds, and the peak of host memory beyond the parameters, bytes."""
+
+    seconds: float
+    beyond: int
+
+
+def load(
+    shape: str = "qwen2.5-1.5b",
+    devices: int = 8,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    file_gb: float = 0.5,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """Weights from safetensors onto a mesh: streamed, against read whole and then placed.
+
+    Args:
+      shape: name of a preset, of which a checkpoint with random bfloat16 weights is written first.
+      devices: CPU devices, over which the parameters are sharded.
+      dtype: type of the parameters.
+      file_gb: most gigabytes in a file of the checkpoint.
+      repeats: measurements of each side, in turns; medians are shown.
+
+    Returns:
+      What is printed, as an object.
+    """
+    if shape not in PRESETS:
+        raise SystemExit(f"fr3e_jax.bench: error: no shape {shape!r}; there are {', '.join(PRESETS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        write_random_checkpoint(directory, shape, file_gb)
+        files = len(set(find_tensors(directory).values()))
+        sides: dict[str, list[Load]] = {"streamed": [], "whole": []}
+        for _ in range(repeats):
+            sides["streamed"].append(measure(load_streamed, directory, dtype, devices=devices))
+            sides["whole"].append(measure(load_whole, directory, dtype, devices=devices))
+    found = {
+        name: Load(*(statistics.median(column) for column in zip(*loads, strict=True)))
+        for name, loads in sides.items()
+    }
+    streamed, whole = found["streamed"], found["whole"]
+    parameters = PRESETS[shape].parameters
+    table = Table(
+        title=f"{shape}: {parameters:,} parameters in {files} files, to {dtype} on {devices} devices"
+    )
+    for column in ("side", "seconds", "peak host memory beyond the parameters"):
+        table.add_column(column)
+    for name, side in found.items():
+        table.add_row(name, f"{side.seconds:.1f}", f"{side.beyond / GIB:.2f} GiB")
+    ratios = {"memory": whole.beyond / streamed.beyond, "seconds": whole.seconds / streamed.seconds}
+    table.add_row("whole / streamed", f"{ratios['seconds']:.2f}", f"{ratios['memory']:.1f}")
+    Console(stderr=True).print(table)
+    return {"shape": shape, "devices": devices, "dtype": dtype, "ratios": ratios} | {
+        name: {"seconds": side.seconds, "beyond_gib": side.beyond / GIB} for name, side in found.items()
+    }
+
+
+def write_random_checkpoint(directory: Path, shape: str, file_gb: float) -> None:
+    """A checkpoint of bfloat16 numbers between 0.5 and 1 and their negatives."""
+    config = PRESETS[shape].config
+    rng = np.random.default_rng(0)
+
+    def array_of(tensor: Tensor) -> np.ndarray:
+        bits = rng.integers(2**16, size=tensor.shape, dtype=np.uint16)
+        return ((bits & 0x807F) | 0x3F00).view(ml_dtypes.bfloat16)  # a random sign and mantissa
+
+    tensors = list(tensors_of(abstract_params(config)))
+    write_tensors(directory, tensors, array_of, jnp.bfloat16, int(file_gb * 10**9))
+    raw = config_json(config, [1], 0) | {"torch_dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(raw))
+
+
+def load_streamed(directory: Path, dtype: str) -> Load:
+    """The way of this project."""
+    config, shardings = sharded(directory)
+    return timed(lambda: read_params(directory, config, shardings, jnp.dtype(dtype)))
+
+
+def load_whole(directory: Path, dtype: str) -> Load:
+    """The plain way: every tensor on the host in its final type, layers stacked, then placed."""
+    config, shardings = sharded(directory)
+    shapes = traverse_util.flatten_dict(abstract_params(config), sep=".")
+
+    def whole() -> Any:
+        tensors: dict[str, np.ndarray] = {}
+        for file in sorted(set(find_tensors(directory).values())):
+            tensors |= {name: array.astype(dtype) for name, array in load_file(file).items()}
+        params = {}
+        for path, abstract in shapes.items():
+            layout = LAYOUTS[path]
+            if path.startswith("layers."):
+                names = [layout.name.format(i) for i in range(abstract.shape[0])]
+                arrays = [layout.to_ours(tensors.pop(name), abstract.shape[1:]) for name in names]
+                params[path] = np.stack(arrays)
+            else:
+                params[path] = layout.to_ours(tensors.pop(layout.name), abstract.shape)
+        return jax.device_put(traverse_util.unflatten_dict(params, sep="."), shardings)
+
+    return timed(whole)
+
+
+def sharded(directory: Path) -> tuple[Any, Any]:
+    """The architecture of a checkpoint, and its parameters' shardings over all devices."""
+    config = read_config(directory)
+    axes, shapes = logical_axes(config), abstract_params(config)
+    training, _ = place_model(make_mesh(1, -1, 1), axes, shapes)
+    return config, training.shardings(axes, shapes)
+
+
+def timed(function: Callable[[], Any]) -> Load:
+    """Time a function that returns parameters, and see how much more memory it needed than they do."""
+    jax.block_until_ready(jnp.ones(1) + 1)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    start = time.perf_counter()
+    params = jax.block_until_ready(function())
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Load(seconds, peak - before - sum(x.nbytes for x in jax.tree.leaves(params)))
+
+
+def main() -> None:
+    """Run a benchmark: a table on stderr, one JSON object on stdout."""
+    result = jsonargparse.auto_cli(
+        {"load": load}, as_positional=False, allow_abbrev=False, prog="python -m fr3e_jax.bench"
+    )
+    print(json.dumps(result))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
