@@ -1,0 +1,112 @@
+"""Two real processes with four devices each: each reads what its devices hold, and one writes."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+from support import REPOSITORY, TINY, tiny_params, write
+
+from fr3e_jax.host.weights import INDEX_FILE
+
+CONFIG = dataclasses.replace(TINY, tie_word_embeddings=False)
+
+PROCESS = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+
+directory, out, port, number, sizes = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
+
+from fr3e_jax.host import weights
+from fr3e_jax.host.export import export_model
+from fr3e_jax.models.hf import read_config
+from fr3e_jax.models.qwen2 import abstract_params, logical_axes
+from fr3e_jax.parallel.mesh import MESH_AXES, place_model
+
+seen, written = [], []
+read_tensor, save_file = weights.BlockReader.read_tensor, weights.save_file
+def counting(self, *arguments):
+    piece = read_tensor(self, *arguments)
+    seen.append(piece.size)
+    return piece
+def noting(tensors, file, **options):
+    written.append(file.name)
+    save_file(tensors, file, **options)
+weights.BlockReader.read_tensor, weights.save_file = counting, noting
+
+devices = np.array(jax.devices()).reshape(json.loads(sizes))
+mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+config = read_config(Path(directory))
+axes, shapes = logical_axes(config), abstract_params(config)
+training, _ = place_model(mesh, axes, shapes)
+params = weights.read_params(Path(directory), config, training.shardings(axes, shapes))
+held = 0
+for leaf in jax.tree.leaves(params):
+    assert not leaf.is_fully_addressable
+    held += sum({str(shard.index): shard.data.size for shard in leaf.addressable_shards}.values())
+export_model(Path(directory), Path(out), params, max_file_bytes=20_000)
+found = {"read": sum(seen), "held": held, "written": written, "seen_after": Path(out).is_dir()}
+Path(f"{out}.{number}.json").write_text(json.dumps(found))
+"""
+
+
+def two_processes(*arguments):
+    """What each of two processes found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    directory, out, sizes = map(str, arguments)
+    command = [sys.executable, "-c", PROCESS, directory, out, str(port)]
+    pipes = {"text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    started = [
+        subprocess.Popen([*command, str(number), sizes], env=environment, **pipes) for number in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+    return [json.loads(Path(f"{out}.{number}.json").read_text()) for number in range(2)]
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_each_process_reads_what_it_holds_and_one_writes_it_all(tmp_path, sizes):
+    params = tiny_params(CONFIG)
+    directory = write(tmp_path / "model", CONFIG, params, max_file_bytes=20_000)
+    (directory / "tokenizer_config.json").write_text('{"eos_token": null}')
+    first, second = two_processes(directory, tmp_path / "out", list(sizes))
+    whole = sum(x.size for _, x in all_tensors(directory))
+    for process in (first, second):
+        assert process["read"] == process["held"]
+        assert process["seen_after"]  # nobody goes on before the directory is whole
+    if sizes == (1, 8, 1):
+        assert max(first["read"], second["read"]) < 0.52 * whole  # half, and the norms and biases
+    assert second["written"] == []
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert sorted(first["written"]) == files and len(files) > 3
+    assert (tmp_path / "out" / INDEX_FILE).is_file()
+    ours, theirs = dict(all_tensors(tmp_path / "out")), dict(all_tensors(directory))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert not (tmp_path / "out.tmp").exists()
+
+
+def all_tensors(directory: Path):
+    for file in directory.glob("*.safetensors"):
+        yield from load_file(file).items()
