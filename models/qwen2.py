@@ -181,7 +181,10 @@ class Qwen2(nnx.Module):
 
     def embed(self, token: Array, shard: Shard) -> Array:
         """int32 [T] -> [T, E]."""
-        return shard(self.embedding[...][token], "length", "activation")
+        # Said of the table too: gathered over fsdp, as every other weight is, and split over the vocabulary
+        # also as a gradient, which every device would otherwise hold whole.
+        table = shard(self.embedding[...], "vocab", None)
+        return shard(table[token], "length", "activation")
 
     def logits(self, hidden: Array, shard: Shard = unsharded) -> Array:
         """Final hidden states [T, E] -> float32 [T, V], the vocabulary sharded."""

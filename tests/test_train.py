@@ -210,6 +210,8 @@ def test_eight_devices_train_as_one_does(whole_run, tmp_path):
     done = run("train", *SMALL, "--steps=1", "--run_dir", tmp_path / "run", "--mesh.data=2",
                "--mesh.fsdp=2", "--mesh.tensor=2", devices=8)  # fmt: skip
     assert done.returncode == 0, done.stderr
+    # XLA's word for an array that it could only move by giving it whole to every device.
+    assert "Involuntary full rematerialization" not in done.stderr
     ours, theirs = metrics(tmp_path / "run")[1], metrics(whole_run[0])[1]
     assert ours["tokens/generated"] == theirs["tokens/generated"]
     for name in ("update/loss", "update/grad_norm", "reward/root_mean", "entropy/mean"):
