@@ -107,18 +107,19 @@ def answer(
 ) -> Iterator[Rollouts]:
     """What the `n` branches have generated, again and again as they go on: Rollouts [copies, branches].
 
-    Every copy of the model takes an equal part of the branches, and a few more where that part is not whole.
+    The copies of the model take the branches in turns, and some more where `n` does not divide. A branch's
+    number, and with it what it draws, does not depend on how many copies there are.
     """
     copies = row_parts(model.sampling.mesh)
     width = -(-len(query) // PROMPT_BUCKET) * PROMPT_BUCKET
     token = np.zeros((copies, width), np.int32)
     token[:, : len(query)] = query
     length = np.full(copies, len(query), np.int32)
-    queries = model.sampling.place_rows(Queries(token, length, np.arange(copies, dtype=np.int32)))
+    number = np.arange(copies * -(-config.n // copies), dtype=np.int32).reshape(-1, copies).T
+    queries, number = model.sampling.place_rows((Queries(token, length, np.zeros_like(length)), number))
     most = min(config.max_new_tokens, model.config.context - len(query))
     engine = Engine(model.graph, model.sampling, most, text.end_tokens)
-    key = jax.random.key(config.seed)
-    branches, decoding = engine.begin(params, queries, key, 0, -(-config.n // copies))
+    branches, decoding = engine.begin(params, queries, number, jax.random.key(config.seed), 0)
     for until in range(1, most + CHUNK, CHUNK):  # the first token as soon as it is there
         decoding = engine.advance(params, branches, decoding, min(until, most), config.temperature)
         yield jax.device_get(decoding.rollouts)
@@ -139,8 +140,8 @@ def show(config: GenerateConfig, text: Text, answers: Iterator[Rollouts]) -> lis
             printed, seen = printed + piece, seen + 1
     finished = time.perf_counter()
 
-    branches = [(n, c) for c in range(rollouts.length.shape[1]) for n in range(rollouts.length.shape[0])]
-    branches = branches[: config.n]
+    copies = rollouts.length.shape[0]
+    branches = [(i % copies, i // copies) for i in range(config.n)]
     shown = text.decode([rollouts.token[n, c, : rollouts.length[n, c]] for n, c in branches])
     # The stream holds back bytes that are not yet a character.
     print(shown[0].removeprefix(printed))

@@ -10,6 +10,7 @@ from flax import nnx
 from support import TINY, logits, placement, read, tiny_params
 
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.host.export import export_model
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
@@ -126,6 +127,19 @@ def test_cached_greedy_decoding_equals_generate(torch_model):
         generated = int(rollouts.length[row, 0])
         np.testing.assert_array_equal(rollouts.token[row, 0, :generated], expected[:generated])
         assert generated == 32 or expected[generated - 1] == 96
+
+
+def test_an_export_is_what_transformers_reads_back(torch_model, tmp_path):
+    """Every tensor of every variant, bit for bit, from a sharded state."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, directory = torch_model
+    export_model(directory, tmp_path / "out", read(directory, (1, 4, 1)), max_file_bytes=30_000)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is type(model)
+    for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_yarn_extends_the_context():

@@ -64,18 +64,19 @@ class Engine:
           (Rollouts with N = B and C = count, the caches).
         """
         model = nnx.merge(self.graph, params)
-        branches = self.root_branches(model, queries, seed_key, step, count)
+        number = jnp.broadcast_to(jnp.arange(count), (queries.length.shape[0], count))
+        branches = self.root_branches(model, queries, number, seed_key, step)
         decoding = self.decode(model, branches, temperature)
         (query_segment,) = branches.context
         query_segment = query_segment._replace(length=queries.length)
         return decoding.rollouts, Caches(query_segment, decoding.own)
 
     def root_branches(
-        self, model: Qwen2, queries: Queries, seed_key: Array, step: Array | int, count: int
+        self, model: Qwen2, queries: Queries, number: Array, seed_key: Array, step: Array | int
     ) -> Branches:
-        """Prefill the queries, each once, and open `count` branches from each."""
+        """Prefill the queries, each once, and open branches with the numbers int32 [B, C] from them."""
         query_segment = prefill(model, self.placement, queries.token, queries.length)
-        shape = (queries.length.shape[0], count)
+        shape = number.shape
         last = queries.length[:, None] - 1
         position = jnp.broadcast_to(last, shape)
         return Branches(
@@ -83,7 +84,7 @@ class Engine:
             position=position,
             context=(query_segment._replace(length=position),),
             limit=jnp.full(shape, self.max_new, jnp.int32),
-            key=branch_keys(seed_key, step, queries.index, jnp.broadcast_to(jnp.arange(count), shape)),
+            key=branch_keys(seed_key, step, queries.index, number),
         )
 
     def decode(self, model: Qwen2, branches: Branches, temperature: float) -> Decoding:
@@ -93,13 +94,17 @@ class Engine:
             model, self.placement, branches, decoding, self.max_new, self.end_tokens, temperature
         )
 
-    @functools.partial(jax.jit, static_argnames=("self", "count"))
+    @functools.partial(jax.jit, static_argnames=("self",))
     def begin(
-        self, params: Params, queries: Queries, seed_key: Array, step: Array | int, count: int
+        self, params: Params, queries: Queries, number: Array, seed_key: Array, step: Array | int
     ) -> tuple[Branches, Decoding]:
-        """`first_return` in pieces, to be shown as it goes on: before the first token."""
+        """`first_return` in pieces, to be shown as it goes on: before the first token.
+
+        Args:
+          number: int32 [B, C], the branches' numbers, which their randomness is a function of.
+        """
         model = nnx.merge(self.graph, params)
-        branches = self.root_branches(model, queries, seed_key, step, count)
+        branches = self.root_branches(model, queries, number, seed_key, step)
         return branches, start_branches(model, self.placement, branches, self.max_new)
 
     @functools.partial(jax.jit, static_argnames=("self", "temperature"), donate_argnames=("decoding",))
