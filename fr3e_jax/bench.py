@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import jsonargparse
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from rich.console import Console
@@ -109,7 +108,7 @@ def write_random_checkpoint(directory: Path, shape: str, file_gb: float) -> None
 
     def array_of(tensor: Tensor) -> np.ndarray:
         bits = rng.integers(2**16, size=tensor.shape, dtype=np.uint16)
-        return ((bits & 0x807F) | 0x3F00).view(ml_dtypes.bfloat16)  # a random sign and mantissa
+        return ((bits & 0x807F) | 0x3F00).view(jnp.bfloat16)  # a random sign and mantissa
 
     tensors = list(tensors_of(abstract_params(config)))
     write_tensors(directory, tensors, array_of, jnp.bfloat16, int(file_gb * 10**9))

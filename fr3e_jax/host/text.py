@@ -81,7 +81,7 @@ def end_tokens(directory: Path) -> tuple[int, ...]:
             "and tokenizer_config.json has no eos_token"
         )
     ids = found if isinstance(found, list) else [found]
-    if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise ConfigError(f"eos_token_id of {directory} is {found!r}, must be an id or a list of ids")
     return tuple(ids)
 

@@ -1,0 +1,111 @@
+"""Tokenizer, chat template and end tokens: what a checkpoint's files say, and nothing else."""
+
+import json
+import shutil
+import unicodedata
+
+import pytest
+from support import SHARED
+from texts import TEXTS
+
+from fr3e_jax.config import ConfigError
+from fr3e_jax.host.hub import find_model
+from fr3e_jax.host.text import end_tokens, load_text, pad_token
+
+QWEN = SHARED / "tokenizer-qwen2.5"
+END_OF_TEXT, START, END = 151643, 151644, 151645
+# As Qwen's own tokenizer gives them.
+SYSTEM = [
+    8948,
+    198,
+    2610,
+    525,
+    1207,
+    16948,
+    11,
+    3465,
+    553,
+    54364,
+    14817,
+    13,
+    1446,
+    525,
+    264,
+    10950,
+    17847,
+    13,
+]
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """A copy of the real Qwen2.5 tokenizer, to put other files beside."""
+    if not QWEN.is_dir():
+        pytest.skip("needs the Qwen2.5 tokenizer in ../shared/tokenizer-qwen2.5")
+    return shutil.copytree(QWEN, tmp_path / "qwen")
+
+
+def test_the_qwen_tokenizer_round_trips(qwen):
+    text = load_text(qwen, "plain")
+    assert len(text.tokenizer) == 151665
+    for line in TEXTS:
+        ids = text.query(line)
+        assert ids and max(ids) < END_OF_TEXT
+        assert text.decode([ids]) == [unicodedata.normalize("NFC", line)]  # which its files ask for
+
+
+def test_qwens_chat_template_gives_its_ids(qwen):
+    text = load_text(qwen, "chat")
+    expected = [START, *SYSTEM, END, 198, START, 872, 198, 9707, END, 198, START, 77091, 198]
+    assert text.query("Hello") == expected
+    assert text.decode([[9707, END, END_OF_TEXT]]) == ["Hello"]
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_read(qwen):
+    config = json.loads((qwen / "tokenizer_config.json").read_text())
+    template = config.pop("chat_template")
+    (qwen / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="no chat template"):
+        load_text(qwen, "chat")
+    (qwen / "chat_template.jinja").write_text(template)
+    assert load_text(qwen, "chat").query("Hello")[:2] == [START, SYSTEM[0]]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends", "pad"),
+    [
+        ({"eos_token_id": [END, END_OF_TEXT], "pad_token_id": 7}, {"eos_token_id": 1}, (END, END_OF_TEXT), 7),
+        ({"eos_token_id": END_OF_TEXT}, {"eos_token_id": END}, (END_OF_TEXT,), END_OF_TEXT),
+        ({}, {"eos_token_id": 3, "pad_token_id": 5}, (3,), 5),
+        (None, {"eos_token_id": [3, 4]}, (3, 4), END_OF_TEXT),
+        (None, None, (END,), END_OF_TEXT),  # the tokenizer's own
+    ],
+)
+def test_end_and_pad_come_from_the_files_in_their_order(qwen, generation, config, ends, pad):
+    for name, raw in (("generation_config.json", generation), ("config.json", config)):
+        if raw is not None:
+            (qwen / name).write_text(json.dumps(raw))
+    assert (end_tokens(qwen), pad_token(qwen)) == (ends, pad)
+    assert load_text(qwen, "plain").end_tokens == ends
+
+
+@pytest.mark.parametrize("found", ["</s>", [], [1, "x"], -1, 1.5, True, {"a": 1}])
+def test_an_end_token_that_is_no_id_is_refused(tmp_path, found):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": found}))
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        end_tokens(tmp_path)
+
+
+def test_a_checkpoint_that_names_no_end_token_is_refused(tmp_path):
+    """A guess would cut answers, or never end them."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="names no end token"):
+        end_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_refused(tmp_path, damage):
+    directory = shutil.copytree(find_model("quickstart"), tmp_path / "model")
+    (directory / "tokenizer.json").write_text(damage)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load_text(directory, "plain")
