@@ -8,9 +8,9 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import re
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,11 +26,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
+from fr3e_jax.cli import fail
+from fr3e_jax.config import ConfigError
 from fr3e_jax.host.weights import find_tensors, read_params, write_tensors
 from fr3e_jax.models.hf import LAYOUTS, Tensor, config_json, read_config, tensors_of
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import abstract_params, logical_axes
-from fr3e_jax.parallel.mesh import make_mesh, place_model
+from fr3e_jax.parallel.mesh import PlacementError, make_mesh, place_model
 
 GIB = 2**30
 
@@ -71,7 +73,9 @@ def load(
       What is printed, as an object.
     """
     if shape not in PRESETS:
-        raise SystemExit(f"fr3e_jax.bench: error: no shape {shape!r}; there are {', '.join(PRESETS)}")
+        raise ConfigError(f"no shape {shape!r}; there are {', '.join(PRESETS)}")
+    if min(repeats, devices, file_gb) <= 0:
+        raise ConfigError("repeats, devices and file_gb must be above 0")
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_random_checkpoint(directory, shape, file_gb)
@@ -160,17 +164,20 @@ def timed(function: Callable[[], Any]) -> Load:
     start = time.perf_counter()
     params = jax.block_until_ready(function())
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Load(seconds, peak - before - sum(x.nbytes for x in jax.tree.leaves(params)))
+    # Not getrusage, whose maximum a process has from the one that started it.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return Load(seconds, int(peak) * 1024 - before - sum(x.nbytes for x in jax.tree.leaves(params)))
 
 
 def main() -> None:
     """Run a benchmark: a table on stderr, one JSON object on stdout."""
-    result = jsonargparse.auto_cli(
-        {"load": load}, as_positional=False, allow_abbrev=False, prog="python -m fr3e_jax.bench"
-    )
+    try:
+        result = jsonargparse.auto_cli(
+            {"load": load}, as_positional=False, allow_abbrev=False, prog="python -m fr3e_jax.bench"
+        )
+    except (ConfigError, PlacementError) as error:
+        fail("bench", error)
     print(json.dumps(result))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import yaml
 
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, MeshConfig
-from fr3e_jax.host.checkpoints import CHECKPOINTS, Checkpoints
-from fr3e_jax.host.export import export_model
+from fr3e_jax.host.checkpoints import CHECKPOINTS, Checkpoints, shapes_of
+from fr3e_jax.host.export import check_out, export_model
 from fr3e_jax.host.model import open_model
 from fr3e_jax.host.run_dir import CONFIG_FILE
 from fr3e_jax.models.hf import CheckpointError
@@ -56,8 +56,7 @@ def export(config: ExportConfig) -> Path:
     run, out = Path(config.run), Path(config.out)
     if not (run / CONFIG_FILE).is_file():
         raise ConfigError(f"{run} is not a run directory: it holds no {CONFIG_FILE}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out {out} exists and is not an empty directory; choose another")
+    check_out(out)
     if not config.max_file_gb > 0:
         raise ConfigError(f"max_file_gb is {config.max_file_gb}, must be above 0")
     if not (run / CHECKPOINTS).is_dir():
@@ -69,21 +68,30 @@ def export(config: ExportConfig) -> Path:
         held = f"it holds those of steps {', '.join(map(str, steps))}" if steps else "it holds none yet"
         raise ConfigError(f"{run} holds no checkpoint of step {step}; {held}")
 
-    started_from = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]["path"]
-    model = open_model(
-        config.model or started_from, make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    )
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model = open_model(config.model or started_from(run), mesh)
     shapes = abstract_params(model.config)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
         model.training.shardings(model.axes, shapes),
     )
+    if checkpoints.parameter_shapes(step) != shapes_of(like):
+        raise ConfigError(f"{model.name} is not the model that {run} trained: the parameters' shapes differ")
     params = checkpoints.restore_params(step, like)
     checkpoints.close()
     export_model(model.source, out, params, jnp.dtype(config.dtype), int(config.max_file_gb * 10**9))
     print(f"step {step} of {run}, {config.dtype}: model in {out}")
     return out
+
+
+def started_from(run: Path) -> str:
+    """The model that a run started from, as its config.yaml names it."""
+    try:
+        name = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]["path"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise ConfigError(f"{run / CONFIG_FILE} is damaged ({error}); name the model with --model") from None
+    return str(name)
 
 
 def main() -> None:
@@ -93,6 +101,8 @@ def main() -> None:
         export(config)
     except (ConfigError, PlacementError, CheckpointError) as error:
         fail("export", error)
+    except OSError as error:  # such as a full disk
+        fail("export", error, 1)
     except KeyboardInterrupt:
         fail("export", "interrupted; --out was not written", 130)
 

@@ -5,10 +5,11 @@ goes to stderr.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +91,15 @@ def generate(config: GenerateConfig) -> list[str]:
     check(config, len(query), architecture.context)
     shapes = abstract_params(architecture)
     devices = jax.device_count()
-    tensor = config.tensor or widest_tensor(logical_axes(architecture), shapes, devices)
-    model = open_model(config.model, make_mesh(-1, 1, tensor))
+    widest = widest_tensor(logical_axes(architecture), shapes, devices)
+    tensor = config.tensor or widest
+    try:
+        model = open_model(config.model, make_mesh(-1, 1, tensor))
+    except PlacementError:
+        raise ConfigError(
+            f"tensor {tensor} does not divide this model and the {devices} device(s); the largest that does "
+            f"is {widest}"
+        ) from None
     on_cpu = jax.default_backend() == "cpu"
     dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(config.compute_dtype, config.compute_dtype)
     say(
@@ -116,6 +124,7 @@ def answer(
     token[:, : len(query)] = query
     length = np.full(copies, len(query), np.int32)
     number = np.arange(copies * -(-config.n // copies), dtype=np.int32).reshape(-1, copies).T
+    asked = number < config.n
     queries, number = model.sampling.place_rows((Queries(token, length, np.zeros_like(length)), number))
     most = min(config.max_new_tokens, model.config.context - len(query))
     engine = Engine(model.graph, model.sampling, most, text.end_tokens)
@@ -123,7 +132,7 @@ def answer(
     for until in range(1, most + CHUNK, CHUNK):  # the first token as soon as it is there
         decoding = engine.advance(params, branches, decoding, min(until, most), config.temperature)
         yield jax.device_get(decoding.rollouts)
-        if not decoding.running.any():
+        if not (jax.device_get(decoding.running) & asked).any():
             return
 
 
@@ -131,20 +140,20 @@ def show(config: GenerateConfig, text: Text, answers: Iterator[Rollouts]) -> lis
     """Print the first answer as it grows, then the others, and what it took."""
     started = time.perf_counter()
     first_token = None
-    stream, printed, seen = DecodeStream(skip_special_tokens=True), "", 0
+    pieces, printed = Pieces(text), ""
     for rollouts in answers:
         first_token = first_token or time.perf_counter()
-        for token in rollouts.token[0, 0, seen : rollouts.length[0, 0]].tolist():
-            piece = stream.step(text.tokenizer.backend_tokenizer, token) or ""
-            print(piece, end="", flush=True)
-            printed, seen = printed + piece, seen + 1
+        piece = pieces.take(rollouts.token[0, 0, : rollouts.length[0, 0]].tolist())
+        print(piece, end="", flush=True)
+        printed += piece
     finished = time.perf_counter()
 
     copies = rollouts.length.shape[0]
     branches = [(i % copies, i // copies) for i in range(config.n)]
     shown = text.decode([rollouts.token[n, c, : rollouts.length[n, c]] for n, c in branches])
-    # The stream holds back bytes that are not yet a character.
-    print(shown[0].removeprefix(printed))
+    # The stream holds back bytes that are not yet a character; what it showed can only differ where bytes
+    # were no text at all.
+    print(shown[0].removeprefix(printed) if shown[0].startswith(printed) else f"\n{shown[0]}")
     for i, other in enumerate(shown[1:], start=2):
         say(f"--- {i} of {config.n}")
         print(other)
@@ -153,6 +162,26 @@ def show(config: GenerateConfig, text: Text, answers: Iterator[Rollouts]) -> lis
     assert first_token is not None
     say(summary(lengths, cut, first_token - started, finished - first_token))
     return shown
+
+
+class Pieces:
+    """Text of a growing answer, as far as its characters are complete."""
+
+    def __init__(self, text: Text) -> None:
+        self.tokenizer = text.tokenizer.backend_tokenizer
+        self.stream: Any = DecodeStream(skip_special_tokens=True)
+        self.seen = 0
+
+    def take(self, tokens: list[int]) -> str:
+        """The text that `tokens`, all of the answer so far, have more than those of the call before."""
+        piece = ""
+        try:
+            while self.stream is not None and self.seen < len(tokens):
+                piece += self.stream.step(self.tokenizer, tokens[self.seen]) or ""
+                self.seen += 1
+        except Exception:  # bytes that later tokens turned into others; the rest is shown at the end
+            self.stream = None
+        return piece
 
 
 def summary(lengths: Sequence[int], cut: int, wait: float, seconds: float) -> str:
@@ -183,8 +212,10 @@ def main() -> None:
     config, _ = parse(GenerateConfig, "generate", None)
     try:
         generate(config)
-    except (ConfigError, PlacementError, CheckpointError) as error:
+    except (ConfigError, CheckpointError) as error:
         fail("generate", error)
+    except BrokenPipeError:  # the reader had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         fail("generate", "interrupted", 130)
 

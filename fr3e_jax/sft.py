@@ -22,7 +22,7 @@ from rich.progress import Progress
 from fr3e_jax.algorithm.loss import masked_sum
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, SFTConfig
-from fr3e_jax.host.export import export_model
+from fr3e_jax.host.export import check_out, export_model
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.tasks import Task, make_task
 from fr3e_jax.host.text import Text, character_tokenizer, load_text
@@ -165,8 +165,7 @@ def run(config: SFTConfig) -> Path:
     """
     started = time.perf_counter()
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out {out} exists and is not an empty directory; choose another")
+    check_out(out)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_sft(config, row_parts(mesh))
     task = make_task(config.data, config.dropped_carry)

@@ -128,6 +128,11 @@ def refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise CheckpointError(f"{file}: layer_types other than full_attention are not supported")
+    if (one := raw.get("rope_scaling")) and (two := raw.get("rope_parameters")) and one != two:
+        raise CheckpointError(
+            f"{file}: rope_scaling {json.dumps(one)[:80]} and rope_parameters {json.dumps(two)[:80]} are not "
+            "the same; keep one of them (rope_parameters is the newer name, and holds rope_theta too)"
+        )
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
         if not isinstance(rope, dict):
@@ -195,7 +200,8 @@ def number(
         raise CheckpointError(f"{file}: {name} is {value!r}, which has the wrong type; it is {kind.__name__}")
     in_range = value > 0 if least is None else value >= least
     if not (in_range and value < 2**53 and math.isfinite(value)):
-        raise CheckpointError(f"{file}: {name} is {value}, must be a finite number above 0")
+        bound = "above 0" if least is None else f"of at least {least:g}"
+        raise CheckpointError(f"{file}: {name} is {value}, must be a finite number {bound}")
     return kind(value)
 
 

@@ -117,6 +117,43 @@ def test_what_lies_in_out_is_never_overwritten(trained, tmp_path, monkeypatch, c
     assert [file.read_text() for file in tmp_path.iterdir()] == ["precious"]
 
 
+def test_another_model_than_the_run_trained_is_refused(trained, tmp_path, monkeypatch, capsys):
+    other = write(tmp_path / "other", TINY, tiny_params())
+    flags = ["--run", str(trained[0]), "--out", str(tmp_path / "out"), "--model", str(other)]
+    assert "is not the model" in refused(monkeypatch, capsys, flags)
+
+
+def test_where_nothing_can_be_written_is_refused_before_anything_is_read(
+    trained, tmp_path, monkeypatch, capsys
+):
+    """The working directory, below a file, beside what a kill left."""
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "killed.tmp").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, message in (
+        (".", "a directory in it"),
+        ("../file/out", "cannot be written"),
+        ("../killed", "killed.tmp"),
+    ):
+        assert message in refused(monkeypatch, capsys, ["--run", str(trained[0]), "--out", out])
+
+
+def test_an_export_through_a_link_replaces_what_it_points_to(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    exported(trained[0], tmp_path / "link")
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+def test_a_damaged_run_config_is_refused_unless_the_model_is_named(trained, tmp_path, monkeypatch, capsys):
+    directory = shutil.copytree(trained[0], tmp_path / "run")
+    (directory / "config.yaml").write_text("model: [")
+    flags = ["--run", str(directory), "--out", str(tmp_path / "out")]
+    assert "damaged" in refused(monkeypatch, capsys, flags)
+    exported(directory, tmp_path / "out", "--model=quickstart")
+
+
 def test_a_run_without_checkpoints_says_so_and_gets_none(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text("model:\n  path: quickstart\n")
     error = refused(monkeypatch, capsys, ["--run", str(tmp_path), "--out", str(tmp_path / "out")])
@@ -143,6 +180,7 @@ def source(tmp_path):
     """A checkpoint directory with everything that people keep in one."""
     directory = write(tmp_path / "source", TINY, tiny_params(), max_file_bytes=20_000)
     shutil.copy(find_model("quickstart") / "tokenizer.json", directory)
+    (directory / "LICENSES").mkdir()
     for name in ("chat_template.jinja", "LICENSE", "merges.txt", "vocab.json", "tokenizer_config.json"):
         (directory / name).write_text("{}" if name.endswith(".json") else f"this is {name}")
     for name in (
@@ -191,7 +229,9 @@ def test_an_export_that_fails_leaves_the_old_one(source, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export_model(source, out, placed(tiny_params(scale=1.0), TINY))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert not export.temporary_beside(out).exists()
     monkeypatch.undo()
-    export_model(source, out, placed(tiny_params(scale=1.0), TINY))  # over what the failure left behind
+    export.temporary_beside(out).mkdir()  # a kill leaves this
+    export_model(source, out, placed(tiny_params(scale=1.0), TINY))
     chex.assert_trees_all_equal(jax.device_get(read(out)), tiny_params(scale=1.0))
     assert not export.temporary_beside(out).exists()

@@ -9,7 +9,8 @@ from support import run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fr3e_jax.generate import GenerateConfig, main, show
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.generate import CHUNK, GenerateConfig, generate, main, show
 from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.text import Text
 from fr3e_jax.types import Rollouts
@@ -61,7 +62,8 @@ def test_samples_depend_on_the_seed_and_not_on_the_mesh():
         ([*QUICKSTART, "--raw", "--n=2"], "--temperature"),
         ([*QUICKSTART, "--raw", "--temperature=-1"], "temperature is -1"),
         ([*QUICKSTART, "--raw", "--max_new_tokens=0"], "max_new_tokens is 0"),
-        ([*QUICKSTART, "--raw", "--tensor=3"], "does not cover"),
+        ([*QUICKSTART, "--raw", "--tensor=3"], "the largest that does is 4"),
+        ([*QUICKSTART, "--raw", "--tensor=8"], "the largest that does is 4"),
         (["--model=quickstart", "--prompt=", "--raw"], "the prompt is empty"),
         (["--model=quickstart", f"--prompt={'1' * 300}", "--raw"], "300 tokens"),
         ([*QUICKSTART, "--rawr"], "rawr"),
@@ -112,6 +114,16 @@ def test_text_is_shown_as_it_grows_and_characters_are_shown_whole(capsys, said):
     config = GenerateConfig(model="", prompt="")
     assert show(config, text, growing(tokens, range(1, len(tokens) + 1), check)) == [said]
     assert shown + capsys.readouterr().out == said + "\n"
+
+
+def test_decoding_stops_when_the_answers_that_were_asked_for_have(monkeypatch, capsys):
+    """Seven of eight copies of the model sample for nobody, and go on for longer."""
+    rounds, advance = [], Engine.advance
+    monkeypatch.setattr(Engine, "advance", lambda *a, **k: rounds.append(1) or advance(*a, **k))
+    config = GenerateConfig("quickstart", "347+285=", raw=True, tensor=1, temperature=2.0)
+    generate(config)
+    tokens = int(re.search(r"\n(\d+) tokens", capsys.readouterr().err).group(1))
+    assert len(rounds) == 1 + -(-(tokens - 1) // CHUNK)
 
 
 def test_an_answer_cut_within_a_character_is_shown_to_its_end(capsys):

@@ -107,6 +107,14 @@ def test_absent_fields_are_what_transformers_takes_them_for(config_file):
         ("qwen2", {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "llama3"),
         ("qwen2", {"rope_scaling": "yarn"}, "rope_scaling"),
+        (  # as transformers 5 writes a file, with what Qwen's documentation says to add to it
+            "qwen2",
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            },
+            "rope_scaling.*and rope_parameters.*keep one",
+        ),
         ("qwen2", {"rope_scaling": {"rope_type": "yarn"}}, "lacks 'factor'"),
         ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "warp": 1}}, "not supported: warp"),
         ("qwen2", {"rope_scaling": {"factor": 4.0}}, "'default'.*not supported: factor"),

@@ -223,6 +223,8 @@ def sharded(tmp_path):
 def test_an_index_that_names_an_absent_file_is_refused(sharded):
     edited(sharded, **{NAME: "model-00099.safetensors"})
     refused(sharded, weights.INDEX_FILE, "model-00099.safetensors", "absent")
+    edited(sharded, **{NAME: f"{'x' * 400}.safetensors"})
+    refused(sharded, weights.INDEX_FILE, "absent")
 
 
 def test_an_index_that_names_the_wrong_file_is_refused(sharded):

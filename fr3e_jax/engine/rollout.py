@@ -41,7 +41,10 @@ class Caches:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
 class Engine:
-    """The rollouts of one model on one mesh; every method runs as one jitted program."""
+    """The rollouts of one model on one mesh.
+
+    `first_return` and `explore`, and `begin` and `advance`, run as one jitted program each.
+    """
 
     graph: nnx.GraphDef[Qwen2]
     placement: Placement

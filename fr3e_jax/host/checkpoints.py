@@ -35,7 +35,10 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of a run directory, of which the last `keep` are kept; with None all are."""
+    """The checkpoints of a run directory, of which the last `keep` are kept.
+
+    With None they are only read: none is deleted, and no directory is made.
+    """
 
     def __init__(self, directory: Path, keep: int | None) -> None:
         self.manager = ocp.CheckpointManager(
@@ -85,6 +88,12 @@ class Checkpoints:
         )
         return state, from_dict(found.carried), Progress(**found.progress)
 
+    def parameter_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of the parameters of a checkpoint."""
+        # Not the manager's item_metadata, which knows only of items that it has saved or restored before.
+        held = ocp.StandardCheckpointHandler().metadata(self.manager.directory / str(step) / "params")
+        return {name: tuple(leaf.shape) for name, leaf in held.items()}
+
     def restore_params(self, step: int, like: Params) -> Params:
         """Read the parameters alone, into the shapes, types and shardings of `like`."""
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_leaves(like)))
@@ -102,6 +111,11 @@ def as_leaves(tree: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape."""
+    return {name: tuple(leaf.shape) for name, leaf in as_leaves(tree).items()}
 
 
 def abstract_leaves(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -19,9 +19,9 @@ from fr3e_jax.parallel.mesh import Placement, place_model
 class PlacedModel:
     """A model on a mesh, without its weights.
 
-    name: as the user gave it. source: the directory of its configuration and tokenizer. graph: its static
-    half. axes: the logical axes of its parameters. training, sampling: where arrays lie while it is
-    trained, and while it is sampled from.
+    name: as the user gave it, with the commit of a model on the hub. source: the directory of its
+    configuration and tokenizer. graph: its static half. axes: the logical axes of its parameters.
+    training, sampling: where arrays lie while it is trained, and while it is sampled from.
     """
 
     name: str
@@ -55,6 +55,8 @@ def open_model(name: str, mesh: Mesh) -> PlacedModel:
       PlacementError: it does not divide by the mesh.
     """
     source = find_model(name, weights=False)
+    if source.parent.name == "snapshots":  # of the hub's cache: the weights are to be of the same commit
+        name = f"{name.partition('@')[0]}@{source.name}"
     config = read_config(source)
     axes = logical_axes(config)
     training, sampling = place_model(mesh, axes, abstract_params(config))

@@ -8,6 +8,7 @@ the parameters is bounded by a few blocks for reading, and by one file for writi
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,8 +68,8 @@ def find_tensors(directory: Path) -> dict[str, Path]:
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {name!r}, which is no safetensors file of its directory")
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is absent")
+        if not os.path.isfile(directory / name):  # Path's raises on names that no file can have
+            raise CheckpointError(f"{index} names {name[:100]}, which is absent")
     for name in sorted(set(weight_map.values())):
         listed = {tensor for tensor, file in weight_map.items() if file == name}
         with open_safetensors(directory / name) as tensors:
@@ -127,7 +128,7 @@ def check_tensors(directory: Path, files: Mapping[str, Path], params: Params) ->
                     )
                 # Two types of 16 bits cannot be told apart by their bytes: a header that contradicts
                 # config.json would be read as other numbers.
-                if {FLOAT_TYPES[kind], declared} == {"bfloat16", "float16"}:
+                if (FLOAT_TYPES[kind], declared) in (("bfloat16", "float16"), ("float16", "bfloat16")):
                     raise CheckpointError(
                         f"{file}: {tensor.name} has type {kind}, config.json says {declared}; correct the "
                         "one that is wrong"
@@ -137,7 +138,7 @@ def check_tensors(directory: Path, files: Mapping[str, Path], params: Params) ->
 
 
 def check_tied(files: Mapping[str, Path]) -> None:
-    """A tied checkpoint may carry the shared matrix twice, but not two matrices."""
+    """A tied checkpoint may carry the shared matrix twice, but not two matrices; each process reads both."""
     embedding, lm_head = LAYOUTS["embedding"].name, LAYOUTS["lm_head"].name
     with open_safetensors(files[embedding]) as one, open_safetensors(files[lm_head]) as two:
         first, second = one.get_slice(embedding), two.get_slice(lm_head)
@@ -151,8 +152,8 @@ def check_tied(files: Mapping[str, Path]) -> None:
             )
 
 
-def declared_type(directory: Path) -> str | None:
-    """The type of the weights that config.json declares, if it does."""
+def declared_type(directory: Path) -> Any:
+    """The type of the weights that config.json declares, or None."""
     raw = read_json(directory / "config.json")
     return raw.get("dtype", raw.get("torch_dtype"))
 
