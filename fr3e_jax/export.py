@@ -69,7 +69,7 @@ def export(config: ExportConfig) -> Path:
         raise ConfigError(f"{run} holds no checkpoint of step {step}; {held}")
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = open_model(config.model or started_from(run), mesh)
+    model = open_model(config.model or started_from(run)).place(mesh)
     shapes = abstract_params(model.config)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -19,10 +19,9 @@ from tokenizers.decoders import DecodeStream
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError
 from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.text import Text, load_text
-from fr3e_jax.models.hf import CheckpointError, read_config
+from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params, abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts, widest_tensor
 from fr3e_jax.types import Queries, Rollouts
@@ -84,17 +83,16 @@ def generate(config: GenerateConfig) -> list[str]:
     Returns:
       The answers, special tokens left out.
     """
-    source = find_model(config.model, weights=False)
-    architecture = read_config(source)
-    text = load_text(source, "plain" if config.raw else "chat")
+    described = open_model(config.model)
+    text = load_text(described.source, "plain" if config.raw else "chat")
     query = text.query(config.prompt)
-    check(config, len(query), architecture.context)
-    shapes = abstract_params(architecture)
+    check(config, len(query), described.config.context)
+    shapes = abstract_params(described.config)
     devices = jax.device_count()
-    widest = widest_tensor(logical_axes(architecture), shapes, devices)
+    widest = widest_tensor(logical_axes(described.config), shapes, devices)
     tensor = config.tensor or widest
     try:
-        model = open_model(config.model, make_mesh(-1, 1, tensor))
+        model = described.place(make_mesh(-1, 1, tensor))
     except PlacementError:
         raise ConfigError(
             f"tensor {tensor} does not divide this model and the {devices} device(s); the largest that does "

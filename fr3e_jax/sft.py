@@ -172,7 +172,7 @@ def run(config: SFTConfig) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         if config.init_path is None:
             write_new_model(config, task, Path(scratch))
-        model = open_model(config.init_path or scratch, mesh)
+        model = open_model(config.init_path or scratch).place(mesh)
         params = warm_up(config, task, model)
         export_model(model.source, out, params)
     count = sum(x.size for x in jax.tree.leaves(params))

@@ -41,7 +41,7 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
       (the run, the model that it starts from, its fresh state, held-out problems).
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = open_model(config.model.path, mesh)
+    model = open_model(config.model.path).place(mesh)
     check(config, row_parts(mesh), model.config.context)
     text = load_text(model.source, config.data.template)
     task = make_task(config.data)

@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
     directory.mkdir()
     (directory / "config.yaml").write_text("model:\n  path: quickstart\n")
-    model = open_model("quickstart", make_mesh(2, 2, 2))
+    model = open_model("quickstart").place(make_mesh(2, 2, 2))
     params = model.read_params(model.training)
     saved = {}
     writer = Checkpoints(directory, keep=5)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from support import TINY, mesh_of, placed, read, tiny_params, write
 
 from fr3e_jax.host import weights
+from fr3e_jax.host.model import open_model
 from fr3e_jax.host.weights import CheckpointError, all_finite, read_params, write_params
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import abstract_params, logical_axes
@@ -282,3 +283,10 @@ def test_parameters_that_claim_more_layers_than_can_be_listed_are_refused_at_onc
     shapes = abstract_params(huge)
     with pytest.raises(CheckpointError, match=r"lacks tensor model\.layers\.3\."):
         read_params(directory, huge, shapes)
+
+
+def test_a_snapshot_folder_of_the_hubs_cache_given_as_a_directory_is_a_directory(tmp_path):
+    """Its weights are read from there, not looked up again under a name with a commit."""
+    directory = write(tmp_path / "snapshots" / ("a" * 40), TINY, tiny_params())
+    model = open_model(str(directory)).place(mesh_of(1, 1, 1))
+    chex.assert_trees_all_equal(jax.device_get(model.read_params(model.training)), tiny_params())

@@ -59,16 +59,28 @@ def find_model(name: str, weights: bool = True) -> Path:
     Raises:
       ConfigError: there is no such model, or it cannot be had; the message is one line and says what to do.
     """
-    if name == "quickstart":
-        return QUICKSTART_MODEL
-    # os.path, since Path raises on names that no file can have.
-    directory = os.path.expanduser(name)
-    if os.path.isdir(directory):
-        return Path(directory)
+    if (directory := local_model(name)) is not None:
+        return directory
     repository, at, revision = name.partition("@")
-    if os.path.exists(directory) or repository.count("/") != 1 or (at and not revision):
+    if os.path.exists(os.path.expanduser(name)) or repository.count("/") != 1 or (at and not revision):
         raise ConfigError(f"model {name!r} {NO_NAME}")
     return fetch(name, repository, revision or constants.DEFAULT_REVISION, weights)
+
+
+def local_model(name: str) -> Path | None:
+    """The directory of a model that is here already, or None where the name is one of the hub, or none."""
+    if name == "quickstart":
+        return QUICKSTART_MODEL
+    directory = os.path.expanduser(name)
+    # os.path, since Path raises on names that no file can have.
+    return Path(directory) if os.path.isdir(directory) else None
+
+
+def pinned(name: str, source: Path) -> str:
+    """The name of a model with the commit of `source`, the snapshot that `find_model` gave for it."""
+    if local_model(name) is not None:
+        return name
+    return f"{name.partition('@')[0]}@{source.name}"
 
 
 def fetch(name: str, repository: str, revision: str, weights: bool) -> Path:

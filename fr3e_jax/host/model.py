@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from fr3e_jax.host.hub import find_model
+from fr3e_jax.host.hub import find_model, pinned
 from fr3e_jax.host.weights import read_params
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, abstract_params, graph_of, logical_axes
@@ -16,17 +16,38 @@ from fr3e_jax.parallel.mesh import Placement, place_model
 
 
 @dataclasses.dataclass(frozen=True)
-class PlacedModel:
-    """A model on a mesh, without its weights.
+class Model:
+    """A model by its configuration and tokenizer, without its weights.
 
-    name: as the user gave it, with the commit of a model on the hub. source: the directory of its
-    configuration and tokenizer. graph: its static half. axes: the logical axes of its parameters.
-    training, sampling: where arrays lie while it is trained, and while it is sampled from.
+    name: as the user gave it, with the commit of a model on the hub, so that its weights are of the same.
+    source: the directory of its configuration and tokenizer.
     """
 
     name: str
     source: Path
     config: Qwen2Config
+
+    def place(self, mesh: Mesh) -> "PlacedModel":
+        """The model on a mesh.
+
+        Raises:
+          PlacementError: it does not divide by the mesh.
+        """
+        axes = logical_axes(self.config)
+        training, sampling = place_model(mesh, axes, abstract_params(self.config))
+        return PlacedModel(
+            self.name, self.source, self.config, graph_of(self.config), axes, training, sampling
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedModel(Model):
+    """A model on a mesh, still without its weights.
+
+    graph: its static half. axes: the logical axes of its parameters. training, sampling: where arrays lie
+    while it is trained, and while it is sampled from.
+    """
+
     graph: nnx.GraphDef[Qwen2]
     axes: Any
     training: Placement
@@ -43,8 +64,8 @@ class PlacedModel:
         return read_params(find_model(self.name), self.config, shardings, dtype)
 
 
-def open_model(name: str, mesh: Mesh) -> PlacedModel:
-    """The model of `model.path` on a mesh: a directory, a name on the hub, or `quickstart`.
+def open_model(name: str) -> Model:
+    """The model of `model.path`: a directory, a name on the hub, or `quickstart`.
 
     Only its configuration and tokenizer are fetched, so that what cannot run is refused before the weights
     are.
@@ -52,12 +73,6 @@ def open_model(name: str, mesh: Mesh) -> PlacedModel:
     Raises:
       ConfigError: it is not found.
       CheckpointError: its config.json is not one of a supported model.
-      PlacementError: it does not divide by the mesh.
     """
     source = find_model(name, weights=False)
-    if source.parent.name == "snapshots":  # of the hub's cache: the weights are to be of the same commit
-        name = f"{name.partition('@')[0]}@{source.name}"
-    config = read_config(source)
-    axes = logical_axes(config)
-    training, sampling = place_model(mesh, axes, abstract_params(config))
-    return PlacedModel(name, source, config, graph_of(config), axes, training, sampling)
+    return Model(pinned(name, source), source, read_config(source))
