@@ -67,7 +67,12 @@ class RolloutConfig:
     max_response: int = 3072
     """Longest response, prefix included, tokens (release: 3072)."""
     temperature: float = 1.0
-    """Sampling temperature; recorded log-probabilities and entropies are those of temperature 1."""
+    """Sampling temperature (release: 1). Log-probabilities and entropies that are learned from and explored
+    by are those of temperature 1, unfiltered."""
+    top_k: int = 0
+    """Draw from this many of the most likely tokens; 0 from all (ours)."""
+    top_p: float = 1.0
+    """Draw from the fewest most likely tokens that together have this probability; 1 from all (ours)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +322,7 @@ def check(config: Config, row_parts: int, context: int) -> None:
             f"rollout.temperature is {rollout.temperature}; it must be above 0, since greedy rollouts "
             "of a state are all the same"
         )
+    check_filters(rollout.top_k, rollout.top_p, "rollout.")
     if not (optimizer.learning_rate > 0 and optimizer.max_grad_norm > 0 and optimizer.eps > 0):
         raise ConfigError(
             "optimizer.learning_rate, optimizer.max_grad_norm and optimizer.eps must be above 0"
@@ -361,6 +367,18 @@ def check(config: Config, row_parts: int, context: int) -> None:
             raise ConfigError(
                 f"{name} is {value}, which does not divide by the mesh's data x fsdp = {row_parts}"
             )
+
+
+def check_filters(top_k: int, top_p: float, prefix: str = "") -> None:
+    """Refuse top-k and top-p that leave nothing to draw from.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    if top_k < 0:
+        raise ConfigError(f"{prefix}top_k is {top_k}; it must be at least 1, or 0 to draw from all tokens")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"{prefix}top_p is {top_p}; it must lie in (0, 1], and 1 draws from all tokens")
 
 
 def dump(config: Config) -> str:

@@ -17,8 +17,9 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import ConfigError
+from fr3e_jax.config import ConfigError, check_filters
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.text import Text, load_text
 from fr3e_jax.models.hf import CheckpointError
@@ -43,6 +44,10 @@ class GenerateConfig:
     """Take the prompt as it is, not through the model's chat template."""
     temperature: float = 0.0
     """Sampling temperature; 0 takes the most likely token."""
+    top_k: int = 0
+    """Draw from this many of the most likely tokens; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest most likely tokens that together have this probability; 1 from all."""
     max_new_tokens: int = 256
     """Longest answer, tokens; the model's context may end it before."""
     n: int = 1
@@ -65,6 +70,7 @@ def check(config: GenerateConfig, prompt_tokens: int, context: int) -> None:
     for name, least in {"max_new_tokens": 1, "n": 1, "temperature": 0, "seed": 0, "tensor": 0}.items():
         if not getattr(config, name) >= least:
             raise ConfigError(f"{name} is {getattr(config, name)}, must be at least {least}")
+    check_filters(config.top_k, config.top_p)
     if config.seed >= 2**32:
         raise ConfigError(f"seed is {config.seed}, must be below 2^32")
     if config.n > 1 and config.temperature == 0:
@@ -126,9 +132,9 @@ def answer(
     queries, number = model.sampling.place_rows((Queries(token, length, np.zeros_like(length)), number))
     most = min(config.max_new_tokens, model.config.context - len(query))
     engine = Engine(model.graph, model.sampling, most, text.end_tokens)
-    branches, decoding = engine.begin(params, queries, number, jax.random.key(config.seed), 0)
-    for until in range(1, most + CHUNK, CHUNK):  # the first token as soon as it is there
-        decoding = engine.advance(params, branches, decoding, min(until, most), config.temperature)
+    branches, decoding = engine.open_queries(params, queries, number, jax.random.key(config.seed), 0)
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    for decoding in engine.decode(params, branches, decoding, sampling, every=CHUNK):
         yield jax.device_get(decoding.rollouts)
         if not (jax.device_get(decoding.running) & asked).any():
             return

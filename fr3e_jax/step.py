@@ -29,8 +29,9 @@ from jax import Array
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
 from fr3e_jax.config import Config, CreditConfig, ExploreConfig
+from fr3e_jax.cost import Cost, rollout_cost, update_flops
 from fr3e_jax.engine.rollout import Caches, Engine
-from fr3e_jax.engine.sampler import row_key
+from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.data import QueryStream
@@ -38,7 +39,7 @@ from fr3e_jax.host.metrics import Stopwatch
 from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.models.qwen2 import Params, Qwen2Config
 from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
@@ -54,6 +55,7 @@ class Run:
     """What is fixed for a run."""
 
     config: Config
+    model: Qwen2Config
     placement: Placement
     engine: Engine
     learner: Learner
@@ -62,6 +64,12 @@ class Run:
     reference: Params | None
     sampling_params: Callable[[Params], Params]
     """Parameters in the type and layout for sampling, from those that are trained."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The distribution that rollouts are drawn from."""
+        rollout = self.config.rollout
+        return Sampling(rollout.temperature, rollout.top_k, rollout.top_p)
 
     def key(self, purpose: int) -> Array:
         """A key of the run's seed: 0 for the tokens that are drawn, 1 for choices between them."""
@@ -87,13 +95,15 @@ def sample_round(
     place = run.engine.placement.place_rows
     placed = place(queries)
     with watch.stage("first_return"):
-        base, caches = first_return(run, params, step, placed)
+        base, caches, row_steps = first_return(run, params, step, placed)
+    costs = {"first_return": rollout_cost(run.model, queries, base, row_steps)}
     with watch.stage("verify"):
         base_reward = run.verifier.base(base, problems)
     if config.explore.positions:
         states = find_states(run, step, queries, base, base_reward)
         with watch.stage("explore"):
-            rollouts = explore(run, params, step, placed, caches, place(states))
+            rollouts, row_steps = explore(run, params, step, placed, caches, place(states))
+        costs["explore"] = rollout_cost(run.model, queries, rollouts, row_steps, states)
         with watch.stage("verify"):
             reward = run.verifier.whole(states, rollouts, problems)
     else:
@@ -105,19 +115,27 @@ def sample_round(
     metrics = round_metrics(base, base_reward, states, value, alpha, accepted)
     if config.explore.positions:
         metrics |= restart_metrics(states, base, rollouts)
-        metrics["tokens/generated"] += int(rollouts.length.sum())
+    metrics |= cost_metrics(costs)
     gathered = groups.collect(accepted, queries, states, rollouts, advantage)
     return gathered, metrics, run.verifier.excerpt(accepted, states, rollouts, reward, problems)
 
 
-def first_return(run: Run, params: Params, step: int, queries: Queries) -> tuple[Rollouts, Caches]:
-    """R whole answers per query on the mesh, or M where no other are sampled; rollouts on the host."""
-    config = run.config
-    count = config.rollout.base_trajectories if config.explore.positions else config.explore.rollouts
-    rollouts, caches = run.engine.first_return(
-        params, queries, run.key(0), step, count, config.rollout.temperature
-    )
-    return jax.device_get(rollouts), caches
+def first_return(
+    run: Run, params: Params, step: int, queries: Queries
+) -> tuple[Rollouts, Caches | None, int]:
+    """R whole answers per query, or M where no other are sampled.
+
+    Returns:
+      (rollouts on the host, caches on the mesh if there is to be exploration, rows decoded).
+    """
+    explore, caches = run.config.explore, None
+    told = (params, queries, run.key(0), step)
+    if explore.positions:
+        count = run.config.rollout.base_trajectories
+        rollouts, caches, row_steps = run.engine.first_return(*told, count, run.sampling)
+    else:
+        rollouts, row_steps = run.engine.sample(*told, explore.rollouts, run.sampling)
+    return jax.device_get(rollouts), caches, int(row_steps)
 
 
 def find_states(run: Run, step: int, queries: Queries, base: Rollouts, base_reward: np.ndarray) -> States:
@@ -128,10 +146,7 @@ def find_states(run: Run, step: int, queries: Queries, base: Rollouts, base_rewa
     """
     rules, place = run.config.explore, run.engine.placement.place_rows
     kept = keep(rules, run.key(1), step, *place((queries.index, base_reward)))
-    query, trajectory = np.nonzero(jax.device_get(kept))
-    real = np.arange(run.engine.bucket(len(query))) < len(query)
-    query, trajectory = np.pad([query, trajectory], [(0, 0), (0, len(real) - len(query))]).astype(np.int32)
-
+    query, trajectory, real = run.engine.arrange(jax.device_get(kept))
     chosen = jax.tree.map(lambda x: x[query, trajectory], base)
     told = (queries.index[query], trajectory, real, chosen.entropy, chosen.logprob, chosen.length)
     prefix_length, valid = jax.device_get(choose_states(rules, run.key(1), step, *place(told)))
@@ -186,21 +201,18 @@ def roots(base: Rollouts) -> States:
 
 
 def explore(
-    run: Run, params: Params, step: int, queries: Queries, caches: Caches, states: States
-) -> Rollouts:
-    """M rollouts from every valid state; queries and states on the mesh, rollouts on the host."""
-    config = run.config
-    rollouts = run.engine.explore(
-        params,
-        queries,
-        caches,
-        states,
-        run.key(0),
-        step,
-        config.explore.rollouts,
-        config.rollout.temperature,
+    run: Run, params: Params, step: int, queries: Queries, caches: Caches | None, states: States
+) -> tuple[Rollouts, int]:
+    """M rollouts from every valid state; queries, caches and states on the mesh.
+
+    Returns:
+      (rollouts on the host, rows decoded).
+    """
+    assert caches is not None
+    rollouts, row_steps = run.engine.explore(
+        params, queries, caches, states, run.key(0), step, run.config.explore.rollouts, run.sampling
     )
-    return jax.device_get(rollouts)
+    return jax.device_get(rollouts), int(row_steps)
 
 
 def train_step(
@@ -232,17 +244,21 @@ def train_step(
         rounds.append(metrics)
     batch, carried = groups.split(waiting, wanted)
 
-    updates = []
+    updates, flops = [], 0.0
     with watch.stage("update"):
         for epoch in range(config.optimizer.epochs):
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in groups.minibatches(batch, config.optimizer.minibatches, rng):
-                rows = run.placement.place_rows(groups.to_rows(part, config.optimizer.micro_rows), 1)
-                state, metrics = run.learner.update(state, rows, run.reference)
+                rows = groups.to_rows(part, config.optimizer.micro_rows)
+                flops += update_flops(run.model, rows)
+                placed = run.placement.place_rows(rows, 1)
+                state, metrics = run.learner.update(state, placed, run.reference)
                 updates.append(metrics)
         updates = jax.device_get(updates)
 
-    told: Metrics = {"step": step} | summarize(rounds, updates)
+    told: Metrics = {"step": step} | summarize(rounds, updates) | {"flops/update": flops}
+    if "rows/decoded" in told:
+        told["rows/occupancy"] = told["tokens/generated"] / told["rows/decoded"]
     tokens = progress.tokens_generated + told.get("tokens/generated", 0)
     told |= {"states/carried": groups.count(carried), "tokens/total": tokens, "rounds": len(rounds)}
     told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
@@ -270,7 +286,6 @@ def round_metrics(
         "modulation/mean": float(alpha[states.valid].mean()),
         "states/accepted": int(accepted.sum()),
         "states/rejected": int((states.valid & ~accepted).sum()),
-        "tokens/generated": tokens,
     }
 
 
@@ -292,6 +307,15 @@ def restart_metrics(states: States, base: Rollouts, rollouts: Rollouts) -> Metri
     }
 
 
+def cost_metrics(costs: dict[str, Cost]) -> Metrics:
+    """Counts of all stages together, and FLOPs of each."""
+    total: Metrics = {f"flops/{stage}": cost.pop("flops") for stage, cost in costs.items()}
+    for cost in costs.values():
+        for name, value in cost.items():
+            total[name] = total.get(name, 0) + int(value)
+    return total
+
+
 def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
     """One number per metric: counts are added up over rounds, the rest averaged.
 
@@ -300,7 +324,7 @@ def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
     metrics: Metrics = {}
     for name in rounds[0] if rounds else ():
         values = [r[name] for r in rounds]
-        counted = name.startswith(("states/", "tokens/"))
+        counted = name.startswith(("states/", "tokens/", "rows/", "flops/"))
         metrics[name] = sum(values) if counted else float(np.mean(values))
     reduce = {"ratio_max": np.max, "ratio_min": np.min}
     for name in updates[0]:

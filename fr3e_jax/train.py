@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import Config, ConfigError, check, resolve
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Checkpoints, Progress
 from fr3e_jax.host.data import QueryStream, encode_queries
@@ -66,7 +67,7 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
     stream = QueryStream(task, text, config.rollout.max_prompt, config.seed)
     verifier = Verifier(task, text)
     cast = sampling_cast(model.sampling, model.axes, state.params, dtype)
-    run = Run(config, model.training, engine, learner, stream, verifier, reference, cast)
+    run = Run(config, model.config, model.training, engine, learner, stream, verifier, reference, cast)
     return run, model, state, held_out
 
 
@@ -79,7 +80,7 @@ def evaluate(run: Run, params: Params, held_out: list[Problem]) -> float:
         padded = problems + problems[:1] * (rows - len(problems))
         queries = encode_queries(padded, run.stream.text, run.config.rollout.max_prompt)
         placed = run.engine.placement.place_rows(queries)
-        rollouts, _ = run.engine.first_return(params, placed, run.key(0), 0, 1, 0.0)
+        rollouts, _ = run.engine.sample(params, placed, run.key(0), 0, 1, GREEDY)
         right += run.verifier.base(jax.device_get(rollouts), padded)[: len(problems)].sum()
     return float(right) / len(held_out)
 

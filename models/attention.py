@@ -18,7 +18,7 @@ MASKED = -1e30  # finite, so that a wholly masked part joins with weight 0 inste
 class Segment(NamedTuple):
     """Keys (rotated) and values of consecutive tokens, for all layers.
 
-    key, value: [L, S, K, D] for L layers, S slots, K key-value heads, D per head; the engine adds
+    key, value: [L, K, S, D] for L layers, K key-value heads, S slots, D per head; the engine adds
     batch axes. length: int32 [], slots that hold tokens; the rest is never read.
     (Any, since trees of axis numbers and of shapes have this form too.)
     """
@@ -29,47 +29,62 @@ class Segment(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one layer attends to in one link: key, value [S, K, D]; mask bool [T, S] or [1, S]."""
+    """What one layer attends to in one link: key, value [K, S, D]; mask bool [T, S] or [1, S]."""
 
     key: Array
     value: Array
     mask: Array
 
 
-def attend(query: Array, parts: Sequence[Part]) -> Array:
-    """Softmax attention over the union of `parts`, each computed where it lies.
+class Partial(NamedTuple):
+    """Attention to one part, not yet normalised, float32.
 
-    Scores, softmax and accumulation are float32 whatever the inputs are.
+    top: [T, K, G], the largest score; `MASKED` where nothing is attended to. total: [T, K, G], the sum of
+    exp(score - top). output: [T, K, G, D], the values weighted by it. G query heads to a key-value head.
+    """
+
+    top: Array
+    total: Array
+    output: Array
+
+
+def attend_part(query: Array, part: Part) -> Partial:
+    """Attention of queries [T, H, D] to one part.
+
+    Scores, softmax and accumulation are float32 whatever the inputs are. H is a multiple of the key-value
+    heads; the query heads of one are adjacent.
+    """
+    key, value, mask = part
+    length, heads, head_dim = query.shape
+    grouped = query.reshape(length, key.shape[0], heads // key.shape[0], head_dim)
+    score = jnp.einsum("tkgd,ksd->tkgs", grouped, key, preferred_element_type=jnp.float32)
+    mask = mask[:, None, None, :]
+    score = jnp.where(mask, score * head_dim**-0.5, MASKED)
+    top = jax.lax.stop_gradient(jnp.max(score, axis=-1))
+    weight = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
+    output = jnp.einsum(
+        "tkgs,ksd->tkgd", weight.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    return Partial(top, jnp.sum(weight, axis=-1), output)
+
+
+def join(partials: Sequence[Partial]) -> Array:
+    """Softmax attention over the union of parts, by log-sum-exp.
 
     Args:
-      query: [T, H, D], H a multiple of the key-value heads; the heads of a group are adjacent.
-      parts: at least one part; every query row sees at least one key over all parts.
+      partials: of the same queries, with any leading axes; every query sees at least one key over all parts.
 
     Returns:
-      [T, H, D], dtype of `query`.
+      float32 [..., H, D].
     """
-    length, heads, head_dim = query.shape
-    kv_heads = parts[0].key.shape[1]
-    grouped = query.reshape(length, kv_heads, heads // kv_heads, head_dim)
-    tops, totals, outputs = [], [], []
-    for key, value, mask in parts:
-        score = jnp.einsum("tkgd,skd->kgts", grouped, key, preferred_element_type=jnp.float32)
-        score = jnp.where(mask, score * head_dim**-0.5, MASKED)
-        top = jax.lax.stop_gradient(jnp.max(score, axis=-1))
-        weight = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
-        tops.append(top)
-        totals.append(jnp.sum(weight, axis=-1))
-        outputs.append(
-            jnp.einsum(
-                "kgts,skd->kgtd",
-                weight.astype(value.dtype),
-                value,
-                preferred_element_type=jnp.float32,
-            )
-        )
-    peak = functools.reduce(jnp.maximum, tops)
-    scales = [jnp.exp(top - peak) for top in tops]
-    total = functools.reduce(jnp.add, [s * t for s, t in zip(scales, totals, strict=True)])
-    scaled = [s[..., None] * o for s, o in zip(scales, outputs, strict=True)]
+    peak = functools.reduce(jnp.maximum, [partial.top for partial in partials])
+    scales = [jnp.exp(partial.top - peak) for partial in partials]
+    total = functools.reduce(jnp.add, [s * p.total for s, p in zip(scales, partials, strict=True)])
+    scaled = [s[..., None] * p.output for s, p in zip(scales, partials, strict=True)]
     joined = functools.reduce(jnp.add, scaled) / total[..., None]
-    return jnp.einsum("kgtd->tkgd", joined).reshape(length, heads, head_dim).astype(query.dtype)
+    return joined.reshape(*joined.shape[:-3], -1, joined.shape[-1])
+
+
+def attend(query: Array, parts: Sequence[Part]) -> Array:
+    """Attention of queries [T, H, D] to the union of `parts`: [T, H, D], dtype of `query`."""
+    return join([attend_part(query, part) for part in parts]).astype(query.dtype)

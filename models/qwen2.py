@@ -148,24 +148,6 @@ class Block(nnx.Module):
         inner = shard(inner, "length", "mlp")
         return shard(x + inner @ self.down[...], "length", "activation")
 
-    def attend_chain(self, x: Array, query: Array, chain: Sequence[Segment], shard: Shard) -> Array:
-        """Finish one token of one branch, whose key and value its own segment already holds.
-
-        Args:
-          x: [1, E], residual stream of the token.
-          query: [1, H, D], as `project` gave it.
-          chain: this layer's segments, key and value [S, K, D]; all that they hold is attended to.
-          shard: places activations on the mesh.
-
-        Returns:
-          residual stream [1, E].
-        """
-        parts = [
-            Part(segment.key, segment.value, jnp.arange(segment.key.shape[0])[None] < segment.length)
-            for segment in chain
-        ]
-        return self.finish(x, attend(query, parts), shard)
-
 
 class Qwen2(nnx.Module):
     """Decoder with a (possibly tied) LM head. Parameters are created in float32."""
@@ -224,6 +206,7 @@ class Qwen2(nnx.Module):
         def layer(x: Array, params: Any) -> tuple[Array, tuple[Array, Array]]:
             block = nnx.merge(graph, params)
             query, key, value = block.project(x, position, shard)
+            key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
             attended = attend(query, [Part(key, value, mask)])
             return block.finish(x, attended, shard), (key, value)
 

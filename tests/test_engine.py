@@ -13,6 +13,7 @@ from support import TINY, placement, tiny_params
 
 from fr3e_jax.engine import sampler
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.qwen2 import graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.types import Queries, States
@@ -40,7 +41,7 @@ def decode_alone(prefix, key, limit, temperature):
         padded = np.zeros(MAX_PROMPT + MAX_NEW, np.int32)
         padded[: len(tokens)] = tokens
         logits = full_logits(PARAMS, padded, len(tokens))
-        drawn = int(sampler.draw(logits, sampler.draw_uniform(key, len(tokens) - 1), temperature))
+        drawn = int(sampler.draw(logits, sampler.draw_uniform(key, len(tokens) - 1), Sampling(temperature)).token)
         probability = np.asarray(jax.nn.softmax(logits), np.float64)
         logprobs.append(np.log(probability[drawn]))
         entropies.append(-(probability * np.log(probability)).sum())
@@ -75,7 +76,7 @@ def explored(temperature, mesh=(1, 1, 1), padding=0):
     """A round on a mesh: base rollouts, states, partial rollouts, on the host."""
     e, params = engine(*mesh), params_on(*mesh)
     placed = e.placement.place_rows(queries())
-    base, caches = e.first_return(params, placed, SEED_KEY, STEP, R, temperature)
+    base, caches, _ = e.first_return(params, placed, SEED_KEY, STEP, R, Sampling(temperature))
     length = np.asarray(base.length)
     # Ragged: the root alone, position 1, the last token, several trajectories of one query, a state
     # that is invalid.
@@ -89,7 +90,7 @@ def explored(temperature, mesh=(1, 1, 1), padding=0):
     if padding:  # trajectories without valid states must not change the others
         states = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:padding])]), states)
     at = e.placement.place_rows(states)
-    partial = e.explore(params, placed, caches, at, SEED_KEY, STEP, M, temperature)
+    partial, _ = e.explore(params, placed, caches, at, SEED_KEY, STEP, M, Sampling(temperature))
     return jax.device_get(base), states, jax.device_get(partial)
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from support import TINY, logits, placement, read, tiny_params
 
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host.export import export_model
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.hf import read_config
@@ -115,7 +116,7 @@ def test_cached_greedy_decoding_equals_generate(torch_model):
     token = np.random.default_rng(2).integers(1, 96, (3, 9)).astype(np.int32)
     token = np.where(np.arange(9) < length[:, None], token, 0).astype(np.int32)
     queries = engine.placement.place_rows(Queries(token, length, np.arange(3, dtype=np.int32)))
-    rollouts, _ = engine.first_return(read(directory), queries, jax.random.key(0), 0, 1, 0.0)
+    rollouts, _ = engine.sample(read(directory), queries, jax.random.key(0), 0, 1, GREEDY)
     for row, size in enumerate(length):
         expected = model.generate(
             torch.tensor(token[row : row + 1, :size]),

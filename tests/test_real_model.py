@@ -20,6 +20,7 @@ from support import SHARED, logits, placement, read, run
 from texts import TEXTS
 
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host.export import export_model
 from fr3e_jax.host.text import load_text
 from fr3e_jax.models.hf import read_config
@@ -162,7 +163,7 @@ def test_greedy_continuations_equal_generate(smollm2):
     token, _, length = batch(rows, "right")
     engine = Engine(graph_of(read_config(smollm2)), placement(table=SAMPLING_TABLE), NEW, end_tokens=())
     queries = engine.placement.place_rows(Queries(token, length.astype(np.int32), np.arange(len(rows))))
-    ours, _ = engine.first_return(read(smollm2), queries, jax.random.key(0), 0, 1, 0.0)
+    ours, _ = engine.sample(read(smollm2), queries, jax.random.key(0), 0, 1, GREEDY)
     for i, row in enumerate(rows):
         settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
         expected = model.generate(torch.tensor([row]), **settings)[0, len(row) :]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fr3e_jax.engine.sampler import BLOCK, draw, draw_uniform, row_key
+from fr3e_jax.engine.sampler import BLOCK, Sampling, draw, draw_uniform, row_key
 
 LAST = np.nextafter(np.float32(1), np.float32(0))  # the largest uniform below 1
 
@@ -17,7 +17,7 @@ LAST = np.nextafter(np.float32(1), np.float32(0))  # the largest uniform below 1
 @functools.partial(jax.jit, static_argnums=2)
 def draw_many(logits, uniform, temperature=1.0):
     """One draw per uniform number from one distribution, compiled as in the decoding loop."""
-    return jax.vmap(lambda u: draw(logits, u, temperature))(uniform)
+    return jax.vmap(lambda u: draw(logits, u, Sampling(temperature)).token)(uniform)
 
 
 def probabilities(logits, temperature=1.0):

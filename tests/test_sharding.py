@@ -11,6 +11,7 @@ from flax import nnx
 from support import TINY, logits, mesh_of, placed, tiny_params
 
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.qwen2 import graph_of, logical_axes
 from fr3e_jax.parallel.mesh import BATCH_AXES, place_model
 from fr3e_jax.types import Queries
@@ -44,7 +45,7 @@ def test_rollouts_with_replicated_key_value_heads_are_those_of_one_device():
         engine = Engine(graph_of(QWEN3), sampling, 12, end_tokens=(3,))
         queries = Queries(ROWS[:2, :5].astype(np.int32), np.array([5, 3], np.int32), np.arange(2))
         placed_queries = sampling.place_rows(queries)
-        found.append(engine.first_return(at, placed_queries, jax.random.key(0), 0, 3, 1.0)[0])
+        found.append(engine.sample(at, placed_queries, jax.random.key(0), 0, 3, Sampling())[0])
     one, many = map(jax.device_get, found)
     np.testing.assert_array_equal(one.token, many.token)
     np.testing.assert_allclose(one.logprob, many.logprob, atol=1e-5)

@@ -14,6 +14,7 @@ from support import command, placement, read, run
 
 from fr3e_jax.config import DataConfig
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host.data import encode_queries
 from fr3e_jax.host.metrics import read_metrics
 from fr3e_jax.host.tasks import make_task
@@ -153,7 +154,7 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
     problems = make_task(DataConfig()).held_out(32)
     engine = Engine(graph_of(config), placement(table=SAMPLING_TABLE), 40, text.end_tokens)
     queries = engine.placement.place_rows(encode_queries(problems, text, 8))
-    ours, _ = engine.first_return(read(directory), queries, jax.random.key(0), 0, 1, 0.0)
+    ours, _ = engine.sample(read(directory), queries, jax.random.key(0), 0, 1, GREEDY)
     model = Qwen2ForCausalLM.from_pretrained(directory)
     assert model.dtype == torch.float32
     right = 0

@@ -1,12 +1,52 @@
-"""Drawing one token, with randomness that depends on who draws and not on where the row lies."""
+"""Drawing tokens, with randomness that depends on who draws and not on where the row lies.
+
+One uniform number a token, looked up in the inverse CDF: first the block of the vocabulary, then the token
+within it. Over a sharded vocabulary only block sums, and the one block, leave a device.
+"""
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fr3e_jax.algorithm.explore import token_entropy
+from fr3e_jax.models.qwen2 import Shard, unsharded
 from fr3e_jax.types import Leaf
 
-BLOCK = 256  # inverse CDF: first the block, then the token within it
+BLOCK = 256  # tokens
+KEY_BITS = 31  # of a float32 without its sign
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The distribution that tokens are drawn from: the policy's, changed in the order of the fields.
+
+    temperature: divides the logits; 0 takes the most likely token. top_k: only that many of the most likely
+    tokens, 0 for all. top_p: only the fewest most likely tokens that together have this probability. Tokens
+    exactly as likely as the last that is kept are kept too.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Drawn(NamedTuple):
+    """A drawn token, int32 [], and float32 [] in nats.
+
+    logprob: of the token, in the policy as it is (temperature 1, unfiltered). sampled_logprob: of the token,
+    in the distribution that it was drawn from. entropy: of the policy as it is, before the draw.
+    """
+
+    token: Array
+    logprob: Array
+    sampled_logprob: Array
+    entropy: Array
 
 
 def row_key(seed_key: Array, step: Leaf, query: Leaf, branch: Leaf) -> Array:
@@ -26,30 +66,90 @@ def draw_uniform(key: Array, position: Array) -> Array:
     return jax.random.uniform(jax.random.fold_in(key, position))
 
 
-def draw(logits: Array, uniform: Array, temperature: float) -> Array:
-    """Draw a token by inverse CDF, or take the most likely one at temperature 0.
+def draw(
+    logits: Array, uniform: Array, sampling: Sampling, parts: int = 1, shard: Shard = unsharded
+) -> Drawn:
+    """Draw a token by inverse CDF.
 
     Args:
       logits: float32 [V].
       uniform: float32 [], in [0, 1).
-      temperature: static.
-
-    Returns:
-      int32 [].
+      sampling: static.
+      parts: that the vocabulary is split into; V divides by it. Blocks do not reach over its borders.
+      shard: places the blocks on the mesh.
     """
-    if temperature == 0.0:
-        return jnp.argmax(logits).astype(jnp.int32)
-    weight = jax.nn.softmax(logits / temperature)
-    blocks = -(-weight.shape[0] // BLOCK)
-    weight = jnp.pad(weight, (0, blocks * BLOCK - weight.shape[0])).reshape(blocks, BLOCK)
-    block_weight = jnp.sum(weight, axis=1)
+    size = logits.shape[0] // parts
+    blocks = -(-size // BLOCK)
+    below = logits - jnp.max(logits)
+    padding = ((0, 0), (0, blocks * BLOCK - size))
+    below = jnp.pad(below.reshape(parts, size), padding, constant_values=-jnp.inf)
+    below = shard(below.reshape(parts, blocks, BLOCK), "vocab", None, None)
+    kept = keep(below, sampling)
+
+    def weigh(below: Array) -> Array:
+        if sampling.temperature == 0.0:
+            return (below == 0).astype(jnp.float32)
+        return jnp.where(jnp.abs(below) <= kept, jnp.exp(below / sampling.temperature), 0.0)
+
+    block_weight = jnp.sum(weigh(below), axis=-1).reshape(-1)
     block_cdf = jnp.cumsum(block_weight)
-    target = uniform * block_cdf[-1]
-    block = first_above(block_cdf, block_weight, target)
-    before = jnp.where(block > 0, block_cdf[block - 1], 0.0)
-    within = weight[block]
-    token = block * BLOCK + first_above(jnp.cumsum(within), within, target - before)
-    return token.astype(jnp.int32)
+    target = block_cdf[-1] * (0.0 if sampling.temperature == 0.0 else uniform)
+    number = first_above(block_cdf, block_weight, target)
+    part, block = number // blocks, number % blocks
+    # Not below[part, block]: only one device has that block, and the others nothing to add.
+    here = jnp.arange(parts)[:, None] == part
+    chosen = jnp.sum(jnp.where(here, below[:, block], 0.0), axis=0)
+    before = jnp.where(number > 0, block_cdf[number - 1], 0.0)
+    weight = weigh(chosen)
+    within = first_above(jnp.cumsum(weight), weight, target - before)
+    return Drawn(
+        token=(part * size + block * BLOCK + within).astype(jnp.int32),
+        logprob=chosen[within] - jnp.log(jnp.sum(jnp.exp(below))),
+        sampled_logprob=jnp.log(weight[within] / block_cdf[-1])
+        if sampling.temperature
+        else jnp.float32(0.0),
+        entropy=token_entropy(logits),
+    )
+
+
+def keep(below: Array, sampling: Sampling) -> Array:
+    """How far below the largest logit a token may be to be drawn, float32 [].
+
+    Args:
+      below: float32, any shape, logits less the largest one.
+    """
+    distance = jnp.abs(below)
+    limit = jnp.float32(jnp.inf)
+    if sampling.temperature == 0.0:
+        return limit
+    if sampling.top_k:
+        limit = nearest(distance, jnp.ones_like(distance), jnp.float32(sampling.top_k))
+    if sampling.top_p < 1.0:
+        weight = jnp.where(distance <= limit, jnp.exp(below / sampling.temperature), 0.0)
+        limit = jnp.minimum(limit, nearest(distance, weight, sampling.top_p * jnp.sum(weight)))
+    return limit
+
+
+def nearest(distance: Array, weight: Array, wanted: Array) -> Array:
+    """The smallest distance within which the weights reach `wanted`; inf where they never do.
+
+    A search over the bits of a float32, which are in order where numbers have no sign: exact, without
+    sorting the vocabulary.
+
+    Args:
+      distance: float32, at least 0. weight: float32 of its shape, at least 0. wanted: float32 [].
+    """
+    bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
+
+    def halve(i: Array, found: Array) -> Array:
+        # `found` is the largest number of which it is known that the weights below it do not suffice.
+        tried = found + jax.lax.shift_left(jnp.int32(1), KEY_BITS - 1 - i)
+        enough = jnp.sum(jnp.where(bits < tried, weight, 0.0)) >= wanted
+        return jnp.where(enough, found, tried)
+
+    found = jax.lax.fori_loop(0, KEY_BITS, halve, jnp.int32(0))
+    infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.minimum(found, infinity), jnp.float32)
 
 
 def first_above(cdf: Array, weight: Array, target: Array) -> Array:

@@ -1,0 +1,87 @@
+"""What a step costs, so that algorithms can be compared at equal cost: tokens, and FLOPs of the model.
+
+FLOPs are those that the algorithm asks for: multiplications and additions of matrix products of real tokens.
+Padding, idle rows and recomputation are left out; seconds show them.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fr3e_jax.models.qwen2 import Qwen2Config
+from fr3e_jax.types import Batch, Queries, Rollouts, States
+
+Cost = dict[str, float]
+
+
+def forward_flops(config: Qwen2Config, tokens: float, pairs: float, logits: float) -> float:
+    """FLOPs of a forward pass.
+
+    Args:
+      tokens: that run through the layers. pairs: of a token and one that it attends to, itself included.
+      logits: tokens whose logits are computed.
+    """
+    c = config
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    layer = c.hidden_size * (heads + 3 * c.intermediate_size)
+    attention = 2 * c.num_attention_heads * c.head_dim
+    per_layer = layer * tokens + attention * pairs
+    return 2.0 * (c.num_hidden_layers * per_layer + c.vocab_size * c.hidden_size * logits)
+
+
+def pairs_of(start: Any, new: Any) -> float:
+    """Pairs of a token and one it attends to, over `new` tokens that each follow `start` and one another."""
+    start, new = np.asarray(start, np.float64), np.asarray(new, np.float64)
+    return float((new * start + new * (new + 1) / 2).sum())
+
+
+def prefill_cost(config: Qwen2Config, length: np.ndarray) -> Cost:
+    """Of running queries of int [B] tokens once each."""
+    tokens = float(length.sum())
+    return {"tokens/prefilled": tokens, "flops": forward_flops(config, tokens, pairs_of(0, length), 0)}
+
+
+def decode_cost(config: Qwen2Config, prefix: np.ndarray, rollouts: Rollouts, row_steps: int) -> Cost:
+    """Of decoding branches from prefixes that are cached.
+
+    Args:
+      prefix: int [N, C], tokens before the first that is drawn.
+      rollouts: on the host.
+      row_steps: rows that were decoded, idle ones too, added up over steps.
+    """
+    new = np.asarray(rollouts.length)
+    tokens = float(new.sum())
+    return {
+        "tokens/generated": tokens,
+        "tokens/reused": float(np.where(new > 0, prefix, 0).sum()),
+        "rows/decoded": float(row_steps),
+        "flops": forward_flops(config, tokens, pairs_of(prefix - 1, new), tokens),
+    }
+
+
+def rollout_cost(
+    config: Qwen2Config, queries: Queries, rollouts: Rollouts, row_steps: int, states: States | None = None
+) -> Cost:
+    """Of a rollout stage: from the queries, which it prefills, or from states of cached trajectories.
+
+    Returns:
+      tokens/generated; tokens/prefilled; tokens/reused, tokens of prefixes that were read from a cache where
+      every branch alone would have had to prefill them; rows/decoded; flops.
+    """
+    if states is None:
+        prefilled = prefill_cost(config, queries.length)
+        prefix = np.broadcast_to(queries.length[:, None], rollouts.length.shape)
+        cost = decode_cost(config, prefix, rollouts, row_steps)
+        cost["flops"] += prefilled["flops"]
+        cost["tokens/reused"] -= prefilled["tokens/prefilled"]  # each query once, by itself
+        return cost | {"tokens/prefilled": prefilled["tokens/prefilled"]}
+    count = rollouts.length.shape[1] // states.prefix_length.shape[1]
+    prefix = np.repeat(queries.length[states.query][:, None] + states.prefix_length, count, axis=1)
+    return decode_cost(config, prefix, rollouts, row_steps) | {"tokens/prefilled": 0.0}
+
+
+def update_flops(config: Qwen2Config, rows: Batch) -> float:
+    """Of a forward and a backward pass, which is twice the forward, over rows of the flat form."""
+    length = np.asarray(rows.length)
+    trained = float((length - rows.start).sum())
+    return 3 * forward_flops(config, float(length.sum()), pairs_of(0, length), trained)
