@@ -132,9 +132,9 @@ def answer(
     queries, number = model.sampling.place_rows((Queries(token, length, np.zeros_like(length)), number))
     most = min(config.max_new_tokens, model.config.context - len(query))
     engine = Engine(model.graph, model.sampling, most, text.end_tokens)
-    branches, decoding = engine.open_queries(params, queries, number, jax.random.key(config.seed), 0)
+    branches, opened = engine.open_queries(params, queries, number, jax.random.key(config.seed), 0)
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    for decoding in engine.decode(params, branches, decoding, sampling, every=CHUNK):
+    for decoding in engine.decode(params, branches, opened, sampling, every=CHUNK):
         yield jax.device_get(decoding.rollouts)
         if not (jax.device_get(decoding.running) & asked).any():
             return

@@ -30,7 +30,7 @@ from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
 from fr3e_jax.config import Config, CreditConfig, ExploreConfig
 from fr3e_jax.cost import Cost, rollout_cost, update_flops
-from fr3e_jax.engine.rollout import Caches, Engine
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Progress
@@ -120,13 +120,11 @@ def sample_round(
     return gathered, metrics, run.verifier.excerpt(accepted, states, rollouts, reward, problems)
 
 
-def first_return(
-    run: Run, params: Params, step: int, queries: Queries
-) -> tuple[Rollouts, Caches | None, int]:
+def first_return(run: Run, params: Params, step: int, queries: Queries) -> tuple[Rollouts, Any, int]:
     """R whole answers per query, or M where no other are sampled.
 
     Returns:
-      (rollouts on the host, caches on the mesh if there is to be exploration, rows decoded).
+      (rollouts on the host, their `Caches` if there is to be exploration, rows decoded).
     """
     explore, caches = run.config.explore, None
     told = (params, queries, run.key(0), step)
@@ -201,14 +199,13 @@ def roots(base: Rollouts) -> States:
 
 
 def explore(
-    run: Run, params: Params, step: int, queries: Queries, caches: Caches | None, states: States
+    run: Run, params: Params, step: int, queries: Queries, caches: Any, states: States
 ) -> tuple[Rollouts, int]:
     """M rollouts from every valid state; queries, caches and states on the mesh.
 
     Returns:
       (rollouts on the host, rows decoded).
     """
-    assert caches is not None
     rollouts, row_steps = run.engine.explore(
         params, queries, caches, states, run.key(0), step, run.config.explore.rollouts, run.sampling
     )

@@ -47,8 +47,8 @@ class Rollouts:
     token: int32 [N, C, S]. logprob: float32 [N, C, S], of the drawn token, nats. entropy: float32
     [N, C, S], of the distribution before the draw, nats; both of the unfiltered distribution at
     temperature 1. sampled_logprob: float32 [N, C, S], of the drawn token in the distribution that it was
-    drawn from (temperature, top-k, top-p), nats. length: int32 [N, C], the token that ended the answer included. stopped: bool
-    [N, C], an end token was drawn (False: cut at the limit).
+    drawn from (temperature, top-k, top-p), nats. length: int32 [N, C], the token that ended the answer
+    included. stopped: bool [N, C], an end token was drawn (False: cut at the limit).
     """
 
     token: Leaf

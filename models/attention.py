@@ -57,15 +57,14 @@ def attend_part(query: Array, part: Part) -> Partial:
     key, value, mask = part
     length, heads, head_dim = query.shape
     grouped = query.reshape(length, key.shape[0], heads // key.shape[0], head_dim)
-    score = jnp.einsum("tkgd,ksd->tkgs", grouped, key, preferred_element_type=jnp.float32)
-    mask = mask[:, None, None, :]
+    score = jnp.einsum("tkgd,ksd->kgts", grouped, key, preferred_element_type=jnp.float32)
     score = jnp.where(mask, score * head_dim**-0.5, MASKED)
     top = jax.lax.stop_gradient(jnp.max(score, axis=-1))
     weight = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
     output = jnp.einsum(
-        "tkgs,ksd->tkgd", weight.astype(value.dtype), value, preferred_element_type=jnp.float32
+        "kgts,ksd->kgtd", weight.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
-    return Partial(top, jnp.sum(weight, axis=-1), output)
+    return Partial(*(jnp.moveaxis(x, 2, 0) for x in (top, jnp.sum(weight, axis=-1), output)))
 
 
 def join(partials: Sequence[Partial]) -> Array:

@@ -13,7 +13,7 @@ D per head, L layers, S slots of a segment.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax

@@ -41,7 +41,9 @@ def decode_alone(prefix, key, limit, temperature):
         padded = np.zeros(MAX_PROMPT + MAX_NEW, np.int32)
         padded[: len(tokens)] = tokens
         logits = full_logits(PARAMS, padded, len(tokens))
-        drawn = int(sampler.draw(logits, sampler.draw_uniform(key, len(tokens) - 1), Sampling(temperature)).token)
+        drawn = int(
+            sampler.draw(logits, sampler.draw_uniform(key, len(tokens) - 1), Sampling(temperature)).token
+        )
         probability = np.asarray(jax.nn.softmax(logits), np.float64)
         logprobs.append(np.log(probability[drawn]))
         entropies.append(-(probability * np.log(probability)).sum())

@@ -94,7 +94,9 @@ def growing(tokens, steps, check):
         token = np.zeros((1, 1, len(tokens)), np.int32)
         token[0, 0, :step] = tokens[:step]
         nothing = np.zeros(token.shape, np.float32)
-        yield Rollouts(token, nothing, nothing, np.array([[step]]), np.array([[step == len(tokens)]]))
+        yield Rollouts(
+            token, nothing, nothing, nothing, np.array([[step]]), np.array([[step == len(tokens)]])
+        )
         check(step)
 
 

@@ -12,7 +12,7 @@ from support import TINY, logits, placement, read, tiny_params
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host.export import export_model
-from fr3e_jax.models.attention import Segment
+from fr3e_jax.models.attention import Part, attend
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
 from fr3e_jax.models.rope import Yarn, rotate
@@ -189,6 +189,9 @@ def test_a_layer_sees_a_chain_as_it_sees_the_whole():
     for number in range(config.num_hidden_layers):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, number=number: leaf[number], stacked))
         query, key, value = block.project(x, jnp.array([6]), lambda x, *_: x)
-        chain = [Segment(segment.key[number], segment.value[number], 6), Segment(key, value, 1)]
-        x = block.attend_chain(x, query, chain, lambda x, *_: x)
+        chain = [
+            Part(segment.key[number], segment.value[number], jnp.arange(7)[None] < 6),
+            Part(jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1), jnp.ones((1, 1), bool)),
+        ]
+        x = block.finish(x, attend(query, chain), lambda x, *_: x)
     np.testing.assert_allclose(model.norm(x)[0], whole[-1], atol=1e-5)

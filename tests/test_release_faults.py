@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import TINY
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.loss import policy_loss
@@ -25,6 +26,7 @@ from fr3e_jax.config import (
     OptimizerConfig,
     RolloutConfig,
 )
+from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.metrics import Stopwatch
@@ -87,13 +89,14 @@ def rollouts_of(token, length, entropy=None):
     return Rollouts(
         token=np.where(inside, token, 0),
         logprob=np.where(inside, logprob_of(token), 0).astype(np.float32),
+        sampled_logprob=np.where(inside, logprob_of(token), 0).astype(np.float32),
         entropy=np.where(inside, entropy, 0).astype(np.float32),
         length=np.asarray(length, np.int32),
         stopped=np.ones(np.shape(length), bool),
     )
 
 
-def first_return(params, queries, key, step, count, temperature):
+def first_return(params, queries, key, step, count, sampling):
     """Base trajectories as they are written, and no caches."""
     token = [[[base_id(q, b, t) for t in range(S)] for b in range(count)] for q in queries.index]
     entropy = np.full((len(queries.index), count, S), 0.1)
@@ -101,10 +104,23 @@ def first_return(params, queries, key, step, count, temperature):
         for b in range(count):
             entropy[i, b, PEAKS[q, b]] = 2.0
     entropy[..., 0] = 9.0  # the most uncertain token of all is the first, which is no position
-    return rollouts_of(token, BASE_LENGTH[queries.index], entropy), None
+    return rollouts_of(token, BASE_LENGTH[queries.index], entropy), None, token_count(token)
 
 
-def explore(params, queries, caches, states, key, step, rollouts, temperature):
+def token_count(token):
+    """Rows decoded, had none idled."""
+    return np.size(token)
+
+
+def arrange(kept):
+    """More trajectories than there are, the others invalid."""
+    query, trajectory = np.nonzero(kept)
+    real = np.arange(2 * B * R) < len(query)
+    query, trajectory = np.pad([query, trajectory], [(0, 0), (0, len(real) - len(query))])
+    return query.astype(np.int32), trajectory.astype(np.int32), real
+
+
+def explore(params, queries, caches, states, key, step, rollouts, sampling):
     """Continuations that say which state they were started from."""
     n, j_count = states.valid.shape
     token = np.zeros((n, j_count * rollouts, S), np.int32)
@@ -114,7 +130,7 @@ def explore(params, queries, caches, states, key, step, rollouts, temperature):
             q, b = int(queries.index[states.query[i]]), int(states.base[i])
             token[i, j * rollouts + m] = [own_id(q, b, j, m, t) for t in range(S)]
             length[i, j * rollouts + m] = own_length(q, b, j, m)
-    return rollouts_of(token, length)
+    return rollouts_of(token, length), token_count(token)
 
 
 def reward_of(response, answer):
@@ -156,11 +172,13 @@ def written_run(**settings):
         config=Config(**sections),
         engine=SimpleNamespace(
             placement=at_home,
-            bucket=lambda rows: 2 * B * R,  # more trajectories than there are, the others invalid
+            arrange=arrange,
             first_return=first_return,
             explore=explore,
         ),
         placement=at_home,
+        model=TINY,
+        sampling=Sampling(),
         reference=None,
         key=jax.random.key,
         sampling_params=lambda params: params,
@@ -327,7 +345,7 @@ def verified(problem, response, prefix_length, continuations):
     nothing = np.zeros(token.shape, np.float32)
     reward = Verifier(task, Text(tokenizer, (end,), "plain")).whole(
         one_trajectory(base, [0, prefix_length], [False, True]),
-        Rollouts(token, nothing, nothing, length, length > 0),
+        Rollouts(token, nothing, nothing, nothing, length, length > 0),
         [problem],
     )
     assert not reward[0, 0].any()  # an invalid state has no rewards
@@ -521,7 +539,9 @@ def test_prefixes_go_to_the_learner_as_the_tokens_that_were_sampled():
 
     token = np.concatenate([padded(own, 6), padded([3], 6)])[None]
     zeros = np.zeros(token.shape, np.float32)
-    rollouts = Rollouts(token, zeros - 0.5, zeros, np.array([[2, 1]], np.int32), np.ones((1, 2), bool))
+    rollouts = Rollouts(
+        token, zeros - 0.5, zeros - 0.5, zeros, np.array([[2, 1]], np.int32), np.ones((1, 2), bool)
+    )
     states = one_trajectory(padded(response, 6), [2], [True])
     queries = Queries(padded(query, 2), np.array([1], np.int32), np.array([0], np.int32))
     advantage = np.array([[[0.5, -0.5]]], np.float32)

@@ -10,7 +10,7 @@ from fr3e_jax.algorithm.explore import positions_of
 from fr3e_jax.cli import parse
 from fr3e_jax.config import DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.engine.sampler import row_key
+from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host.data import encode_queries
 from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.tasks import make_task
@@ -88,13 +88,13 @@ def rollouts():
     text, task = load_text(directory, "plain"), make_task(DataConfig())
     engine = Engine(graph_of(config), placement(8, 1, 1, SAMPLING_TABLE), MAX_RESPONSE, end_tokens(directory))
     queries = encode_queries(task.held_out(PROBLEMS), text, 8)
-    sampled, _ = engine.first_return(
+    sampled, _ = engine.sample(
         read(directory, (8, 1, 1)),
         engine.placement.place_rows(queries),
         jax.random.key(0),
         0,
         ROLLOUTS,
-        1.0,
+        Sampling(),
     )
     return text, jax.device_get(sampled)
 

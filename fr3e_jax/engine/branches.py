@@ -123,9 +123,9 @@ def decode_token(
     shard = rows.placement.shard
     held = (jnp.arange(window) < own.length)[None]
 
-    def over(function: Any, *axes: Any) -> Any:
+    def over(function: Any) -> Any:
         """`function`, over parts or trajectories, which are what is split over the mesh."""
-        return jax.vmap(function, *axes, spmd_axis_name=BATCH_AXES)
+        return jax.vmap(function, spmd_axis_name=BATCH_AXES)
 
     def attend_own(query: Array, key: Array, value: Array) -> Partial:
         """[H, D] and [K, S, D], of a row."""
@@ -194,7 +194,8 @@ def start_branches(
         length=jnp.zeros((n, count), jnp.int32),
         stopped=jnp.zeros((n, count), bool),
     )
-    own = Segment(*(empty_cache(model, placement, rows * slots) for _ in range(2)), jnp.int32(0))
+    size = rows * slots
+    own = Segment(empty_cache(model, placement, size), empty_cache(model, placement, size), jnp.int32(0))
     return Decoding(by_row(placement, empty), branches.limit > 0, branches.token, own, jnp.int32(0))
 
 

@@ -6,6 +6,7 @@ program and decodes them in a few: the loop over tokens stays on the device, and
 branches have stopped that the others are worth moving together.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -338,9 +339,7 @@ class Engine:
 
 def last(steps: Iterator[Decoding]) -> Decoding:
     """The last of them."""
-    for step in steps:
-        pass
-    return step
+    return collections.deque(steps, maxlen=1)[0]
 
 
 def roots(queries: Queries, count: int) -> Array:

@@ -105,9 +105,7 @@ def draw(
     return Drawn(
         token=(part * size + block * BLOCK + within).astype(jnp.int32),
         logprob=chosen[within] - jnp.log(jnp.sum(jnp.exp(below))),
-        sampled_logprob=jnp.log(weight[within] / block_cdf[-1])
-        if sampling.temperature
-        else jnp.float32(0.0),
+        sampled_logprob=jnp.log(weight[within] / block_cdf[-1]) if sampling.temperature else jnp.float32(0.0),
         entropy=token_entropy(logits),
     )
 
