@@ -16,20 +16,20 @@ PositionRule = Literal["entropy", "surprisal", "random", "uniform"]
 KeepRule = Literal["first_of_each", "random_of_each", "all"]
 
 
-def token_entropy(logits: Array) -> Array:
+def token_entropy(total: Array, moment: Array) -> Array:
     """H = -sum_v pi(v) log pi(v), in nats, of the distribution at temperature 1.
 
-    Paper (first return).
+    Paper (first return). From two sums over the vocabulary, which the sampler has of the logits x less the
+    largest one: H = log Z - (sum_v x e^x) / Z.
 
     Args:
-      logits: float [..., vocabulary].
+      total: float32 [...], Z, the sum of e^x.
+      moment: float32 [...], the sum of x e^x; a token of probability 0 adds 0.
 
     Returns:
       float32 [...].
     """
-    logprob = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    # A filtered-out token has probability 0 and adds 0, not 0 * -inf.
-    return -jnp.sum(jnp.where(jnp.isneginf(logprob), 0.0, jnp.exp(logprob) * logprob), axis=-1)
+    return jnp.log(total) - moment / total
 
 
 def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:

@@ -128,9 +128,9 @@ def decode_token(
         return jax.vmap(function, spmd_axis_name=BATCH_AXES)
 
     def attend_own(query: Array, key: Array, value: Array) -> Partial:
-        """[H, D] and [K, S, D], of a row."""
-        part = Part(key[:, :window], value[:, :window], held)
-        return jax.tree.map(lambda x: x[0], attend_part(query[None], part))
+        """[G, D] and [S, D], of a row and a key-value head."""
+        part = Part(key[None, :window], value[None, :window], held)
+        return jax.tree.map(lambda x: x[0, 0], attend_part(query[None], part))
 
     def attend_itself(query: Array, key: Array, value: Array) -> Partial:
         """[H, D] and [K, D], of a row."""
@@ -145,8 +145,10 @@ def decode_token(
         params, own_key, own_value, keys, values = inputs
         block = nnx.merge(graph, params)
         query, key, value = over(lambda x, position: block.project(x, position, shard))(x, position)
+        by_head = query.reshape(*query.shape[:2], own_key.shape[1], -1, query.shape[3])
         partials = [
-            over(jax.vmap(attend_own, (0, 1, 1)))(query, own_key, own_value),
+            # Head by head and then row by row, as the cache lies: the other way round XLA lays it out anew.
+            over(jax.vmap(jax.vmap(attend_own), (1, 0, 0), 1))(by_head, own_key, own_value),
             over(jax.vmap(attend_itself))(query, key, value),
         ]
         grouped = rows.to_groups(query)

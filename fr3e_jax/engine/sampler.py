@@ -5,17 +5,19 @@ within it. Over a sharded vocabulary only block sums, and the one block, leave a
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fr3e_jax.algorithm.explore import token_entropy
 from fr3e_jax.models.qwen2 import Shard, unsharded
 from fr3e_jax.types import Leaf
 
-BLOCK = 256  # tokens
+BLOCK = 256  # tokens of a block, where none divides the vocabulary
 KEY_BITS = 31  # of a float32 without its sign
 
 
@@ -79,11 +81,7 @@ def draw(
       shard: places the blocks on the mesh.
     """
     size = logits.shape[0] // parts
-    blocks = -(-size // BLOCK)
-    below = logits - jnp.max(logits)
-    padding = ((0, 0), (0, blocks * BLOCK - size))
-    below = jnp.pad(below.reshape(parts, size), padding, constant_values=-jnp.inf)
-    below = shard(below.reshape(parts, blocks, BLOCK), "vocab", None, None)
+    below = shard((logits - jnp.max(logits)).reshape(parts, size), "vocab", None)
     kept = keep(below, sampling)
 
     def weigh(below: Array) -> Array:
@@ -91,23 +89,66 @@ def draw(
             return (below == 0).astype(jnp.float32)
         return jnp.where(jnp.abs(below) <= kept, jnp.exp(below / sampling.temperature), 0.0)
 
-    block_weight = jnp.sum(weigh(below), axis=-1).reshape(-1)
+    width = block_width(size)
+    block_weight = block_sums(below, weigh, width)
+    blocks = block_weight.shape[1]
+    block_weight = block_weight.reshape(-1)
     block_cdf = jnp.cumsum(block_weight)
     target = block_cdf[-1] * (0.0 if sampling.temperature == 0.0 else uniform)
     number = first_above(block_cdf, block_weight, target)
     part, block = number // blocks, number % blocks
-    # Not below[part, block]: only one device has that block, and the others nothing to add.
+    # Not below[part]: only one device has that block, and the others nothing to add. The last block of a
+    # part may be a short one, and then begins within the block before it.
+    first = jnp.minimum(block * width, size - width)
     here = jnp.arange(parts)[:, None] == part
-    chosen = jnp.sum(jnp.where(here, below[:, block], 0.0), axis=0)
+    chosen = jax.lax.dynamic_slice(below, (0, first), (parts, width))
+    chosen = jnp.sum(jnp.where(here, chosen, 0.0), axis=0)
     before = jnp.where(number > 0, block_cdf[number - 1], 0.0)
-    weight = weigh(chosen)
+    weight = jnp.where(first + jnp.arange(width) >= block * width, weigh(chosen), 0.0)
     within = first_above(jnp.cumsum(weight), weight, target - before)
+
+    policy = jnp.exp(below)
+    total = add_up(policy, width)
+    moment = add_up(jnp.where(policy > 0, policy * below, 0.0), width)
+    greedy = sampling.temperature == 0.0
     return Drawn(
-        token=(part * size + block * BLOCK + within).astype(jnp.int32),
-        logprob=chosen[within] - jnp.log(jnp.sum(jnp.exp(below))),
-        sampled_logprob=jnp.log(weight[within] / block_cdf[-1]) if sampling.temperature else jnp.float32(0.0),
-        entropy=token_entropy(logits),
+        token=(part * size + first + within).astype(jnp.int32),
+        logprob=chosen[within] - jnp.log(total),
+        sampled_logprob=jnp.float32(0.0) if greedy else jnp.log(weight[within] / block_cdf[-1]),
+        entropy=token_entropy(total, moment),
     )
+
+
+def block_sums(below: Array, weigh: Callable[[Array], Array], width: int) -> Array:
+    """Sums of `weigh(below)`, below float32 [parts, n], over blocks of `width`: [parts, blocks]."""
+
+    def by_reshape(below: Array) -> Array:
+        padding = ((0, 0), (0, -below.shape[1] % width))
+        padded = jnp.pad(below, padding, constant_values=-jnp.inf)
+        return jnp.sum(weigh(padded.reshape(below.shape[0], -1, width)), axis=-1)
+
+    # A CPU takes four times as long to sum along the last axis; a TPU runs out of fast memory over a window.
+    return jax.lax.platform_dependent(
+        below, cpu=lambda below: by_window(weigh(below), width), default=by_reshape
+    )
+
+
+def add_up(x: Array, width: int) -> Array:
+    """Sum of float32 [parts, n]: []."""
+    return jax.lax.platform_dependent(x, cpu=lambda x: jnp.sum(by_window(x, width)), default=jnp.sum)
+
+
+def by_window(x: Array, width: int) -> Array:
+    """Sums of [parts, n] over blocks as CPUs do it."""
+    padding = ((0, 0), (0, -x.shape[1] % width))
+    return jax.lax.reduce_window(x, np.float32(0), jax.lax.add, (1, width), (1, width), padding)
+
+
+def block_width(size: int) -> int:
+    """Tokens of a block: of a few hundred, what divides `size` best."""
+    if size <= BLOCK:
+        return size
+    return max((width for width in (512, 384, 256, 128) if size % width == 0), default=BLOCK)
 
 
 def keep(below: Array, sampling: Sampling) -> Array:

@@ -88,7 +88,9 @@ class Ladder:
             fewest = min(n for n in self.divisors if n >= max(running, min(FEWEST_ROWS, rows)))
         if fewest < rows:
             return fewest, rows * slots // fewest
-        return rows, min(2 * slots, self.max_new) if full else slots
+        # Whole multiples of the first cache, whatever the limit, or not every rung would divide it.
+        unit = self.rows * self.slots // rows
+        return rows, min(2 * slots, -(-self.max_new // unit) * unit) if full else slots
 
 
 def take_seats(running: np.ndarray, rows: int) -> Seats:
