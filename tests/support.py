@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -137,3 +138,28 @@ def command(module: str, *arguments: str, devices: int = 1, cwd: Path | None = N
 def run(module: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     """Run a command of the project to its end."""
     return subprocess.run(**command(module, *arguments, **options), timeout=600)
+
+
+def two_processes(program: str, *arguments) -> None:
+    """Run Python text in two processes of four CPU devices each, to their ends.
+
+    Their arguments are those given, and then the port to meet at and the number of the process.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests"))),
+    }
+    command = [sys.executable, "-c", program, *map(str, arguments), str(port)]
+    pipes = {"text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen([*command, str(n)], env=environment, **pipes) for n in range(2)]
+    try:
+        errors = [process.communicate(timeout=400)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)

@@ -135,7 +135,7 @@ def test_the_temperature_divides_the_logits(temperature):
         check_chi_square(token, probabilities(logits))
 
 
-@pytest.mark.parametrize("size", [1, 7, BLOCK, BLOCK + 1, 1000])
+@pytest.mark.parametrize("size", [1, 7, BLOCK, BLOCK + 1, 640, 768, 1000, 1024])
 def test_a_draw_is_where_the_cdf_passes_the_uniform_number(size):
     logits = random_logits(size, 2, 1.0)
     uniform = uniforms(4096, 2)
@@ -379,6 +379,20 @@ def test_parts_of_the_vocabulary_change_nothing(sampling, size, parts):
     logits = random_logits(size, 10)
     uniform = clear_of_steps(uniforms(2000, 10), reference(logits, sampling))
     check_same(drawn_many(logits, uniform, sampling, parts), drawn_many(logits, uniform, sampling))
+
+
+@pytest.mark.parametrize("sampling", FEW, ids=str)
+@pytest.mark.parametrize("size, parts", [(2000, 2), (2048, 1)])
+def test_blocks_are_summed_alike_on_every_backend(monkeypatch, sampling, size, parts):
+    """As TPUs and GPUs sum them, on a CPU; with and without a short last block."""
+    logits = random_logits(size, 11)
+    logits[::5] = -np.inf
+    uniform = clear_of_steps(uniforms(2000, 11), reference(logits, sampling))
+    here = drawn_many(logits, uniform, sampling, parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *arguments, cpu, default: default(*arguments))
+        elsewhere = jax.jit(jax.vmap(lambda u: draw(logits, u, sampling, parts)))(uniform)
+    check_same(elsewhere, here)
 
 
 WIDE = 8 * 604  # parts of several blocks, the last not full

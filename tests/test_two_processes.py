@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
-from support import REPOSITORY, TINY, tiny_params, write
+from support import TINY, tiny_params, two_processes, write
 
 from fr3e_jax.host.weights import INDEX_FILE
 
@@ -22,7 +18,7 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh
 
-directory, out, port, number, sizes = sys.argv[1:]
+directory, out, sizes, port, number = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
 
@@ -59,29 +55,9 @@ Path(f"{out}.{number}.json").write_text(json.dumps(found))
 """
 
 
-def two_processes(*arguments):
+def found_by_two(directory, out, sizes):
     """What each of two processes found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    directory, out, sizes = map(str, arguments)
-    command = [sys.executable, "-c", PROCESS, directory, out, str(port)]
-    pipes = {"text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    started = [
-        subprocess.Popen([*command, str(number), sizes], env=environment, **pipes) for number in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+    two_processes(PROCESS, directory, out, sizes)
     return [json.loads(Path(f"{out}.{number}.json").read_text()) for number in range(2)]
 
 
@@ -90,7 +66,7 @@ def test_each_process_reads_what_it_holds_and_one_writes_it_all(tmp_path, sizes)
     params = tiny_params(CONFIG)
     directory = write(tmp_path / "model", CONFIG, params, max_file_bytes=20_000)
     (directory / "tokenizer_config.json").write_text('{"eos_token": null}')
-    first, second = two_processes(directory, tmp_path / "out", list(sizes))
+    first, second = found_by_two(directory, tmp_path / "out", list(sizes))
     whole = sum(x.size for _, x in all_tensors(directory))
     for process in (first, second):
         assert process["read"] == process["held"]

@@ -80,62 +80,67 @@ def draw(
       parts: that the vocabulary is split into; V divides by it. Blocks do not reach over its borders.
       shard: places the blocks on the mesh.
     """
-    size = logits.shape[0] // parts
-    below = shard((logits - jnp.max(logits)).reshape(parts, size), "vocab", None)
-    kept = keep(below, sampling)
+    greedy, size = sampling.temperature == 0.0, logits.shape[0] // parts
+    width = block_width(size)
+    top = jnp.max(logits)
+    logits = shard(logits.reshape(parts, size), "vocab", None)
+    kept = keep(logits - top, sampling)
 
-    def weigh(below: Array) -> Array:
-        if sampling.temperature == 0.0:
-            return (below == 0).astype(jnp.float32)
+    def weigh(logits: Array) -> Array:
+        """In the distribution that is drawn from."""
+        if greedy:
+            return (logits == top).astype(jnp.float32)
+        below = logits - top
         return jnp.where(jnp.abs(below) <= kept, jnp.exp(below / sampling.temperature), 0.0)
 
-    width = block_width(size)
-    block_weight = block_sums(below, weigh, width)
+    def weigh_policy(logits: Array) -> Array:
+        return jnp.exp(logits - top)
+
+    def weigh_moment(logits: Array) -> Array:
+        below = logits - top
+        return jnp.where(jnp.isneginf(below), 0.0, jnp.exp(below) * below)
+
+    block_weight = block_sums(logits, weigh, width)
     blocks = block_weight.shape[1]
     block_weight = block_weight.reshape(-1)
     block_cdf = jnp.cumsum(block_weight)
-    target = block_cdf[-1] * (0.0 if sampling.temperature == 0.0 else uniform)
+    target = block_cdf[-1] * (0.0 if greedy else uniform)
     number = first_above(block_cdf, block_weight, target)
     part, block = number // blocks, number % blocks
-    # Not below[part]: only one device has that block, and the others nothing to add. The last block of a
+    # Not logits[part]: only one device has that block, and the others nothing to add. The last block of a
     # part may be a short one, and then begins within the block before it.
     first = jnp.minimum(block * width, size - width)
     here = jnp.arange(parts)[:, None] == part
-    chosen = jax.lax.dynamic_slice(below, (0, first), (parts, width))
+    chosen = jax.lax.dynamic_slice(logits, (0, first), (parts, width))
     chosen = jnp.sum(jnp.where(here, chosen, 0.0), axis=0)
     before = jnp.where(number > 0, block_cdf[number - 1], 0.0)
     weight = jnp.where(first + jnp.arange(width) >= block * width, weigh(chosen), 0.0)
     within = first_above(jnp.cumsum(weight), weight, target - before)
 
-    policy = jnp.exp(below)
-    total = add_up(policy, width)
-    moment = add_up(jnp.where(policy > 0, policy * below, 0.0), width)
-    greedy = sampling.temperature == 0.0
+    total = jnp.sum(block_sums(logits, weigh_policy, width))
+    moment = jnp.sum(block_sums(logits, weigh_moment, width))
     return Drawn(
         token=(part * size + first + within).astype(jnp.int32),
-        logprob=chosen[within] - jnp.log(total),
+        logprob=chosen[within] - top - jnp.log(total),
         sampled_logprob=jnp.float32(0.0) if greedy else jnp.log(weight[within] / block_cdf[-1]),
         entropy=token_entropy(total, moment),
     )
 
 
-def block_sums(below: Array, weigh: Callable[[Array], Array], width: int) -> Array:
-    """Sums of `weigh(below)`, below float32 [parts, n], over blocks of `width`: [parts, blocks]."""
+def block_sums(logits: Array, weigh: Callable[[Array], Array], width: int) -> Array:
+    """Sums of `weigh(logits)`, logits float32 [parts, n], over blocks of `width`: [parts, blocks]."""
 
-    def by_reshape(below: Array) -> Array:
-        padding = ((0, 0), (0, -below.shape[1] % width))
-        padded = jnp.pad(below, padding, constant_values=-jnp.inf)
-        return jnp.sum(weigh(padded.reshape(below.shape[0], -1, width)), axis=-1)
+    def by_reshape(logits: Array) -> Array:
+        padding = ((0, 0), (0, -logits.shape[1] % width))
+        padded = jnp.pad(logits, padding, constant_values=-jnp.inf)
+        # Laid out anew once for all sums; XLA would rather do so with the weights of each.
+        blocks = jax.lax.optimization_barrier(padded.reshape(logits.shape[0], -1, width))
+        return jnp.sum(weigh(blocks), axis=-1)
 
     # A CPU takes four times as long to sum along the last axis; a TPU runs out of fast memory over a window.
     return jax.lax.platform_dependent(
-        below, cpu=lambda below: by_window(weigh(below), width), default=by_reshape
+        logits, cpu=lambda logits: by_window(weigh(logits), width), default=by_reshape
     )
-
-
-def add_up(x: Array, width: int) -> Array:
-    """Sum of float32 [parts, n]: []."""
-    return jax.lax.platform_dependent(x, cpu=lambda x: jnp.sum(by_window(x, width)), default=jnp.sum)
 
 
 def by_window(x: Array, width: int) -> Array:
