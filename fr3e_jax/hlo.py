@@ -14,7 +14,16 @@ ITEM_BYTES = {
     **{f"{sign}{bits}": bits // 8 for sign in "su" for bits in (8, 16, 32, 64)},
     **{"f16": 2, "bf16": 2, "f32": 4, "f64": 8},
 }
-FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "copy-done", "partition-id"}
+FREE = {
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "constant",
+    "while",
+    "copy-done",
+    "partition-id",
+}
 VIEWS = {"bitcast", "reshape", "copy-done", "get-tuple-element"}
 PARTS = {"dynamic-slice", "slice", "gather"}
 MOVES = {"copy", "copy-start", "transpose", "scatter", "concatenate", "all-gather", "all-to-all"}
@@ -131,7 +140,9 @@ class Program:
         if instruction.operation == "copy-start":  # (destination, source, context)
             return sum(shape.bytes for shape in instruction.shapes[:1] if shape.in_memory)
         if instruction.operation.endswith("-start"):  # ((sources), destination, context)
-            return sum(shape.bytes for shape in instruction.shapes[len(instruction.operands) :] if shape.in_memory)
+            return sum(
+                shape.bytes for shape in instruction.shapes[len(instruction.operands) :] if shape.in_memory
+            )
         if instruction.operation == "fusion":
             inner = self.computations[instruction.called[0]]
             updates = [x for x in inner.values() if x.operation == "dynamic-update-slice"]

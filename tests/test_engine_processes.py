@@ -1,25 +1,39 @@
-"""The engine on many devices, and on those of two processes: the rollouts of one device.
+"""The engine on eight devices, and on those of two processes: the rollouts of one device.
 
-Rows are moved together meanwhile, in every part of the mesh alike though its own branches run on.
+Rows are moved together meanwhile, in every part of the mesh at once, though who runs on differs by part.
 """
 
+import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.multihost_utils import process_allgather
 from support import TINY, mesh_of, two_processes
 from test_engine import ENDS, GRAPH, MAX_NEW, MAX_PROMPT, PARAMS, POLICY, STEP, small_ladder
 
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.models.qwen2 import logical_axes
-from fr3e_jax.parallel.mesh import place_model, row_parts
+from fr3e_jax.parallel.mesh import place_model
 from fr3e_jax.types import Queries, States
 
-B, R, M = 8, 2, 2
+B, R, M, ANSWERS = 8, 2, 2, 6
 KEPT = np.array([[1, 1], [1, 1], [1, 1], [1, 1], [0, 1], [1, 0], [0, 0], [0, 1]], bool)
+
+PROCESS = """
+import json, sys
+import jax, numpy as np
+
+sizes, out, port, number = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
+
+from support import mesh_of
+from test_engine_processes import rollouts_on
+assert len(jax.local_devices()) == 4 and jax.device_count() == 8
+np.savez(f"{out}.{number}.npz", **rollouts_on(mesh_of(*json.loads(sizes))))
+"""
 
 
 def queries():
@@ -30,29 +44,25 @@ def queries():
     return Queries(token, length, np.arange(30, 30 + B, dtype=np.int32))
 
 
-def states_of(engine, base):
-    """Of kept trajectories. In the first half of the queries, states near the limit, so that the branches
-    of the mesh's first parts stop long before those of the others, which start from the root too."""
-    query, trajectory, real = engine.arrange(KEPT)
+def states_of(query, trajectory, real, base):
+    """Of kept trajectories, laid out on the mesh.
+
+    In the first half of the queries only states near the limit are valid, so that the branches in the first
+    parts of the mesh, one process's, stop long before those of the others, which start from the root too.
+    """
     length = base.length[query, trajectory]
-    early = query < B // 2
-    prefix_length = np.stack([length - 1, length - 2, np.zeros_like(length)], axis=1).clip(0)
-    prefix_length[:, 2] = np.where(early, length - 3, 0).clip(0)
-    valid = real[:, None] & (~early[:, None] | (prefix_length >= MAX_NEW - 4))
+    early = (query < B // 2)[:, None]
+    prefix_length = np.stack([length - 1, length - 2, np.where(early[:, 0], length - 3, 0)], axis=1).clip(0)
+    valid = real[:, None] & (~early | (prefix_length >= MAX_NEW - 4))
     return States(query, trajectory, base.token[query, trajectory], prefix_length, valid)
 
 
-def whole(tree):
-    """The arrays on the host, of all processes."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental.multihost_utils import process_allgather
-
-    return jax.tree.map(lambda x: np.asarray(process_allgather(x, tiled=True)), tree)
-
-
 def rollouts_on(mesh):
-    """What `Engine` generates on a mesh, and how its rows moved: {name: array}."""
+    """What the engine generates on a mesh, on the host: {name: array}."""
+
+    def host(tree):
+        return jax.tree.map(lambda x: np.asarray(process_allgather(x, tiled=True)), tree)
+
     axes = logical_axes(TINY)
     _, placement = place_model(mesh, axes, PARAMS)
     engine = Engine(GRAPH, placement, MAX_NEW, ENDS)
@@ -61,27 +71,63 @@ def rollouts_on(mesh):
         PARAMS,
         placement.shardings(axes, PARAMS),
     )
-    q, key = placement.place_rows(queries()), jax.random.key(7)
+    q, told = placement.place_rows(queries()), (jax.random.key(7), STEP)
     with small_ladder(slots=12, step_down=0.4, fewest=3) as moved:
-        answers, _ = whole(engine.sample(params, q, key, STEP, 6, POLICY))
-        base, caches, _ = engine.first_return(params, q, key, STEP, R, POLICY)
-        states = states_of(engine, whole(base))
-        moved_before = len(moved)
-        partial, row_steps = whole(
-            engine.explore(params, q, caches, placement.place_rows(states), key, STEP, M, POLICY)
-        )
+        answers, _ = engine.sample(params, q, *told, ANSWERS, POLICY)
+        base, caches, _ = engine.first_return(params, q, *told, R, POLICY)
+        answers, base = host((answers, base))
+        query, trajectory, real = engine.arrange(KEPT)
+        states = states_of(query, trajectory, real, base)
+        partial, row_steps = engine.explore(params, q, caches, placement.place_rows(states), *told, M, POLICY)
+        partial, row_steps = host((partial, row_steps))
+    assert not partial.length[~real].any()
+    where = {(q, t): n for n, (q, t) in enumerate(zip(query, trajectory, strict=True)) if real[n]}
+    partial = jax.tree.map(lambda x: x[[where[kept] for kept in map(tuple, np.argwhere(KEPT))]], partial)
+    rollouts = {"answers": answers, "base": base, "partial": partial}
     return {
-        "answers": answers,
-        "base": whole(base),
-        "partial": partial,
-        "states": states,
-        "kinds": [move.kind for move in moved[:moved_before]],
-        "explored": [move.kind for move in moved[moved_before:]],
-        "idle": 1 - partial.length.sum() / row_steps,
+        **{
+            f"{what}.{name}": x for what, of in rollouts.items() for name, x in dataclasses.asdict(of).items()
+        },
+        "row_steps": row_steps,
+        "kinds": np.array([move.kind for move in moved]),
     }
 
 
-def check_equal(found, alone, parts):
-    for name in ("token", "length", "stopped"):
-        for what in ("answers", "base"):
-            ...
+@functools.cache
+def on_one_device():
+    return rollouts_on(mesh_of(1, 1, 1))
+
+
+def check_equal(found):
+    """To the rollouts of one device; and rows did move."""
+    alone = on_one_device()
+    for name in alone.keys() - {"row_steps", "kinds"}:
+        if alone[name].dtype == np.float32:
+            np.testing.assert_allclose(found[name], alone[name], atol=1e-5, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
+    assert {"grows", "divided anew"} <= set(found["kinds"])
+
+
+def test_what_is_compared_ends_at_very_different_times():
+    """Most branches of the first queries, which are the first process's, at once; others at the limit."""
+    length = on_one_device()["partial.length"]
+    assert 0 < length[:8].max() <= 4
+    assert length[8:].max() == MAX_NEW
+    assert len(set(on_one_device()["answers.length"].reshape(-1))) > 10
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (4, 1, 2)], ids=str)
+def test_rollouts_do_not_depend_on_the_mesh(sizes):
+    """Of which (1, 2, 4) splits the vocabulary, and holds key-value heads on every device."""
+    check_equal(rollouts_on(mesh_of(*sizes)))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)], ids=str)
+def test_two_processes_take_the_same_decisions_and_end_together(sizes, tmp_path):
+    two_processes(PROCESS, list(sizes), tmp_path / "found")
+    first, second = (dict(np.load(tmp_path / f"found.{number}.npz")) for number in range(2))
+    check_equal(first)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)

@@ -18,7 +18,9 @@ def who_runs(draw):
     """bool [P, n, C] and rows enough for any part; some parts and trajectories have stopped altogether."""
     shape = [draw(st.integers(1, most)) for most in (4, 5, 9)]
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    share = rng.random((shape[0], 1, 1)) * rng.random((shape[0], shape[1], 1)) ** draw(st.sampled_from([0, 3]))
+    share = rng.random((shape[0], 1, 1)) * rng.random((shape[0], shape[1], 1)) ** draw(
+        st.sampled_from([0, 3])
+    )
     running = rng.random(shape) < share * draw(st.sampled_from([0.0, 0.5, 1.0, 9.0]))
     fullest = int(running.sum(axis=(1, 2)).max())
     return running, draw(st.integers(max(fullest, 1), shape[1] * shape[2]))

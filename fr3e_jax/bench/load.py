@@ -1,13 +1,6 @@
-"""Measurements behind this project's claims: `python -m fr3e_jax.bench NAME`.
+"""Loading weights: streamed onto the mesh, against read whole and then placed."""
 
-Each prints a ratio of two sides that were measured in one run, in turns; shared machines drift, so nothing
-else is to be compared. Every measurement has a process of its own.
-"""
-
-import concurrent.futures
 import json
-import multiprocessing
-import os
 import re
 import resource
 import statistics
@@ -19,31 +12,21 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jsonargparse
 import numpy as np
 from flax import traverse_util
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from fr3e_jax.cli import fail
+from fr3e_jax.bench.process import measure
 from fr3e_jax.config import ConfigError
 from fr3e_jax.host.weights import find_tensors, read_params, write_tensors
 from fr3e_jax.models.hf import LAYOUTS, Tensor, config_json, read_config, tensors_of
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import abstract_params, logical_axes
-from fr3e_jax.parallel.mesh import PlacementError, make_mesh, place_model
+from fr3e_jax.parallel.mesh import make_mesh, place_model
 
 GIB = 2**30
-
-
-def measure(function: Callable[..., Any], *arguments: Any, devices: int) -> Any:
-    """Call a function in a fresh process with `devices` CPU devices, and return what it returns."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=fresh) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 class Load(NamedTuple):
@@ -59,7 +42,7 @@ def load(
     dtype: Literal["float32", "bfloat16"] = "float32",
     file_gb: float = 0.5,
     repeats: int = 3,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Weights from safetensors onto a mesh: streamed, against read whole and then placed.
 
     Args:
@@ -70,7 +53,7 @@ def load(
       repeats: measurements of each side, in turns; medians are shown.
 
     Returns:
-      What is printed, as an object.
+      What is printed, an object a line.
     """
     if shape not in PRESETS:
         raise ConfigError(f"no shape {shape!r}; there are {', '.join(PRESETS)}")
@@ -100,9 +83,10 @@ def load(
     ratios = {"memory": whole.beyond / streamed.beyond, "seconds": whole.seconds / streamed.seconds}
     table.add_row("whole / streamed", f"{ratios['seconds']:.2f}", f"{ratios['memory']:.1f}")
     Console(stderr=True).print(table)
-    return {"shape": shape, "devices": devices, "dtype": dtype, "ratios": ratios} | {
+    sides_told = {
         name: {"seconds": side.seconds, "beyond_gib": side.beyond / GIB} for name, side in found.items()
     }
+    return [{"shape": shape, "devices": devices, "dtype": dtype, "ratios": ratios} | sides_told]
 
 
 def write_random_checkpoint(directory: Path, shape: str, file_gb: float) -> None:
@@ -167,18 +151,3 @@ def timed(function: Callable[[], Any]) -> Load:
     # Not getrusage, whose maximum a process has from the one that started it.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return Load(seconds, int(peak) * 1024 - before - sum(x.nbytes for x in jax.tree.leaves(params)))
-
-
-def main() -> None:
-    """Run a benchmark: a table on stderr, one JSON object on stdout."""
-    try:
-        result = jsonargparse.auto_cli(
-            {"load": load}, as_positional=False, allow_abbrev=False, prog="python -m fr3e_jax.bench"
-        )
-    except (ConfigError, PlacementError) as error:
-        fail("bench", error)
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

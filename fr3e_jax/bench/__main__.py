@@ -1,0 +1,33 @@
+"""The command line of the benchmarks: `python -m fr3e_jax.bench NAME`."""
+
+import json
+import sys
+
+import jsonargparse
+
+from fr3e_jax.bench.load import load
+from fr3e_jax.bench.rollout import rollout
+from fr3e_jax.cli import fail
+from fr3e_jax.config import ConfigError
+from fr3e_jax.parallel.mesh import PlacementError
+
+
+def main() -> None:
+    """Run a benchmark: tables for people, and JSON on stdout."""
+    arguments = [f"{argument}=true" if argument == "--json" else argument for argument in sys.argv[1:]]
+    try:
+        result = jsonargparse.auto_cli(
+            {"load": load, "rollout": rollout},
+            args=arguments,
+            as_positional=False,
+            allow_abbrev=False,
+            prog="python -m fr3e_jax.bench",
+        )
+    except (ConfigError, PlacementError) as error:
+        fail("bench", error)
+    for line in result:
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The decoding program as it is compiled for TPUs, which needs none: libtpu compiles for any slice.
+
+`pip install 'fr3e_jax[tpu]'` brings libtpu.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from fr3e_jax.engine.branches import CACHE_AXES, Branches, Decoding
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.engine.seats import take_seats
+from fr3e_jax.hlo import Program
+from fr3e_jax.models.attention import Segment
+from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
+from fr3e_jax.parallel.mesh import MESH_AXES, place_model, row_parts
+from fr3e_jax.types import Rollouts
+
+CACHE_DTYPE = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoding program to compile.
+
+    topology: as jax names it, such as `v5p:2x2x1`. mesh: data, fsdp, tensor; its product is the chips that
+    are used. trajectories, over all chips, of `branches` each; `shared`: slots of the segments that these
+    share; `slots` of their own.
+    """
+
+    topology: str
+    mesh: tuple[int, int, int]
+    trajectories: int
+    branches: int
+    shared: tuple[int, ...]
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What XLA made of it, on one chip.
+
+    cache: bytes of the branch cache. temporary: bytes beside arguments and results. accessed: bytes of main
+    memory that a token of every branch reads and writes. necessary: bytes of all weights, of every shared
+    segment and of every branch's own, once. moves: instructions that copy or move an array of the size of
+    the cache's keys.
+    """
+
+    cache: int
+    temporary: int
+    accessed: int
+    necessary: int
+    moves: list[str]
+
+
+def available() -> bool:
+    """Whether there is a compiler for TPUs."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compile_decoding(config: Qwen2Config, shape: Shape, before: int | None = None) -> Compiled:
+    """Compile the decoding of a model for a slice of TPUs.
+
+    Args:
+      config: weights are bfloat16.
+      before: rows of a part that it was decoded in before, if rows are moved together first.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=shape.topology).devices
+    used = np.array(chips[: int(np.prod(shape.mesh))]).reshape(shape.mesh)
+    mesh = Mesh(used, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    axes, shapes = logical_axes(config), abstract_params(config)
+    _, placement = place_model(mesh, axes, shapes)
+    parts, n, c = row_parts(mesh), shape.trajectories, shape.branches
+    rows = n * c // parts
+
+    def array(dtype: Any, *sizes: int, axes: tuple[str | None, ...] = ("batch",)) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=placement.sharding(*axes))
+
+    def segment(slots: int) -> Segment:
+        sizes = (config.num_hidden_layers, n, config.num_key_value_heads, slots, config.head_dim)
+        cache = array(CACHE_DTYPE, *sizes, axes=CACHE_AXES)
+        return Segment(cache, cache, array(jnp.int32, n, c))
+
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, CACHE_DTYPE, sharding=sharding),
+        shapes,
+        placement.shardings(axes, shapes),
+    )
+    numbers, cells = array(jnp.int32, n, c), array(jnp.float32, n, c, shape.slots)
+    key_type = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    branches = Branches(
+        token=numbers,
+        position=numbers,
+        context=tuple(map(segment, shape.shared)),
+        limit=numbers,
+        key=array(key_type, n, c),
+    )
+    sizes = (config.num_hidden_layers, parts, config.num_key_value_heads, rows * shape.slots)
+    cache = array(CACHE_DTYPE, *sizes, config.head_dim, axes=CACHE_AXES)
+    flags, number = array(jnp.bool_, n, c), array(jnp.int32, axes=())
+    rollouts = Rollouts(array(jnp.int32, n, c, shape.slots), cells, cells, cells, numbers, flags)
+    decoding = Decoding(rollouts, flags, numbers, Segment(cache, cache, number), number)
+    seats = jax.tree.map(
+        lambda x: array(jnp.int32, *x.shape), take_seats(np.ones((parts, n // parts, c), bool), rows)
+    )
+    engine = Engine(graph_of(config), placement, shape.slots, (0,))
+    origin = None if before is None else array(jnp.int32, parts, rows)
+    compiled = Engine.advance.lower(
+        engine,
+        params,
+        branches,
+        decoding,
+        seats,
+        origin,
+        number,
+        number,
+        Sampling(),
+        before or rows,
+        shape.slots,
+    ).compile()
+
+    def held(*arrays: jax.ShapeDtypeStruct) -> int:
+        """Bytes on a chip."""
+        local = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in arrays]
+        return sum(int(np.prod(sizes)) * size for sizes, size in local)
+
+    read = {name: leaf for name, leaf in params.items() if name != "embedding" or config.tie_word_embeddings}
+    shared = [x for segment in branches.context for x in (segment.key, segment.value)]
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
+    program = Program(text)
+    return Compiled(
+        cache=held(cache, cache),
+        temporary=memory.temp_size_in_bytes,
+        accessed=program.bytes((1, config.num_hidden_layers)),
+        necessary=held(*jax.tree.leaves(read), *shared, cache, cache),
+        moves=program.moves(held(cache) // jnp.dtype(CACHE_DTYPE).itemsize),
+    )
