@@ -1,5 +1,6 @@
 """Seats: who sits where, and the policy that moves running branches into fewer rows."""
 
+import itertools
 import math
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_every_running_branch_has_a_row_of_its_own_and_idle_rows_repeat_one(case
 def test_groups_bring_the_rows_of_a_trajectory_together_and_lanes_bring_them_back(case):
     running, rows = case
     found = take_seats(running, rows)
-    parts, n, c = running.shape
+    _, n, c = running.shape
     width = found.group.shape[2]
     assert running.sum(axis=2).max(initial=0) <= width <= c
     assert ((found.group >= 0) & (found.group < rows)).all()
@@ -103,7 +104,7 @@ def ladders(draw):
 def test_rungs_descend_divide_the_cache_and_are_a_step_apart(ladder):
     rungs = ladder.rungs
     assert rungs[0] == ladder.rows
-    for above, rung in zip(rungs, rungs[1:], strict=False):
+    for above, rung in itertools.pairwise(rungs):
         assert seats.FEWEST_ROWS <= rung <= seats.STEP_DOWN * above
         assert ladder.below(above) == rung
     assert ladder.below(rungs[-1]) == 0
@@ -122,7 +123,7 @@ def test_a_walk_down_the_ladder_loses_nothing_and_ends(ladder, seed, moves):
     for _ in range(200):
         window = min(slots, ladder.max_new)
         leave = ladder.below(rows) if moves else 0
-        # Some stop, unless it is the window that is reached.
+        # Either so many stop that the others are to move, or the window is full first.
         stop = rng.random() < 0.6
         running = int(rng.integers(0, leave + 1)) if stop else int(rng.integers(leave + 1, running + 1))
         slot = int(rng.integers(slot, window + 1)) if stop else window

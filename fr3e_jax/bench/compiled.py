@@ -75,14 +75,14 @@ def compile_decoding(config: Qwen2Config, shape: Shape, before: int | None = Non
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=shape.topology).devices
-    used = np.array(chips[: int(np.prod(shape.mesh))]).reshape(shape.mesh)
+    used: Any = np.array(chips[: int(np.prod(shape.mesh))]).reshape(shape.mesh)
     mesh = Mesh(used, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     axes, shapes = logical_axes(config), abstract_params(config)
     _, placement = place_model(mesh, axes, shapes)
     parts, n, c = row_parts(mesh), shape.trajectories, shape.branches
     rows = n * c // parts
 
-    def array(dtype: Any, *sizes: int, axes: tuple[str | None, ...] = ("batch",)) -> jax.ShapeDtypeStruct:
+    def array(dtype: Any, *sizes: int, axes: tuple[str | None, ...] = ("batch",)) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=placement.sharding(*axes))
 
     def segment(slots: int) -> Segment:
@@ -128,7 +128,7 @@ def compile_decoding(config: Qwen2Config, shape: Shape, before: int | None = Non
         shape.slots,
     ).compile()
 
-    def held(*arrays: jax.ShapeDtypeStruct) -> int:
+    def held(*arrays: Any) -> int:
         """Bytes on a chip."""
         local = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in arrays]
         return sum(int(np.prod(sizes)) * size for sizes, size in local)

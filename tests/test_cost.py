@@ -1,0 +1,76 @@
+"""What a step is said to cost, against counting by hand and XLA's count of FLOPs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from support import TINY
+
+from fr3e_jax.cost import forward_flops, pairs_of, rollout_cost, update_flops
+from fr3e_jax.models.qwen2 import abstract_params, graph_of
+from fr3e_jax.types import Batch, Queries, Rollouts, States
+
+CONFIG = dataclasses.replace(TINY, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=1)
+
+
+def test_flops_of_a_forward_pass_are_those_that_xla_counts():
+    """One layer, since XLA has a loop once; all pairs of tokens, since it has no mask."""
+    graph, size = graph_of(CONFIG), 64
+
+    def forward(params, token):
+        model = nnx.merge(graph, params)
+        return model.logits(model(token, jnp.arange(size), size)[0])
+
+    token = jax.ShapeDtypeStruct((size,), jnp.int32)
+    counted = jax.jit(forward).lower(abstract_params(CONFIG), token).compile().cost_analysis()["flops"]
+    ours = forward_flops(CONFIG, size, size * size, size)
+    assert 0 < counted / ours - 1 < 0.05  # norms, rotations and softmax come on top
+
+
+def test_pairs_are_counted_one_token_after_another():
+    expected = sum(start + i + 1 for start, new in [(0, 5), (7, 3), (4, 0)] for i in range(new))
+    assert pairs_of(np.array([0, 7, 4]), np.array([5, 3, 0])) == expected
+
+
+def rollouts_of(length):
+    length = np.array(length)
+    nothing = np.zeros((*length.shape, 8), np.float32)
+    return Rollouts(nothing, nothing, nothing, nothing, length, length > 0)
+
+
+QUERIES = Queries(np.zeros((2, 8), np.int32), np.array([5, 7]), np.array([0, 1]))
+
+
+def test_answers_from_the_query_prefill_it_once_and_reuse_it():
+    cost = rollout_cost(CONFIG, QUERIES, rollouts_of([[3, 1, 2], [4, 4, 4]]), 40)
+    assert cost["tokens/generated"] == 18
+    assert cost["tokens/prefilled"] == 12
+    assert cost["tokens/reused"] == 2 * 5 + 2 * 7  # two of three answers to each
+    assert cost["rows/decoded"] == 40
+    alone = forward_flops(CONFIG, 12, pairs_of(0, [5, 7]), 0)
+    for query, lengths in ((5, (3, 1, 2)), (7, (4, 4, 4))):
+        for new in lengths:  # the first draw runs the query's last token
+            alone += forward_flops(CONFIG, new, sum(query + i for i in range(new)), new)
+    assert cost["flops"] == alone
+
+
+def test_restarts_reuse_their_whole_prefix_and_states_that_did_not_start_none():
+    states = States(
+        query=np.array([1]),
+        base=np.array([0]),
+        response=np.zeros((1, 8), np.int32),
+        prefix_length=np.array([[0, 4, 6]]),
+        valid=np.array([[True, True, False]]),
+    )
+    cost = rollout_cost(CONFIG, QUERIES, rollouts_of([[2, 3, 1, 1, 0, 0]]), 9, states)
+    assert cost["tokens/reused"] == 7 + 7 + 11 + 11
+    assert cost["tokens/prefilled"] == 0
+    assert cost["tokens/generated"] == 7
+
+
+def test_an_update_is_three_forward_passes_over_its_rows():
+    rows = Batch(np.zeros((1, 2, 16)), np.array([[10, 16]]), np.array([[6, 4]]), None, None)
+    expected = 3 * forward_flops(CONFIG, 26, 55 + 136, 4 + 12)
+    assert update_flops(CONFIG, rows) == expected
