@@ -61,6 +61,8 @@ def test_samples_depend_on_the_seed_and_not_on_the_mesh():
         (QUICKSTART, "no chat template"),
         ([*QUICKSTART, "--raw", "--n=2"], "--temperature"),
         ([*QUICKSTART, "--raw", "--temperature=-1"], "temperature is -1"),
+        ([*QUICKSTART, "--raw", "--top_k=-1"], "top_k is -1"),
+        ([*QUICKSTART, "--raw", "--top_p=0"], "top_p is 0"),
         ([*QUICKSTART, "--raw", "--max_new_tokens=0"], "max_new_tokens is 0"),
         ([*QUICKSTART, "--raw", "--tensor=3"], "the largest that does is 4"),
         ([*QUICKSTART, "--raw", "--tensor=8"], "the largest that does is 4"),

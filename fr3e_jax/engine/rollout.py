@@ -9,6 +9,7 @@ branches have stopped that the others are worth moving together.
 import collections
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -242,18 +243,21 @@ class Engine:
             window = min(slots, self.max_new)
             until = window if every is None else min(window, slot + every if slot else 1)
             leave = ladder.below(rows) if compact else 0
-            decoding, told = self.advance(
-                params,
-                branches,
-                decoding,
-                self.placement.place_rows(seats),
-                origin,
-                until,
-                leave,
-                sampling,
-                before,
-                slots,
-            )
+            with warnings.catch_warnings():
+                # A cache that grows cannot be what it grew from.
+                warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+                decoding, told = self.advance(
+                    params,
+                    branches,
+                    decoding,
+                    self.placement.place_rows(seats),
+                    origin,
+                    until,
+                    leave,
+                    sampling,
+                    before,
+                    slots,
+                )
             yield decoding
             now, slot = jax.device_get(told)
             if not now.any():
