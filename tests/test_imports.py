@@ -23,6 +23,8 @@ ALLOWED = {
     "algorithm": {"types"},
     "config": {"algorithm"},
     "cli": {"config"},
+    "cost": {"types", "models"},
+    "hlo": set(),
     "parallel": {"types", "config"},
     "engine": {"algorithm", "parallel", "types", "config", "models"},
     "learner": {"algorithm", "parallel", "types", "config", "models"},
