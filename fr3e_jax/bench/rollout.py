@@ -18,10 +18,9 @@ from rich.table import Table
 from fr3e_jax.bench import compiled
 from fr3e_jax.bench.process import measure
 from fr3e_jax.config import ConfigError
-from fr3e_jax.engine.branches import Branches, start_branches
+from fr3e_jax.engine.branches import Branches, Decoding
 from fr3e_jax.engine.rollout import Engine, branch_keys, last
 from fr3e_jax.engine.sampler import Sampling, draw
-from fr3e_jax.engine.seats import first_slots
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params, graph_of, init_params, logical_axes
@@ -148,12 +147,17 @@ def engine_of(model: Qwen2Config, max_new: int) -> Engine:
     return Engine(graph_of(model), placement, max_new, ())
 
 
+def opening(engine: Engine) -> Callable[[Params, Branches], Decoding]:
+    """`Engine.start` as a program."""
+    return jax.jit(lambda params, branches: engine.start(nnx.merge(engine.graph, params), branches))
+
+
 def explore(work: Work, params: Params) -> Callable[[], Any]:
     """Exploration from caches that first return has filled; with other numbers, which cost the same."""
     model, engine = work.model, engine_of(work.model, work.new)
     prefix = work.prefix_length[None]
     branches = branches_of(model, work.prompt, work.response, prefix, np.full_like(prefix, work.new))
-    start = jax.jit(lambda params, branches: engine.start(nnx.merge(engine.graph, params), branches))
+    start = opening(engine)
 
     def run() -> None:
         decoding = last(engine.decode(params, branches, start(params, branches), Sampling()))
@@ -288,12 +292,7 @@ def occupancy(limit: int) -> list[Told]:
     lengths = scale * np.exp(np.log(200) + np.log(5) / 1.645 * rng.standard_normal((8, 80)))
     lengths = np.clip(np.ceil(lengths), 1, limit).astype(int)
     branches = branches_of(model, 16, 16, np.zeros_like(lengths), lengths)
-    rows = lengths.size
-    start = jax.jit(
-        lambda params, branches: start_branches(
-            nnx.merge(engine.graph, params), engine.placement, branches, limit, rows, first_slots(limit)
-        )
-    )
+    start = opening(engine)
     opened, peak = start(params, branches), 0
     for decoding in engine.decode(params, branches, opened, Sampling()):
         peak = max(peak, decoding.own.key.shape[3])

@@ -318,7 +318,7 @@ def advance_branches(
 
     def unfinished(decoding: Decoding) -> Array:
         fullest = jnp.max(jnp.sum(decoding.running.reshape(parts, -1), axis=1))
-        return (fullest > jnp.maximum(leave, 0)) & (decoding.own.length < until)
+        return (fullest > leave) & (decoding.own.length < until)
 
     own = decoding.own._replace(key=divided(decoding.own.key), value=divided(decoding.own.value))
     done = jax.lax.while_loop(unfinished, step, dataclasses.replace(decoding, own=own))

@@ -314,10 +314,6 @@ class Engine:
         )
         return decoding, (self.placement.shard(decoding.running), decoding.own.length)
 
-    def bucket(self, rows: int) -> int:
-        """The number of trajectories of a part to compile for, a power of two."""
-        return 1 << max(rows - 1, 0).bit_length()
-
     def arrange(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lay kept trajectories out so that each is in the mesh's part of its query, whose caches it needs.
 
@@ -330,7 +326,8 @@ class Engine:
         parts = row_parts(self.placement.mesh)
         per_part = kept.shape[0] // parts
         pieces = kept.reshape(parts, per_part, -1)
-        n = self.bucket(int(pieces.sum(axis=(1, 2)).max()))
+        most = int(pieces.sum(axis=(1, 2)).max())
+        n = 1 << max(most - 1, 0).bit_length()  # a power of two, so that few numbers are compiled for
         query = np.repeat(np.arange(parts, dtype=np.int32) * per_part, n).reshape(parts, n)
         trajectory, real = np.zeros((parts, n), np.int32), np.zeros((parts, n), bool)
         for part, piece in enumerate(pieces):
