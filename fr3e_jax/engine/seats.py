@@ -124,8 +124,10 @@ def first_slots(max_new: int) -> int:
 
     Where an answer may be long, most are much shorter. A twelfth is what a branch needs on average when all
     together need most, if the limit is ten times the median. More is won from rows that stop, and allocated
-    where that is not enough.
+    where that is not enough. Short answers have room for half, since empty slots are read too, or whole: each
+    growth is a program.
     """
-    if max_new <= 256:
+    if max_new <= 128:
         return max_new
-    return -(-max_new // (12 * TILE)) * TILE
+    share = 2 if max_new <= 256 else 12
+    return -(-max_new // (share * TILE)) * TILE
