@@ -5,7 +5,7 @@ Each link is attended to where it lies; nothing is concatenated, so nothing is c
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,3 +87,56 @@ def join(partials: Sequence[Partial]) -> Array:
 def attend(query: Array, parts: Sequence[Part]) -> Array:
     """Attention of queries [T, H, D] to the union of `parts`: [T, H, D], dtype of `query`."""
     return join([attend_part(query, part) for part in parts]).astype(query.dtype)
+
+
+class Prefix(NamedTuple):
+    """What a sequence follows: one of n segments that several sequences share, or the beginning of one.
+
+    key, value: [L, n, K, S, D], or [n, K, S, D] of a layer. which: int32 [], the segment. length: int32 [],
+    slots of it that the sequence sees.
+    """
+
+    key: Any
+    value: Any
+    which: Any
+    length: Any
+
+
+Attend = Callable[[Array, Array, Array, Array, Prefix | None], Array]
+"""`attend_sequence`, or what computes the same in another way."""
+
+QUERY_BLOCK = 256  # tokens whose scores exist at a time
+
+
+def attend_sequence(query: Array, key: Array, value: Array, real: Array, prefix: Prefix | None) -> Array:
+    """Causal attention of a sequence to its prefix and to itself.
+
+    Scores exist for `QUERY_BLOCK` tokens at a time, also in the backward pass, which computes them again; what
+    lies behind a block is not computed.
+
+    Args:
+      query: [T, H, D].
+      key, value: [K, T, D].
+      real: bool [T], False where there is only padding, which is seen by itself alone.
+      prefix: of one layer, or None.
+
+    Returns:
+      [T, H, D], dtype of `query`.
+    """
+    length = query.shape[0]
+    before: list[Part] = []
+    if prefix is not None:
+        held = jnp.arange(prefix.key.shape[2]) < prefix.length
+        before = [Part(prefix.key[prefix.which], prefix.value[prefix.which], held[None])]
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def block(first: int, query: Array, key: Array, value: Array, before: list[Part]) -> Array:
+        index, seen = first + jnp.arange(query.shape[0])[:, None], jnp.arange(key.shape[1])[None]
+        mask = ((seen <= index) & real[None, : key.shape[1]]) | (seen == index)
+        return attend(query, [*before, Part(key, value, mask)])
+
+    blocks = []
+    for first in range(0, length, QUERY_BLOCK):
+        end = min(first + QUERY_BLOCK, length)
+        blocks.append(block(first, query[first:end], key[:, :end], value[:, :end], before))
+    return jnp.concatenate(blocks)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax import Array
 
-from fr3e_jax.models.attention import Part, Segment, attend
+from fr3e_jax.models.attention import Attend, Prefix, Segment, attend_sequence
 from fr3e_jax.models.rope import Yarn, rotate
 
 Shard = Callable[..., Array]
@@ -182,6 +182,8 @@ class Qwen2(nnx.Module):
         shard: Shard = unsharded,
         remat: bool = False,
         start: Array | int = 0,
+        prefix: Prefix | None = None,
+        attend: Attend = attend_sequence,
     ) -> tuple[Array, Segment]:
         """Run a whole sequence causally.
 
@@ -193,6 +195,8 @@ class Qwen2(nnx.Module):
           remat: recompute each layer in the backward pass instead of holding it.
           start: int32 [], index of the first real token. A sequence that others go on from starts at 0,
             since a segment is read from its first slot.
+          prefix: what it follows, of all layers.
+          attend: computes the attention.
 
         Returns:
           (hidden [T, E] after the final norm, the sequence's Segment with S = T).
@@ -200,18 +204,19 @@ class Qwen2(nnx.Module):
         graph, stacked = nnx.split(self.layers)
         index = jnp.arange(token.shape[0])
         real = (start <= index) & (index < length)
-        mask = (index[None, :] <= index[:, None]) & real[None, :]
-        mask = mask | (index[None, :] == index[:, None])  # padding sees itself: no empty row
 
-        def layer(x: Array, params: Any) -> tuple[Array, tuple[Array, Array]]:
+        def layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
+            params, *shared = inputs
+            before = prefix._replace(key=shared[0], value=shared[1]) if prefix is not None else None
             block = nnx.merge(graph, params)
             query, key, value = block.project(x, position, shard)
             key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
-            attended = attend(query, [Part(key, value, mask)])
+            attended = attend(query, key, value, real, before)
             return block.finish(x, attended, shard), (key, value)
 
         body: Any = jax.checkpoint(layer) if remat else layer
-        x, (key, value) = jax.lax.scan(body, self.embed(token, shard), stacked)
+        inputs = (stacked,) if prefix is None else (stacked, prefix.key, prefix.value)
+        x, (key, value) = jax.lax.scan(body, self.embed(token, shard), inputs)
         return self.norm(x), Segment(key, value, length)
 
 
