@@ -127,6 +127,8 @@ class LossConfig:
     default (paper)."""
     kl_coefficient: float = 0.0
     """Weight of KL(policy, starting model), k3 estimate. At 0 (paper) no reference model is held."""
+    entropy_coefficient: float = 0.0
+    """Weight of the policy's mean entropy, nats, as a bonus. At 0 (paper) it is not computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +143,9 @@ class OptimizerConfig:
     nothing (ours: 2)."""
     epochs: int = 1
     """Passes over the batch (release: 1)."""
-    micro_rows: int = 64
-    """Rollouts per micro-batch, over all devices; bounds memory, does not change the gradient."""
+    micro_tokens: int = 8192
+    """Tokens that run through the model at a time in each of the mesh's data x fsdp parts, padding included;
+    bounds memory, does not change the gradient. One whole rollout there always is."""
     logit_chunk: int = 256
     """Tokens of a rollout whose logits exist at a time; bounds memory."""
     remat: bool = True
@@ -303,7 +306,7 @@ def check(config: Config, row_parts: int, context: int) -> None:
         "optimizer.batch_states": (optimizer.batch_states, 1),
         "optimizer.minibatches": (optimizer.minibatches, 1),
         "optimizer.epochs": (optimizer.epochs, 1),
-        "optimizer.micro_rows": (optimizer.micro_rows, 1),
+        "optimizer.micro_tokens": (optimizer.micro_tokens, 1),
         "optimizer.logit_chunk": (optimizer.logit_chunk, 1),
         "optimizer.warmup_updates": (optimizer.warmup_updates, 0),
         "evaluate.every": (config.evaluate.every, 0),
@@ -337,6 +340,8 @@ def check(config: Config, row_parts: int, context: int) -> None:
         raise ConfigError(f"loss.dual_clip is {config.loss.dual_clip}; it must be above 1, or null")
     if not config.loss.kl_coefficient >= 0:
         raise ConfigError("loss.kl_coefficient must be at least 0")
+    if not config.loss.entropy_coefficient >= 0:
+        raise ConfigError("loss.entropy_coefficient must be at least 0")
     if config.algorithm == "fr3e" and explore.positions == 0:
         raise ConfigError(
             "explore.positions is 0, which leaves fr3e nothing to return to; set it to 1 or more, or "
@@ -352,15 +357,8 @@ def check(config: Config, row_parts: int, context: int) -> None:
             f"optimizer.batch_states {optimizer.batch_states} does not divide by "
             f"optimizer.minibatches {optimizer.minibatches}"
         )
-    rows = optimizer.batch_states // optimizer.minibatches * explore.rollouts
-    if rows % optimizer.micro_rows:
-        raise ConfigError(
-            f"a minibatch has {rows} rows (optimizer.batch_states / optimizer.minibatches x "
-            f"explore.rollouts), which do not divide by optimizer.micro_rows {optimizer.micro_rows}"
-        )
     for name, value in {
         "rollout.queries": rollout.queries,
-        "optimizer.micro_rows": optimizer.micro_rows,
         "evaluate.rows": config.evaluate.rows,
     }.items():
         if value % row_parts:

@@ -4,12 +4,13 @@ FLOPs are those that the algorithm asks for: multiplications and additions of ma
 Padding, idle rows and recomputation are left out; seconds show them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fr3e_jax.models.qwen2 import Qwen2Config
-from fr3e_jax.types import Batch, Queries, Rollouts, States
+from fr3e_jax.types import Bundle, Queries, Rollouts, States
 
 Cost = dict[str, float]
 
@@ -80,8 +81,15 @@ def rollout_cost(
     return decode_cost(config, prefix, rollouts, row_steps) | {"tokens/prefilled": 0.0}
 
 
-def update_flops(config: Qwen2Config, rows: Batch) -> float:
-    """Of a forward and a backward pass, which is twice the forward, over rows of the flat form."""
-    length = np.asarray(rows.length)
-    trained = float((length - rows.start).sum())
-    return 3 * forward_flops(config, float(length.sum()), pairs_of(0, length), trained)
+def update_flops(config: Qwen2Config, bundles: Sequence[Bundle]) -> float:
+    """Of a forward and a backward pass, which is twice the forward: each trunk once, and the rows."""
+    total = 0.0
+    for bundle in bundles:
+        if bundle.trunks is not None:
+            length = np.asarray(bundle.trunks.length)
+            total += forward_flops(config, float(length.sum()), pairs_of(0, length), 0)
+        for rows in bundle.chunks:
+            new = np.where(rows.length > rows.start, rows.length, 0)  # not rows that only fill a chunk up
+            trained = float((rows.length - rows.start).sum())
+            total += forward_flops(config, float(new.sum()), pairs_of(rows.prefix, new), trained)
+    return 3 * total

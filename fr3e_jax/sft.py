@@ -21,13 +21,13 @@ from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import ConfigError, SFTConfig
+from fr3e_jax.config import ConfigError, LossConfig, SFTConfig
 from fr3e_jax.host.export import check_out, export_model
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.tasks import Task, make_task
 from fr3e_jax.host.text import Text, character_tokenizer, load_text
 from fr3e_jax.learner.state import TrainState, decayed, init_state
-from fr3e_jax.learner.update import token_logprob, trained
+from fr3e_jax.learner.update import Learner, row_statistics, trained
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, init_params
 from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
@@ -131,13 +131,16 @@ def make_batch(config: SFTConfig, task: Task, text: Text, step: int, width: int)
         start[row], length[row] = len(query), len(ids)
     longest = -(-int(length.max()) // 16) * 16
     nothing = np.zeros((config.batch,), np.float32)
-    return Batch(token[:, :longest], length, start, np.zeros((config.batch, longest)), nothing)
+    none = np.zeros((config.batch,), np.int32)
+    return Batch(token[:, :longest], length, start, np.zeros((config.batch, longest)), nothing, none, none)
 
 
 def make_step(
-    graph: nnx.GraphDef[Qwen2], placement: Placement, optimizer: optax.GradientTransformation
+    graph: nnx.GraphDef[Qwen2], placement: Placement, optimizer: optax.GradientTransformation, width: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Array]]:
     """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
+
+    learner = Learner(graph, placement, optimizer, LossConfig(), jnp.float32, width, remat=False)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
@@ -145,8 +148,7 @@ def make_step(
 
         def loss(params: Params) -> Array:
             model = nnx.merge(graph, params)
-            width = batch.token.shape[1]
-            logprob = token_logprob(model, placement, batch.token, batch.length, width, remat=False)
+            logprob, _ = row_statistics(learner, model, None, batch, entropy=False)
             return -masked_sum(logprob, mask) / jnp.sum(mask)
 
         value, gradient = jax.value_and_grad(loss)(state.params)
@@ -198,8 +200,8 @@ def warm_up(config: SFTConfig, task: Task, model: PlacedModel) -> Params:
         optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed(model.axes)),
     )
     state = init_state(placement, optimizer, model.axes, params)
-    step = make_step(model.graph, placement, optimizer)
     width = min(model.config.context, config.max_position_embeddings)
+    step = make_step(model.graph, placement, optimizer, width)
     with Progress(transient=True) as progress:
         bar = progress.add_task("warm-up", total=config.steps)
         for i in range(config.steps):

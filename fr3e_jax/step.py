@@ -35,12 +35,13 @@ from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.data import QueryStream
+from fr3e_jax.host.layout import bundles_of, token_counts
 from fr3e_jax.host.metrics import Stopwatch
 from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import Params, Qwen2Config
-from fr3e_jax.parallel.mesh import Placement
+from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 Metrics = dict[str, Any]
@@ -241,25 +242,26 @@ def train_step(
         rounds.append(metrics)
     batch, carried = groups.split(waiting, wanted)
 
-    updates, flops = [], 0.0
+    updates, flops, tokens = [], 0.0, np.zeros(2)
     with watch.stage("update"):
         for epoch in range(config.optimizer.epochs):
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in groups.minibatches(batch, config.optimizer.minibatches, rng):
-                rows = groups.to_rows(part, config.optimizer.micro_rows)
-                flops += update_flops(run.model, rows)
-                placed = run.placement.place_rows(rows, 1)
-                state, metrics = run.learner.update(state, placed, run.reference)
+                bundles = bundles_of(part, row_parts(run.placement.mesh), config.optimizer.micro_tokens)
+                flops += update_flops(run.model, bundles)
+                tokens += np.array(token_counts(bundles))
+                state, metrics = run.learner.update(state, bundles, run.reference)
                 updates.append(metrics)
         updates = jax.device_get(updates)
 
     told: Metrics = {"step": step} | summarize(rounds, updates) | {"flops/update": flops}
+    told |= {"tokens/trained": tokens[0], "update/padding": tokens[1] / tokens[0]}
     if "rows/decoded" in told:
         told["rows/occupancy"] = told["tokens/generated"] / told["rows/decoded"]
-    tokens = progress.tokens_generated + told.get("tokens/generated", 0)
-    told |= {"states/carried": groups.count(carried), "tokens/total": tokens, "rounds": len(rounds)}
+    generated = progress.tokens_generated + told.get("tokens/generated", 0)
+    told |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
     told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
-    progress = dataclasses.replace(progress, step=step, data_position=position, tokens_generated=tokens)
+    progress = dataclasses.replace(progress, step=step, data_position=position, tokens_generated=generated)
     return state, carried, progress, told, sample
 
 
@@ -323,7 +325,7 @@ def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
         values = [r[name] for r in rounds]
         counted = name.startswith(("states/", "tokens/", "rows/", "flops/"))
         metrics[name] = sum(values) if counted else float(np.mean(values))
-    reduce = {"ratio_max": np.max, "ratio_min": np.min}
+    reduce = {"ratio_max": np.max, "ratio_min": np.min, "abs_log_ratio_max": np.max}
     for name in updates[0]:
         values = [u[name] for u in updates]
         metrics[f"update/{name}"] = float(reduce.get(name, np.mean)(values))

@@ -100,12 +100,26 @@ class StateGroups:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Rows for the learner, in the flat form: each continuation with its own prefix.
+class Trunks:
+    """What rows share: query and base response up to the last token that a row follows.
 
-    token: int32 [..., T], query + prefix + continuation, right-padded. length: int32 [...].
-    start: int32 [...], index of the first trained token. old_logprob: float32 [..., T], aligned with
-    `token`, as recorded while sampling. advantage: float32 [...].
+    token: int32 [P, n, S], right-padded, n for each of the mesh's P row parts. length: int32 [P, n].
+    """
+
+    token: Leaf
+    length: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows for the learner; a row follows the beginning of a trunk, or nothing (the flat form).
+
+    token: int32 [rows, T], right-padded: the last token of the state and the continuation, or in the flat
+    form query, prefix and continuation. length: int32 [rows]. start: int32 [rows], index of the first trained
+    token, at least 1. old_logprob: float32 [rows, T], aligned with `token`, as recorded while sampling.
+    advantage: float32 [rows]. trunk: int32 [rows], which of the trunks of its part. prefix: int32 [rows],
+    tokens of it that the row follows; 0 in the flat form.
     """
 
     token: Leaf
@@ -113,3 +127,17 @@ class Batch:
     start: Leaf
     old_logprob: Leaf
     advantage: Leaf
+    trunk: Leaf
+    prefix: Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Trunks, None in the flat form, and chunks of rows that follow them, in any order.
+
+    window: for each chunk, slots of the trunks that its rows see (static).
+    """
+
+    trunks: Trunks | None
+    chunks: tuple[Batch, ...]
+    window: tuple[int, ...]

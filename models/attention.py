@@ -111,8 +111,8 @@ QUERY_BLOCK = 256  # tokens whose scores exist at a time
 def attend_sequence(query: Array, key: Array, value: Array, real: Array, prefix: Prefix | None) -> Array:
     """Causal attention of a sequence to its prefix and to itself.
 
-    Scores exist for `QUERY_BLOCK` tokens at a time, also in the backward pass, which computes them again; what
-    lies behind a block is not computed.
+    Scores exist for `QUERY_BLOCK` tokens at a time, also in the backward pass, which computes them again;
+    what lies behind a block is not computed.
 
     Args:
       query: [T, H, D].

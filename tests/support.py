@@ -163,3 +163,23 @@ def two_processes(program: str, *arguments) -> None:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+
+
+def whole_rows(bundles):
+    """(token, length, start, old_logprob, advantage) of every row, what it follows in front."""
+    for bundle in bundles:
+        for chunk in bundle.chunks:
+            parts = 1 if bundle.trunks is None else len(bundle.trunks.token)
+            for i in np.flatnonzero(chunk.length > chunk.start):  # the others only fill a chunk up
+                before = np.zeros(0, np.int32)
+                if bundle.trunks is not None:
+                    part, trunk = i // (len(chunk.token) // parts), chunk.trunk[i]
+                    assert chunk.prefix[i] <= bundle.trunks.length[part, trunk]
+                    before = bundle.trunks.token[part, trunk, : chunk.prefix[i]]
+                yield (
+                    np.concatenate([before, chunk.token[i]]),
+                    len(before) + chunk.length[i],
+                    len(before) + chunk.start[i],
+                    np.pad(chunk.old_logprob[i], (len(before), 0)),
+                    chunk.advantage[i],
+                )

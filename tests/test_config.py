@@ -337,9 +337,8 @@ def test_what_can_run_is_not_refused():
         ({"rollout__base_trajectories": 0}, ["rollout.base_trajectories"]),
         ({"evaluate__rows": 12}, ["evaluate.rows", "12", "8"]),
         ({"evaluate__every": -1}, ["evaluate.every"]),
-        ({"optimizer__micro_rows": 4}, ["optimizer.micro_rows", "8"]),  # divides 128, not by the mesh
-        ({"optimizer__micro_rows": 48}, ["128 rows", "optimizer.micro_rows 48"]),
-        ({"optimizer__micro_rows": 256}, ["128 rows", "optimizer.micro_rows 256"]),
+        ({"optimizer__micro_tokens": 0}, ["optimizer.micro_tokens", "0"]),
+        ({"loss__entropy_coefficient": -0.1}, ["loss.entropy_coefficient"]),
         ({"optimizer__minibatches": 3}, ["optimizer.batch_states 16", "optimizer.minibatches 3"]),
         ({"optimizer__minibatches": 0}, ["optimizer.minibatches"]),
         ({"optimizer__epochs": 0}, ["optimizer.epochs"]),

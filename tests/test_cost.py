@@ -10,7 +10,7 @@ from support import TINY
 
 from fr3e_jax.cost import forward_flops, pairs_of, rollout_cost, update_flops
 from fr3e_jax.models.qwen2 import abstract_params, graph_of
-from fr3e_jax.types import Batch, Queries, Rollouts, States
+from fr3e_jax.types import Batch, Bundle, Queries, Rollouts, States, Trunks
 
 CONFIG = dataclasses.replace(TINY, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=1)
 
@@ -71,6 +71,17 @@ def test_restarts_reuse_their_whole_prefix_and_states_that_did_not_start_none():
 
 
 def test_an_update_is_three_forward_passes_over_its_rows():
-    rows = Batch(np.zeros((1, 2, 16)), np.array([[10, 16]]), np.array([[6, 4]]), None, None)
-    expected = 3 * forward_flops(CONFIG, 26, 55 + 136, 4 + 12)
-    assert update_flops(CONFIG, rows) == expected
+    def rows(length, start, prefix):
+        number = len(length)
+        none = np.zeros(number)
+        return Batch(
+            np.zeros((number, 16)), np.array(length), np.array(start), None, none, none, np.array(prefix)
+        )
+
+    flat = Bundle(None, (rows([10], [6], [0]), rows([16], [4], [0])), (0, 0))
+    assert update_flops(CONFIG, [flat]) == 3 * forward_flops(CONFIG, 26, 55 + 136, 4 + 12)
+    # The first 5 tokens of both once; a third row only fills the chunk up.
+    trunks = Trunks(np.zeros((1, 1, 8)), np.array([[5]]))
+    shared = Bundle(trunks, (rows([5, 11, 1], [1, 1, 1], [5, 5, 0]),), (8,))
+    tokens, pairs = 5 + 5 + 11, 15 + (25 + 15) + (55 + 66)
+    assert update_flops(CONFIG, [shared]) == 3 * forward_flops(CONFIG, tokens, pairs, 4 + 10)

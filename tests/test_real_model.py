@@ -197,7 +197,7 @@ def test_one_step_on_a_real_model(smollm2, tmp_path):
         "--config=configs/smollm2_135m.yaml",
         f"--model.path={smollm2}",
         *flags,
-        "--optimizer.micro_rows=8",
+        "--optimizer.micro_tokens=1024",
         "--data.held_out=8",
         "--evaluate.rows=8",
         f"--run_dir={tmp_path / 'run'}",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY
+from support import TINY, whole_rows
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.loss import policy_loss
@@ -29,6 +29,7 @@ from fr3e_jax.config import (
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Progress
+from fr3e_jax.host.layout import bundles_of
 from fr3e_jax.host.metrics import Stopwatch
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import Text, character_tokenizer
@@ -163,10 +164,11 @@ def written_run(**settings):
     sections = {
         "rollout": RolloutConfig(queries=B, base_trajectories=R, max_prompt=P, max_response=S),
         "explore": ExploreConfig(positions=K, rollouts=M),
-        "optimizer": OptimizerConfig(batch_states=4, minibatches=2, micro_rows=4),
+        "optimizer": OptimizerConfig(batch_states=4, minibatches=2, micro_tokens=64),
         **settings,
     }
-    at_home = SimpleNamespace(place_rows=lambda tree, row_axis=0: tree)
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 2})
+    at_home = SimpleNamespace(place_rows=lambda tree, row_axis=0: tree, mesh=mesh)
     text = SimpleNamespace(decode=lambda rows: [" ".join(map(str, row)) for row in rows])
     return SimpleNamespace(
         config=Config(**sections),
@@ -208,17 +210,18 @@ def expected_advantage(q, b, j):
     return [alpha * (float(r) - value[j]) for r in REWARD[q, b, j]]
 
 
-def check_rows(batch):
-    """Each row of a batch is one rollout, whole, with its own prefix, log-probabilities and advantage.
+def laid_out(part):
+    return bundles_of(part, 2, 64)
+
+
+def check_rows(bundles):
+    """Each row of a minibatch is one rollout, whole, with its own prefix, log-probabilities and advantage.
 
     Returns:
-      (query, base, state, rollout) of every row, in order.
+      (query, base, state, rollout) of every row, state by state.
     """
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
     found = []
-    for token, length, start, logprob, advantage in zip(
-        flat.token, flat.length, flat.start, flat.old_logprob, flat.advantage, strict=True
-    ):
+    for token, length, start, logprob, advantage in whole_rows(bundles):
         q, b, j, m = where_from(token[start])
         cut = PEAKS[q, b][j - 1] if j else 0
         expected = [query_id(q, t) for t in range(QUERY_LENGTH[q])]
@@ -229,7 +232,7 @@ def check_rows(batch):
         np.testing.assert_allclose(logprob[start:length], logprob_of(token[start:length]))
         assert advantage == pytest.approx(expected_advantage(q, b, j)[m], abs=1e-6)
         found.append((q, b, j, m))
-    return found
+    return sorted(found)
 
 
 # --- values mixed across states after the batch is reordered
@@ -238,11 +241,12 @@ def check_rows(batch):
 def test_reordering_the_batch_does_not_mix_the_values_of_states():
     waiting = groups.join(round_at(0), round_at(B))
     waiting, _ = groups.split(waiting, groups.count(waiting) // 2 * 2)
-    seen = []
+    seen, order = [], []
     for part in groups.minibatches(waiting, 2, np.random.default_rng(0)):
-        seen += check_rows(groups.to_rows(part, M))
+        order += part.source.tolist()
+        seen += check_rows(laid_out(part))
     # Reordered it was, and nothing is missing or double.
-    assert [s[:3] for s in seen[::M]] != [tuple(s) for s in waiting.source]
+    assert order != waiting.source.tolist()
     expected = [(*map(int, source), m) for source in waiting.source for m in range(M)]
     assert sorted(seen) == sorted(expected)
     advantages = {tuple(np.round(row, 6)) for row in waiting.advantage}
@@ -435,7 +439,7 @@ def test_a_batch_takes_whole_states_whatever_its_size():
     total = groups.count(waiting)
     for size in range(1, total):
         batch, rest = groups.split(waiting, size)
-        rows, others = check_rows(groups.to_rows(batch, M)), check_rows(groups.to_rows(rest, M))
+        rows, others = check_rows(laid_out(batch)), check_rows(laid_out(rest))
         assert len(rows) == size * M
         assert {row[:3] for row in rows}.isdisjoint({row[:3] for row in others})
         assert len(set(rows + others)) == total * M
@@ -445,7 +449,7 @@ def test_a_batch_takes_whole_states_whatever_its_size():
 def test_minibatches_take_whole_states(parts):
     batch, _ = groups.split(groups.join(round_at(0), round_at(B)), 8)
     cut = groups.minibatches(batch, parts, np.random.default_rng(3))
-    found = [check_rows(groups.to_rows(part, 2)) for part in cut]
+    found = [check_rows(laid_out(part)) for part in cut]
     assert [len(rows) for rows in found] == [8 // parts * M] * parts
     for rows in found:
         assert sorted(rows) == sorted({(*row[:3], m) for row in rows for m in range(M)})
@@ -460,7 +464,7 @@ def test_steps_train_on_every_accepted_state_once_and_carry_the_surplus():
         seen.append(check_rows(rows))
         return state, {"loss": np.float32(0)}
 
-    run = written_run(optimizer=OptimizerConfig(batch_states=10, minibatches=2, micro_rows=4))
+    run = written_run(optimizer=OptimizerConfig(batch_states=10, minibatches=2, micro_tokens=64))
     run.learner = SimpleNamespace(update=update)
     state, carried, progress = SimpleNamespace(params=None), groups.empty_groups(M, P, S), Progress()
     surplus = []
@@ -546,10 +550,8 @@ def test_prefixes_go_to_the_learner_as_the_tokens_that_were_sampled():
     queries = Queries(padded(query, 2), np.array([1], np.int32), np.array([0], np.int32))
     advantage = np.array([[[0.5, -0.5]]], np.float32)
     found = groups.collect(np.ones((1, 1), bool), queries, states, rollouts, advantage)
-    batch = groups.to_rows(found, 2)
     # Between [1] and [2] of the prefix, and between the prefix and its continuation.
-    assert batch.token[0, 0, : batch.length[0, 0]].tolist() == [4, 1, 2, 1, 2]
-    assert batch.token[0, 1, : batch.length[0, 1]].tolist() == [4, 1, 2, 3]
-    assert batch.start.tolist() == [[3, 3]]
+    rows = [(token[:length].tolist(), start) for token, length, start, *_ in whole_rows(laid_out(found))]
+    assert sorted(rows) == [([4, 1, 2, 1, 2], 3), ([4, 1, 2, 3], 3)]
     whole = whole_answer(states, rollouts, 0, 0, 0)
     assert whole.tolist() == [1, 2, 1, 2]

@@ -29,7 +29,7 @@ SMALL = [
     "--explore.positions=2",
     "--explore.rollouts=4",
     "--optimizer.batch_states=8",
-    "--optimizer.micro_rows=16",
+    "--optimizer.micro_tokens=512",
     "--data.held_out=32",
     "--evaluate.rows=32",
     "--evaluate.every=3",
@@ -137,7 +137,7 @@ def test_a_run_is_not_resumed_with_other_settings(whole_run):
 def test_a_run_may_be_resumed_with_more_steps_and_less_memory(whole_run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(whole_run[0], directory)
-    flags = ["--steps=7", "--optimizer.micro_rows=8", "--optimizer.remat=true", "--credit.max_rounds=20"]
+    flags = ["--steps=7", "--optimizer.micro_tokens=64", "--optimizer.remat=true", "--credit.max_rounds=20"]
     done = run("train", *SMALL, *flags, "--run_dir", directory)
     assert done.returncode == 0, done.stderr
     assert metrics(directory)[:6] == metrics(whole_run[0])[:6]

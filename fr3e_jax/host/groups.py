@@ -1,13 +1,11 @@
-"""Accepted states on the host: gathering, carrying over, and rows for the learner."""
+"""Accepted states on the host: gathering, carrying over, and cutting into minibatches."""
 
 import dataclasses
 
 import jax
 import numpy as np
 
-from fr3e_jax.types import Batch, Queries, Rollouts, StateGroups, States
-
-SMALLEST_BUCKET = 16  # tokens
+from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 
 def collect(
@@ -80,43 +78,6 @@ def minibatches(groups: StateGroups, parts: int, rng: np.random.Generator) -> li
     """Shuffle the states and cut them into `parts` minibatches; a state's rollouts stay together."""
     order = rng.permutation(count(groups)).reshape(parts, -1)
     return [jax.tree.map(lambda x, part=part: x[part], groups) for part in order]
-
-
-def to_rows(groups: StateGroups, micro_rows: int) -> Batch:
-    """The flat form: one row per rollout, query + prefix + continuation.
-
-    Rows are padded to the longest of them, rounded up to a bucket so that few shapes are compiled.
-
-    Returns:
-      Batch with leaves [G x M / micro_rows, micro_rows, ...].
-    """
-    g, m = groups.length.shape
-    start = np.repeat(groups.query_length + groups.prefix_length, m)
-    length = start + groups.length.reshape(-1)
-    width = bucket(int(length.max()))
-    token = np.zeros((g * m, width), np.int32)
-    logprob = np.zeros((g * m, width), np.float32)
-    for i in range(g * m):
-        state, rollout = divmod(i, m)
-        query_length, new = groups.query_length[state], groups.length[state, rollout]
-        token[i, :query_length] = groups.query[state, :query_length]
-        token[i, query_length : start[i]] = groups.prefix[state, : groups.prefix_length[state]]
-        token[i, start[i] : length[i]] = groups.token[state, rollout, :new]
-        logprob[i, start[i] : length[i]] = groups.logprob[state, rollout, :new]
-    batch = Batch(
-        token=token,
-        length=length.astype(np.int32),
-        start=start.astype(np.int32),
-        old_logprob=logprob,
-        advantage=groups.advantage.reshape(-1),
-    )
-    return jax.tree.map(lambda x: x.reshape(-1, micro_rows, *x.shape[1:]), batch)
-
-
-def bucket(length: int) -> int:
-    """`length` rounded up to one of four sizes per doubling, so that few widths are compiled."""
-    step = max(SMALLEST_BUCKET, 2 ** ((length - 1).bit_length() - 1) // 4)
-    return -(-length // step) * step
 
 
 def as_dict(groups: StateGroups) -> dict[str, np.ndarray]:

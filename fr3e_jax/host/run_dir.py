@@ -22,7 +22,7 @@ RESUMABLE = {
     "mesh",
     "model.export_dtype",
     "credit.max_rounds",
-    "optimizer.micro_rows",
+    "optimizer.micro_tokens",
     "optimizer.logit_chunk",
     "optimizer.remat",
 }

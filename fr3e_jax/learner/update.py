@@ -1,16 +1,22 @@
-"""One optimizer step on rows in the flat form: each continuation with its own prefix.
+"""One optimizer step, with every prefix computed once, forward and backward.
 
-This form repeats every prefix; it is the slow, obvious reference of what an update computes.
-Micro-batches are scanned with one denominator, the trained tokens of the whole minibatch over all
-devices, so their number and size do not change the gradient.
+Rows are continuations; what they follow is a trunk, the query and the base response that they branch from.
+The trunks of a bundle run once, and their keys and values are kept. The rows run against them, chunk by
+chunk; what the gradient of the keys and values adds up to over the chunks then goes back through the trunks,
+once. Equal to the flat form, in which every row has its whole prefix and there are no trunks.
+
+All chunks share one denominator, the trained tokens of the whole minibatch over all devices, so their number
+and size do not change the gradient. Memory is bounded by the largest chunk.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -18,11 +24,18 @@ from jax import Array
 from fr3e_jax.algorithm.loss import kl_k3, masked_sum, policy_loss
 from fr3e_jax.config import LossConfig
 from fr3e_jax.learner.state import TrainState
+from fr3e_jax.models.attention import Attend, Prefix, attend_sequence
 from fr3e_jax.models.qwen2 import Params, Qwen2
-from fr3e_jax.parallel.mesh import BATCH_AXES, Placement
-from fr3e_jax.types import Batch
+from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
+from fr3e_jax.types import Batch, Bundle, Trunks
 
-SUMMED = ("loss", "clip_low", "clip_high", "clip_dual", "approx_kl", "reference_kl", "abs_log_ratio")
+Caches = tuple[Array, Array]
+"""Keys and values of trunks, [L, P, n, K, S, D]."""
+
+Metrics = dict[str, Array]
+
+LARGEST = ("ratio_max", "abs_log_ratio_max")
+SMALLEST = ("ratio_min",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
@@ -36,81 +49,183 @@ class Learner:
     compute_dtype: Any
     logit_chunk: int  # tokens of a row whose logits exist at a time
     remat: bool  # recompute each layer in the backward pass
+    attend: Attend = attend_sequence
 
-    @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
     def update(
-        self, state: TrainState, batch: Batch, reference: Params | None = None
-    ) -> tuple[TrainState, dict[str, Array]]:
+        self, state: TrainState, bundles: Sequence[Bundle], reference: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         """Take one optimizer step.
 
         Args:
           state: donated.
-          batch: leaves [micro-batches, rows, ...], rows dividing by the mesh's row parts.
+          bundles: the minibatch, host arrays, the same on every process.
           reference: parameters of the reference policy, where `loss.kl_coefficient` is above 0.
 
         Returns:
-          (the new state, metrics float32 []): those of `policy_loss`, `loss`, `reference_kl`,
-          `grad_norm`, `ratio_max`, `ratio_min`, and `abs_log_ratio`, the mean |logprob - old_logprob|.
+          (the new state, metrics float32 []): those of `policy_loss`, `loss`, `reference_kl`, `entropy`
+          (where its coefficient is above 0), `grad_norm`, `ratio_mean`, `ratio_max`, `ratio_min`, and
+          `abs_log_ratio` and `abs_log_ratio_max`, the mean and largest |logprob - old_logprob|.
         """
-        gradient, metrics = self.gradient(state.params, batch, reference)
-        changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, changes)
-        return TrainState(params, optimizer), metrics
+        gradient, metrics = self.gradient(state.params, bundles, reference)
+        return self.apply(state, gradient), metrics
+
+    def gradient(
+        self, params: Params, bundles: Sequence[Bundle], reference: Params | None = None
+    ) -> tuple[Params, Metrics]:
+        """Gradient of the loss, float32, and its metrics, added up over bundles and chunks."""
+        # An empty batch has loss 0, not 0 / 0.
+        trained_tokens = sum(int((c.length - c.start).sum()) for bundle in bundles for c in bundle.chunks)
+        denominator = np.float32(max(trained_tokens, 1))
+        compute, gradient = self.begin(params)
+        base = None if reference is None else self.cast(reference)
+        found: list[Metrics] = []
+        for bundle in bundles:
+            caches = base_caches = pullback = slope = None
+            if bundle.trunks is not None:
+                trunks = self.placement.place_rows(bundle.trunks)
+                caches, slope, pullback = self.open(compute, trunks)
+                base_caches = None if base is None else self.open(base, trunks)[0]
+            for chunk, window in zip(bundle.chunks, bundle.window, strict=True):
+                rows = self.placement.place_rows(chunk)
+                gradient, slope, metrics = self.add_chunk(
+                    gradient, slope, compute, caches, base, base_caches, rows, denominator, window
+                )
+                found.append(metrics)
+            if pullback is not None:
+                gradient = self.close(gradient, pullback, slope)
+        return gradient, self.summarize(found, gradient)
 
     @functools.partial(jax.jit, static_argnames=("self",))
-    def gradient(
-        self, params: Params, batch: Batch, reference: Params | None = None
-    ) -> tuple[Params, dict[str, Array]]:
-        """Gradient of the loss and its metrics, accumulated over the micro-batches of `batch`."""
-        # An empty batch has loss 0, not 0 / 0.
-        denominator = jnp.maximum(jnp.sum(trained(batch)), 1).astype(jnp.float32)
-        differentiate = jax.grad(micro_loss, argnums=1, has_aux=True)
+    def begin(self, params: Params) -> tuple[Params, Params]:
+        """(Parameters in the compute dtype, a gradient of zeros)."""
+        return self.cast(params), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
 
-        def accumulate(total: Params, micro: Batch) -> tuple[Params, dict[str, Array]]:
-            gradient, metrics = differentiate(self, params, reference, micro, denominator)
-            return jax.tree.map(jnp.add, total, gradient), metrics
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def cast(self, params: Params) -> Params:
+        """Parameters in the compute dtype."""
+        return jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        gradient, metrics = jax.lax.scan(accumulate, zeros, batch)
-        reduced = {name: jnp.sum(value) for name, value in metrics.items() if name in SUMMED}
-        reduced["ratio_max"] = jnp.max(metrics["ratio_max"])
-        reduced["ratio_min"] = jnp.min(metrics["ratio_min"])
-        reduced["grad_norm"] = optax.tree.norm(gradient)
-        return gradient, reduced
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def open(self, compute: Params, trunks: Trunks) -> tuple[Caches, Caches, Any]:
+        """Run the trunks.
+
+        Returns:
+          (their keys and values, float32 zeros for the gradient of those, what takes that gradient back to
+          the parameters).
+        """
+
+        def run(compute: Params) -> Caches:
+            return trunk_caches(self, nnx.merge(self.graph, compute), trunks)
+
+        caches, pullback = jax.vjp(run, compute)
+        return caches, jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), caches), pullback
+
+    @functools.partial(jax.jit, static_argnames=("self", "window"), donate_argnames=("gradient", "slope"))
+    def add_chunk(
+        self,
+        gradient: Params,
+        slope: Caches | None,
+        compute: Params,
+        caches: Caches | None,
+        reference: Params | None,
+        reference_caches: Caches | None,
+        rows: Batch,
+        denominator: Array,
+        window: int,
+    ) -> tuple[Params, Caches | None, Metrics]:
+        """Add what a chunk contributes to the gradient of the parameters and of the trunks' caches."""
+
+        def seen(caches: Caches | None) -> Caches | None:
+            return None if caches is None else (caches[0][..., :window, :], caches[1][..., :window, :])
+
+        told = (reference, seen(reference_caches), rows, denominator)
+        differentiate = jax.grad(chunk_loss, argnums=(1, 2), has_aux=True)
+        (change, cache_change), metrics = differentiate(self, compute, seen(caches), *told)
+        gradient = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradient, change)
+        slope = jax.tree.map(
+            lambda total, x: total.at[..., :window, :].add(x.astype(jnp.float32)), slope, cache_change
+        )
+        return gradient, slope, metrics
+
+    @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("gradient",))
+    def close(self, gradient: Params, pullback: Any, slope: Caches) -> Params:
+        """Add what the trunks contribute, once their caches' gradient is complete."""
+        (change,) = pullback(jax.tree.map(lambda x: x.astype(self.compute_dtype), slope))
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradient, change)
+
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def summarize(self, found: list[Metrics], gradient: Params) -> Metrics:
+        """Metrics of the minibatch from those of its chunks."""
+        reduced = {"grad_norm": optax.tree.norm(gradient)}
+        for name in found[0] if found else ():
+            reduce = jnp.max if name in LARGEST else jnp.min if name in SMALLEST else jnp.sum
+            reduced[name] = reduce(jnp.stack([metrics[name] for metrics in found]))
+        return reduced
+
+    @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
+    def apply(self, state: TrainState, gradient: Params) -> TrainState:
+        """The optimizer's step."""
+        changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+        return TrainState(optax.apply_updates(state.params, changes), optimizer)
 
 
-def token_logprob(
-    model: Qwen2, placement: Placement, token: Array, length: Array, logit_chunk: int, remat: bool
-) -> Array:
-    """log pi(token_t | token_<t) of every token of every row, without [T, V] logits.
+def trunk_caches(learner: Learner, model: Qwen2, trunks: Trunks) -> Caches:
+    """Keys and values of trunks, each computed once."""
+    shard, position = learner.placement.shard, jnp.arange(trunks.token.shape[2])
+
+    def one(token: Array, length: Array) -> Caches:
+        segment = model(token, position, length, shard, learner.remat, attend=learner.attend)[1]
+        return segment.key, segment.value
+
+    each = jax.vmap(one, out_axes=1)
+    key, value = jax.vmap(each, out_axes=1, spmd_axis_name=BATCH_AXES)(trunks.token, trunks.length)
+    axes = ("layer", "batch", None, "kv_heads", None, "head_dim")
+    return shard(key, *axes), shard(value, *axes)
+
+
+def row_statistics(
+    learner: Learner, model: Qwen2, caches: Caches | None, rows: Batch, entropy: bool
+) -> tuple[Array, Array]:
+    """Log-probability of every token of every row, without logits of all of them at once.
 
     Args:
-      token: int32 [rows, T]. length: int32 [rows].
-      logit_chunk: tokens of a row whose logits exist at a time.
-      remat: recompute each layer in the backward pass.
+      caches: of the trunks, or None in the flat form.
+      entropy: whether to compute it.
 
     Returns:
-      float32 [rows, T], 0 at t = 0, meaningless from `length` on.
+      (log pi(token_t | token_<t) float32 [rows, T], entropy of that distribution float32 [rows, T], both
+      nats, 0 at t = 0 and meaningless behind a row's length; entropy 0 everywhere where it is not computed).
     """
-    size = token.shape[1]
-    chunk = min(logit_chunk, size)
+    shard, size = learner.placement.shard, rows.token.shape[1]
+    chunk = min(learner.logit_chunk, size)
     chunks = -(-size // chunk)
     padding = chunks * chunk - size
 
     @jax.checkpoint
-    def chunk_logprob(hidden: Array, target: Array) -> Array:
-        logits = model.logits(hidden, placement.shard)
+    def statistics(hidden: Array, target: Array) -> tuple[Array, Array]:
+        logits = model.logits(hidden, shard)
         drawn = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-        return drawn - jax.nn.logsumexp(logits, axis=1)
+        total = jax.nn.logsumexp(logits, axis=1)
+        if not entropy:
+            return drawn - total, jnp.zeros_like(drawn)
+        return drawn - total, total - jnp.sum(jax.nn.softmax(logits) * logits, axis=1)
 
-    def row(token: Array, length: Array) -> Array:
-        hidden, _ = model(token, jnp.arange(size), length, placement.shard, remat)
+    def row(row: Batch, caches: Caches | None) -> tuple[Array, Array]:
+        prefix = None if caches is None else Prefix(*caches, row.trunk, row.prefix)
+        position = row.prefix + jnp.arange(size)
+        hidden, _ = model(
+            row.token, position, row.length, shard, learner.remat, prefix=prefix, attend=learner.attend
+        )
         hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
-        target = jnp.pad(jnp.roll(token, -1), (0, padding)).reshape(chunks, chunk)
-        _, logprob = jax.lax.scan(lambda _, piece: (None, chunk_logprob(*piece)), None, (hidden, target))
-        return jnp.roll(logprob.reshape(-1)[:size], 1).at[0].set(0.0)
+        target = jnp.pad(jnp.roll(row.token, -1), (0, padding)).reshape(chunks, chunk)
+        _, found = jax.lax.scan(lambda _, piece: (None, statistics(*piece)), None, (hidden, target))
+        return tuple(jnp.roll(x.reshape(-1)[:size], 1).at[0].set(0.0) for x in found)  # type: ignore[return-value]
 
-    return jax.vmap(row, spmd_axis_name=BATCH_AXES)(token, length)
+    parts = row_parts(learner.placement.mesh)
+    divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+    each = jax.vmap(row, (0, None))
+    found = jax.vmap(each, (0, 1), spmd_axis_name=BATCH_AXES)(divided, caches)
+    return found[0].reshape(-1, size), found[1].reshape(-1, size)
 
 
 def trained(batch: Batch) -> Array:
@@ -119,30 +234,23 @@ def trained(batch: Batch) -> Array:
     return (index >= batch.start[..., None]) & (index < batch.length[..., None])
 
 
-def micro_loss(
+def chunk_loss(
     learner: Learner,
-    params: Params,
+    compute: Params,
+    caches: Caches | None,
     reference: Params | None,
-    micro: Batch,
+    reference_caches: Caches | None,
+    rows: Batch,
     denominator: Array,
-) -> tuple[Array, dict[str, Array]]:
-    """This micro-batch's share of the loss, and of the metrics."""
-    mask = trained(micro)
-
-    def logprob_under(params: Params) -> Array:
-        compute = jax.tree.map(lambda x: x.astype(learner.compute_dtype), params)
-        model = nnx.merge(learner.graph, compute)
-        return token_logprob(
-            model, learner.placement, micro.token, micro.length, learner.logit_chunk, learner.remat
-        )
-
-    logprob = logprob_under(params)
-    advantage = micro.advantage[:, None]
-    settings = learner.loss
+) -> tuple[Array, Metrics]:
+    """This chunk's share of the loss, and of the metrics."""
+    mask, settings = trained(rows), learner.loss
+    wants_entropy = settings.entropy_coefficient != 0
+    logprob, entropy = row_statistics(learner, nnx.merge(learner.graph, compute), caches, rows, wants_entropy)
     loss, metrics = policy_loss(
         logprob,
-        micro.old_logprob,
-        advantage,
+        rows.old_logprob,
+        rows.advantage[:, None],
         mask,
         denominator,
         settings.clip_low,
@@ -150,11 +258,17 @@ def micro_loss(
         settings.dual_clip,
     )
     if reference is not None:
-        kl = kl_k3(logprob, jax.lax.stop_gradient(logprob_under(reference)))
-        metrics["reference_kl"] = masked_sum(kl, mask) / denominator
+        model = nnx.merge(learner.graph, reference)
+        other = row_statistics(learner, model, reference_caches, rows, False)[0]
+        metrics["reference_kl"] = masked_sum(kl_k3(logprob, jax.lax.stop_gradient(other)), mask) / denominator
         loss = loss + settings.kl_coefficient * metrics["reference_kl"]
-    log_ratio = jnp.where(mask, logprob - micro.old_logprob, 0.0)
+    if wants_entropy:
+        metrics["entropy"] = masked_sum(entropy, mask) / denominator
+        loss = loss - settings.entropy_coefficient * metrics["entropy"]
+    log_ratio = jnp.where(mask, logprob - rows.old_logprob, 0.0)
     metrics["abs_log_ratio"] = masked_sum(jnp.abs(log_ratio), mask) / denominator
+    metrics["abs_log_ratio_max"] = jnp.max(jnp.abs(log_ratio))
+    metrics["ratio_mean"] = masked_sum(jnp.exp(log_ratio), mask) / denominator
     metrics["ratio_max"] = jnp.exp(jnp.max(log_ratio))
     metrics["ratio_min"] = jnp.exp(jnp.min(log_ratio))
     metrics["loss"] = loss
