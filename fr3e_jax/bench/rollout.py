@@ -1,8 +1,6 @@
 """Rollouts: exploration and plain sampling against other ways to do them, and what they cost as they grow."""
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from fr3e_jax.bench import compiled
-from fr3e_jax.bench.process import measure
+from fr3e_jax.bench.table import TINY, Told, in_turns, line, run
 from fr3e_jax.config import ConfigError
 from fr3e_jax.engine.branches import Branches, Decoding
 from fr3e_jax.engine.rollout import Engine, branch_keys, last
@@ -26,21 +22,6 @@ from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.parallel.mesh import make_mesh, place_model
 from fr3e_jax.types import Queries
-
-TINY = Qwen2Config(
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=1024,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=4096,
-    rope_theta=1_000_000.0,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-)
-"""8.92 million parameters."""
 
 TPU_SHAPES = (
     # v5p: a copy of 7B to a chip; v5e: its memory holds a quarter.
@@ -65,9 +46,6 @@ class Work:
         """Response tokens of each branch's state, int [C]: at equal distances, the last at its end."""
         ends = np.linspace(0, self.response, self.positions + 1).astype(int)
         return np.repeat(ends, self.rollouts)
-
-
-Told = dict[str, Any]
 
 
 def rollout(
@@ -95,47 +73,18 @@ def rollout(
     Returns:
       What is printed as JSON.
     """
-    chosen = [name for name in only.split(",") if name] or list(MEASUREMENTS)
-    if unknown := [name for name in chosen if name not in MEASUREMENTS]:
-        raise ConfigError(f"no measurement {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}")
-    if repeats < 1:
-        raise ConfigError(f"repeats is {repeats}, must be at least 1")
-    console, found = Console(stderr=True), []
-    for name in track(chosen, "measuring", console=console, transient=True):
-        argument = occupancy_limit if name == "occupancy" else repeats
-        found += measure(MEASUREMENTS[name], argument, devices=1)
-    table = Table(title="python -m fr3e_jax.bench rollout")
-    for column in ("name", "ratio", "ours", "other", "unit", "of"):
-        table.add_column(column)
-    for told in found:
-        cells = [f"{told[column]:.3g}" if told[column] is not None else "-" for column in COLUMNS]
-        table.add_row(told["name"], *cells, told["unit"], told["of"])
-    (console if json else Console()).print(table)
+    console = Console(stderr=True) if json else Console()
+    found = run(
+        "rollout",
+        MEASUREMENTS,
+        only,
+        lambda name: occupancy_limit if name == "occupancy" else repeats,
+        console,
+    )
     if plot is not None:
         draw_growth([told for told in found if told["name"].startswith("growth_")], plot)
         console.print(f"plot: {plot}")
     return found if json else []
-
-
-COLUMNS = ("ratio", "ours", "other")
-
-
-def line(name: str, ratio: float | None, ours: float | None, other: float | None, unit: str, of: str) -> Told:
-    """A measurement; `of` says what was measured, or why it was not."""
-    return {"name": name, "ratio": ratio, "ours": ours, "other": other, "unit": unit, "of": of}
-
-
-def in_turns(repeats: int, *sides: Callable[[], Any]) -> list[float]:
-    """Median seconds of each side, after one run of each that compiles."""
-    times: list[list[float]] = [[] for _ in sides]
-    for side in sides:
-        side()
-    for _ in range(repeats):
-        for seconds, side in zip(times, sides, strict=True):
-            start = time.perf_counter()
-            side()
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
 
 
 # --- the sides
@@ -159,11 +108,11 @@ def explore(work: Work, params: Params) -> Callable[[], Any]:
     branches = branches_of(model, work.prompt, work.response, prefix, np.full_like(prefix, work.new))
     start = opening(engine)
 
-    def run() -> None:
+    def side() -> None:
         decoding = last(engine.decode(params, branches, start(params, branches), Sampling()))
         assert int(decoding.rollouts.length.min()) == work.new
 
-    return run
+    return side
 
 
 def branches_of(
@@ -194,11 +143,11 @@ def sample(model: Qwen2Config, params: Params, length: np.ndarray, new: int) -> 
     index = np.arange(len(length), dtype=np.int32)
     queries = engine.placement.place_rows(Queries(token, length.astype(np.int32), index))
 
-    def run() -> None:
+    def side() -> None:
         rollouts, _ = engine.sample(params, queries, jax.random.key(0), 0, 1, Sampling())
         assert int(rollouts.length.min()) == new
 
-    return run
+    return side
 
 
 def hugging_face(model: Qwen2Config, length: np.ndarray, new: int) -> Callable[[], Any]:
@@ -224,7 +173,7 @@ def hugging_face(model: Qwen2Config, length: np.ndarray, new: int) -> Callable[[
     token = torch.randint(2, model.vocab_size, (len(length), int(length.max())))
     mask = torch.arange(token.shape[1])[None] >= token.shape[1] - torch.tensor(length)[:, None]
 
-    def run() -> None:
+    def side() -> None:
         with torch.no_grad():
             peer.generate(
                 token,
@@ -237,7 +186,7 @@ def hugging_face(model: Qwen2Config, length: np.ndarray, new: int) -> Callable[[
                 min_new_tokens=new,
             )
 
-    return run
+    return side
 
 
 # --- the measurements

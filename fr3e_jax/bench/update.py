@@ -1,0 +1,252 @@
+"""Updates: the form in which every prefix runs once, against the flat form and against torch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from fr3e_jax.bench.table import TINY, Told, in_turns, line, run
+from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.host.layout import bundles_of, token_counts
+from fr3e_jax.learner.state import init_state, make_optimizer
+from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, init_params, logical_axes
+from fr3e_jax.parallel.mesh import make_mesh, place_model
+from fr3e_jax.types import Bundle, StateGroups
+
+BUDGET = 16384  # tokens of a chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """One kept trajectory, its positions at equal distances; lengths are tokens."""
+
+    prompt: int = 256
+    response: int = 1024
+    positions: int = 4
+    rollouts: int = 16
+
+    @property
+    def of(self) -> str:
+        """In words."""
+        return (
+            f"prompt {self.prompt}, response {self.response}, {self.positions + 1} states x {self.rollouts}"
+        )
+
+
+def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Told]:
+    """Ratios of updates, two CPU cores, 8.9M parameters, float32.
+
+    token_ratio: tokens of the flat form against those that run when every prefix runs once. update_vs_flat:
+    tokens of the flat form a second, against the flat form. update_vs_torch: against the flat form in torch.
+    flat_vs_torch: the flat form against torch on 32 rows of 192 tokens. padding_waste: tokens computed per
+    token that is there, on log-normal lengths. sweep: token ratio and update_vs_flat over M, K and lengths.
+
+    Args:
+      only: names of the measurements to make, with commas; all by default.
+      repeats: of each side, in turns; medians are shown.
+      json: print an object a line instead of a table.
+
+    Returns:
+      What is printed as JSON.
+    """
+    found = run("update", MEASUREMENTS, only, lambda _: repeats, Console(stderr=True) if json else Console())
+    return found if json else []
+
+
+def groups_of(tree: Tree, lengths: np.ndarray | None = None) -> StateGroups:
+    """States of one trajectory, with random tokens and log-probabilities.
+
+    Args:
+      lengths: int [J, M], of the continuations; by default each goes on to the end of the response.
+    """
+    rng = np.random.default_rng(0)
+    j, m, size = tree.positions + 1, tree.rollouts, tree.response
+    prefix = (np.arange(j) * size // j).astype(np.int32)
+    if lengths is None:
+        lengths = np.broadcast_to((size - prefix)[:, None], (j, m))
+    longest = int(lengths.max())
+
+    def tokens(*shape: int) -> np.ndarray:
+        return rng.integers(2, TINY.vocab_size, shape).astype(np.int32)
+
+    return StateGroups(
+        query=np.broadcast_to(tokens(tree.prompt), (j, tree.prompt)),
+        query_length=np.full(j, tree.prompt, np.int32),
+        prefix=np.broadcast_to(tokens(size), (j, size)),
+        prefix_length=prefix,
+        token=tokens(j, m, longest),
+        logprob=np.full((j, m, longest), -8.3, np.float32),
+        length=lengths.astype(np.int32),
+        advantage=rng.standard_normal((j, m), np.float32),
+        source=np.stack([np.zeros(j), np.zeros(j), np.arange(j)], 1).astype(np.int32),
+    )
+
+
+def forms(tree: Tree) -> tuple[list[Bundle], list[Bundle]]:
+    """(Shared, flat)."""
+    groups = groups_of(tree)
+    return bundles_of(groups, 1, BUDGET), bundles_of(groups, 1, BUDGET, shared=False)
+
+
+# --- the sides
+
+
+def ours(bundles: list[Bundle], model: Qwen2Config = TINY) -> Callable[[], Any]:
+    """A whole update, AdamW included."""
+    axes = logical_axes(model)
+    placement, _ = place_model(make_mesh(1, 1, 1), axes, abstract_params(model))
+    optimizer = make_optimizer(OptimizerConfig(), axes)
+    learner = Learner(graph_of(model), placement, optimizer, LossConfig(), np.float32, 256, remat=False)
+    held = [init_state(placement, optimizer, axes, init_params(model, 0))]
+
+    def side() -> None:
+        held[0], metrics = learner.update(held[0], bundles)
+        assert np.isfinite(jax.block_until_ready((held[0], metrics))[1]["grad_norm"])
+
+    return side
+
+
+def torch_update(rows: int, prompt: int, new: int, chunk: int) -> Callable[[], Any]:
+    """A whole update of the flat form in torch with Hugging Face's model, `chunk` rows at a time.
+
+    Raises:
+      ImportError: without torch.
+    """
+    import torch
+    import transformers
+
+    config = transformers.Qwen2Config(
+        vocab_size=TINY.vocab_size,
+        hidden_size=TINY.hidden_size,
+        intermediate_size=TINY.intermediate_size,
+        num_hidden_layers=TINY.num_hidden_layers,
+        num_attention_heads=TINY.num_attention_heads,
+        num_key_value_heads=TINY.num_key_value_heads,
+        max_position_embeddings=TINY.max_position_embeddings,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    token = torch.randint(2, TINY.vocab_size, (rows, prompt + new))
+    old, advantage = torch.full((rows, new), -8.3), torch.randn(rows, 1)
+
+    def side() -> None:
+        for piece, old_piece, a in zip(
+            token.split(chunk), old.split(chunk), advantage.split(chunk), strict=True
+        ):
+            logits = model(piece, logits_to_keep=new + 1).logits[:, :-1].float()
+            logprob = logits.log_softmax(-1).gather(-1, piece[:, -new:, None])[..., 0]
+            ratio = (logprob - old_piece).exp()
+            loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.28) * a).sum() / (rows * new)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return side
+
+
+# --- the measurements
+
+
+def token_ratio(_: int = 1, tree: Tree | None = None) -> list[Told]:
+    """Tokens of the flat form against tokens that run when every prefix runs once."""
+    tree = tree or Tree()
+    shared, flat = (token_counts(form)[0] for form in forms(tree))
+    return [line("token_ratio", flat / shared, shared, flat, "tokens", tree.of)]
+
+
+def update_vs_flat(repeats: int, tree: Tree | None = None, name: str = "update_vs_flat") -> list[Told]:
+    """The same update in the flat form."""
+    tree = tree or Tree()
+    shared, flat = forms(tree)
+    tokens = token_counts(flat)[0]
+    seconds = in_turns(repeats, ours(shared), ours(flat))
+    return [rates(name, tokens, seconds, tree.of)]
+
+
+def rates(name: str, tokens: int, seconds: list[float], of: str) -> Told:
+    """Tokens of the flat form a second, of two sides."""
+    return line(name, seconds[1] / seconds[0], tokens / seconds[0], tokens / seconds[1], "flat tokens/s", of)
+
+
+def update_vs_torch(repeats: int) -> list[Told]:
+    """The same tree in torch, each rollout with its own prefix: as many tokens, padded to the longest."""
+    tree = Tree()
+    shared, flat = forms(tree)
+    rows = (tree.positions + 1) * tree.rollouts
+    # Every row has prompt + response tokens. That torch has fewer logits is to its advantage.
+    new = int(np.mean([tree.response - p for p in groups_of(tree).prefix_length]))
+    try:
+        other = torch_update(rows, tree.prompt + tree.response - new, new, 8)
+    except ImportError:
+        return [line("update_vs_torch", None, None, None, "flat tokens/s", "needs torch")]
+    seconds = in_turns(repeats, ours(shared), other)
+    return [rates("update_vs_torch", token_counts(flat)[0], seconds, tree.of)]
+
+
+def flat_vs_torch(repeats: int) -> list[Told]:
+    """The flat form against torch, so that the flat form is no straw man."""
+    tree = Tree(prompt=64, response=128, positions=0, rollouts=32)
+    _, flat = forms(tree)
+    try:
+        other = torch_update(32, 64, 128, 32)
+    except ImportError:
+        return [line("flat_vs_torch", None, None, None, "flat tokens/s", "needs torch")]
+    seconds = in_turns(repeats, ours(flat), other)
+    return [rates("flat_vs_torch", token_counts(flat)[0], seconds, "32 rows of 192 tokens")]
+
+
+def padding_waste(_: int) -> list[Told]:
+    """8 trajectories x 80 branches, lengths log-normal: median 200, 95th percentile 1,000, limit 2,048."""
+    rng, trees = np.random.default_rng(0), []
+    lengths = np.clip(np.exp(np.log(200) + np.log(5) / 1.645 * rng.standard_normal((8, 5, 16))), 1, 2048)
+    for i in range(8):
+        groups = groups_of(Tree(), np.ceil(lengths[i]).astype(int))
+        wider = np.pad(groups.token, ((0, 0), (0, 0), (0, 2048 - groups.token.shape[2])))
+        old = np.pad(groups.logprob, ((0, 0), (0, 0), (0, 2048 - groups.logprob.shape[2])))
+        source = groups.source + np.array([i, 0, 0], np.int32)
+        trees.append(dataclasses.replace(groups, token=wider, logprob=old, source=source))
+    together = jax.tree.map(lambda *x: np.concatenate(x), *trees)
+    found = []
+    for parts in (1, 4):
+        bundles = bundles_of(together, parts, BUDGET)
+        real, padded = token_counts(bundles)
+        shapes = {
+            (chunk.token.shape, window, bundle.trunks.token.shape if bundle.trunks else None)
+            for bundle in bundles
+            for chunk, window in zip(bundle.chunks, bundle.window, strict=True)
+        }
+        of = f"8 x 80 branches over {parts} part(s) of a mesh; {len(shapes)} shapes of chunks"
+        found.append(line("padding_waste", padded / real, padded, real, "tokens", of))
+    return found
+
+
+SWEEP = {"rollouts": [4, 16, 32], "positions": [1, 4, 8], "response": [256, 512, 1024], "prompt": [64, 1024]}
+
+
+def sweep(repeats: int) -> list[Told]:
+    """One size of the tree changed at a time, from 4 rollouts a state and a response of 512."""
+    found = []
+    for what, sizes in SWEEP.items():
+        for size in sizes:
+            tree = dataclasses.replace(Tree(response=512, rollouts=4), **{what: size})
+            (tokens,) = token_ratio(tree=tree)
+            found.append(tokens | {"name": f"sweep_{what}_token_ratio"})
+            found += update_vs_flat(repeats, tree, f"sweep_{what}")
+    return found
+
+
+MEASUREMENTS: dict[str, Callable[[int], list[Told]]] = {
+    "token_ratio": token_ratio,
+    "update_vs_flat": update_vs_flat,
+    "update_vs_torch": update_vs_torch,
+    "flat_vs_torch": flat_vs_torch,
+    "padding_waste": padding_waste,
+    "sweep": sweep,
+}
