@@ -17,7 +17,7 @@ from jax import Array
 
 from fr3e_jax.algorithm.loss import kl_k3, masked_sum, policy_loss
 from fr3e_jax.config import LossConfig
-from fr3e_jax.learner.state import TrainState
+from fr3e_jax.learner.state import TrainState, apply_gradient
 from fr3e_jax.models.qwen2 import Params, Qwen2
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement
 from fr3e_jax.types import Batch
@@ -41,7 +41,7 @@ class Learner:
     def update(
         self, state: TrainState, batch: Batch, reference: Params | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        """Take one optimizer step.
+        """Take one optimizer step, or none where loss or gradient are not finite.
 
         Args:
           state: donated.
@@ -50,12 +50,12 @@ class Learner:
 
         Returns:
           (the new state, metrics float32 []): those of `policy_loss`, `loss`, `reference_kl`,
-          `grad_norm`, `ratio_max`, `ratio_min`, and `abs_log_ratio`, the mean |logprob - old_logprob|.
+          `grad_norm`, `ratio_max`, `ratio_min`, `abs_log_ratio`, the mean |logprob - old_logprob|, and those
+          of `apply_gradient`.
         """
         gradient, metrics = self.gradient(state.params, batch, reference)
-        changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, changes)
-        return TrainState(params, optimizer), metrics
+        state, applied = apply_gradient(self.optimizer, state, gradient, metrics["loss"])
+        return state, metrics | applied
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def gradient(
