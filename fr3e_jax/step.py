@@ -348,6 +348,6 @@ def skipped_in_a_row(before: int, updates: list[Metrics], limit: int) -> int:
     """
     for update in updates:
         before = before + 1 if update["skipped"] else 0
-        if before == limit:
+        if before >= limit:
             break
     return before

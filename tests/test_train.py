@@ -278,6 +278,7 @@ def updates_of(*losses):
         (0, (np.nan, np.nan, np.nan, 1), 2, 2),
         (4, (1,), 5, 0),
         (0, (np.nan,), 1, 1),
+        (4, (np.nan,), 3, 5),  # the limit was lowered when the run was resumed
     ],
 )
 def test_skipped_updates_are_counted_in_a_row_across_steps(before, losses, limit, count):
