@@ -155,6 +155,11 @@ class OptimizerConfig:
     """AdamW's rate after warm-up (release: 2e-6)."""
     warmup_updates: int = 10
     """Optimizer steps of linear warm-up (ours)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The rate after warm-up: `constant` (ours), or `linear` or `cosine` decay to final_rate_share over the
+    rest of the run's optimizer steps, which are steps x epochs x minibatches."""
+    final_rate_share: float = 0.0
+    """Share of learning_rate that `linear` and `cosine` end at, in [0, 1]."""
     weight_decay: float = 0.01
     """AdamW's decay of matrices; norms and biases are not decayed (ours)."""
     max_grad_norm: float = 1.0
@@ -165,6 +170,12 @@ class OptimizerConfig:
     """AdamW's decay of the second moment (ours)."""
     eps: float = 1e-8
     """AdamW's epsilon (its usual value)."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type that AdamW's two moments are held in between updates. `bfloat16` takes half their memory; they are
+    computed in float32 and rounded up or down at random, so that small changes are right on average."""
+    max_skipped: int = 5
+    """Updates in a row whose loss or gradient is not finite, after which the run ends with an error. Each is
+    skipped: parameters, moments and rate stay as they were (ours)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +291,11 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, explore=explore, credit=credit, loss=loss)
 
 
+def updates_of(config: Config) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps * config.optimizer.epochs * config.optimizer.minibatches
+
+
 def check(config: Config, row_parts: int, context: int) -> None:
     """Refuse what cannot run.
 
@@ -309,6 +325,7 @@ def check(config: Config, row_parts: int, context: int) -> None:
         "optimizer.micro_tokens": (optimizer.micro_tokens, 1),
         "optimizer.logit_chunk": (optimizer.logit_chunk, 1),
         "optimizer.warmup_updates": (optimizer.warmup_updates, 0),
+        "optimizer.max_skipped": (optimizer.max_skipped, 1),
         "evaluate.every": (config.evaluate.every, 0),
         "evaluate.rows": (config.evaluate.rows, 1),
         "checkpoint.every": (config.checkpoint.every, 1),
@@ -333,6 +350,18 @@ def check(config: Config, row_parts: int, context: int) -> None:
     if not (0 <= optimizer.b1 < 1 and 0 <= optimizer.b2 < 1 and optimizer.weight_decay >= 0):
         raise ConfigError(
             "optimizer.b1 and optimizer.b2 must lie in [0, 1), optimizer.weight_decay must be at least 0"
+        )
+    if not 0 <= optimizer.final_rate_share <= 1:
+        raise ConfigError(
+            f"optimizer.final_rate_share is {optimizer.final_rate_share}; it must lie in [0, 1], since it is "
+            "the share of optimizer.learning_rate that a run ends at"
+        )
+    if optimizer.schedule != "constant" and optimizer.warmup_updates >= updates_of(config):
+        raise ConfigError(
+            f"optimizer.warmup_updates {optimizer.warmup_updates} leaves optimizer.schedule "
+            f"{optimizer.schedule} none of the run's {updates_of(config)} updates (steps x optimizer.epochs "
+            "x optimizer.minibatches) to decay over; lower it, raise steps, or use --optimizer.schedule "
+            "constant"
         )
     if not (0 <= config.loss.clip_low < 1 and config.loss.clip_high >= 0):
         raise ConfigError("loss.clip_low must lie in [0, 1) and loss.clip_high must be at least 0")

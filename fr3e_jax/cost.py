@@ -4,15 +4,34 @@ FLOPs are those that the algorithm asks for: multiplications and additions of ma
 Padding, idle rows and recomputation are left out; seconds show them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.types import Bundle, Queries, Rollouts, States
 
 Cost = dict[str, float]
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Device kind, as JAX names it -> FLOP/s of dense bfloat16 matrix products, as its maker states them. Whole
+names: cards in PCIe slots and parts of a card (MIG) have names that begin alike, and are slower."""
 
 
 def forward_flops(config: Qwen2Config, tokens: float, pairs: float, logits: float) -> float:
@@ -93,3 +112,28 @@ def update_flops(config: Qwen2Config, bundles: Sequence[Bundle]) -> float:
             trained = float((rows.length - rows.start).sum())
             total += forward_flops(config, float(new.sum()), pairs_of(rows.prefix, new), trained)
     return 3 * total
+
+
+def utilisation(metrics: Mapping[str, float], devices: Iterable[jax.Device]) -> Cost:
+    """Which share of the devices' peak each stage of a step used: FLOPs of the model per second of the stage.
+
+    The peak is that of bfloat16, whatever the type of matrix products. What is compiled counts as time of the
+    step that compiles it.
+
+    Args:
+      metrics: of the step; `flops/STAGE`, and `time/STAGE` in seconds.
+      devices: of the mesh.
+
+    Returns:
+      flops/utilisation_STAGE, in [0, 1]; nothing where a device's peak is not known, as on CPUs.
+    """
+    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    if len(known) < len(peaks):
+        return {}
+    stages = [name.removeprefix("flops/") for name in metrics if name.startswith("flops/")]
+    return {
+        f"flops/utilisation_{stage}": metrics[f"flops/{stage}"] / (metrics[f"time/{stage}"] * sum(known))
+        for stage in stages
+        if metrics.get(f"time/{stage}")
+    }

@@ -51,6 +51,10 @@ class SamplingError(RuntimeError):
     """A step did not find enough states that carry a gradient; the message says what to change."""
 
 
+class SkippedError(RuntimeError):
+    """Too many updates in a row were skipped; the message says what to change."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What is fixed for a run."""
@@ -261,7 +265,10 @@ def train_step(
     generated = progress.tokens_generated + told.get("tokens/generated", 0)
     told |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
     told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
-    progress = dataclasses.replace(progress, step=step, data_position=position, tokens_generated=generated)
+    skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
+    progress = dataclasses.replace(
+        progress, step=step, data_position=position, tokens_generated=generated, skipped=skipped
+    )
     return state, carried, progress, told, sample
 
 
@@ -316,9 +323,10 @@ def cost_metrics(costs: dict[str, Cost]) -> Metrics:
 
 
 def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
-    """One number per metric: counts are added up over rounds, the rest averaged.
+    """One number per metric: counts are added up, the rest averaged.
 
-    A step that the carried states fill has no rounds, and none of their metrics.
+    A step that the carried states fill has no rounds, and none of their metrics. Of skipped updates only the
+    number is told.
     """
     metrics: Metrics = {}
     for name in rounds[0] if rounds else ():
@@ -326,7 +334,22 @@ def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
         counted = name.startswith(("states/", "tokens/", "rows/", "flops/"))
         metrics[name] = sum(values) if counted else float(np.mean(values))
     reduce = {"ratio_max": np.max, "ratio_min": np.min, "abs_log_ratio_max": np.max}
-    for name in updates[0]:
-        values = [u[name] for u in updates]
+    taken = [u for u in updates if not u["skipped"]]
+    for name in taken[0] if taken else ():
+        values = [u[name] for u in taken]
         metrics[f"update/{name}"] = float(reduce.get(name, np.mean)(values))
-    return metrics
+    return metrics | {"update/skipped": len(updates) - len(taken)}
+
+
+def skipped_in_a_row(before: int, updates: list[Metrics], limit: int) -> int:
+    """How many updates in a row were skipped, up to the last one, or to where `limit` was reached.
+
+    Args:
+      before: up to the step's first update.
+      updates: metrics of the step's updates, in order.
+    """
+    for update in updates:
+        before = before + 1 if update["skipped"] else 0
+        if before >= limit:
+            break
+    return before

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import Config, ConfigError, check, resolve
+from fr3e_jax.config import Config, ConfigError, check, resolve, updates_of
+from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host import groups
@@ -32,7 +33,7 @@ from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
-from fr3e_jax.step import Run, SamplingError, train_step
+from fr3e_jax.step import Run, SamplingError, SkippedError, train_step
 
 
 def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
@@ -50,7 +51,7 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
     encode_queries(held_out, text, config.rollout.max_prompt)  # too long a query fails here, not later
     engine = Engine(model.graph, model.sampling, config.rollout.max_response, text.end_tokens)
     dtype = jnp.dtype(config.model.compute_dtype)
-    optimizer = make_optimizer(config.optimizer, model.axes)
+    optimizer = make_optimizer(config.optimizer, model.axes, updates_of(config))
     learner = Learner(
         model.graph,
         model.training,
@@ -133,12 +134,27 @@ def train(config: Config, name: str) -> dict[str, Any]:
                 metrics["eval/accuracy"] = evaluate(run, state.params, held_out)
                 metrics["time/evaluate"] = round(time.perf_counter() - begun, 4)
             progress = dataclasses.replace(progress, seconds=time.perf_counter() - started)
+            metrics |= utilisation(metrics, run.placement.mesh.devices.flat)
             reporter.step(metrics, sample)
+            if progress.skipped >= config.optimizer.max_skipped:
+                # Counted from 0 when it is resumed: whoever starts it again wants it to try on.
+                checkpoints.save_last(state, carried, dataclasses.replace(progress, skipped=0))
+                raise SkippedError(skipped_message(progress))
             if last or progress.step % config.checkpoint.every == 0:
                 checkpoints.save(state, carried, progress)
         checkpoints.close()
         export_model(model.source, directory / "model", state.params, jnp.dtype(config.model.export_dtype))
         return finish(reporter, directory, progress)
+
+
+def skipped_message(progress: Progress) -> str:
+    """Why a run ended whose updates were skipped, and what to try."""
+    return (
+        f"step {progress.step}: {progress.skipped} updates in a row were skipped, since their loss or "
+        "gradient was not finite; parameters and moments are as before them. Start again with a lower "
+        "optimizer.learning_rate or optimizer.max_grad_norm, or with model.compute_dtype float32; or go on "
+        "from here with the same --run_dir, which counts from 0, and a higher optimizer.max_skipped."
+    )
 
 
 def finish(reporter: Reporter, directory: Path, progress: Progress) -> dict[str, Any]:
@@ -176,7 +192,7 @@ def main() -> None:
         train(config, name)
     except (ConfigError, PlacementError, CheckpointError) as error:
         fail("train", error)
-    except SamplingError as error:
+    except (SamplingError, SkippedError) as error:
         fail("train", error, code=1)
     except KeyboardInterrupt:
         fail("train", "interrupted; with --run_dir DIR this run goes on from its last checkpoint", 130)

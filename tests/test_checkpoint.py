@@ -18,10 +18,10 @@ AXES = logical_axes(TINY)
 M, PROMPT, RESPONSE = 2, 3, 5
 
 
-def trained_state(mesh):
+def trained_state(mesh, moments="float32"):
     """A state whose moments are not zero."""
     place = placement(*mesh)
-    optimizer = make_optimizer(OptimizerConfig(), AXES)
+    optimizer = make_optimizer(OptimizerConfig(moments=moments), AXES)
     state = init_state(place, optimizer, AXES, tiny_params())
     noise = jax.tree.map(lambda x: jnp.cos(7 * x), state.params)
     _, moments = jax.jit(optimizer.update)(noise, state.optimizer, state.params)
@@ -41,7 +41,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("carried", [0, 1, 4])
 def test_a_checkpoint_gives_back_every_bit(tmp_path, carried):
     state, waiting = trained_state((2, 2, 2)), some_groups(carried)
-    progress = Progress(step=7, data_position=96, tokens_generated=12345, seconds=1.5, seed=3)
+    progress = Progress(step=7, data_position=96, tokens_generated=12345, seconds=1.5, seed=3, skipped=2)
     writer = Checkpoints(tmp_path, keep=2)
     writer.save(state, waiting, progress)
     writer.close()
@@ -58,17 +58,18 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path, carried):
     assert progress_again == progress
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1), (2, 1, 2)])
-def test_a_checkpoint_is_read_onto_another_mesh(tmp_path, mesh):
-    state = trained_state((2, 2, 2))
+def test_a_checkpoint_is_read_onto_another_mesh(tmp_path, mesh, moments):
+    state = trained_state((2, 2, 2), moments)
     writer = Checkpoints(tmp_path, keep=1)
     writer.save(state, some_groups(1), Progress(step=1))
     writer.close()
-    target = trained_state(mesh)
+    target = trained_state(mesh, moments)
     again, _, _ = Checkpoints(tmp_path, keep=1).restore(1, target)
     assert_equal(again, state)
     layouts = zip(jax.tree.leaves(again), jax.tree.leaves(target), strict=True)
-    assert all(a.sharding == b.sharding for a, b in layouts)
+    assert all((a.sharding, a.dtype) == (b.sharding, b.dtype) for a, b in layouts)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):

@@ -185,6 +185,8 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, capsys, file, named):
         (["--loss.clip_low=low"], "loss.clip_low"),
         (["--rollout.temperature=nan"], "rollout.temperature"),
         (["--optimizer.remat=maybe"], "optimizer.remat"),
+        (["--optimizer.schedule=exponential"], "optimizer.schedule"),
+        (["--optimizer.moments=float16"], "optimizer.moments"),
         (["--algorithm=ppo"], "algorithm"),
         (["--explore.rule=entropie"], "explore.rule"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -315,6 +317,8 @@ def test_what_can_run_is_not_refused():
     check(RUNNABLE, 8, 48)
     for algorithm in ("grpo", "grpo++"):
         check(resolve(changed(RUNNABLE, algorithm=algorithm)), 8, 48)
+    check(changed(RUNNABLE, steps=5), 8, 48)  # all warm-up
+    check(changed(RUNNABLE, steps=5, optimizer__schedule="cosine", optimizer__epochs=2), 8, 48)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +348,19 @@ def test_what_can_run_is_not_refused():
         ({"optimizer__epochs": 0}, ["optimizer.epochs"]),
         ({"optimizer__logit_chunk": 0}, ["optimizer.logit_chunk"]),
         ({"optimizer__learning_rate": 0.0}, ["optimizer.learning_rate"]),
+        ({"optimizer__final_rate_share": -0.1}, ["optimizer.final_rate_share", "-0.1"]),
+        ({"optimizer__final_rate_share": 1.1}, ["optimizer.final_rate_share", "1.1"]),
+        ({"optimizer__final_rate_share": float("nan")}, ["optimizer.final_rate_share"]),
+        # 5 steps x 2 minibatches are all warm-up.
+        (
+            {"optimizer__schedule": "cosine", "steps": 5},
+            ["optimizer.warmup_updates 10", "cosine", "10 updates"],
+        ),
+        (
+            {"optimizer__schedule": "linear", "optimizer__warmup_updates": 200},
+            ["200", "linear", "200 updates"],
+        ),
+        ({"optimizer__max_skipped": 0}, ["optimizer.max_skipped"]),
         ({"optimizer__max_grad_norm": 0.0}, ["optimizer.max_grad_norm"]),
         ({"optimizer__learning_rate": float("nan")}, ["optimizer.learning_rate"]),
         ({"optimizer__b1": 1.5}, ["optimizer.b1"]),

@@ -1,14 +1,16 @@
 """What a step is said to cost, against counting by hand and XLA's count of FLOPs."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from support import TINY
 
-from fr3e_jax.cost import forward_flops, pairs_of, rollout_cost, update_flops
+from fr3e_jax.cost import forward_flops, pairs_of, rollout_cost, update_flops, utilisation
 from fr3e_jax.models.qwen2 import abstract_params, graph_of
 from fr3e_jax.types import Batch, Bundle, Queries, Rollouts, States, Trunks
 
@@ -85,3 +87,52 @@ def test_an_update_is_three_forward_passes_over_its_rows():
     shared = Bundle(trunks, (rows([5, 11, 1], [1, 1, 1], [5, 5, 0]),), (8,))
     tokens, pairs = 5 + 5 + 11, 15 + (25 + 15) + (55 + 66)
     assert update_flops(CONFIG, [shared]) == 3 * forward_flops(CONFIG, tokens, pairs, 4 + 10)
+
+
+TOLD = {
+    "flops/update": 6e15,
+    "flops/explore": 1e15,
+    "time/update": 20.0,
+    "time/explore": 8.0,
+    "time/step": 40.0,
+}
+
+
+def devices(*kinds):
+    return [SimpleNamespace(device_kind=kind) for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("kind", "update"),
+    [
+        # 6e15 in 20 s on two devices: 1.5e14 a second on each.
+        ("TPU v4", 0.5454545),
+        ("TPU v5 lite", 0.7614213),
+        ("TPU v5p", 0.3267974),
+        ("TPU v6 lite", 0.1633987),
+        ("NVIDIA A100-SXM4-80GB", 0.4807692),
+        ("NVIDIA H100 80GB HBM3", 0.1516684),
+        ("NVIDIA H200", 0.1516684),
+    ],
+)
+def test_utilisation_is_the_share_of_all_devices_peak(kind, update):
+    found = utilisation(TOLD, devices(kind, kind))
+    np.testing.assert_allclose(found["flops/utilisation_update"], update, rtol=1e-6)
+    # A sixth of the FLOPs in two fifths of the time.
+    np.testing.assert_allclose(found["flops/utilisation_explore"], update / 6 / 0.4, rtol=1e-6)
+    assert len(found) == 2
+
+
+def test_utilisation_is_told_only_where_every_devices_peak_is_known():
+    assert utilisation(TOLD, jax.devices()) == {}
+    assert utilisation(TOLD, devices("TPU v4", "TPU v9")) == {}
+    # A seventh of a card, and one with a lower peak, have names that begin like the card's.
+    assert utilisation(TOLD, devices("NVIDIA H100 80GB HBM3 MIG 1g.10gb")) == {}
+    assert utilisation(TOLD, devices("NVIDIA H100 PCIe")) == {}
+
+
+def test_a_stage_that_took_no_time_has_no_utilisation():
+    """A step that the carried states fill has no rollouts."""
+    told = {"flops/update": 1e12, "flops/explore": 0.0, "time/update": 1.0, "time/explore": 0.0}
+    assert list(utilisation(told, devices("TPU v4"))) == ["flops/utilisation_update"]
+    assert list(utilisation({"flops/update": 1e12, "time/update": 1.0}, devices("TPU v4")))

@@ -105,7 +105,7 @@ def test_a_tree_that_is_too_large_for_its_part_is_cut_and_the_work_is_even(group
             work += real.reshape(4, -1).sum(axis=1)
         work += bundle.trunks.length.sum(axis=1)
     if groups.length.size >= 16:  # otherwise single rows decide
-        assert work.max() <= work.mean() + 2 * (60 + 38)
+        assert work.max() <= 2 * work.mean() + 60 + 38
 
 
 def test_shared_prefixes_are_counted_once_and_padding_is_within_15_percent():

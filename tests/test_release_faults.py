@@ -462,7 +462,7 @@ def test_steps_train_on_every_accepted_state_once_and_carry_the_surplus():
 
     def update(state, rows, reference):
         seen.append(check_rows(rows))
-        return state, {"loss": np.float32(0)}
+        return state, {"loss": np.float32(0), "skipped": np.float32(0)}
 
     run = written_run(optimizer=OptimizerConfig(batch_states=10, minibatches=2, micro_tokens=64))
     run.learner = SimpleNamespace(update=update)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import TINY, placement, tiny_params
@@ -183,10 +184,8 @@ def test_the_second_epoch_is_clipped_and_the_first_is_not():
     assert second["ratio_min"] < 1 < second["ratio_max"]
 
 
-def logprobs(own, bundle, chunk):
+def logprobs(bundle, chunk):
     """Log-probabilities [rows, T] of a chunk under PARAMS, row by row from the whole sequence."""
-    from flax import nnx
-
     model, found = nnx.merge(graph_of(TINY), jax.tree.map(jnp.asarray, PARAMS)), np.zeros(chunk.token.shape)
     for i, (trunk, prefix) in enumerate(zip(chunk.trunk, chunk.prefix, strict=True)):
         before = bundle.trunks.token[0, trunk, :prefix]

@@ -1,5 +1,6 @@
 """The whole program, as a user runs it: in its own process, on few steps of the quickstart."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -12,16 +13,18 @@ import pytest
 import yaml
 from support import command, placement, read, run
 
-from fr3e_jax.config import DataConfig
+from fr3e_jax.config import Config, ConfigError, DataConfig, OptimizerConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host.data import encode_queries
-from fr3e_jax.host.metrics import read_metrics
+from fr3e_jax.host.metrics import read_metrics, step_line, to_json_line
+from fr3e_jax.host.run_dir import open_run_dir, refuse_other_settings
 from fr3e_jax.host.tasks import make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
+from fr3e_jax.step import skipped_in_a_row, summarize
 
 SMALL = [
     "--steps=6",
@@ -64,6 +67,8 @@ def test_a_run_tells_what_it_did(whole_run):
         assert line["states/accepted"] > 0
         assert line["tokens/generated"] > 0
         assert np.isfinite(line["update/loss"])
+        assert line["update/skipped"] == 0
+        assert not any("utilisation" in name for name in line)  # of a CPU's peak, which nobody states
     # Clipping acts in the second minibatch of a batch.
     assert max(line["update/clip_low"] + line["update/clip_high"] for line in lines[1:]) > 0
     summary = json.loads((directory / "summary.json").read_text())
@@ -249,3 +254,113 @@ def test_a_task_that_is_too_easy_ends_with_what_to_change(tmp_path):
 def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
+
+
+# --- updates that are skipped
+
+
+def updates_of(*losses):
+    """Metrics of updates; a loss of nan is that of a skipped one."""
+    bad = np.isnan(losses)
+    return [
+        {"loss": np.float32(x), "ratio_max": np.float32(3 * x), "skipped": np.float32(b)}
+        for x, b in zip(losses, bad, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "losses", "limit", "count"),
+    [
+        (0, (1, np.nan, np.nan), 5, 2),
+        (2, (np.nan, np.nan), 5, 4),
+        (4, (1, np.nan), 5, 1),
+        (4, (np.nan, 1), 5, 5),  # reached, whatever comes after it
+        (0, (np.nan, np.nan, np.nan, 1), 2, 2),
+        (4, (1,), 5, 0),
+        (0, (np.nan,), 1, 1),
+        (4, (np.nan,), 3, 5),  # the limit was lowered when the run was resumed
+    ],
+)
+def test_skipped_updates_are_counted_in_a_row_across_steps(before, losses, limit, count):
+    assert skipped_in_a_row(before, updates_of(*losses), limit) == count
+
+
+def test_of_skipped_updates_only_the_number_is_told():
+    told = summarize([], updates_of(2.0, np.nan, 4.0, np.nan))
+    assert told == {"update/loss": 3.0, "update/ratio_max": 12.0, "update/skipped": 2}
+    assert summarize([], updates_of(np.nan)) == {"update/skipped": 1}
+    json.loads(to_json_line(told), parse_constant=pytest.fail)  # NaN is no JSON
+    assert "updates skipped: 2" in step_line({"step": 3, **told})
+    assert "skipped" not in step_line({"step": 3, **summarize([], updates_of(1.0))})
+
+
+SPOILED = """
+import dataclasses, os
+import numpy as np
+from fr3e_jax import train
+from fr3e_jax.host import groups
+
+marks = iter(os.environ["UPDATES"])
+minibatches = groups.minibatches
+
+
+def spoiled(*arguments):
+    for part in minibatches(*arguments):
+        bad = next(marks, ".") == "x"
+        yield dataclasses.replace(part, advantage=part.advantage * (np.nan if bad else 1))
+
+
+groups.minibatches = spoiled
+train.main()
+"""
+
+
+def run_spoiled(updates, *flags):
+    """A run of three steps of two updates, of which those with an x have advantages of nan."""
+    started = command("train", *SMALL, "--steps=3", *flags, UPDATES=updates)
+    started["args"][1:3] = ["-c", SPOILED]
+    return subprocess.run(**started, timeout=600)
+
+
+def test_a_run_goes_on_after_a_skipped_update_at_the_rate_where_it_was(tmp_path):
+    flags = ["--optimizer.schedule=linear", "--optimizer.warmup_updates=2", "--optimizer.learning_rate=1e-4"]
+    done = run_spoiled(".x", *flags, "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run")[1:]
+    assert [line["update/skipped"] for line in lines] == [1, 0, 0]
+    # Of the rates 1/2, 1, 1, 3/4, 1/2, 1/4 the second waits for the second update that is taken.
+    rates = [line["update/learning_rate"] for line in lines]
+    np.testing.assert_allclose(rates, 1e-4 * np.array([0.5, 1.0, 0.625]), rtol=1e-6)
+    assert all(np.isfinite(line["update/loss"]) for line in lines)
+    assert "updates skipped: 1" in done.stdout
+
+
+def test_a_run_whose_updates_are_all_skipped_ends_and_may_be_resumed(tmp_path):
+    flags = ["--optimizer.max_skipped=3", "--run_dir", tmp_path / "run"]
+    ended = run_spoiled("xxx.", *flags)  # over two steps, before an update that is fine
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert "step 2: 3 updates in a row were skipped" in ended.stderr
+    assert "optimizer.learning_rate" in ended.stderr and "optimizer.max_skipped" in ended.stderr
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "run" / "model").exists()
+    # It goes on with the third step, and counts from 0.
+    again = run_spoiled("xx", *flags)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from the checkpoint of step 2" in again.stdout
+    assert [line["update/skipped"] for line in read_metrics(tmp_path / "run")[1:]] == [2, 1, 2]
+
+
+def test_a_run_whose_rate_decays_is_not_resumed_with_more_steps(tmp_path):
+    for schedule in ("constant", "linear", "cosine"):
+        settings = OptimizerConfig(schedule=schedule)
+        config = Config(steps=20, run_dir=str(tmp_path / schedule), optimizer=settings)
+        open_run_dir(config, "run")
+        longer = dataclasses.replace(config, steps=30)
+        patient = dataclasses.replace(config, optimizer=dataclasses.replace(settings, max_skipped=9))
+        refuse_other_settings(patient)
+        if schedule == "constant":
+            refuse_other_settings(longer)
+        else:
+            with pytest.raises(ConfigError, match="other settings of steps;"):
+                refuse_other_settings(longer)

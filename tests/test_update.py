@@ -208,3 +208,16 @@ def test_moments_lie_where_their_parameters_lie():
     leaves = jax.tree.leaves(at.optimizer)
     for sharding in jax.tree.leaves(at.params):
         assert sum(sharding == other for other in leaves) >= 2  # first and second moment
+
+
+def test_a_second_update_compiles_nothing_and_moves_nothing():
+    """On a mesh where a compiler is free to put what it returns elsewhere."""
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        own = learner(mesh, optimizer=make_optimizer(OptimizerConfig(), AXES))
+        state = init_state(own.placement, own.optimizer, AXES, PARAMS)
+        before = [x.sharding for x in jax.tree.leaves(state)]
+        state, _ = own.update(state, in_chunks(make_batch(), 1))
+        assert [x.sharding for x in jax.tree.leaves(state)] == before
+        count = Learner.add_chunk._cache_size(), Learner.begin._cache_size()
+        own.update(state, in_chunks(make_batch(), 1))
+        assert (Learner.add_chunk._cache_size(), Learner.begin._cache_size()) == count

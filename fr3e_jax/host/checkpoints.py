@@ -24,7 +24,8 @@ class Progress:
     """Where a run stands, beside its arrays.
 
     Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
-    the whole random state. `seconds` is wall time, over all resumptions.
+    the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
+    were skipped in a row up to here.
     """
 
     step: int = 0
@@ -32,6 +33,7 @@ class Progress:
     tokens_generated: int = 0
     seconds: float = 0.0
     seed: int = 0
+    skipped: int = 0
 
 
 class Checkpoints:

@@ -132,6 +132,8 @@ def step_line(metrics: Mapping[str, Any]) -> str:
         ]
     elif "rounds" in metrics:
         parts.append("no sampling: the states carried over fill the batch")
+    if metrics.get("update/skipped"):
+        parts.append(f"updates skipped: {metrics['update/skipped']} (loss or gradient not finite)")
     if "time/step" in metrics:
         stages = " ".join(
             f"{name.removeprefix('time/')} {value:.1f}"

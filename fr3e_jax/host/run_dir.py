@@ -25,9 +25,10 @@ RESUMABLE = {
     "optimizer.micro_tokens",
     "optimizer.logit_chunk",
     "optimizer.remat",
+    "optimizer.max_skipped",
 }
 """Sections and settings that a resumed run may have otherwise: they do not change what is learned, or
-are what a failed run is told to change."""
+are what a failed run is told to change. `steps` is none of them where the learning rate decays over it."""
 
 
 def refuse_other_settings(config: Config) -> None:
@@ -80,11 +81,12 @@ def numbered(directory: Path, number: int) -> Path:
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Names of the settings that a resumed run may not change and that differ."""
     before, after = flatten(old), flatten(new)
+    resumable = RESUMABLE if after["optimizer.schedule"] == "constant" else RESUMABLE - {"steps"}
     return [
         name
         for name in sorted(after)
-        if name not in RESUMABLE
-        and name.partition(".")[0] not in RESUMABLE
+        if name not in resumable
+        and name.partition(".")[0] not in resumable
         and before.get(name) != after[name]
     ]
 

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 
-from fr3e_jax.config import OptimizerConfig
+from fr3e_jax.config import ConfigError, OptimizerConfig
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.mesh import Placement, is_axes
 
@@ -15,7 +17,8 @@ from fr3e_jax.parallel.mesh import Placement, is_axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update changes. Parameters and moments are float32.
+    """What an update changes. Parameters are float32, and so are moments unless `optimizer.moments` is
+    bfloat16.
 
     params: the model's parameters. optimizer: optax state.
     """
@@ -33,28 +36,127 @@ def decayed(axes: Any) -> Any:
     return jax.tree.map(lambda names: "embed" in names, axes, is_leaf=is_axes)
 
 
-def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, then a constant rate, after clipping by the global norm.
+def make_schedule(config: OptimizerConfig, updates: int | None = None) -> optax.Schedule:
+    """The learning rate as a function of the number of updates taken before.
 
-    Norms and biases are not decayed.
+    Linear warm-up: update i of w has (i + 1) / w of the rate. The decay starts from the whole rate at update
+    w and would reach its end at update `updates`, the first that the run does not make.
+
+    Args:
+      config: the run's optimizer section.
+      updates: that the whole run makes; `constant` does not need it.
+
+    Raises:
+      ConfigError: a decaying schedule without a length, or one that warm-up takes all of.
+    """
+    warmup = max(config.warmup_updates, 1)
+    rising = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(warmup - 1, 1))
+    if config.schedule == "constant":
+        return rising
+    if updates is None or updates <= config.warmup_updates:
+        raise ConfigError(
+            f"optimizer.schedule {config.schedule} needs a run of known length, with more updates than "
+            f"optimizer.warmup_updates {config.warmup_updates}; set steps, or use --optimizer.schedule "
+            "constant"
+        )
+    rate, rest, share = config.learning_rate, updates - config.warmup_updates, config.final_rate_share
+    if config.schedule == "linear":
+        falling = optax.linear_schedule(rate, share * rate, rest)
+    else:
+        falling = optax.cosine_decay_schedule(rate, rest, alpha=share)
+    return optax.join_schedules([rising, falling], [config.warmup_updates])
+
+
+def make_optimizer(
+    config: OptimizerConfig, axes: Any, updates: int | None = None
+) -> optax.GradientTransformation:
+    """AdamW with warm-up and schedule, after clipping by the global norm. Norms and biases are not decayed.
 
     Args:
       config: the run's optimizer section.
       axes: logical axes of the parameters.
+      updates: that the whole run makes; `constant` does not need it.
+
+    Raises:
+      ConfigError: the schedule does not fit the run's length.
     """
-    warmup = max(config.warmup_updates, 1)
-    schedule = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(warmup - 1, 1))
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    # With its rate in the state, an update can tell it.
+    scale = optax.inject_hyperparams(optax.scale_by_learning_rate)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed(axes),
-        ),
+        with_bfloat16_moments(adam) if config.moments == "bfloat16" else adam,
+        optax.add_decayed_weights(config.weight_decay, decayed(axes)),
+        scale(learning_rate=make_schedule(config, updates)),
     )
+
+
+def with_bfloat16_moments(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam whose moments are held in bfloat16 and computed in float32.
+
+    Rounded to the nearest, a moment would not move by less than 1/512 to 1/256 of itself: with b2 = 0.999 the
+    second could never fall. Rounded at random, it moves by the right amount on average, whatever b1 and b2.
+
+    Args:
+      adam: `optax.scale_by_adam`.
+    """
+
+    def cast(state: optax.OptState, to: Callable[[Array, int], Array]) -> optax.OptState:
+        leaves, tree = jax.tree.flatten((state.mu, state.nu))
+        mu, nu = jax.tree.unflatten(tree, [to(leaf, i) for i, leaf in enumerate(leaves)])
+        return state._replace(mu=mu, nu=nu)
+
+    def init(params: Params) -> optax.OptState:
+        return cast(adam.init(params), lambda x, _: x.astype(jnp.bfloat16))
+
+    def update(
+        gradient: Params, state: optax.OptState, params: Params | None = None
+    ) -> tuple[Params, optax.OptState]:
+        exact = cast(state, lambda x, _: x.astype(jnp.float32))
+        changes, exact = adam.update(gradient, exact, params)
+        # The noise is a function of the update and the leaf, so that a resumed run repeats it.
+        key = jax.random.fold_in(jax.random.key(0), state.count)
+        return changes, cast(exact, lambda x, i: round_at_random(x, jax.random.fold_in(key, i)))
+
+    return optax.GradientTransformation(init, update)
+
+
+def round_at_random(x: Array, key: Array) -> Array:
+    """float32 [...] -> bfloat16 [...]: one of the two neighbours, whose expectation is x.
+
+    Finite numbers only: of an infinity it may make nan.
+    """
+    # bfloat16 is the upper half of float32: random bits carry into it as often as the lower half says.
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Params, loss: Array
+) -> tuple[TrainState, dict[str, Array]]:
+    """Take one optimizer step, or none where loss or gradient are not finite.
+
+    A skipped step leaves parameters, moments and the schedule's count as they are, bit for bit. Pure; jitted
+    by the caller.
+
+    Args:
+      gradient: float32, of the parameters' shapes.
+      loss: float32 [].
+
+    Returns:
+      (the state, metrics float32 []): `skipped`, 1 or 0, and `learning_rate`, of the last step taken, where
+      the optimizer tells it.
+    """
+    # The norm is finite only if every element is, and clipping needs it anyway.
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+    changes, moments = optimizer.update(gradient, state.optimizer, state.params)
+    stepped = TrainState(optax.apply_updates(state.params, changes), moments)
+    # A choice by element is part of the step's own loops and costs no memory, which a branch does.
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+    metrics = {"skipped": 1.0 - finite.astype(jnp.float32)}
+    rate = optax.tree.get(state.optimizer, "learning_rate", filtering=lambda _, x: isinstance(x, Array))
+    return state, metrics if rate is None else metrics | {"learning_rate": rate}
 
 
 def state_shardings(

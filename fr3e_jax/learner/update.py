@@ -23,7 +23,7 @@ from jax import Array
 
 from fr3e_jax.algorithm.loss import kl_k3, masked_sum, policy_loss
 from fr3e_jax.config import LossConfig
-from fr3e_jax.learner.state import TrainState
+from fr3e_jax.learner.state import TrainState, apply_gradient
 from fr3e_jax.models.attention import Attend, Prefix, attend_sequence
 from fr3e_jax.models.qwen2 import Params, Qwen2
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
@@ -54,7 +54,7 @@ class Learner:
     def update(
         self, state: TrainState, bundles: Sequence[Bundle], reference: Params | None = None
     ) -> tuple[TrainState, Metrics]:
-        """Take one optimizer step.
+        """Take one optimizer step, or none where loss or gradient are not finite.
 
         Args:
           state: donated.
@@ -63,11 +63,13 @@ class Learner:
 
         Returns:
           (the new state, metrics float32 []): those of `policy_loss`, `loss`, `reference_kl`, `entropy`
-          (where its coefficient is above 0), `grad_norm`, `ratio_mean`, `ratio_max`, `ratio_min`, and
-          `abs_log_ratio` and `abs_log_ratio_max`, the mean and largest |logprob - old_logprob|.
+          (where its coefficient is above 0), `grad_norm`, `ratio_mean`, `ratio_max`, `ratio_min`,
+          `abs_log_ratio` and `abs_log_ratio_max`, the mean and largest |logprob - old_logprob|, and those of
+          `apply_gradient`.
         """
         gradient, metrics = self.gradient(state.params, bundles, reference)
-        return self.apply(state, gradient), metrics
+        state, applied = self.apply(state, gradient, metrics["loss"])
+        return state, metrics | applied
 
     def gradient(
         self, params: Params, bundles: Sequence[Bundle], reference: Params | None = None
@@ -162,11 +164,20 @@ class Learner:
             reduced[name] = reduce(jnp.stack([metrics[name] for metrics in found]))
         return reduced
 
-    @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
-    def apply(self, state: TrainState, gradient: Params) -> TrainState:
-        """The optimizer's step."""
-        changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        return TrainState(optax.apply_updates(state.params, changes), optimizer)
+    def apply(self, state: TrainState, gradient: Params, loss: Array) -> tuple[TrainState, Metrics]:
+        """The optimizer's step; the state stays where it lies, or all programs would be compiled again."""
+        leaves, tree = jax.tree.flatten(state)
+        return applying(self.optimizer, tree, tuple(x.sharding for x in leaves))(state, gradient, loss)
+
+
+@functools.cache
+def applying(optimizer: optax.GradientTransformation, tree: Any, at: tuple[Any, ...]) -> Any:
+    """`apply_gradient` as a program whose state has shardings `at`, leaf by leaf."""
+
+    def apply(state: TrainState, gradient: Params, loss: Array) -> tuple[TrainState, Metrics]:
+        return apply_gradient(optimizer, state, gradient, loss)
+
+    return jax.jit(apply, donate_argnums=0, out_shardings=(jax.tree.unflatten(tree, at), None))
 
 
 def trunk_caches(learner: Learner, model: Qwen2, trunks: Trunks) -> Caches:
