@@ -13,9 +13,9 @@ from fr3e_jax.parallel.mesh import Placement
 def make_splash(placement: Placement, interpret: bool = False) -> Attend:
     """`splash_sequence` over the heads of each device.
 
-    XLA cannot split a kernel, so the split is said here, for one sequence: heads by `placement`. Rows are said
-    by the caller's `jax.vmap`, whose `spmd_axis_name` is added for whatever it maps; one without a name adds
-    rows within a device.
+    XLA cannot split a kernel, so the split is said here, for one sequence: heads by `placement`. Rows are
+    said by the caller's `jax.vmap`, whose `spmd_axis_name` is added for whatever it maps; one without a name
+    adds rows within a device.
 
     Args:
       placement: `kv_heads` may be held by every device while `heads` are split.
