@@ -28,8 +28,10 @@ from fr3e_jax.host.run_dir import differing, open_run_dir, refuse_other_settings
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
+from fr3e_jax.learner.attention import make_splash
 from fr3e_jax.learner.state import TrainState, init_state, make_optimizer, sampling_cast
 from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
@@ -60,6 +62,7 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
         dtype,
         config.optimizer.logit_chunk,
         config.optimizer.remat,
+        make_splash(model.training) if jax.default_backend() == "tpu" else attend_sequence,
     )
     state = init_state(model.training, optimizer, model.axes, model.read_params(model.training))
     reference = None

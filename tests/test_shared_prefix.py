@@ -80,11 +80,11 @@ def assert_same(ours, theirs):
         assert np.abs(a - b).max() <= 1e-5 * largest + 1e-9, (jax.tree_util.keystr(path), largest)
 
 
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=6, deadline=None)
 
 
 @few
-@given(minibatches(), st.sampled_from([16, 48, 1000]))
+@given(minibatches(), st.sampled_from([16, 1000]))
 def test_loss_and_every_gradient_leaf_equal_the_flat_forms(found, budget):
     ours, told = gradient(found, True, budget)
     theirs, expected = gradient(found, False)
@@ -93,7 +93,7 @@ def test_loss_and_every_gradient_leaf_equal_the_flat_forms(found, budget):
         np.testing.assert_allclose(told[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(minibatches())
 def test_kl_and_entropy_bonus_equal_the_flat_forms(found):
     reference = jax.tree.map(lambda x: x * 1.1, PARAMS)
