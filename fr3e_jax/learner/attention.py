@@ -22,8 +22,8 @@ def make_splash(placement: Placement, interpret: bool = False) -> Attend:
       interpret: run the kernel as ordinary operations, which any backend can.
 
     Returns:
-      An `Attend`. Take gradients of its `vmap`: the `vmap` of a gradient names a mesh axis twice, and raises
-      ValueError.
+      An `Attend`, differentiable once. The parts of the mesh that `placement` splits heads into divide the
+      heads, as `place_model` sees to; else jax raises ValueError.
     """
     heads, kv_heads = placement.table["heads"], placement.table["kv_heads"]
     copied = heads != kv_heads
