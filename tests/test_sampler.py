@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from support import placement
 
+from fr3e_jax.engine import sampler
 from fr3e_jax.engine.sampler import BLOCK, GREEDY, Drawn, Sampling, draw, draw_uniform, keep, row_key
 from fr3e_jax.parallel.mesh import BATCH_AXES
 
@@ -346,6 +347,97 @@ def test_any_draw_is_where_the_filtered_cdf_passes_the_uniform_number(logits, sa
     np.testing.assert_allclose(drawn.sampled_logprob, np.log(probability[drawn.token]), atol=1e-5)
 
 
+# --- filters look at the likely blocks first
+
+
+def filtered_and_full(logits, sampling, parts):
+    """What a filter keeps and the weights of blocks, float32 [] and [parts, blocks], found in both ways.
+
+    And how many tokens `keep` was given each time on the first way: those of the likely blocks, and where
+    these did not do, all.
+    """
+    given_to_keep, top = [], logits.max()
+    below = logits.reshape(parts, -1) - top
+
+    def weigh(logits, kept=np.inf):
+        distance = jnp.abs(logits - top)
+        return jnp.where(distance <= kept, jnp.exp(-distance / sampling.temperature), 0.0)
+
+    def keep_counted(below, *arguments):
+        given_to_keep.append(below.size)
+        return keep(below, *arguments)
+
+    width = sampler.block_width(below.shape[1])
+    with jax.disable_jit(), pytest.MonkeyPatch.context() as patch:
+        kept_of_all = keep(below, sampling)
+        weight_of_all = sampler.block_sums(below + top, lambda x: weigh(x, kept_of_all), width)
+        patch.setattr(sampler, "keep", keep_counted)
+        found = sampler.filtered(jnp.asarray(below + top), top, weigh, sampling, width)
+    return found, (kept_of_all, weight_of_all), given_to_keep
+
+
+@given(
+    st.sampled_from([(7, 1), (300, 3)]),
+    st.sampled_from([0.0, 0.01, 1.0, 5.0]),
+    st.sampled_from([0.0, 0.5, 0.99]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+    # One top_k, and as many blocks for top_p: other numbers are other shapes to compile.
+    st.builds(
+        Sampling, st.floats(0.3, 4.0), st.sampled_from([0, 5]), st.one_of(st.just(1.0), st.floats(0.01, 0.99))
+    ).filter(lambda sampling: sampling.top_k or sampling.top_p < 1),
+)
+@settings(deadline=None, max_examples=25)
+@example((1, 1), 1.0, 0.0, True, 0, Sampling(0.7, 5, 0.9))
+@example((300, 3), 1.0, 0.0, True, 0, Sampling(0.7, 400, 0.9))
+@example((4097, 1), 1.0, 0.5, True, 0, Sampling(0.7, 5, 0.9))
+@example((151_936 // 8, 2), 5.0, 0.0, False, 0, Sampling(1.0, 0, 0.9))
+def test_the_likely_blocks_give_what_the_whole_vocabulary_gives(shape, scale, masked, tied, seed, sampling):
+    """Parts that blocks do not divide, of fewer blocks than top_k; equals; flat; with few tokens left."""
+    size, parts = shape
+    logits = random_logits(parts * size, seed, scale)
+    logits = np.round(logits) if tied else logits
+    mask = np.random.default_rng(seed).random(logits.size) < masked
+    mask[seed % logits.size] = False
+    logits[mask] = -np.inf
+    if sampling.top_p < 1.0:  # not where rounding may decide what top_p keeps
+        near = [dataclasses.replace(sampling, top_p=sampling.top_p + x) for x in (-1e-5, 1e-5)]
+        assume((kept(logits, near[0]) == kept(logits, near[1])).all())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "LIKELY", 7)
+        (limit, weight), (limit_of_all, weight_of_all), _ = filtered_and_full(logits, sampling, parts)
+    finite = np.isfinite(logits)
+    distance = np.abs(logits - logits.max())[finite]
+    np.testing.assert_array_equal(distance <= limit, distance <= limit_of_all)
+    np.testing.assert_allclose(weight, weight_of_all, rtol=1e-5)
+
+
+LOOKED = [Sampling(top_k=20), Sampling(0.7, 20, 0.9), Sampling(top_p=0.5)]
+
+
+@pytest.mark.parametrize("sampling", LOOKED, ids=str)
+def test_all_tokens_are_looked_at_only_where_those_of_the_likely_blocks_do_not_decide(sampling):
+    logits, parts = random_logits(20_000, 14, 5.0), 2
+    looked_at = []
+    for scale in (1.0, 0.0):
+        found, full, given_to_keep = filtered_and_full(logits * np.float32(scale), sampling, parts)
+        assert found[0] == full[0]
+        np.testing.assert_allclose(found[1], full[1], rtol=1e-5)
+        looked_at += given_to_keep
+    few, few_of_flat, all_of_flat = looked_at
+    assert few == few_of_flat <= parts * sampler.LIKELY * sampler.NARROW < all_of_flat == logits.size
+
+
+@pytest.mark.parametrize("sampling", LOOKED[:2], ids=str)
+def test_equals_of_the_last_kept_token_in_blocks_that_were_not_looked_at_are_kept(sampling):
+    """16 likely tokens are not enough for 20, and all others are equals."""
+    logits = np.zeros(20_000, np.float32)
+    logits[::1250] = 1.0
+    found, full, given_to_keep = filtered_and_full(logits, sampling, 2)
+    assert found[0] == full[0] == 1.0 and given_to_keep[1:] == [logits.size]
+    np.testing.assert_allclose(found[1], full[1], rtol=1e-6)
+
+
 # --- log-probabilities and entropy
 
 
@@ -459,6 +551,30 @@ def test_a_sharded_vocabulary_is_never_gathered(mesh, backend, sampling):
     shapes = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", text)
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
     assert 2 * WIDE // mesh[2] <= largest < WIDE
+
+
+@contextlib.contextmanager
+def of_small_blocks():
+    """What is traced within divides the vocabulary into enough blocks for a filter to choose from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "BLOCK", 32)
+        yield
+
+
+@contextlib.contextmanager
+def of_small_blocks_as_on_accelerators():
+    with of_small_blocks(), as_on_accelerators():
+        yield
+
+
+@pytest.mark.parametrize(
+    "mesh, backend", [((2, 1, 4), of_small_blocks), ((1, 1, 8), of_small_blocks_as_on_accelerators)]
+)
+@pytest.mark.parametrize("sampling", [Sampling(0.7, 7, 0.9), Sampling(top_p=0.2)], ids=str)
+def test_choosing_blocks_gathers_no_sharded_vocabulary(mesh, backend, sampling, monkeypatch):
+    monkeypatch.setattr(sampler, "LIKELY", 9)
+    test_a_sharded_vocabulary_gives_what_one_device_gives(mesh, backend, sampling)
+    test_a_sharded_vocabulary_is_never_gathered(mesh, backend, sampling)
 
 
 # --- keys

@@ -1,7 +1,8 @@
 """Drawing tokens, with randomness that depends on who draws and not on where the row lies.
 
 One uniform number a token, looked up in the inverse CDF: first the block of the vocabulary, then the token
-within it. Over a sharded vocabulary only block sums, and the one block, leave a device.
+within it. Over a sharded vocabulary only block sums, and the one block, leave a device. Filters look at the
+few blocks of the most likely tokens, and at the rest only where these do not decide what is kept.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from fr3e_jax.models.qwen2 import Shard, unsharded
 from fr3e_jax.types import Leaf
 
 BLOCK = 256  # tokens of a block, where none divides the vocabulary
+NARROW = 16  # tokens of the blocks that the likely blocks are divided into
+LIKELY = 128  # blocks of either kind that top_p looks at first
 KEY_BITS = 31  # of a float32 without its sign
 
 
@@ -84,14 +87,14 @@ def draw(
     width = block_width(size)
     top = jnp.max(logits)
     logits = shard(logits.reshape(parts, size), "vocab", None)
-    kept = keep(logits - top, sampling)
 
-    def weigh(logits: Array) -> Array:
-        """In the distribution that is drawn from."""
+    def weigh(logits: Array, kept: Array | None = None) -> Array:
+        """In the distribution that is drawn from; of tokens no further than `kept` below the largest."""
         if greedy:
             return (logits == top).astype(jnp.float32)
         below = logits - top
-        return jnp.where(jnp.abs(below) <= kept, jnp.exp(below / sampling.temperature), 0.0)
+        weight = jnp.exp(below / sampling.temperature)
+        return weight if kept is None else jnp.where(jnp.abs(below) <= kept, weight, 0.0)
 
     def weigh_policy(logits: Array) -> Array:
         return jnp.exp(logits - top)
@@ -100,7 +103,11 @@ def draw(
         below = logits - top
         return jnp.where(jnp.isneginf(below), 0.0, jnp.exp(below) * below)
 
-    block_weight = block_sums(logits, weigh, width)
+    kept = None
+    if greedy or (not sampling.top_k and sampling.top_p == 1.0):
+        block_weight = block_sums(logits, weigh, width)
+    else:
+        kept, block_weight = filtered(logits, top, weigh, sampling, width)
     blocks = block_weight.shape[1]
     block_weight = block_weight.reshape(-1)
     block_cdf = jnp.cumsum(block_weight)
@@ -114,7 +121,7 @@ def draw(
     chosen = jax.lax.dynamic_slice(logits, (0, first), (parts, width))
     chosen = jnp.sum(jnp.where(here, chosen, 0.0), axis=0)
     before = jnp.where(number > 0, block_cdf[number - 1], 0.0)
-    weight = jnp.where(first + jnp.arange(width) >= block * width, weigh(chosen), 0.0)
+    weight = jnp.where(first + jnp.arange(width) >= block * width, weigh(chosen, kept), 0.0)
     within = first_above(jnp.cumsum(weight), weight, target - before)
 
     total = jnp.sum(block_sums(logits, weigh_policy, width))
@@ -127,15 +134,96 @@ def draw(
     )
 
 
+def filtered(
+    logits: Array, top: Array, weigh: Callable[..., Array], sampling: Sampling, width: int
+) -> tuple[Array, Array]:
+    """What `keep` keeps, and the sums of its weights over blocks.
+
+    Tokens are looked for where the largest are: in the blocks with the largest maxima, and within these in
+    the narrow ones with the largest. If all that is kept is larger than whatever was left out, that changes
+    nothing, and both are exact; else all tokens are looked at. No row of a batch pays for that if none needs
+    it.
+
+    Args:
+      logits: float32 [parts, n]. top: float32 [], the largest of them. weigh: of logits, of any shape, and
+        how far below `top` they are kept. width: of a block.
+
+    Returns:
+      float32 [] and [parts, blocks].
+    """
+
+    def of_all(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        # Tied to what the loop carries; what is not, XLA does in advance, and then also for loops of no step.
+        here, _ = jax.lax.optimization_barrier((logits, found))
+        kept = keep(here - top, sampling)
+        return kept, block_sums(here, lambda logits: weigh(logits, kept), width)
+
+    parts = logits.shape[0]
+    # More than top_k, so that a few that are as likely as the last one are seen.
+    count = sampling.top_k + sampling.top_k // 4 + 1 if sampling.top_k else LIKELY
+    number, likely, left = largest_blocks(logits, top, width, count)
+    likely = likely.reshape(parts, -1)
+    _, tokens, left_of_likely = largest_blocks(likely, top, NARROW, count)
+    left = jnp.maximum(left, left_of_likely)
+    below = tokens.reshape(parts, -1) - top
+    total = None if sampling.top_k else jnp.sum(block_sums(logits, weigh, width))
+    kept = keep(below, sampling, total)
+    # All that top_k keeps is to be larger than what was left out, also where top_p then keeps less of it.
+    larger = jnp.sum(jnp.abs(below) < top - left)
+    decided = larger >= sampling.top_k if sampling.top_k else kept < top - left
+    decided |= jnp.isneginf(left)
+
+    weight = block_sums(likely, lambda logits: weigh(logits, kept), width)
+    nothing = jnp.zeros((parts, -(-logits.shape[1] // width)))
+    block_weight = jax.vmap(lambda x, number, weight: x.at[number].set(weight))(nothing, number, weight)
+    return jax.lax.fori_loop(0, jnp.where(decided, 0, 1), of_all, (kept, block_weight))
+
+
+def largest_blocks(logits: Array, top: Array, width: int, count: int) -> tuple[Array, Array, Array]:
+    """The `count` blocks of each part with the largest maxima, in their order; all if there are no more.
+
+    Not `top_k`, for which XLA would gather all parts and rows.
+
+    Args:
+      logits: float32 [parts, n]. top: float32 [], at least the largest of them.
+
+    Returns:
+      Their places, int32 [parts, c]. Their logits, float32 [parts, c, width]. The largest logit of the other
+      blocks, float32 [], -inf if there is none. Blocks of -inf are not taken: for want of others, a place is
+      the number of blocks, and the logits are -inf.
+    """
+    blocks = in_blocks(logits, width)
+    parts, all_blocks, _ = blocks.shape
+    if all_blocks <= count:
+        number = jnp.broadcast_to(jnp.arange(all_blocks), (parts, all_blocks))
+        return number, blocks, jnp.float32(-jnp.inf)
+
+    def choose(largest: Array) -> tuple[Array, Array]:
+        distance = jnp.abs(largest - top)
+        near = distance <= nearest(distance, jnp.ones_like(distance), jnp.float32(count))
+        near &= distance < jnp.inf
+        rank = jnp.cumsum(near)
+        number = jnp.searchsorted(rank, jnp.arange(1, count + 1))
+        return number, jnp.max(jnp.where(near & (rank <= count), -jnp.inf, largest))
+
+    number, left = jax.vmap(choose)(jnp.max(blocks, axis=-1))
+    chosen = jnp.take_along_axis(blocks, number[..., None], axis=1, mode="fill", fill_value=-jnp.inf)
+    return number, chosen, jnp.max(left)
+
+
+def in_blocks(logits: Array, width: int) -> Array:
+    """Logits [parts, n] as [parts, blocks, width], filled up with -inf."""
+    padding = ((0, 0), (0, -logits.shape[1] % width))
+    padded = jnp.pad(logits, padding, constant_values=-jnp.inf)
+    # Laid out anew once for all that is done with them; XLA would rather do so with the weights of each.
+    return jax.lax.optimization_barrier(padded.reshape(logits.shape[0], -1, width))
+
+
 def block_sums(logits: Array, weigh: Callable[[Array], Array], width: int) -> Array:
     """Sums of `weigh(logits)`, logits float32 [parts, n], over blocks of `width`: [parts, blocks]."""
 
     def by_reshape(logits: Array) -> Array:
-        padding = ((0, 0), (0, -logits.shape[1] % width))
-        padded = jnp.pad(logits, padding, constant_values=-jnp.inf)
-        # Laid out anew once for all sums; XLA would rather do so with the weights of each.
-        blocks = jax.lax.optimization_barrier(padded.reshape(logits.shape[0], -1, width))
-        return jnp.sum(weigh(blocks), axis=-1)
+        return jnp.sum(weigh(in_blocks(logits, width)), axis=-1)
 
     # A CPU takes four times as long to sum along the last axis; a TPU runs out of fast memory over a window.
     return jax.lax.platform_dependent(
@@ -156,11 +244,12 @@ def block_width(size: int) -> int:
     return max((width for width in (512, 384, 256, 128) if size % width == 0), default=BLOCK)
 
 
-def keep(below: Array, sampling: Sampling) -> Array:
+def keep(below: Array, sampling: Sampling, total: Array | None = None) -> Array:
     """How far below the largest logit a token may be to be drawn, float32 [].
 
     Args:
       below: float32, any shape, logits less the largest one.
+      total: float32 [], weight that top_p is a share of, where tokens are missing here; without top_k.
     """
     distance = jnp.abs(below)
     limit = jnp.float32(jnp.inf)
@@ -170,7 +259,8 @@ def keep(below: Array, sampling: Sampling) -> Array:
         limit = nearest(distance, jnp.ones_like(distance), jnp.float32(sampling.top_k))
     if sampling.top_p < 1.0:
         weight = jnp.where(distance <= limit, jnp.exp(below / sampling.temperature), 0.0)
-        limit = jnp.minimum(limit, nearest(distance, weight, sampling.top_p * jnp.sum(weight)))
+        total = jnp.sum(weight) if total is None else total
+        limit = jnp.minimum(limit, nearest(distance, weight, sampling.top_p * total))
     return limit
 
 
