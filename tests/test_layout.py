@@ -82,14 +82,13 @@ def test_rows_are_cut_where_it_costs_least(lengths, budget):
     def cheapest(first):
         if first >= len(longest):
             return 0
-        width, options, count = bucket(int(longest[first])), [], 1
-        while count == 1 or (count * width <= budget and count < 2 * (len(longest) - first)):
-            options.append(count * width + budget / OVERHEAD + cheapest(first + count))
-            count *= 2
-        return min(options)
+        width = bucket(int(longest[first]))
+        counts = [count for count in (1, 2, 4, 8, 16) if count == 1 or count * width <= budget]
+        counts = [count for count in counts if count < 2 * len(longest)][-3:]
+        return min(count * width + OVERHEAD + cheapest(first + count) for count in counts)
 
     chunks = cut(longest, budget)
-    assert sum(count * width + budget / OVERHEAD for _, count, width in chunks) == cheapest(0)
+    assert sum(count * width + OVERHEAD for _, count, width in chunks) == cheapest(0)
     assert [first for first, *_ in chunks] == [0, *itertools.accumulate(c for _, c, _ in chunks)][:-1]
     assert all(width >= longest[first] for first, _, width in chunks)
 

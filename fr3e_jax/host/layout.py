@@ -11,9 +11,10 @@ import numpy as np
 
 from fr3e_jax.types import Batch, Bundle, StateGroups, Trunks
 
-SMALLEST = 16  # tokens that a width is at least
-OVERHEAD = 32  # a chunk costs about a share of this of the token budget, however few rows it has
-WINDOWS = 4  # parts of a trunk that a chunk can be told to look at
+SMALLEST = 32  # tokens that a width is at least
+OVERHEAD = 768  # tokens that a chunk costs as much as, beside its own; and each shape is a program
+SMALLER = (1, 2, 4)  # a chunk has as many rows as the budget allows, or so many times fewer
+WINDOWS, WINDOW = 4, 128  # parts of a trunk that a chunk can be told to look at; tokens that one is at least
 
 
 Rows = list[tuple[int, int, int]]
@@ -51,7 +52,8 @@ def bundles_of(groups: StateGroups, parts: int, budget: int, shared: bool = True
         part.sort(key=lambda piece: -len(piece.trunk))
     while any(dealt):
         width = bucket(max(len(part[0].trunk) for part in dealt if part))
-        count = min(max(budget // width, 1), max(map(len, dealt)))
+        fitting = 1 << max(budget // width, 1).bit_length() - 1
+        count = min(fitting, 1 << (max(map(len, dealt)) - 1).bit_length())
         taken = [part[:count] for part in dealt]
         dealt = [part[count:] for part in dealt]
         rows: list[Rows] = [
@@ -133,8 +135,14 @@ def bundle_of(groups: StateGroups, trunks: Trunks | None, rows: list[Rows], budg
 
 def window_of(deepest: int, width: int) -> int:
     """Slots of trunks of `width` that rows look at which follow at most `deepest` tokens of them."""
-    step = width // WINDOWS
-    return max(-(-deepest // step), 1) * step
+    step = max(width // WINDOWS, WINDOW)
+    return min(max(-(-deepest // step), 1) * step, width)
+
+
+def row_counts(rows: int, width: int, budget: int) -> set[int]:
+    """Numbers of rows that a chunk of `width` may have, of `rows` that there are in all: powers of two."""
+    most = min(1 << max(budget // width, 1).bit_length() - 1, 1 << (rows - 1).bit_length())
+    return {max(most // smaller, 1) for smaller in SMALLER}
 
 
 def cut(longest: np.ndarray, budget: int) -> list[tuple[int, int, int]]:
@@ -151,10 +159,8 @@ def cut(longest: np.ndarray, budget: int) -> list[tuple[int, int, int]]:
     least, best = np.zeros(n + 1), np.zeros(n, int)
     for i in range(n - 1, -1, -1):
         width, costs = bucket(int(longest[i])), {}
-        count = 1
-        while count == 1 or (count * width <= budget and count < 2 * (n - i)):
-            costs[count] = count * width + budget / OVERHEAD + least[min(i + count, n)]
-            count *= 2
+        for count in row_counts(n, width, budget):
+            costs[count] = count * width + OVERHEAD + least[min(i + count, n)]
         best[i] = min(costs, key=costs.__getitem__)
         least[i] = costs[best[i]]
     chunks, i = [], 0
