@@ -169,9 +169,7 @@ def test_the_second_epoch_is_clipped_and_the_first_is_not():
     state = init_state(own.placement, own.optimizer, AXES, PARAMS)
     rows = []
     for bundle in bundles:  # as the policy itself samples: its own log-probabilities
-        chunks = [
-            dataclasses.replace(chunk, old_logprob=logprobs(own, bundle, chunk)) for chunk in bundle.chunks
-        ]
+        chunks = [dataclasses.replace(chunk, old_logprob=logprobs(bundle, chunk)) for chunk in bundle.chunks]
         rows.append(dataclasses.replace(bundle, chunks=tuple(chunks)))
     told = []
     for _ in range(2):
