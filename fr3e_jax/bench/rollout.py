@@ -12,7 +12,7 @@ from flax import nnx
 from rich.console import Console
 
 from fr3e_jax.bench import compiled
-from fr3e_jax.bench.table import TINY, Told, in_turns, line, run
+from fr3e_jax.bench.table import TINY, Told, hugging_face_model, in_turns, line, run
 from fr3e_jax.config import ConfigError
 from fr3e_jax.engine.branches import Branches, Decoding
 from fr3e_jax.engine.rollout import Engine, branch_keys, last
@@ -157,19 +157,8 @@ def hugging_face(model: Qwen2Config, length: np.ndarray, new: int) -> Callable[[
       ImportError: without torch.
     """
     import torch
-    import transformers
 
-    config = transformers.Qwen2Config(
-        **{
-            field.name: getattr(model, field.name)
-            for field in dataclasses.fields(model)
-            if field.name not in ("qkv_bias", "qk_norm", "yarn", "rope_theta", "head_dim")
-        },
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    peer = transformers.Qwen2ForCausalLM(config).eval()
+    peer = hugging_face_model(model).eval()
     token = torch.randint(2, model.vocab_size, (len(length), int(length.max())))
     mask = torch.arange(token.shape[1])[None] >= token.shape[1] - torch.tensor(length)[:, None]
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: the tiny model, timing sides in turns, and the table."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -49,6 +50,28 @@ def in_turns(repeats: int, *sides: Callable[[], Any]) -> list[float]:
             side()
             seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) for seconds in times]
+
+
+def hugging_face_model(model: Qwen2Config) -> Any:
+    """A random model of this architecture in torch.
+
+    Raises:
+      ImportError: without torch.
+    """
+    import torch
+    import transformers
+
+    config = transformers.Qwen2Config(
+        **{
+            field.name: getattr(model, field.name)
+            for field in dataclasses.fields(model)
+            if field.name not in ("qkv_bias", "qk_norm", "yarn", "rope_theta", "head_dim")
+        },
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    return transformers.Qwen2ForCausalLM(config)
 
 
 def run(

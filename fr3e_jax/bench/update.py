@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fr3e_jax.bench.table import TINY, Told, in_turns, line, run
+from fr3e_jax.bench.table import TINY, Told, hugging_face_model, in_turns, line, run
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.host.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import init_state, make_optimizer
@@ -117,20 +117,8 @@ def torch_update(rows: int, prompt: int, new: int, chunk: int) -> Callable[[], A
       ImportError: without torch.
     """
     import torch
-    import transformers
 
-    config = transformers.Qwen2Config(
-        vocab_size=TINY.vocab_size,
-        hidden_size=TINY.hidden_size,
-        intermediate_size=TINY.intermediate_size,
-        num_hidden_layers=TINY.num_hidden_layers,
-        num_attention_heads=TINY.num_attention_heads,
-        num_key_value_heads=TINY.num_key_value_heads,
-        max_position_embeddings=TINY.max_position_embeddings,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(config).train()
+    model = hugging_face_model(TINY).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     token = torch.randint(2, TINY.vocab_size, (rows, prompt + new))
     old, advantage = torch.full((rows, new), -8.3), torch.randn(rows, 1)

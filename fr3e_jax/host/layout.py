@@ -52,8 +52,7 @@ def bundles_of(groups: StateGroups, parts: int, budget: int, shared: bool = True
         part.sort(key=lambda piece: -len(piece.trunk))
     while any(dealt):
         width = bucket(max(len(part[0].trunk) for part in dealt if part))
-        fitting = 1 << max(budget // width, 1).bit_length() - 1
-        count = min(fitting, 1 << (max(map(len, dealt)) - 1).bit_length())
+        count = most_of(max(map(len, dealt)), width, budget)
         taken = [part[:count] for part in dealt]
         dealt = [part[count:] for part in dealt]
         rows: list[Rows] = [
@@ -66,6 +65,12 @@ def bundles_of(groups: StateGroups, parts: int, budget: int, shared: bool = True
 def follows(groups: StateGroups) -> np.ndarray:
     """Tokens that the rows of each state follow, int [G]: query and prefix but for the last token of both."""
     return groups.query_length + groups.prefix_length - 1
+
+
+def tokens_before(groups: StateGroups, state: int) -> np.ndarray:
+    """Query and prefix of a state, int32."""
+    query = groups.query[state, : groups.query_length[state]]
+    return np.concatenate([query, groups.prefix[state, : groups.prefix_length[state]]])
 
 
 def pieces_of(groups: StateGroups, parts: int) -> list[Piece]:
@@ -82,9 +87,7 @@ def pieces_of(groups: StateGroups, parts: int) -> list[Piece]:
         cuts = min(max(round(int((new[states] + 1).sum()) / share), 1), len(row))
         for rows in (row[i::cuts] for i in range(cuts)):
             last = rows[np.argmax(follow[rows[:, 0]]), 0]
-            query = groups.query[last, : groups.query_length[last]]
-            tokens = np.concatenate([query, groups.prefix[last, : groups.prefix_length[last]]])
-            trunk = tokens[: follow[last]]
+            trunk = tokens_before(groups, last)[: follow[last]]
             pieces.append(Piece(trunk, rows, len(trunk) + int((new[rows[:, 0], rows[:, 1]] + 1).sum())))
     return pieces
 
@@ -139,9 +142,14 @@ def window_of(deepest: int, width: int) -> int:
     return min(max(-(-deepest // step), 1) * step, width)
 
 
+def most_of(there: int, width: int, budget: int) -> int:
+    """The largest power of two that fits the budget, and is not more than `there` rounded up to one."""
+    return min(1 << max(budget // width, 1).bit_length() - 1, 1 << (there - 1).bit_length())
+
+
 def row_counts(rows: int, width: int, budget: int) -> set[int]:
     """Numbers of rows that a chunk of `width` may have, of `rows` that there are in all: powers of two."""
-    most = min(1 << max(budget // width, 1).bit_length() - 1, 1 << (rows - 1).bit_length())
+    most = most_of(rows, width, budget)
     return {max(most // smaller, 1) for smaller in SMALLER}
 
 
@@ -180,9 +188,7 @@ def chunk_of(groups: StateGroups, rows: list[Rows], count: int, width: int, shar
     follow = follows(groups)
     for part, own in enumerate(rows):
         for i, (number, state, rollout) in enumerate(own, part * count):
-            query = groups.query[state, : groups.query_length[state]]
-            before = np.concatenate([query, groups.prefix[state, : groups.prefix_length[state]]])
-            before = before[follow[state] :] if shared else before
+            before = tokens_before(groups, state)[follow[state] if shared else 0 :]
             new = groups.length[state, rollout]
             start[i], length[i] = len(before), len(before) + new
             token[i, : start[i]] = before

@@ -86,7 +86,7 @@ class Learner:
             if bundle.trunks is not None:
                 trunks = self.placement.place_rows(bundle.trunks)
                 caches, slope, pullback = self.open(compute, trunks)
-                base_caches = None if base is None else self.open(base, trunks)[0]
+                base_caches = None if base is None else self.read(base, trunks)
             for chunk, window in zip(bundle.chunks, bundle.window, strict=True):
                 rows = self.placement.place_rows(chunk)
                 gradient, slope, metrics = self.add_chunk(
@@ -108,6 +108,11 @@ class Learner:
         return jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
 
     @functools.partial(jax.jit, static_argnames=("self",))
+    def read(self, compute: Params, trunks: Trunks) -> Caches:
+        """Keys and values of the trunks, where there is to be no gradient."""
+        return trunk_caches(self, nnx.merge(self.graph, compute), trunks)
+
+    @functools.partial(jax.jit, static_argnames=("self",))
     def open(self, compute: Params, trunks: Trunks) -> tuple[Caches, Caches, Any]:
         """Run the trunks.
 
@@ -115,11 +120,7 @@ class Learner:
           (their keys and values, float32 zeros for the gradient of those, what takes that gradient back to
           the parameters).
         """
-
-        def run(compute: Params) -> Caches:
-            return trunk_caches(self, nnx.merge(self.graph, compute), trunks)
-
-        caches, pullback = jax.vjp(run, compute)
+        caches, pullback = jax.vjp(lambda compute: self.read(compute, trunks), compute)
         return caches, jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), caches), pullback
 
     @functools.partial(jax.jit, static_argnames=("self", "window"), donate_argnames=("gradient", "slope"))
@@ -143,7 +144,7 @@ class Learner:
         told = (reference, seen(reference_caches), rows, denominator)
         differentiate = jax.grad(chunk_loss, argnums=(1, 2), has_aux=True)
         (change, cache_change), metrics = differentiate(self, compute, seen(caches), *told)
-        gradient = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradient, change)
+        gradient = added(gradient, change)
         slope = jax.tree.map(
             lambda total, x: total.at[..., :window, :].add(x.astype(jnp.float32)), slope, cache_change
         )
@@ -153,7 +154,7 @@ class Learner:
     def close(self, gradient: Params, pullback: Any, slope: Caches) -> Params:
         """Add what the trunks contribute, once their caches' gradient is complete."""
         (change,) = pullback(jax.tree.map(lambda x: x.astype(self.compute_dtype), slope))
-        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradient, change)
+        return added(gradient, change)
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def summarize(self, found: list[Metrics], gradient: Params) -> Metrics:
@@ -168,6 +169,11 @@ class Learner:
         """The optimizer's step; the state stays where it lies, or all programs would be compiled again."""
         leaves, tree = jax.tree.flatten(state)
         return applying(self.optimizer, tree, tuple(x.sharding for x in leaves))(state, gradient, loss)
+
+
+def added(gradient: Params, change: Params) -> Params:
+    """Their sum, float32."""
+    return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradient, change)
 
 
 @functools.cache
