@@ -146,8 +146,8 @@ class OptimizerConfig:
     micro_tokens: int = 8192
     """Tokens that run through the model at a time in each of the mesh's data x fsdp parts, padding included;
     bounds memory, does not change the gradient. One whole rollout there always is."""
-    logit_chunk: int = 256
-    """Tokens of a rollout whose logits exist at a time; bounds memory."""
+    logit_chunk: int = 1024
+    """Tokens whose logits exist at a time in each of the mesh's data x fsdp parts; bounds memory."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of holding it: less memory, a third more
     work."""

@@ -108,7 +108,7 @@ def update_flops(config: Qwen2Config, bundles: Sequence[Bundle]) -> float:
             length = np.asarray(bundle.trunks.length)
             total += forward_flops(config, float(length.sum()), pairs_of(0, length), 0)
         for rows in bundle.chunks:
-            new = np.where(rows.length > rows.start, rows.length, 0)  # not rows that only fill a chunk up
+            new = rows.length - 1  # the last token is only a target; 0 of rows that only fill a chunk up
             trained = float((rows.length - rows.start).sum())
             total += forward_flops(config, float(new.sum()), pairs_of(rows.prefix, new), trained)
     return 3 * total

@@ -39,8 +39,9 @@ class Part(NamedTuple):
 class Partial(NamedTuple):
     """Attention to one part, not yet normalised, float32.
 
-    top: [T, K, G], the largest score; `MASKED` where nothing is attended to. total: [T, K, G], the sum of
-    exp(score - top). output: [T, K, G, D], the values weighted by it. G query heads to a key-value head.
+    top: [T, K, G], the largest score. total: [T, K, G], the sum of exp(score - top). output: [T, K, G, D],
+    the values weighted by it. G query heads to a key-value head. Where nothing is attended to, top is
+    `MASKED`, total and output are any numbers, and another part's larger top makes them join with weight 0.
     """
 
     top: Array
@@ -60,7 +61,7 @@ def attend_part(query: Array, part: Part) -> Partial:
     score = jnp.einsum("tkgd,ksd->kgts", grouped, key, preferred_element_type=jnp.float32)
     score = jnp.where(mask, score * head_dim**-0.5, MASKED)
     top = jax.lax.stop_gradient(jnp.max(score, axis=-1))
-    weight = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
+    weight = jnp.exp(score - top[..., None])  # 0 of what is masked, unless everything is: see Partial
     output = jnp.einsum(
         "kgts,ksd->kgtd", weight.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
@@ -93,7 +94,7 @@ class Prefix(NamedTuple):
     """What a sequence follows: one of n segments that several sequences share, or the beginning of one.
 
     key, value: [L, n, K, S, D], or [n, K, S, D] of a layer. which: int32 [], the segment. length: int32 [],
-    slots of it that the sequence sees.
+    slots of it that the sequence sees. Before n and before which and length there may be axes of a batch.
     """
 
     key: Any

@@ -1,13 +1,13 @@
-"""The Qwen2 decoder (Qwen2.5 checkpoints), in Flax NNX, for one sequence.
+"""The Qwen2 decoder (Qwen2.5 checkpoints), in Flax NNX.
 
 Two flags make the same decoder its nearest kin: `qk_norm` without `qkv_bias` is dense Qwen3, neither is
 Llama.
 
-Layers are stacked on a leading axis and scanned. Everything is written for one sequence; batches are
-`jax.vmap` of it, so that what is shared between rows (a prefix) is simply not mapped. NNX holds the
-parameters; callers `nnx.split` once and `nnx.merge` inside plain jitted functions.
+Layers are stacked on a leading axis and scanned. What belongs to single tokens takes the tokens of any number
+of sequences on one axis; only attention knows which sequence a token is of. NNX holds the parameters; callers
+`nnx.split` once and `nnx.merge` inside plain jitted functions.
 
-Axis letters: T tokens, V vocabulary, E hidden, F intermediate, H heads, K key-value heads,
+Axis letters: B sequences, T tokens, V vocabulary, E hidden, F intermediate, H heads, K key-value heads,
 D per head, L layers, S slots of a segment.
 """
 
@@ -35,6 +35,17 @@ Params = dict[str, Any]
 def unsharded(x: Array, *_: str | None) -> Array:
     """The `Shard` of a program without a mesh."""
     return x
+
+
+def sharded_as_batch(shard: Shard) -> Shard:
+    """`shard` where the axis of tokens holds those of a batch of sequences, one after the other."""
+    return lambda x, *axes: shard(x, *("batch" if axis == "length" else axis for axis in axes))
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated(gate: Array, up: Array) -> Array:
+    """silu(gate) * up; a gradient holds gate and up alone, and computes the rest again."""
+    return jax.nn.silu(gate) * up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +155,7 @@ class Block(nnx.Module):
         x = x + jnp.einsum("thd,hde->te", attended, self.o[...])
         x = shard(x, "length", "activation")
         normed = self.mlp_norm(x)
-        inner = jax.nn.silu(normed @ self.gate[...]) * (normed @ self.up[...])
+        inner = gated(normed @ self.gate[...], normed @ self.up[...])
         inner = shard(inner, "length", "mlp")
         return shard(x + inner @ self.down[...], "length", "activation")
 
@@ -185,39 +196,45 @@ class Qwen2(nnx.Module):
         prefix: Prefix | None = None,
         attend: Attend = attend_sequence,
     ) -> tuple[Array, Segment]:
-        """Run a whole sequence causally.
+        """Run whole sequences causally, one or a batch of any number of axes, *B.
 
         Args:
-          token: int32 [T], padded on the right, and before `start` on the left.
-          position: int32 [T], places for the rotary embedding.
-          length: int32 [], index behind the last real token.
+          token: int32 [*B, T], padded on the right, and before `start` on the left.
+          position: int32 [*B, T], places for the rotary embedding.
+          length: int32 [*B], index behind the last real token.
           shard: places activations on the mesh.
           remat: recompute each layer in the backward pass instead of holding it.
-          start: int32 [], index of the first real token. A sequence that others go on from starts at 0,
+          start: int32 [*B], index of the first real token. A sequence that others go on from starts at 0,
             since a segment is read from its first slot.
-          prefix: what it follows, of all layers.
-          attend: computes the attention.
+          prefix: what they follow, of all layers.
+          attend: computes the attention, of the whole batch.
 
         Returns:
-          (hidden [T, E] after the final norm, the sequence's Segment with S = T).
+          (hidden [*B, T, E] after the final norm, their keys and values: [L, *B, K, T, D] with length [*B]).
         """
         graph, stacked = nnx.split(self.layers)
-        index = jnp.arange(token.shape[0])
-        real = (start <= index) & (index < length)
+        index = jnp.arange(token.shape[-1])
+        real = (jnp.expand_dims(start, -1) <= index) & (index < jnp.expand_dims(length, -1))
+        place = shard if token.ndim == 1 else sharded_as_batch(shard)
+        # All tokens on one axis: the products with the weights, and those of their gradients, are then plain
+        # ones, which XLA is best at.
+        where = position.reshape(-1)
 
         def layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
             params, *shared = inputs
             before = prefix._replace(key=shared[0], value=shared[1]) if prefix is not None else None
             block = nnx.merge(graph, params)
-            query, key, value = block.project(x, position, shard)
-            key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
+            query, key, value = (
+                y.reshape(*token.shape, *y.shape[1:]) for y in block.project(x, where, place)
+            )
+            key, value = jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)
             attended = attend(query, key, value, real, before)
-            return block.finish(x, attended, shard), (key, value)
+            return block.finish(x, attended.reshape(-1, *query.shape[-2:]), place), (key, value)
 
         body: Any = jax.checkpoint(layer) if remat else layer
         inputs = (stacked,) if prefix is None else (stacked, prefix.key, prefix.value)
-        x, (key, value) = jax.lax.scan(body, self.embed(token, shard), inputs)
-        return self.norm(x), Segment(key, value, length)
+        x, (key, value) = jax.lax.scan(body, self.embed(token.reshape(-1), place), inputs)
+        return self.norm(x).reshape(*token.shape, -1), Segment(key, value, length)
 
 
 def graph_of(config: Qwen2Config) -> nnx.GraphDef[Qwen2]:

@@ -80,12 +80,13 @@ def test_an_update_is_three_forward_passes_over_its_rows():
             np.zeros((number, 16)), np.array(length), np.array(start), None, none, none, np.array(prefix)
         )
 
+    # The last token of a row is only a target.
     flat = Bundle(None, (rows([10], [6], [0]), rows([16], [4], [0])), (0, 0))
-    assert update_flops(CONFIG, [flat]) == 3 * forward_flops(CONFIG, 26, 55 + 136, 4 + 12)
+    assert update_flops(CONFIG, [flat]) == 3 * forward_flops(CONFIG, 9 + 15, 45 + 120, 4 + 12)
     # The first 5 tokens of both once; a third row only fills the chunk up.
     trunks = Trunks(np.zeros((1, 1, 8)), np.array([[5]]))
     shared = Bundle(trunks, (rows([5, 11, 1], [1, 1, 1], [5, 5, 0]),), (8,))
-    tokens, pairs = 5 + 5 + 11, 15 + (25 + 15) + (55 + 66)
+    tokens, pairs = 5 + 4 + 10, 15 + (20 + 10) + (50 + 55)
     assert update_flops(CONFIG, [shared]) == 3 * forward_flops(CONFIG, tokens, pairs, 4 + 10)
 
 

@@ -68,7 +68,7 @@ def test_chunks_and_trunks_keep_to_the_budget_and_windows_reach_what_rows_follow
         assert count == 1 or count * width <= budget
         for chunk, window in zip(bundle.chunks, bundle.window, strict=True):
             rows = len(chunk.token) // parts
-            assert rows == 1 or rows * chunk.token.shape[1] <= budget
+            assert rows == 1 or rows * (chunk.token.shape[1] - 1) <= budget
             assert chunk.prefix.max() <= window <= width
             assert (chunk.trunk < count).all()
 
@@ -121,6 +121,6 @@ def test_shared_prefixes_are_counted_once_and_padding_is_within_15_percent():
         advantage=np.ones((2, 3), np.float32),
         source=np.array([[0, 0, 0], [0, 0, 1]], np.int32),
     )
-    # The trunk has 29 tokens, a row the last token of its state and what it continues with.
-    assert token_counts(bundles_of(groups, 1, 512))[0] == 29 + 3 * 41 + 3 * 21
-    assert token_counts(bundles_of(groups, 1, 512, shared=False))[0] == 3 * 50 + 3 * 50
+    # The trunk has 29 tokens, a row the last token of its state and what it continues with but for its end.
+    assert token_counts(bundles_of(groups, 1, 512))[0] == 29 + 3 * 40 + 3 * 20
+    assert token_counts(bundles_of(groups, 1, 512, shared=False))[0] == 3 * 49 + 3 * 49

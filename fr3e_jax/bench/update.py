@@ -17,7 +17,7 @@ from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, init_p
 from fr3e_jax.parallel.mesh import make_mesh, place_model
 from fr3e_jax.types import Bundle, StateGroups
 
-BUDGET = 16384  # tokens of a chunk
+BUDGET = OptimizerConfig().micro_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def ours(bundles: list[Bundle], model: Qwen2Config = TINY) -> Callable[[], Any]:
     axes = logical_axes(model)
     placement, _ = place_model(make_mesh(1, 1, 1), axes, abstract_params(model))
     optimizer = make_optimizer(OptimizerConfig(), axes)
-    learner = Learner(graph_of(model), placement, optimizer, LossConfig(), np.float32, 256, remat=False)
+    learner = Learner(graph_of(model), placement, optimizer, LossConfig(), np.float32, 2048, remat=False)
     held = [init_state(placement, optimizer, axes, init_params(model, 0))]
 
     def side() -> None:

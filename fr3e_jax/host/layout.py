@@ -14,7 +14,7 @@ from fr3e_jax.types import Batch, Bundle, StateGroups, Trunks
 SMALLEST = 32  # tokens that a width is at least
 OVERHEAD = 768  # tokens that a chunk costs as much as, beside its own; and each shape is a program
 SMALLER = (1, 2, 4)  # a chunk has as many rows as the budget allows, or so many times fewer
-WINDOWS, WINDOW = 4, 128  # parts of a trunk that a chunk can be told to look at; tokens that one is at least
+WINDOWS, WINDOW = 8, 128  # parts of a trunk that a chunk can be told to look at; tokens that one is at least
 
 
 Rows = list[tuple[int, int, int]]
@@ -79,16 +79,16 @@ def pieces_of(groups: StateGroups, parts: int) -> list[Piece]:
     trees: dict[tuple[int, ...], list[int]] = {}
     for state, source in enumerate(groups.source):
         trees.setdefault(tuple(source[:2]), []).append(state)
-    share = (int((new + 1).sum()) + int(follow.max())) / parts
+    share = (int(new.sum()) + int(follow.max())) / parts
     pieces = []
     for states in trees.values():
         row = np.array([(state, m) for state in states for m in range(new.shape[1])])
         row = row[np.argsort(-new[row[:, 0], row[:, 1]], kind="stable")]
-        cuts = min(max(round(int((new[states] + 1).sum()) / share), 1), len(row))
+        cuts = min(max(round(int(new[states].sum()) / share), 1), len(row))
         for rows in (row[i::cuts] for i in range(cuts)):
             last = rows[np.argmax(follow[rows[:, 0]]), 0]
             trunk = tokens_before(groups, last)[: follow[last]]
-            pieces.append(Piece(trunk, rows, len(trunk) + int((new[rows[:, 0], rows[:, 1]] + 1).sum())))
+            pieces.append(Piece(trunk, rows, len(trunk) + int(new[rows[:, 0], rows[:, 1]].sum())))
     return pieces
 
 
@@ -119,8 +119,9 @@ def bundle_of(groups: StateGroups, trunks: Trunks | None, rows: list[Rows], budg
     follow = follows(groups)
 
     def size(row: tuple[int, int, int]) -> int:
+        """Tokens that are computed: the last one is only a target."""
         _, state, rollout = row
-        return int(groups.length[state, rollout]) + 1 + (0 if trunks is not None else int(follow[state]))
+        return int(groups.length[state, rollout]) + (0 if trunks is not None else int(follow[state]))
 
     for part in rows:
         part.sort(key=lambda row: (-bucket(size(row)), -follow[row[1]]))
@@ -179,9 +180,12 @@ def cut(longest: np.ndarray, budget: int) -> list[tuple[int, int, int]]:
 
 
 def chunk_of(groups: StateGroups, rows: list[Rows], count: int, width: int, shared: bool) -> Batch:
-    """`count` rows of `width` tokens for each part, those that are missing without a trained token."""
+    """`count` rows for each part, those that are missing without a trained token.
+
+    A row has `width` tokens that are computed, and one more, the last target.
+    """
     total = len(rows) * count
-    token, old = np.zeros((total, width), np.int32), np.zeros((total, width), np.float32)
+    token, old = np.zeros((total, width + 1), np.int32), np.zeros((total, width + 1), np.float32)
     length, start = np.ones((2, total), np.int32)
     trunk, prefix = np.zeros((2, total), np.int32)
     advantage = np.zeros(total, np.float32)
@@ -207,8 +211,8 @@ def token_counts(bundles: list[Bundle]) -> tuple[int, int]:
             real += int(bundle.trunks.length.sum())
             padded += bundle.trunks.token.size
         for rows in bundle.chunks:
-            real += int(rows.length[rows.length > rows.start].sum())
-            padded += rows.token.size
+            real += int((rows.length - 1).sum())
+            padded += rows.token[:, 1:].size
     return real, padded
 
 

@@ -25,7 +25,7 @@ from fr3e_jax.algorithm.loss import kl_k3, masked_sum, policy_loss
 from fr3e_jax.config import LossConfig
 from fr3e_jax.learner.state import TrainState, apply_gradient
 from fr3e_jax.models.attention import Attend, Prefix, attend_sequence
-from fr3e_jax.models.qwen2 import Params, Qwen2
+from fr3e_jax.models.qwen2 import Params, Qwen2, sharded_as_batch
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
 from fr3e_jax.types import Batch, Bundle, Trunks
 
@@ -47,7 +47,7 @@ class Learner:
     optimizer: optax.GradientTransformation
     loss: LossConfig
     compute_dtype: Any
-    logit_chunk: int  # tokens of a row whose logits exist at a time
+    logit_chunk: int  # most tokens of a part of the mesh whose logits exist at a time
     remat: bool  # recompute each layer in the backward pass
     attend: Attend = attend_sequence
 
@@ -186,18 +186,25 @@ def applying(optimizer: optax.GradientTransformation, tree: Any, at: tuple[Any, 
     return jax.jit(apply, donate_argnums=0, out_shardings=(jax.tree.unflatten(tree, at), None))
 
 
+def attend_rows(attend: Attend) -> Attend:
+    """`attend` for [parts, rows] sequences; the prefixes that rows share are those of their part."""
+
+    def attend_all(query: Array, key: Array, value: Array, real: Array, prefix: Prefix | None) -> Array:
+        shared = None if prefix is None else Prefix(None, None, 0, 0)
+        rows = jax.vmap(attend, (0, 0, 0, 0, shared))
+        parts = jax.vmap(rows, (0, 0, 0, 0, 0), spmd_axis_name=BATCH_AXES)
+        return parts(query, key, value, real, prefix)
+
+    return attend_all
+
+
 def trunk_caches(learner: Learner, model: Qwen2, trunks: Trunks) -> Caches:
     """Keys and values of trunks, each computed once."""
-    shard, position = learner.placement.shard, jnp.arange(trunks.token.shape[2])
-
-    def one(token: Array, length: Array) -> Caches:
-        segment = model(token, position, length, shard, learner.remat, attend=learner.attend)[1]
-        return segment.key, segment.value
-
-    each = jax.vmap(one, out_axes=1)
-    key, value = jax.vmap(each, out_axes=1, spmd_axis_name=BATCH_AXES)(trunks.token, trunks.length)
+    shard, attend = learner.placement.shard, attend_rows(learner.attend)
+    position = jnp.broadcast_to(jnp.arange(trunks.token.shape[2]), trunks.token.shape)
+    _, segment = model(trunks.token, position, trunks.length, shard, learner.remat, attend=attend)
     axes = ("layer", "batch", None, "kv_heads", None, "head_dim")
-    return shard(key, *axes), shard(value, *axes)
+    return shard(segment.key, *axes), shard(segment.value, *axes)
 
 
 def row_statistics(
@@ -213,36 +220,38 @@ def row_statistics(
       (log pi(token_t | token_<t) float32 [rows, T], entropy of that distribution float32 [rows, T], both
       nats, 0 at t = 0 and meaningless behind a row's length; entropy 0 everywhere where it is not computed).
     """
-    shard, size = learner.placement.shard, rows.token.shape[1]
-    chunk = min(learner.logit_chunk, size)
-    chunks = -(-size // chunk)
-    padding = chunks * chunk - size
+    shard, parts = learner.placement.shard, row_parts(learner.placement.mesh)
+    row = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+    token, target = row.token[..., :-1], row.token[..., 1:]  # nothing follows the last one
+    prefix = None if caches is None else Prefix(*caches, row.trunk, row.prefix)
+    position = row.prefix[..., None] + jnp.arange(token.shape[2])
+    attend = attend_rows(learner.attend)
+    hidden, _ = model(token, position, row.length, shard, learner.remat, prefix=prefix, attend=attend)
+    pieces = -(-token[0].size // learner.logit_chunk)
+    chunk = -(-token[0].size // pieces)
 
     @jax.checkpoint
     def statistics(hidden: Array, target: Array) -> tuple[Array, Array]:
-        logits = model.logits(hidden, shard)
-        drawn = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        logits = model.logits(hidden.reshape(parts * chunk, -1), sharded_as_batch(shard))
+        drawn = jnp.take_along_axis(logits, target.reshape(-1, 1), axis=1)[:, 0]
         total = jax.nn.logsumexp(logits, axis=1)
         if not entropy:
             return drawn - total, jnp.zeros_like(drawn)
         return drawn - total, total - jnp.sum(jax.nn.softmax(logits) * logits, axis=1)
 
-    def row(row: Batch, caches: Caches | None) -> tuple[Array, Array]:
-        prefix = None if caches is None else Prefix(*caches, row.trunk, row.prefix)
-        position = row.prefix + jnp.arange(size)
-        hidden, _ = model(
-            row.token, position, row.length, shard, learner.remat, prefix=prefix, attend=learner.attend
-        )
-        hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
-        target = jnp.pad(jnp.roll(row.token, -1), (0, padding)).reshape(chunks, chunk)
-        _, found = jax.lax.scan(lambda _, piece: (None, statistics(*piece)), None, (hidden, target))
-        return tuple(jnp.roll(x.reshape(-1)[:size], 1).at[0].set(0.0) for x in found)  # type: ignore[return-value]
+    def cut(x: Array) -> Array:
+        """[parts, rows, T, ...] -> [pieces, parts, chunk, ...]"""
+        flat = x.reshape(parts, token[0].size, *x.shape[3:])
+        padded = jnp.pad(flat, [(0, 0), (0, pieces * chunk - flat.shape[1])] + [(0, 0)] * (flat.ndim - 2))
+        return jnp.moveaxis(padded.reshape(parts, pieces, chunk, *x.shape[3:]), 1, 0)
 
-    parts = row_parts(learner.placement.mesh)
-    divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
-    each = jax.vmap(row, (0, None))
-    found = jax.vmap(each, (0, 1), spmd_axis_name=BATCH_AXES)(divided, caches)
-    return found[0].reshape(-1, size), found[1].reshape(-1, size)
+    def joined(x: Array) -> Array:
+        """[pieces, parts * chunk] -> [rows, T + 1]"""
+        flat = jnp.moveaxis(x.reshape(pieces, parts, chunk), 1, 0).reshape(parts, -1)
+        return jnp.pad(flat[:, : token[0].size].reshape(-1, token.shape[2]), ((0, 0), (1, 0)))
+
+    _, found = jax.lax.scan(lambda _, piece: (None, statistics(*piece)), None, (cut(hidden), cut(target)))
+    return joined(found[0]), joined(found[1])
 
 
 def trained(batch: Batch) -> Array:
