@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -183,3 +184,9 @@ def whole_rows(bundles):
                     np.pad(chunk.old_logprob[i], (len(before), 0)),
                     chunk.advantage[i],
                 )
+
+
+def square_arrays(text, size):
+    """Types in a compiled program with two axes of at least `size`."""
+    found = set(re.findall(r"\b[a-z]+\d*\[[\d,]+\]", text))
+    return [x for x in found if sum(int(axis) >= size for axis in re.findall(r"\d+", x.split("[")[1])) > 1]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
-from support import TINY, mesh_of, tiny_params
+from support import TINY, mesh_of, square_arrays, tiny_params
 
 from fr3e_jax.bench.compiled import available
 from fr3e_jax.learner.attention import make_splash
@@ -168,12 +167,6 @@ def test_gradient_of_a_model_on_a_mesh(sizes, remat):
 
 
 # --- as TPUs would run it
-
-
-def square_arrays(text, size):
-    """Types in a compiled program with two axes of at least `size`."""
-    found = set(re.findall(r"\b[a-z]+\d*\[[\d,]+\]", text))
-    return [x for x in found if sum(int(axis) >= size for axis in re.findall(r"\d+", x.split("[")[1])) > 1]
 
 
 @needs_compiler

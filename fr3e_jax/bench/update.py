@@ -8,11 +8,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from fr3e_jax.bench import compiled
+from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
 from fr3e_jax.bench.table import TINY, Told, hugging_face_model, in_turns, line, run
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.host.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import init_state, make_optimizer
 from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.parallel.mesh import make_mesh, place_model
 from fr3e_jax.types import Bundle, StateGroups
@@ -43,7 +46,8 @@ def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Told]:
     token_ratio: tokens of the flat form against those that run when every prefix runs once. update_vs_flat:
     tokens of the flat form a second, against the flat form. update_vs_torch: against the flat form in torch.
     flat_vs_torch: the flat form against torch on 32 rows of 192 tokens. padding_waste: tokens computed per
-    token that is there, on log-normal lengths. sweep: token ratio and update_vs_flat over M, K and lengths.
+    token that is there, on log-normal lengths. update_memory: temporaries of 1, 4 and 16 chunks of branches,
+    7B-shaped, on a TPU (needs libtpu). sweep: token ratio and update_vs_flat over M, K and lengths.
 
     Args:
       only: names of the measurements to make, with commas; all by default.
@@ -215,6 +219,33 @@ def padding_waste(_: int) -> list[Told]:
     return found
 
 
+def update_memory(_: int) -> list[Told]:
+    """Temporaries of the largest program, for branches that fill 1, 4 and 16 chunks."""
+    mesh, model = (1, 4, 1), PRESETS["qwen2.5-7b"].config
+    if not compiled.available():
+        return [line("update_memory", None, None, None, "GiB", "needs libtpu: pip install 'fr3e_jax[tpu]'")]
+    counts, largest = [], []
+    for rollouts in (8, 32, 128):
+        groups = groups_of(Tree(prompt=1024, response=4096, positions=0, rollouts=rollouts))
+        (bundle,) = bundles_of(groups, 4, BUDGET)
+        assert bundle.trunks is not None
+        _, trunks, trunk = bundle.trunks.token.shape
+        shapes = {
+            UpdateShape("v5p:2x2x1", mesh, trunks, trunk, rows // 4, width - 1, window)
+            for (rows, width), window in zip(
+                (c.token.shape for c in bundle.chunks), bundle.window, strict=True
+            )
+        }
+        programs = [program for shape in shapes for program in compile_update(model, shape).values()]
+        counts.append(len(bundle.chunks))
+        largest.append(max(program.memory_analysis().temp_size_in_bytes for program in programs) / 2**30)
+    of = "7B on v5p:2x2x1, fsdp 4, responses of 4,096"
+    return [
+        line("update_memory", each / largest[0], each, largest[0], "GiB", f"{count} chunk(s) a part; {of}")
+        for count, each in zip(counts, largest, strict=True)
+    ]
+
+
 SWEEP = {"rollouts": [4, 16, 32], "positions": [1, 4, 8], "response": [256, 512, 1024], "prompt": [64, 1024]}
 
 
@@ -236,5 +267,6 @@ MEASUREMENTS: dict[str, Callable[[int], list[Told]]] = {
     "update_vs_torch": update_vs_torch,
     "flat_vs_torch": flat_vs_torch,
     "padding_waste": padding_waste,
+    "update_memory": update_memory,
     "sweep": sweep,
 }

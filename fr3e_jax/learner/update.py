@@ -25,12 +25,14 @@ from fr3e_jax.algorithm.loss import kl_k3, masked_sum, policy_loss
 from fr3e_jax.config import LossConfig
 from fr3e_jax.learner.state import TrainState, apply_gradient
 from fr3e_jax.models.attention import Attend, Prefix, attend_sequence
-from fr3e_jax.models.qwen2 import Params, Qwen2, sharded_as_batch
+from fr3e_jax.models.qwen2 import Params, Qwen2, logical_axes, sharded_as_batch
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
 from fr3e_jax.types import Batch, Bundle, Trunks
 
 Caches = tuple[Array, Array]
 """Keys and values of trunks, [L, P, n, K, S, D]."""
+
+CACHES_AXES = ("layer", "batch", None, "kv_heads", None, "head_dim")
 
 Metrics = dict[str, Array]
 
@@ -100,12 +102,22 @@ class Learner:
     @functools.partial(jax.jit, static_argnames=("self",))
     def begin(self, params: Params) -> tuple[Params, Params]:
         """(Parameters in the compute dtype, a gradient of zeros)."""
-        return self.cast(params), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+        return self.cast(params), self.placed_as_params(zeros)
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def cast(self, params: Params) -> Params:
         """Parameters in the compute dtype."""
-        return jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
+        return self.placed_as_params(jax.tree.map(lambda x: x.astype(self.compute_dtype), params))
+
+    def placed_as_params(self, tree: Params) -> Params:
+        """Constrain a tree of the parameters' form to lie as they do.
+
+        Without it XLA would hold a whole gradient on every device, and since what goes in would not lie as
+        what comes out, compile every program twice.
+        """
+        axes = logical_axes(nnx.merge(self.graph, tree).config)
+        return jax.tree.map(lambda x, names: self.placement.shard(x, *names), tree, axes)
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def read(self, compute: Params, trunks: Trunks) -> Caches:
@@ -121,7 +133,12 @@ class Learner:
           the parameters).
         """
         caches, pullback = jax.vjp(lambda compute: self.read(compute, trunks), compute)
-        return caches, jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), caches), pullback
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), caches)
+        return caches, self.placed_as_caches(zeros), pullback
+
+    def placed_as_caches(self, caches: Caches) -> Caches:
+        """Constrain keys and values, or their gradients, to lie with the rows of their part."""
+        return jax.tree.map(lambda x: self.placement.shard(x, *CACHES_AXES), caches)
 
     @functools.partial(jax.jit, static_argnames=("self", "window"), donate_argnames=("gradient", "slope"))
     def add_chunk(
@@ -144,17 +161,19 @@ class Learner:
         told = (reference, seen(reference_caches), rows, denominator)
         differentiate = jax.grad(chunk_loss, argnums=(1, 2), has_aux=True)
         (change, cache_change), metrics = differentiate(self, compute, seen(caches), *told)
-        gradient = added(gradient, change)
-        slope = jax.tree.map(
-            lambda total, x: total.at[..., :window, :].add(x.astype(jnp.float32)), slope, cache_change
-        )
+        gradient = self.placed_as_params(added(gradient, change))
+        if slope is not None:
+            slope = jax.tree.map(
+                lambda total, x: total.at[..., :window, :].add(x.astype(jnp.float32)), slope, cache_change
+            )
+            slope = self.placed_as_caches(slope)
         return gradient, slope, metrics
 
     @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("gradient",))
     def close(self, gradient: Params, pullback: Any, slope: Caches) -> Params:
         """Add what the trunks contribute, once their caches' gradient is complete."""
         (change,) = pullback(jax.tree.map(lambda x: x.astype(self.compute_dtype), slope))
-        return added(gradient, change)
+        return self.placed_as_params(added(gradient, change))
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def summarize(self, found: list[Metrics], gradient: Params) -> Metrics:
@@ -203,8 +222,7 @@ def trunk_caches(learner: Learner, model: Qwen2, trunks: Trunks) -> Caches:
     shard, attend = learner.placement.shard, attend_rows(learner.attend)
     position = jnp.broadcast_to(jnp.arange(trunks.token.shape[2]), trunks.token.shape)
     _, segment = model(trunks.token, position, trunks.length, shard, learner.remat, attend=attend)
-    axes = ("layer", "batch", None, "kv_heads", None, "head_dim")
-    return shard(segment.key, *axes), shard(segment.value, *axes)
+    return learner.placed_as_caches((segment.key, segment.value))
 
 
 def row_statistics(

@@ -1,0 +1,98 @@
+"""The programs of the update as they are compiled for TPUs, which needs none."""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.learner.attention import make_splash
+from fr3e_jax.learner.state import make_optimizer
+from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
+from fr3e_jax.parallel.mesh import MESH_AXES, place_model, row_parts
+from fr3e_jax.types import Batch, Trunks
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateShape:
+    """A bundle's programs to compile.
+
+    topology: as jax names it, such as `v5p:2x2x1`. mesh: data, fsdp, tensor; its product is the chips that
+    are used. On each part `trunks` trunks of `trunk` tokens, and chunks of `rows` rows of `length` tokens
+    that see `window` tokens of the trunks.
+    """
+
+    topology: str
+    mesh: tuple[int, int, int]
+    trunks: int
+    trunk: int
+    rows: int
+    length: int
+    window: int
+
+
+@functools.cache
+def compile_update(config: Qwen2Config, shape: UpdateShape) -> dict[str, Any]:
+    """Compile what computes the gradient of a bundle for a slice of TPUs, bfloat16 with the splash kernel.
+
+    Returns:
+      Compiled programs by name: `open` and `close` run once a bundle, `add_chunk` once a chunk. None of them
+      knows how many chunks there are.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=shape.topology).devices
+    used: Any = np.array(chips[: int(np.prod(shape.mesh))]).reshape(shape.mesh)
+    mesh = Mesh(used, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    axes, shapes = logical_axes(config), abstract_params(config)
+    placement, _ = place_model(mesh, axes, shapes)
+    settings, parts = OptimizerConfig(), row_parts(mesh)
+    learner = Learner(
+        graph_of(config),
+        placement,
+        make_optimizer(settings, axes),
+        LossConfig(),
+        jnp.dtype(jnp.bfloat16),
+        settings.logit_chunk,
+        True,
+        make_splash(placement),
+    )
+
+    def array(dtype: Any, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=placement.sharding("batch"))
+
+    def params(dtype: Any) -> Any:
+        at = placement.shardings(axes, shapes)
+        return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, dtype, sharding=to), shapes, at)
+
+    compute, gradient = params(jnp.bfloat16), params(jnp.float32)
+    trunks = Trunks(array(jnp.int32, parts, shape.trunks, shape.trunk), array(jnp.int32, parts, shape.trunks))
+    opened = Learner.open.lower(learner, compute, trunks)
+    programs = {"open": opened.compile()}
+    caches, slope, pullback = jax.tree.map(
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
+        opened.out_info,
+        programs["open"].output_shardings,
+    )
+    rows = shape.rows * parts
+    tokens, numbers = (rows, shape.length + 1), array(jnp.int32, rows)
+    chunk = Batch(
+        token=array(jnp.int32, *tokens),
+        length=numbers,
+        start=numbers,
+        old_logprob=array(jnp.float32, *tokens),
+        advantage=array(jnp.float32, rows),
+        trunk=numbers,
+        prefix=numbers,
+    )
+    denominator = jax.ShapeDtypeStruct((), jnp.float32)
+    told = (learner, gradient, slope, compute, caches, None, None, chunk, denominator, shape.window)
+    programs["add_chunk"] = Learner.add_chunk.lower(*told).compile()
+    programs["close"] = Learner.close.lower(learner, gradient, pullback, slope).compile()
+    return programs

@@ -1,0 +1,59 @@
+"""The memory of an update is that of a chunk, whatever the number of branches; what never exists in it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import TINY, placement, square_arrays, tiny_params
+
+from fr3e_jax.bench.compiled import available
+from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
+from fr3e_jax.bench.update import Tree, groups_of
+from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.host.layout import bundles_of
+from fr3e_jax.learner.state import make_optimizer
+from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.qwen2 import graph_of, logical_axes
+
+LENGTH = 4096
+MODEL = dataclasses.replace(
+    TINY,
+    vocab_size=32768,
+    hidden_size=256,
+    intermediate_size=512,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_hidden_layers=2,
+    max_position_embeddings=2 * LENGTH,
+)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_sixteen_chunks_run_the_programs_of_one(mesh):
+    """So that nothing in a program, and so none of its temporaries, can grow with the branches."""
+    axes, at = logical_axes(TINY), placement(*mesh)
+    optimizer, parts = make_optimizer(OptimizerConfig(), axes), mesh[0] * mesh[1]
+    learner = Learner(graph_of(TINY), at, optimizer, LossConfig(), jnp.float32, 64, remat=True)
+    programs = (learner.begin, learner.open, learner.add_chunk, learner.close)
+    params, compiled = jax.device_put(tiny_params(), at.shardings(axes, tiny_params())), []
+    for chunks in (1, 16):
+        groups = groups_of(Tree(prompt=8, response=32, positions=0, rollouts=4 * parts * chunks))
+        groups = dataclasses.replace(groups, token=groups.token % 48, query=groups.query % 48)
+        bundles = bundles_of(groups, parts, 128)
+        assert [len(bundle.chunks) for bundle in bundles] == [chunks]
+        gradient, _ = learner.gradient(params, bundles)
+        compiled.append([program._cache_size() for program in programs])
+    assert compiled[0] == compiled[1]
+    # And no device holds more of the gradient than of the parameters.
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(params), strict=True):
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+
+
+@pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
+def test_no_scores_and_no_logits_of_all_tokens_exist_on_a_tpu():
+    """Of responses of 4,096 tokens and 32,768 words: no array has both, or the length twice, on any chip."""
+    shape = UpdateShape("v5e:2x2", (1, 4, 1), 1, LENGTH, 2, LENGTH, LENGTH)
+    for name, program in compile_update(MODEL, shape).items():
+        assert square_arrays(program.as_text(), LENGTH) == [], name
