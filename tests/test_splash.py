@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 from support import TINY, mesh_of, square_arrays, tiny_params
 
-from fr3e_jax.bench.compiled import available
+from fr3e_jax.bench.compiled import available, slice_mesh
 from fr3e_jax.learner.attention import make_splash
 from fr3e_jax.models.attention import Prefix, attend_sequence
 from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
 from fr3e_jax.models.splash import block_of, splash_sequence
-from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, Placement, place_model
+from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, place_model
 
 needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
 splash = functools.partial(splash_sequence, interpret=True)
@@ -171,12 +169,9 @@ def test_gradient_of_a_model_on_a_mesh(sizes, remat):
 
 @needs_compiler
 @pytest.mark.parametrize(("topology", "head_dim"), [("v5e:2x2", 128), ("v5p:2x2x1", 64)])
-def test_scores_stay_within_the_kernel_on_a_tpu(monkeypatch, topology, head_dim):
+def test_scores_stay_within_the_kernel_on_a_tpu(topology, head_dim):
     """The gradient of the 7B model's attention to 1024 shared slots and 4096 own; and with smaller heads."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    chips = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    mesh = Mesh(chips.reshape(1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    placement = Placement(mesh)
+    placement = Placement(slice_mesh(topology, (1, 2, 2)))
     parts, rows, length, slots, heads, kv_heads = 2, 3, 4096, 1024, 28, 4
 
     def array(dtype, *sizes, axes=()):

@@ -66,6 +66,14 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def slice_mesh(topology: str, sizes: tuple[int, int, int]) -> Mesh:
+    """A mesh (data, fsdp, tensor) of the first chips of a slice that need not be there."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    used: Any = np.array(chips[: int(np.prod(sizes))]).reshape(sizes)
+    return Mesh(used, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
 def compile_decoding(config: Qwen2Config, shape: Shape, before: int | None = None) -> Compiled:
     """Compile the decoding of a model for a slice of TPUs.
 
@@ -73,13 +81,9 @@ def compile_decoding(config: Qwen2Config, shape: Shape, before: int | None = Non
       config: weights are bfloat16.
       before: rows of a part that it was decoded in before, if rows are moved together first.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=shape.topology).devices
-    used: Any = np.array(chips[: int(np.prod(shape.mesh))]).reshape(shape.mesh)
-    mesh = Mesh(used, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     axes, shapes = logical_axes(config), abstract_params(config)
-    _, placement = place_model(mesh, axes, shapes)
-    parts, n, c = row_parts(mesh), shape.trajectories, shape.branches
+    _, placement = place_model(slice_mesh(shape.topology, shape.mesh), axes, shapes)
+    parts, n, c = row_parts(placement.mesh), shape.trajectories, shape.branches
     rows = n * c // parts
 
     def array(dtype: Any, *sizes: int, axes: tuple[str | None, ...] = ("batch",)) -> Any:

@@ -2,21 +2,18 @@
 
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
+from fr3e_jax.bench.compiled import slice_mesh
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.attention import make_splash
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
-from fr3e_jax.parallel.mesh import MESH_AXES, place_model, row_parts
+from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.types import Batch, Trunks
 
 
@@ -46,13 +43,9 @@ def compile_update(config: Qwen2Config, shape: UpdateShape) -> dict[str, Any]:
       Compiled programs by name: `open` and `close` run once a bundle, `add_chunk` once a chunk. None of them
       knows how many chunks there are.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=shape.topology).devices
-    used: Any = np.array(chips[: int(np.prod(shape.mesh))]).reshape(shape.mesh)
-    mesh = Mesh(used, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     axes, shapes = logical_axes(config), abstract_params(config)
-    placement, _ = place_model(mesh, axes, shapes)
-    settings, parts = OptimizerConfig(), row_parts(mesh)
+    placement, _ = place_model(slice_mesh(shape.topology, shape.mesh), axes, shapes)
+    settings, parts = OptimizerConfig(), row_parts(placement.mesh)
     learner = Learner(
         graph_of(config),
         placement,

@@ -246,15 +246,16 @@ def update_memory(_: int) -> list[Told]:
     ]
 
 
-SWEEP = {"rollouts": [4, 16, 32], "positions": [1, 4, 8], "response": [256, 512, 1024], "prompt": [64, 1024]}
+SWEEP_FROM = Tree(prompt=128, response=256, rollouts=4)
+SWEEP = {"rollouts": [2, 4, 16], "positions": [1, 4, 8], "response": [128, 256, 1024], "prompt": [32, 512]}
 
 
 def sweep(repeats: int) -> list[Told]:
-    """One size of the tree changed at a time, from 4 rollouts a state and a response of 512."""
+    """One size of a small tree changed at a time."""
     found = []
     for what, sizes in SWEEP.items():
         for size in sizes:
-            tree = dataclasses.replace(Tree(response=512, rollouts=4), **{what: size})
+            tree = dataclasses.replace(SWEEP_FROM, **{what: size})
             (tokens,) = token_ratio(tree=tree)
             found.append(tokens | {"name": f"sweep_{what}_token_ratio"})
             found += update_vs_flat(repeats, tree, f"sweep_{what}")
