@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import ConfigError, LossConfig, SFTConfig
+from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig
 from fr3e_jax.host.export import check_out, export_model
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.tasks import Task, make_task
@@ -136,11 +136,12 @@ def make_batch(config: SFTConfig, task: Task, text: Text, step: int, width: int)
 
 
 def make_step(
-    graph: nnx.GraphDef[Qwen2], placement: Placement, optimizer: optax.GradientTransformation, width: int
+    graph: nnx.GraphDef[Qwen2], placement: Placement, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Array]]:
     """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
 
-    learner = Learner(graph, placement, optimizer, LossConfig(), jnp.float32, width, remat=False)
+    chunk = OptimizerConfig().logit_chunk
+    learner = Learner(graph, placement, optimizer, LossConfig(), jnp.float32, chunk, remat=False)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
@@ -201,7 +202,7 @@ def warm_up(config: SFTConfig, task: Task, model: PlacedModel) -> Params:
     )
     state = init_state(placement, optimizer, model.axes, params)
     width = min(model.config.context, config.max_position_embeddings)
-    step = make_step(model.graph, placement, optimizer, width)
+    step = make_step(model.graph, placement, optimizer)
     with Progress(transient=True) as progress:
         bar = progress.add_task("warm-up", total=config.steps)
         for i in range(config.steps):

@@ -116,8 +116,9 @@ class Batch:
     """Rows for the learner; a row follows the beginning of a trunk, or nothing (the flat form).
 
     token: int32 [rows, T], right-padded: the last token of the state and the continuation, or in the flat
-    form query, prefix and continuation. length: int32 [rows]. start: int32 [rows], index of the first trained
-    token, at least 1. old_logprob: float32 [rows, T], aligned with `token`, as recorded while sampling.
+    form query, prefix and continuation; the last column is only a target. length: int32 [rows]. start: int32
+    [rows], index of the first trained token, at least 1. old_logprob: float32 [rows, T], aligned with
+    `token`, as recorded while sampling.
     advantage: float32 [rows]. trunk: int32 [rows], which of the trunks of its part. prefix: int32 [rows],
     tokens of it that the row follows; 0 in the flat form.
     """

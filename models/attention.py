@@ -18,8 +18,8 @@ MASKED = -1e30  # finite, so that a wholly masked part joins with weight 0 inste
 class Segment(NamedTuple):
     """Keys (rotated) and values of consecutive tokens, for all layers.
 
-    key, value: [L, K, S, D] for L layers, K key-value heads, S slots, D per head; the engine adds
-    batch axes. length: int32 [], slots that hold tokens; the rest is never read.
+    key, value: [L, K, S, D] for L layers, K key-value heads, S slots, D per head; axes of a batch
+    follow L. length: int32 [], slots that hold tokens; the rest is never read.
     (Any, since trees of axis numbers and of shapes have this form too.)
     """
 
@@ -104,7 +104,7 @@ class Prefix(NamedTuple):
 
 
 Attend = Callable[[Array, Array, Array, Array, Prefix | None], Array]
-"""`attend_sequence`, or what computes the same in another way."""
+"""`attend_sequence`, or what computes the same in another way, or for a batch of sequences."""
 
 QUERY_BLOCK = 256  # tokens whose scores exist at a time
 

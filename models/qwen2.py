@@ -44,7 +44,7 @@ def sharded_as_batch(shard: Shard) -> Shard:
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def gated(gate: Array, up: Array) -> Array:
-    """silu(gate) * up; a gradient holds gate and up alone, and computes the rest again."""
+    """silu(gate) * up; of what leads to it, a gradient holds these two and computes the rest again."""
     return jax.nn.silu(gate) * up
 
 
@@ -182,7 +182,9 @@ class Qwen2(nnx.Module):
     def logits(self, hidden: Array, shard: Shard = unsharded) -> Array:
         """Final hidden states [T, E] -> float32 [T, V], the vocabulary sharded."""
         table = self.embedding if self.config.tie_word_embeddings else self.lm_head
-        logits = jnp.einsum("te,ve->tv", hidden, table[...], preferred_element_type=jnp.float32)
+        # As in `embed`: gathered over fsdp, or XLA may add up logits over it.
+        words = shard(table[...], "vocab", None)
+        logits = jnp.einsum("te,ve->tv", hidden, words, preferred_element_type=jnp.float32)
         return shard(logits, "length", "vocab")
 
     def __call__(
@@ -196,7 +198,7 @@ class Qwen2(nnx.Module):
         prefix: Prefix | None = None,
         attend: Attend = attend_sequence,
     ) -> tuple[Array, Segment]:
-        """Run whole sequences causally, one or a batch of any number of axes, *B.
+        """Run whole sequences causally: one, or a batch with any axes *B that `attend` takes.
 
         Args:
           token: int32 [*B, T], padded on the right, and before `start` on the left.
@@ -207,7 +209,7 @@ class Qwen2(nnx.Module):
           start: int32 [*B], index of the first real token. A sequence that others go on from starts at 0,
             since a segment is read from its first slot.
           prefix: what they follow, of all layers.
-          attend: computes the attention, of the whole batch.
+          attend: computes the attention of the whole batch; the default, that of one sequence.
 
         Returns:
           (hidden [*B, T, E] after the final norm, their keys and values: [L, *B, K, T, D] with length [*B]).
@@ -218,14 +220,14 @@ class Qwen2(nnx.Module):
         place = shard if token.ndim == 1 else sharded_as_batch(shard)
         # All tokens on one axis: the products with the weights, and those of their gradients, are then plain
         # ones, which XLA is best at.
-        where = position.reshape(-1)
+        flat_position = position.reshape(-1)
 
         def layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
             params, *shared = inputs
             before = prefix._replace(key=shared[0], value=shared[1]) if prefix is not None else None
             block = nnx.merge(graph, params)
             query, key, value = (
-                y.reshape(*token.shape, *y.shape[1:]) for y in block.project(x, where, place)
+                y.reshape(*token.shape, *y.shape[1:]) for y in block.project(x, flat_position, place)
             )
             key, value = jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)
             attended = attend(query, key, value, real, before)

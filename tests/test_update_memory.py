@@ -1,4 +1,4 @@
-"""The memory of an update is that of a chunk, whatever the number of branches; what never exists in it."""
+"""The memory of an update does not grow with the number of branches; what never exists in it."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_sixteen_chunks_run_the_programs_of_one(mesh):
     axes, at = logical_axes(TINY), placement(*mesh)
     optimizer, parts = make_optimizer(OptimizerConfig(), axes), mesh[0] * mesh[1]
     learner = Learner(graph_of(TINY), at, optimizer, LossConfig(), jnp.float32, 64, remat=True)
-    programs = (learner.begin, learner.open, learner.add_chunk, learner.close)
+    programs = (learner.begin, learner.open, learner.add_chunk, learner.close, learner.norm)
     params, compiled = jax.device_put(tiny_params(), at.shardings(axes, tiny_params())), []
     for chunks in (1, 16):
         groups = groups_of(Tree(prompt=8, response=32, positions=0, rollouts=4 * parts * chunks))

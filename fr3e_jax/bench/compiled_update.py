@@ -68,7 +68,7 @@ def compile_update(config: Qwen2Config, shape: UpdateShape) -> dict[str, Any]:
     trunks = Trunks(array(jnp.int32, parts, shape.trunks, shape.trunk), array(jnp.int32, parts, shape.trunks))
     opened = Learner.open.lower(learner, compute, trunks)
     programs = {"open": opened.compile()}
-    caches, slope, pullback = jax.tree.map(
+    caches, slope = jax.tree.map(
         lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
         opened.out_info,
         programs["open"].output_shardings,
@@ -87,5 +87,5 @@ def compile_update(config: Qwen2Config, shape: UpdateShape) -> dict[str, Any]:
     denominator = jax.ShapeDtypeStruct((), jnp.float32)
     told = (learner, gradient, slope, compute, caches, None, None, chunk, denominator, shape.window)
     programs["add_chunk"] = Learner.add_chunk.lower(*told).compile()
-    programs["close"] = Learner.close.lower(learner, gradient, pullback, slope).compile()
+    programs["close"] = Learner.close.lower(learner, gradient, slope, compute, trunks).compile()
     return programs

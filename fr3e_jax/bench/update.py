@@ -47,7 +47,7 @@ def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Told]:
     tokens of the flat form a second, against the flat form. update_vs_torch: against the flat form in torch.
     flat_vs_torch: the flat form against torch on 32 rows of 192 tokens. padding_waste: tokens computed per
     token that is there, on log-normal lengths. update_memory: temporaries of 1, 4 and 16 chunks of branches,
-    7B-shaped, on a TPU (needs libtpu). sweep: token ratio and update_vs_flat over M, K and lengths.
+    7B-shaped, compiled for v5p (needs libtpu). sweep: token ratio and update_vs_flat over M, K and lengths.
 
     Args:
       only: names of the measurements to make, with commas; all by default.

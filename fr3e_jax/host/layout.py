@@ -204,7 +204,7 @@ def chunk_of(groups: StateGroups, rows: list[Rows], count: int, width: int, shar
 
 
 def token_counts(bundles: list[Bundle]) -> tuple[int, int]:
-    """(Tokens that are there, tokens that are computed, padding included)."""
+    """(Tokens that have to run, tokens that are run, padding included)."""
     real = padded = 0
     for bundle in bundles:
         if bundle.trunks is not None:

@@ -1,12 +1,13 @@
 """One optimizer step, with every prefix computed once, forward and backward.
 
 Rows are continuations; what they follow is a trunk, the query and the base response that they branch from.
-The trunks of a bundle run once, and their keys and values are kept. The rows run against them, chunk by
-chunk; what the gradient of the keys and values adds up to over the chunks then goes back through the trunks,
-once. Equal to the flat form, in which every row has its whole prefix and there are no trunks.
+The trunks of a bundle run, and their keys and values are kept. The rows run against them, chunk by chunk;
+what the gradient of the keys and values adds up to over the chunks then goes back through the trunks, which
+run once more for it, so that nothing but keys and values is held meanwhile. Equal to the flat form, in which
+every row has its whole prefix and there are no trunks.
 
 All chunks share one denominator, the trained tokens of the whole minibatch over all devices, so their number
-and size do not change the gradient. Memory is bounded by the largest chunk.
+and size do not change the gradient. Memory is bounded by the largest chunk and a bundle's trunks.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ from fr3e_jax.types import Batch, Bundle, Trunks
 Caches = tuple[Array, Array]
 """Keys and values of trunks, [L, P, n, K, S, D]."""
 
-CACHES_AXES = ("layer", "batch", None, "kv_heads", None, "head_dim")
+TRUNK_AXES = ("layer", "batch", None, "kv_heads", None, "head_dim")
 
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
 
 LARGEST = ("ratio_max", "abs_log_ratio_max")
 SMALLEST = ("ratio_min",)
@@ -84,10 +85,10 @@ class Learner:
         base = None if reference is None else self.cast(reference)
         found: list[Metrics] = []
         for bundle in bundles:
-            caches = base_caches = pullback = slope = None
+            trunks = caches = base_caches = slope = None
             if bundle.trunks is not None:
                 trunks = self.placement.place_rows(bundle.trunks)
-                caches, slope, pullback = self.open(compute, trunks)
+                caches, slope = self.open(compute, trunks)
                 base_caches = None if base is None else self.read(base, trunks)
             for chunk, window in zip(bundle.chunks, bundle.window, strict=True):
                 rows = self.placement.place_rows(chunk)
@@ -95,8 +96,8 @@ class Learner:
                     gradient, slope, compute, caches, base, base_caches, rows, denominator, window
                 )
                 found.append(metrics)
-            if pullback is not None:
-                gradient = self.close(gradient, pullback, slope)
+            if trunks is not None:
+                gradient = self.close(gradient, slope, compute, trunks)
         return gradient, self.summarize(found, gradient)
 
     @functools.partial(jax.jit, static_argnames=("self",))
@@ -121,24 +122,19 @@ class Learner:
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def read(self, compute: Params, trunks: Trunks) -> Caches:
-        """Keys and values of the trunks, where there is to be no gradient."""
+        """Keys and values of the trunks."""
         return trunk_caches(self, nnx.merge(self.graph, compute), trunks)
 
     @functools.partial(jax.jit, static_argnames=("self",))
-    def open(self, compute: Params, trunks: Trunks) -> tuple[Caches, Caches, Any]:
-        """Run the trunks.
-
-        Returns:
-          (their keys and values, float32 zeros for the gradient of those, what takes that gradient back to
-          the parameters).
-        """
-        caches, pullback = jax.vjp(lambda compute: self.read(compute, trunks), compute)
+    def open(self, compute: Params, trunks: Trunks) -> tuple[Caches, Caches]:
+        """(Keys and values of the trunks, float32 zeros for their gradient)."""
+        caches = self.read(compute, trunks)
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), caches)
-        return caches, self.placed_as_caches(zeros), pullback
+        return caches, self.placed_as_caches(zeros)
 
     def placed_as_caches(self, caches: Caches) -> Caches:
         """Constrain keys and values, or their gradients, to lie with the rows of their part."""
-        return jax.tree.map(lambda x: self.placement.shard(x, *CACHES_AXES), caches)
+        return jax.tree.map(lambda x: self.placement.shard(x, *TRUNK_AXES), caches)
 
     @functools.partial(jax.jit, static_argnames=("self", "window"), donate_argnames=("gradient", "slope"))
     def add_chunk(
@@ -170,18 +166,24 @@ class Learner:
         return gradient, slope, metrics
 
     @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("gradient",))
-    def close(self, gradient: Params, pullback: Any, slope: Caches) -> Params:
+    def close(self, gradient: Params, slope: Caches, compute: Params, trunks: Trunks) -> Params:
         """Add what the trunks contribute, once their caches' gradient is complete."""
+        _, pullback = jax.vjp(lambda compute: self.read(compute, trunks), compute)
         (change,) = pullback(jax.tree.map(lambda x: x.astype(self.compute_dtype), slope))
         return self.placed_as_params(added(gradient, change))
 
     @functools.partial(jax.jit, static_argnames=("self",))
+    def norm(self, gradient: Params) -> Array:
+        """Its global norm."""
+        return optax.tree.norm(gradient)
+
     def summarize(self, found: list[Metrics], gradient: Params) -> Metrics:
-        """Metrics of the minibatch from those of its chunks."""
-        reduced = {"grad_norm": optax.tree.norm(gradient)}
-        for name in found[0] if found else ():
-            reduce = jnp.max if name in LARGEST else jnp.min if name in SMALLEST else jnp.sum
-            reduced[name] = reduce(jnp.stack([metrics[name] for metrics in found]))
+        """Metrics of the minibatch from those of its chunks, on the host: no number of them compiles."""
+        reduced: Metrics = {"grad_norm": self.norm(gradient)}
+        told = jax.device_get(found)
+        for name in told[0] if told else ():
+            reduce = np.max if name in LARGEST else np.min if name in SMALLEST else np.sum
+            reduced[name] = reduce(np.stack([metrics[name] for metrics in told]))
         return reduced
 
     def apply(self, state: TrainState, gradient: Params, loss: Array) -> tuple[TrainState, Metrics]:
@@ -232,11 +234,13 @@ def row_statistics(
 
     Args:
       caches: of the trunks, or None in the flat form.
+      rows: of T + 1 tokens, of which T run through the model.
       entropy: whether to compute it.
 
     Returns:
-      (log pi(token_t | token_<t) float32 [rows, T], entropy of that distribution float32 [rows, T], both
-      nats, 0 at t = 0 and meaningless behind a row's length; entropy 0 everywhere where it is not computed).
+      (log pi(token_t | token_<t) float32 [rows, T + 1], entropy of that distribution float32 [rows, T + 1],
+      both nats, 0 at t = 0 and meaningless behind a row's length; entropy 0 everywhere where it is not
+      computed).
     """
     shard, parts = learner.placement.shard, row_parts(learner.placement.mesh)
     row = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
@@ -246,29 +250,31 @@ def row_statistics(
     attend = attend_rows(learner.attend)
     hidden, _ = model(token, position, row.length, shard, learner.remat, prefix=prefix, attend=attend)
     pieces = -(-token[0].size // learner.logit_chunk)
-    chunk = -(-token[0].size // pieces)
+    size = -(-token[0].size // pieces)
 
     @jax.checkpoint
     def statistics(hidden: Array, target: Array) -> tuple[Array, Array]:
-        logits = model.logits(hidden.reshape(parts * chunk, -1), sharded_as_batch(shard))
+        logits = model.logits(hidden.reshape(parts * size, -1), sharded_as_batch(shard))
         drawn = jnp.take_along_axis(logits, target.reshape(-1, 1), axis=1)[:, 0]
         total = jax.nn.logsumexp(logits, axis=1)
         if not entropy:
             return drawn - total, jnp.zeros_like(drawn)
         return drawn - total, total - jnp.sum(jax.nn.softmax(logits) * logits, axis=1)
 
-    def cut(x: Array) -> Array:
-        """[parts, rows, T, ...] -> [pieces, parts, chunk, ...]"""
+    def in_pieces(x: Array) -> Array:
+        """[parts, rows, T, ...] -> [pieces, parts, size, ...]"""
         flat = x.reshape(parts, token[0].size, *x.shape[3:])
-        padded = jnp.pad(flat, [(0, 0), (0, pieces * chunk - flat.shape[1])] + [(0, 0)] * (flat.ndim - 2))
-        return jnp.moveaxis(padded.reshape(parts, pieces, chunk, *x.shape[3:]), 1, 0)
+        padded = jnp.pad(flat, [(0, 0), (0, pieces * size - flat.shape[1])] + [(0, 0)] * (flat.ndim - 2))
+        return jnp.moveaxis(padded.reshape(parts, pieces, size, *x.shape[3:]), 1, 0)
 
     def joined(x: Array) -> Array:
-        """[pieces, parts * chunk] -> [rows, T + 1]"""
-        flat = jnp.moveaxis(x.reshape(pieces, parts, chunk), 1, 0).reshape(parts, -1)
+        """[pieces, parts * size] -> [rows, T + 1]"""
+        flat = jnp.moveaxis(x.reshape(pieces, parts, size), 1, 0).reshape(parts, -1)
         return jnp.pad(flat[:, : token[0].size].reshape(-1, token.shape[2]), ((0, 0), (1, 0)))
 
-    _, found = jax.lax.scan(lambda _, piece: (None, statistics(*piece)), None, (cut(hidden), cut(target)))
+    _, found = jax.lax.scan(
+        lambda _, piece: (None, statistics(*piece)), None, (in_pieces(hidden), in_pieces(target))
+    )
     return joined(found[0]), joined(found[1])
 
 
