@@ -12,9 +12,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
+from fr3e_jax.bench.compiled import available
 from fr3e_jax.host.weights import read_params, write_params
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.models.qwen2 import (
@@ -29,6 +31,8 @@ from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placem
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
+
+needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
 
 COMPILED = tempfile.TemporaryDirectory(prefix="fr3e_jax_compiled_")
 

@@ -6,9 +6,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from support import TINY
+from support import TINY, needs_compiler
 
-from fr3e_jax.bench.compiled import Shape, available, compile_decoding
+from fr3e_jax.bench.compiled import Shape, compile_decoding
 from fr3e_jax.hlo import Program, shapes_of
 
 SMALL = dataclasses.replace(
@@ -22,8 +22,6 @@ SMALL = dataclasses.replace(
     num_hidden_layers=4,
 )
 SLICES = {"v4:2x2x1": 4, "v5e:2x2": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x2": 4}
-
-needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
 
 
 @needs_compiler

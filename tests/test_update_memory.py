@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from support import TINY, placement, square_arrays, tiny_params
+from support import TINY, needs_compiler, placement, square_arrays, tiny_params
 
-from fr3e_jax.bench.compiled import available
 from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
 from fr3e_jax.bench.update import Tree, groups_of
 from fr3e_jax.config import LossConfig, OptimizerConfig
@@ -51,7 +50,7 @@ def test_sixteen_chunks_run_the_programs_of_one(mesh):
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
 
 
-@pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
+@needs_compiler
 def test_no_scores_and_no_logits_of_all_tokens_exist_on_a_tpu():
     """Of responses of 4,096 tokens and 32,768 words: no array has both, or the length twice, on any chip."""
     shape = UpdateShape("v5e:2x2", (1, 4, 1), 1, LENGTH, 2, LENGTH, LENGTH)
