@@ -14,7 +14,7 @@ from fr3e_jax.types import Batch, Bundle, StateGroups, Trunks
 SMALLEST = 32  # tokens that a width is at least
 OVERHEAD = 768  # tokens that a chunk costs as much as, beside its own; and each shape is a program
 SMALLER = (1, 2, 4)  # a chunk has as many rows as the budget allows, or so many times fewer
-WINDOWS, WINDOW = 8, 128  # parts of a trunk that a chunk can be told to look at; tokens that one is at least
+WINDOWS, WINDOW = 16, 64  # parts of a trunk that a chunk can be told to look at; what their size divides by
 
 
 Rows = list[tuple[int, int, int]]
@@ -139,7 +139,7 @@ def bundle_of(groups: StateGroups, trunks: Trunks | None, rows: list[Rows], budg
 
 def window_of(deepest: int, width: int) -> int:
     """Slots of trunks of `width` that rows look at which follow at most `deepest` tokens of them."""
-    step = max(width // WINDOWS, WINDOW)
+    step = max(width // WINDOWS // WINDOW, 1) * WINDOW
     return min(max(-(-deepest // step), 1) * step, width)
 
 
@@ -217,6 +217,6 @@ def token_counts(bundles: list[Bundle]) -> tuple[int, int]:
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to one of four sizes per doubling, so that few widths are compiled."""
-    step = max(SMALLEST, 2 ** ((length - 1).bit_length() - 1) // 4) if length > 1 else SMALLEST
+    """`length` rounded up to one of eight sizes per doubling, so that few widths are compiled."""
+    step = max(SMALLEST, 2 ** ((length - 1).bit_length() - 1) // 8) if length > 1 else SMALLEST
     return -(-max(length, 1) // step) * step
