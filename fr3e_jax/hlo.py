@@ -164,8 +164,8 @@ class Program:
         What a fusion is made of is not gone into. Of a choice every branch is run.
 
         Args:
-          trips: how often loops run whose text does not say so: the outermost, one within it, and so on; loops
-            further in once.
+          trips: how often loops run whose text does not say so: the outermost, one within it, and so on;
+            loops further in once.
         """
         instructions = self.computations[computation or self.entry]
         for instruction in instructions.values():

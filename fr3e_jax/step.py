@@ -244,6 +244,7 @@ def train_step(
         waiting = groups.join(waiting, accepted)
         position += config.rollout.queries
         rounds.append(metrics)
+    sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)
 
     updates, flops, tokens = [], 0.0, np.zeros(2)

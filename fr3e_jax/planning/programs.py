@@ -58,7 +58,7 @@ class Compiled:
     arguments, results: bytes. aliased: of the results that take the place of arguments. temporary: bytes
     beside them, code included. once, each: costs of a run, and of each round of its loop over tokens, if it
     has one. seconds: that compiling took. short: what XLA said if the program alone is too large; then
-    `temporary` is what it asked for beside the arguments, and the costs are not known.
+    results and costs are not known, and `temporary` is all that it asked for beside the arguments.
     """
 
     name: str
@@ -88,7 +88,7 @@ def held_by(tree: Any) -> int:
     for x in jax.tree.leaves(tree):
         sharding = getattr(x, "sharding", None)
         local = x.shape if sharding is None else sharding.shard_shape(x.shape)
-        size = 16 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
+        size = 16 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
         total += int(np.prod(local, dtype=float)) * size
     return total
 
@@ -99,7 +99,9 @@ def attention_flops(kernel: Instruction) -> float:
     A block of scores on the diagonal is computed whole. Forward has two matrix products a block, the gradient
     of queries three, that of keys and values four.
     """
-    told = re.search(r"operand_layout_constraints=\{(.*?)\}, (?:custom_call|metadata|frontend|backend)", kernel.line)
+    told = re.search(
+        r"operand_layout_constraints=\{(.*?)\}, (?:custom_call|metadata|frontend|backend)", kernel.line
+    )
     sizes = [
         tuple(map(int, found.split(",")))
         for found in re.findall(r"(?:bf16|f32)\[([\d,]+)\]", told[1] if told else "")
@@ -112,13 +114,6 @@ def attention_flops(kernel: Instruction) -> float:
     length, slots, width = query[-2], key[-2], query[-1]
     pairs = length * (slots - length) + length * (length + min(512, length)) / 2
     return 2.0 * products * float(np.prod(query[:-2])) * pairs * width
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed(Exception):
-    """XLA found a program too large."""
-
-    message: str
 
 
 def needed_bytes(message: str) -> int | None:
@@ -168,10 +163,7 @@ def compile_program(name: str, lowered: Any, mesh: Mesh) -> tuple[Compiled, Any]
         if "RESOURCE_EXHAUSTED" not in message:
             raise
         asked = needed_bytes(message) or 0
-        arguments = held_by(lowered.in_avals) if hasattr(lowered, "in_avals") else 0
-        told = Compiled(
-            name, arguments, 0, 0, asked, Costs(), Costs(), time.perf_counter() - started, message
-        )
+        told = Compiled(name, 0, 0, 0, asked, Costs(), Costs(), time.perf_counter() - started, message)
         return told, None
     seconds, text, memory = time.perf_counter() - started, compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
@@ -197,19 +189,22 @@ def compile_program(name: str, lowered: Any, mesh: Mesh) -> tuple[Compiled, Any]
 class Stage:
     """A program in its place in the step.
 
-    phase: of the step. held: bytes on a chip that are alive and not its arguments, by name. own: bytes of its
-    arguments by name, for the table.
+    phase: of the step. held: bytes on a chip that are alive and not given to it, by name. own: bytes of what
+    it is given, by name. leg, chunk: what it is compiled for, if it decodes, or runs rows of the update.
     """
 
     phase: str
     program: Compiled
     held: Mapping[str, int]
     own: Mapping[str, int]
+    leg: Leg | None = None
+    chunk: Chunk | None = None
 
     @property
     def total(self) -> int:
-        """Bytes on a chip while it runs."""
-        return self.program.peak + sum(self.held.values())
+        """Bytes on a chip while it runs. What it is given and does not read is alive too."""
+        unread = max(sum(self.own.values()) - self.program.arguments, 0)
+        return self.program.peak + unread + sum(self.held.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,12 +298,18 @@ def compile_step(setup: Setup, work: Work, say: Callable[[str], None]) -> Iterat
         say(name)
         program, results = compile_program(name, lower(), setup.mesh)
         if program.short is not None:
-            program = dataclasses.replace(program, arguments=sum(own.values()))
+            given = sum(own.values())
+            rest = max(program.temporary - given, 0)
+            program = dataclasses.replace(program, arguments=given, temporary=rest)
         return Stage(phase, program, held, own), results
 
-    cast = sampling_cast(setup.placements[1], setup.axes, setup.shapes, setup.dtype)
+    cast: Any = sampling_cast(setup.placements[1], setup.axes, setup.shapes, setup.dtype)
     found, _ = stage(
-        "reshard", "cast", lambda: cast.lower(state.params), without(always, "parameters"), {"parameters": params}
+        "reshard",
+        "cast",
+        lambda: cast.lower(state.params),
+        without(always, "parameters"),
+        {"parameters": params},
     )
     yield found
     yield from compile_rollouts(setup, work, stage, always, copy)
@@ -341,7 +342,9 @@ def compile_rollouts(
     count = work.first_return.lengths.shape[2]
     branches_of = jax.eval_shape(lambda queries: roots(queries, count), queries)
 
-    def decode(phase: str, name: str, decoding: Any, branches: Any, plan: Decode, leg: Leg, held: Any) -> Stage:
+    def decode(
+        phase: str, name: str, decoding: Any, branches: Any, plan: Decode, leg: Leg, held: Any
+    ) -> Stage:
         size = leg.before * leg.before_slots
         own = decoding.own
         cache = abstract((*own.key.shape[:3], size, own.key.shape[4]), own.key.dtype, own.key.sharding)
@@ -365,7 +368,7 @@ def compile_rollouts(
         )
         own_sizes = {"sampling copy": weights, "shared caches": held_by(branches.context)}
         own_sizes |= {"branch caches": held_by((cache, cache)), "rollouts": held_by(decoding.rollouts)}
-        return stage(phase, name, lower, held, own_sizes)[0]
+        return dataclasses.replace(stage(phase, name, lower, held, own_sizes)[0], leg=leg)
 
     opened, results = stage(
         "first return",
@@ -429,7 +432,10 @@ def compile_updates(
 ) -> Iterator[Stage]:
     """The update: the chunk that most of the work is in, and the largest that there can be."""
     learner, state, parts = setup.learner, setup.state, setup.parts
-    sizes = {"compute copy": held_by(setup.params(setup.dtype)), "gradient": held_by(setup.params(jnp.float32))}
+    sizes = {
+        "compute copy": held_by(setup.params(setup.dtype)),
+        "gradient": held_by(setup.params(jnp.float32)),
+    }
     held = dict(always)
     if reference is not None:
         sizes["reference copy"] = sizes["compute copy"]
@@ -448,9 +454,7 @@ def compile_updates(
 
     def trunks_of(shape: tuple[int, int]) -> Trunks:
         count, width = shape
-        return Trunks(
-            setup.rows(jnp.int32, parts, count, width), setup.rows(jnp.int32, parts, count)
-        )
+        return Trunks(setup.rows(jnp.int32, parts, count, width), setup.rows(jnp.int32, parts, count))
 
     def chunk_of(shape: Chunk) -> Batch:
         rows, numbers = shape.rows * parts, setup.rows(jnp.int32, shape.rows * parts)
@@ -490,7 +494,7 @@ def compile_updates(
             *(learner, gradient, slope, compute, *told),
             *(chunk_of(shape), abstract((), jnp.float32), shape.window),
         )
-        yield stage("update", name, lower, held, own)[0]
+        yield dataclasses.replace(stage("update", name, lower, held, own)[0], chunk=shape)
     yield stage(
         "update",
         "close trunks",

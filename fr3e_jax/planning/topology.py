@@ -46,8 +46,8 @@ class Chip:
         return PEAK_FLOPS[self.kind]
 
 
-# usable: what XLA names in its message about a program that is too large. Rates: cloud.google.com/tpu/docs and
-# jax-ml.github.io/scaling-book.
+# usable: what XLA names in its message about a program that is too large. Rates: cloud.google.com/tpu/docs
+# and jax-ml.github.io/scaling-book.
 CHIPS = {
     "v4": Chip("TPU v4", 30.75 * GIB, 32 * GIB, 1.2e12, 4.5e10, 3, 2, 4),
     "v5e": Chip("TPU v5 lite", 15.75 * GIB, 16 * GIB, 8.1e11, 4.5e10, 2, 1, 16),
@@ -208,8 +208,8 @@ def run_mesh(at: Slice, config: MeshConfig) -> Mesh:
         shape = "x".join(map(str, at.shape))
         fitting = [f"{f} x {t}" for f, t in splits(at.chips // sizes[0]) if lies((sizes[0], f, t), devices)]
         raise PlacementError(
-            f"mesh {' x '.join(map(str, sizes))} (data x fsdp x tensor) cannot be laid on {at.name}, whose chips "
-            f"are {shape}; with data {sizes[0]}, fsdp x tensor can be {', '.join(fitting)}"
+            f"mesh {' x '.join(map(str, sizes))} (data x fsdp x tensor) cannot be laid on {at.name}, whose "
+            f"chips are {shape}; with data {sizes[0]}, fsdp x tensor can be {', '.join(fitting)}"
         ) from None
 
 

@@ -21,28 +21,33 @@ SPREAD = 0.8  # of the logarithm of answers' lengths
 class Assumptions:
     """What a plan cannot know.
 
-    response: mean length of an answer as a share of `rollout.max_response`; lengths are log-normal and cut at
-    the limit. prompt: mean length of a query as a share of `rollout.max_prompt`. accepted: share of states
-    that carry a gradient. kept: trajectories of a query that are explored. compute, memory, network: shares of
-    the chip's peaks that programs reach. latency: seconds that a collective takes at least.
+    Lengths of answers are log-normal and cut at the limit.
     """
 
     response: float = 0.35
+    """Mean length of an answer as a share of rollout.max_response."""
     prompt: float = 0.25
+    """Mean length of a query as a share of rollout.max_prompt."""
     accepted: float = 0.5
+    """Share of states that carry a gradient."""
     kept: float = 2.0
+    """Base trajectories of a query that are explored."""
     compute: float = 0.5
+    """Share of the chip's FLOP/s that programs reach."""
     memory: float = 0.7
+    """Share of the bandwidth of its memory."""
     network: float = 0.7
+    """Share of the bandwidth of its links."""
     latency: float = 5e-6
+    """Seconds that a collective takes at least."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Leg:
     """A call of the decoding program.
 
-    before, before_slots: rows of a part and slots of each until then. rows, slots: from then on. steps: tokens
-    of every row that it generates. seats: as the engine would seat the branches.
+    before, before_slots: rows of a part and slots of each until then. rows, slots: from then on. steps:
+    tokens of every row that it generates. seats: as the engine would seat the branches.
     """
 
     before: int
@@ -66,7 +71,10 @@ class Leg:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """A decoding: its branches, and the calls that it takes. lengths: int [P, n, C], tokens of each branch."""
+    """A decoding: its branches, and the calls that it takes.
+
+    lengths: int [P, n, C], tokens of each branch.
+    """
 
     lengths: np.ndarray
     legs: tuple[Leg, ...]
@@ -101,7 +109,9 @@ def decode_of(lengths: np.ndarray, max_new: int, compact: bool) -> Decode:
     seats, before = take_seats(np.ones(lengths.shape, bool), rows), (rows, slots)
     while True:
         window, leave = min(slots, max_new), ladder.below(rows) if compact else 0
-        fullest = np.sort(lengths.reshape(parts, -1), axis=1)  # the part that is last to have few running decides
+        fullest = np.sort(
+            lengths.reshape(parts, -1), axis=1
+        )  # the part that is last to have few running decides
         last = int(fullest[:, fullest.shape[1] - leave - 1].max()) if leave < fullest.shape[1] else slot
         end = min(max(last, slot), window)
         legs.append(Leg(*before, rows, slots, end - slot, seats))
@@ -134,15 +144,21 @@ class Chunk:
         """That run through the model."""
         return self.rows * self.width
 
+    @property
+    def seen(self) -> int:
+        """Keys of all rows."""
+        return self.rows * (self.window + self.width)
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
     """A step.
 
-    rounds: of sampling. first_return, explore: of a round; explore None without positions. trajectories: of a
-    part, that are explored. trunks: (number, width) of a bundle on each part, with how many bundles there are.
-    chunks: shapes with how many there are in the step. real: tokens that the update has to run, on all parts.
-    trained: tokens that carry loss. widest: the largest chunk and trunks that can come up.
+    rounds: of sampling. first_return, explore: of a round; explore None without positions. trajectories: of
+    a part, that are explored. trunks: (number, width) of a bundle on each part, with how many bundles there
+    are. chunks: shapes with how many there are in the step. real: tokens that the update has to run, on all
+    parts. trained: tokens that carry loss. widest, widest_trunks: the chunk and the trunks that are assumed
+    to need most memory.
     """
 
     rounds: int
@@ -201,27 +217,29 @@ def work_of(config: Config, parts: int, told: Assumptions, worst: bool = False) 
                 rows, width = chunk.token.shape
                 shapes[Chunk(rows // parts, width - 1, window)] += 1
                 real += int((chunk.length - 1).sum())
-    for counted in (shapes, trunks):
-        for shape in counted:
-            counted[shape] *= config.optimizer.epochs
     longest, budget = bucket(rollout.max_prompt + limit - 1), config.optimizer.micro_tokens
     many = batch // minibatches * explore.rollouts
-    width = bucket(limit)
+    width, epochs = bucket(limit), config.optimizer.epochs
     return Work(
         rounds=math.ceil(batch / found),
         first_return=first,
         explore=decode,
         trajectories=kept,
-        trunks=dict(trunks),
-        chunks=dict(shapes),
-        real=real * config.optimizer.epochs,
-        trained=int(accepted.length.sum()) * config.optimizer.epochs,
-        widest=Chunk(most_of(many, width, budget), width, longest),
+        trunks={shape: epochs * times for shape, times in trunks.items()},
+        chunks={shape: epochs * times for shape, times in shapes.items()},
+        real=epochs * real,
+        trained=epochs * int(accepted.length.sum()),
+        # Whole answers after a whole trunk, or many short ones: each row has what it sees of its trunk.
+        widest=max(
+            [Chunk(most_of(many, width, budget), width, longest), *shapes], key=lambda x: (x.seen, x.tokens)
+        ),
         widest_trunks=(most_of(many, longest, budget), longest),
     )
 
 
-def groups_of(config: Config, lengths: np.ndarray, told: Assumptions, rng: np.random.Generator) -> StateGroups:
+def groups_of(
+    config: Config, lengths: np.ndarray, told: Assumptions, rng: np.random.Generator
+) -> StateGroups:
     """The accepted states of a batch, `batch_states` of them.
 
     Args:
@@ -259,5 +277,3 @@ def prefixes_of(config: Config, told: Assumptions) -> tuple[float, float]:
     states = config.explore.positions + 1
     before = told.response * config.rollout.max_response * (states - 1) / (2 * states)
     return told.prompt * config.rollout.max_prompt, before
-
-
