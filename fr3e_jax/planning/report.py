@@ -303,7 +303,7 @@ def suggestions(plan: Plan) -> list[str]:
 
 def gib(size: float) -> float:
     """Bytes in GiB, for people."""
-    return round(size / GIB, 2)
+    return round(size / GIB, 2) + 0.0  # no -0.0
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -317,8 +317,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "chips": plan.at.chips,
         "mesh": dict(plan.setup.mesh.shape),
         "fits": plan.fits,
-        "short_gib": gib(max(plan.short, 0)),
-        "longest_answers_short_gib": gib(max(plan.longest_short(), 0)),
+        "short_gib": gib(max(plan.short, 0.0)),
+        "longest_answers_short_gib": gib(max(plan.longest_short(), 0.0)),
         "available_gib": gib(plan.available),
         "installed_gib": gib(plan.at.chip.installed),
         "reserve_gib": gib(RESERVE),
