@@ -365,8 +365,16 @@ def valid_pairs(window: dict[str, str], place: int, size: int, kernel: int, resu
 
     stride, low = int(part("stride", "1")), int(part("pad", "0_0").split("_")[0])
     spread, apart = int(part("lhs_dilate", "1")), int(part("rhs_dilate", "1"))
-    at = np.arange(result)[:, None] * stride + np.arange(kernel)[None] * apart - low
-    return int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
+    # For each place k: the results r with 0 <= r * stride - start <= end, and spread divides that. A batch of
+    # products is a convolution with a kernel as long as the batch, too long for a table of all pairs.
+    start = low - np.arange(kernel, dtype=np.int64) * apart
+    common = math.gcd(stride, spread)
+    period = spread // common
+    first = start // common * pow(stride // common, -1, period) % period
+    least = np.maximum(-(-start // stride), 0)
+    most = np.minimum((start + (size - 1) * spread) // stride, result - 1)
+    count = (most - first) // period - (least - 1 - first) // period
+    return int(np.where((start % common == 0) & (most >= least), count, 0).sum())
 
 
 def group_of(line: str) -> tuple[int, ...]:

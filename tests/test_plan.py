@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 from support import REPOSITORY, TINY, command, needs_compiler, placement, run, tiny_params
 
 from fr3e_jax.cli import parse
@@ -16,7 +18,7 @@ from fr3e_jax.config import Config, ConfigError, LossConfig, MeshConfig, Optimiz
 from fr3e_jax.cost import forward_flops
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.hlo import Program, group_of
+from fr3e_jax.hlo import Program, group_of, valid_pairs
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
@@ -287,6 +289,19 @@ def test_flops_of_an_update_are_the_models():
     attention = forward_flops(WIDE, 0, pairs, 0)
     head = forward_flops(WIDE, 0, 0, tokens)
     assert counted == pytest.approx(3 * layers + 4 * attention + 4 * head, rel=0.02)
+
+
+@given(
+    *(st.integers(1, 4) for _ in range(3)),
+    *(st.integers(1, 6) for _ in range(3)),
+    st.integers(-3, 3),
+)
+def test_what_falls_on_padding_is_left_out(stride, spread, apart, size, kernel, result, low):
+    """Against a table of all pairs."""
+    window = {"stride": stride, "pad": f"{low}_0", "lhs_dilate": spread, "rhs_dilate": apart}
+    at = np.arange(result)[:, None] * stride + np.arange(kernel)[None] * apart - low
+    expected = ((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum()
+    assert valid_pairs({k: str(v) for k, v in window.items()}, 0, size, kernel, result) == expected
 
 
 def test_what_xla_asked_for_is_read_from_its_refusal():

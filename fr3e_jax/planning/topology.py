@@ -236,18 +236,19 @@ def splits(chips: int) -> list[tuple[int, int]]:
 class Lane:
     """How a mesh axis, or some together, lies on the torus.
 
-    size: chips along it. dimensions: of the torus that it covers. ring: they are closed. hops: the farthest
-    that two neighbours on it are apart.
+    size: chips along it. dimensions: of the torus that it covers. ring: they are closed. hops: links that two
+    neighbours on it are apart at most; stride: on average.
     """
 
     size: int
     dimensions: int
     ring: bool
     hops: int
+    stride: float
 
     def bandwidth(self, link: float) -> float:
         """Bytes a second that a chip can receive along it, in a ring or a line of collectives."""
-        return link * max(self.dimensions, 1) * (2 if self.ring else 1) / max(self.hops, 1)
+        return link * max(self.dimensions, 1) * (2 if self.ring else 1) / max(self.stride, 1)
 
 
 def lane_of(at: Slice, mesh: Mesh, axes: tuple[str, ...]) -> Lane:
@@ -264,10 +265,13 @@ def lane_of(at: Slice, mesh: Mesh, axes: tuple[str, ...]) -> Lane:
     steps = np.abs(np.diff(places, axis=0))
     whole, closed = np.array(at.shape), np.array(at.ring)
     steps = np.where(closed, np.minimum(steps, whole - steps), steps)
-    hops = int(steps.sum(axis=1).max(initial=0))
     # Two axes together are gone through one after the other: their jumps are not hops of either.
-    hops = hops if len([a for a in axes if mesh.shape[a] > 1]) == 1 else 1
-    return Lane(len(members), int((extent > 1).sum()), ring and len(members) > 1, hops)
+    alone = len([name for name in axes if mesh.shape[name] > 1]) == 1
+    hops = steps.sum(axis=1) if alone else np.ones(1, int)
+    stride = float(hops.mean()) if hops.size else 1.0
+    return Lane(
+        len(members), int((extent > 1).sum()), ring and len(members) > 1, int(hops.max(initial=0)), stride
+    )
 
 
 def warnings_of(at: Slice, mesh: Mesh) -> list[str]:
