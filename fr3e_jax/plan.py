@@ -3,16 +3,16 @@ configs/qwen2.5_7b_v5e16.yaml --topology v5e-16`.
 
 Every program of a step is compiled for the slice, on any Linux machine with libtpu (`pip install
 'fr3e_jax[tpu]'`) and without a TPU, in minutes. The exit code is 0 where the run fits, 1 where it does not, 2
-for a mistake in the settings.
+for a mistake in the settings, 3 where the compiler fails for another reason than memory.
 """
 
 import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
+import jax
 from rich.console import Console
 
 from fr3e_jax.cli import fail, parse
@@ -133,37 +133,41 @@ def arguments(argv: Sequence[str]) -> list[str]:
     ]
 
 
-def plans(given: PlanConfig, name: str) -> list[Plan]:
+def plans(given: PlanConfig, name: str) -> Iterator[Plan]:
     """Those that are asked for, one after the other."""
+    given.assume.check()
     if not given.all:
         if given.topology is None:
             raise ConfigError("--topology says for which slice: v5e-16, v5p-128, ...")
         config = Config(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Config)})
-        return [make_plan(config, name, given.topology, given.assume, given.price_per_chip_hour)]
-    found = []
+        yield make_plan(config, name, given.topology, given.assume, given.price_per_chip_hour)
+        return
     for shipped, topology in PLANS.items():
         config, _ = parse(Config, "plan", f"configs/{shipped}.yaml", [])
-        found.append(make_plan(config, shipped, topology, given.assume, given.price_per_chip_hour))
-    return found
+        yield make_plan(config, shipped, topology, given.assume, given.price_per_chip_hour)
 
 
 def main() -> None:
     """Parse the command line, compile, report; a user's mistake is one line and exit code 2."""
     given, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", arguments(sys.argv[1:]))
+    fit, table = True, list(MARKDOWN)
     try:
-        found = plans(given, Path(name).stem)
+        for plan in plans(given, name):
+            fit &= plan.fits
+            if given.json:
+                print(json.dumps(as_json(plan)), flush=True)
+            elif given.markdown:
+                print("\n".join([*table, markdown_row(plan)]), flush=True)
+                table.clear()
+            else:
+                show(plan, Console(width=None if sys.stdout.isatty() else 160))
     except (ConfigError, PlacementError, CheckpointError) as error:
         fail("plan", error)
+    except jax.errors.JaxRuntimeError as error:
+        fail("plan", f"the compiler failed: {error}", 3)
     except KeyboardInterrupt:
         fail("plan", "interrupted", 130)
-    for number, plan in enumerate(found):
-        if given.json:
-            print(json.dumps(as_json(plan)))
-        elif given.markdown:
-            print("\n".join([*MARKDOWN[: 0 if number else None], markdown_row(plan)]))
-        else:
-            show(plan, Console(width=None if sys.stdout.isatty() else 160))
-    raise SystemExit(0 if all(plan.fits for plan in found) else 1)
+    raise SystemExit(0 if fit else 1)
 
 
 if __name__ == "__main__":

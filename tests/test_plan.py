@@ -478,9 +478,10 @@ def test_models_are_planned_without_a_download(tmp_path):
         ([], "--topology says for which slice"),
         (["--topology", "v5e-17"], "there is no slice 'v5e-17'; v5e comes as v5e-1, v5e-4"),
         (["--topology", "v5e-4", "--fast"], "--fast"),
+        (["--topology", "v5e-4", "--assume.response", "2"], "assume.response is 2.0; it is a share"),
         (["--topology", "v5e-4", "--model.path", "Org/Unknown"], "known are"),
     ],
-    ids=["none", "topology", "flag", "model"],
+    ids=["none", "topology", "flag", "share", "model"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, message):
     told = run("plan", *flags)

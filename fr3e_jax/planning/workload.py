@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from fr3e_jax.config import Config
+from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.engine.seats import Ladder, Seats, first_slots, take_seats
 from fr3e_jax.host import groups
 from fr3e_jax.host.layout import bucket, bundles_of, most_of
@@ -40,6 +40,20 @@ class Assumptions:
     """Share of the bandwidth of its links."""
     latency: float = 5e-6
     """Seconds that a collective takes at least."""
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+          ConfigError: with one line that says what to change.
+        """
+        for name in ("response", "prompt", "accepted", "compute", "memory", "network"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"assume.{name} is {getattr(self, name)}; it is a share, above 0 and at most 1"
+                )
+        if self.kept < 1 or self.latency < 0:
+            raise ConfigError("assume.kept must be at least 1 and assume.latency at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
