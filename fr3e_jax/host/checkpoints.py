@@ -5,13 +5,14 @@ leaves the last whole one.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from fr3e_jax.host.groups import as_dict, from_dict
+from fr3e_jax.host.storage import absolute
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.types import StateGroups
@@ -25,7 +26,8 @@ class Progress:
 
     Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
     the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
-    were skipped in a row up to here.
+    were skipped in a row up to here. `unreported` holds the metrics of `step` and a state to read until they
+    are written: a run can be stopped in the evaluation that follows a step.
     """
 
     step: int = 0
@@ -34,18 +36,22 @@ class Progress:
     seconds: float = 0.0
     seed: int = 0
     skipped: int = 0
+    unreported: dict[str, Any] | None = None
 
 
 class Checkpoints:
-    """The checkpoints of a run directory, of which the last `keep` are kept.
+    """The checkpoints of a run directory.
 
-    With None they are only read: none is deleted, and no directory is made.
+    The last `keep` are kept, and those of steps that `keep_every` divides. With None they are only read: none
+    is deleted, and no directory is made.
     """
 
-    def __init__(self, directory: Path, keep: int | None) -> None:
+    def __init__(self, directory: epath.PathLike, keep: int | None, keep_every: int = 0) -> None:
         self.manager = ocp.CheckpointManager(
-            (directory / CHECKPOINTS).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
+            absolute(directory) / CHECKPOINTS,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every or None, create=keep is not None
+            ),
         )
 
     def latest(self) -> int | None:
