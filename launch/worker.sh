@@ -85,10 +85,8 @@ start() { # RUN ARGUMENTS...
   rm -f "$dir/exit_code" "$dir/stopped" "$dir/pid"
   printf '%s\n' "$run" >"$state/current"
   setsid bash "$checkout/launch/worker.sh" hold "$@" </dev/null >>"$dir/log.txt" 2>&1 &
-  local tries=0
   while [ ! -f "$dir/pid" ]; do
-    tries=$((tries + 1))
-    [ "$tries" -le 100 ] || fail "did not start: $(tail -n 3 "$dir/log.txt")" 5
+    kill -0 $! 2>/dev/null || [ -f "$dir/pid" ] || fail "did not start: $(tail -n 3 "$dir/log.txt")" 5
     sleep 0.1
   done
   echo "started"
