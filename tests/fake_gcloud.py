@@ -17,9 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -103,7 +101,9 @@ def create(kind):
         end("ALREADY_EXISTS: Resource already exists.")
     if (home / "no_capacity").exists():
         end("RESOURCE_EXHAUSTED: There is no more capacity in the zone.", 1)
-    for worker in home.glob("worker-*"):
+    import shutil  # slow to import, and every command here is a process
+
+    for worker in home.glob("worker-[0-9]*"):
         shutil.rmtree(worker)
     if kind == "queued-resources":
         file.write_text("ACTIVE")
@@ -136,7 +136,8 @@ def ssh(flags):
     }
     # As gcloud and ssh do: the command is split at spaces, joined again, and read by the login shell.
     command = " ".join(flags["--command"].split(" "))
-    sys.exit(subprocess.run(["bash", "-c", command], cwd=place, env=environment).returncode)
+    os.chdir(place)
+    os.execve("/bin/bash", ["bash", "-c", command], environment)
 
 
 def local(url):
@@ -158,6 +159,8 @@ def storage(verb, words):
     else:
         if not Path(words[1]).is_dir():
             end("Destination (rsync) must be an existing directory")
+        import shutil
+
         shutil.copytree(local(words[0]), words[1], dirs_exist_ok=True)
 
 
