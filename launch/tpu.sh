@@ -163,7 +163,7 @@ set_value() { # KEY VALUE WHERE
     BUCKET) BUCKET=$2 ;; REPOSITORY) REPOSITORY=$2 ;; REF) REF=$2 ;; RUNTIME) RUNTIME=$2 ;; DATA) DATA=$2 ;;
     WAIT_MINUTES) WAIT_MINUTES=$2 ;; POLL_SECONDS) POLL_SECONDS=$2 ;; MAX_FAILURES) MAX_FAILURES=$2 ;;
     PARALLEL) PARALLEL=$2 ;;
-    *TOKEN* | *KEY* | *SECRET*) fail "$3: $1 does not belong into a file of settings: export it in the shell" 2 ;;
+    *TOKEN* | *KEY* | *SECRET*) fail "$3: $1 does not belong in a file: export it in the shell" 2 ;;
     *) fail "$3: there is no setting $1" 2 ;;
   esac
 }
@@ -227,7 +227,8 @@ check_settings() {
 read_type() {
   local size runtime
   case $TYPE in v5e-*) TYPE=v5litepod-${TYPE#v5e-} ;; esac
-  expect TYPE "$TYPE" '^(v5litepod|v6e|v5p|v4)-[1-9][0-9]{0,4}$' "a type: v5e-N or v5litepod-N, v6e-N, v5p-N, v4-N"
+  expect TYPE "$TYPE" '^(v5litepod|v6e|v5p|v4)-[1-9][0-9]{0,4}$' \
+    "a type: v5e-N or v5litepod-N, v6e-N, v5p-N, v4-N"
   size=${TYPE##*-}
   case $TYPE in
     v5litepod-* | v6e-*)
@@ -319,9 +320,11 @@ request_slice() {
   if [ "$CAPACITY" = on-demand ]; then
     tpus tpu-vm create "--accelerator-type=$TYPE" "--version=$RUNTIME"
   elif [ "$CAPACITY" = spot ]; then
-    tpus queued-resources create "--node-id=$NAME" "--accelerator-type=$TYPE" "--runtime-version=$RUNTIME" --spot
+    tpus queued-resources create "--node-id=$NAME" "--accelerator-type=$TYPE" \
+      "--runtime-version=$RUNTIME" --spot
   else
-    tpus queued-resources create "--node-id=$NAME" "--accelerator-type=$TYPE" "--runtime-version=$RUNTIME"
+    tpus queued-resources create "--node-id=$NAME" "--accelerator-type=$TYPE" \
+      "--runtime-version=$RUNTIME"
   fi
 }
 
@@ -365,7 +368,7 @@ create() {
       absent) fail "$NAME is gone" ;;
     esac
     [ $((SECONDS - begun)) -lt $((WAIT_MINUTES * 60)) ] ||
-      fail "$NAME was not ready within $WAIT_MINUTES minutes. The request stays: create again waits on, delete ends it"
+      fail "$NAME was not ready within $WAIT_MINUTES minutes. The request stays: create waits on, delete ends it"
     sleep "$POLL_SECONDS"
   done
   say "$NAME is ready. It costs until launch/tpu.sh delete"
@@ -424,7 +427,8 @@ check_workers() { # STEP WHAT
     if [ "$code" != 0 ]; then
       failed="$failed $worker"
       echo "tpu.sh $command_name: worker $worker failed to $2 (exit code $code):" >&2
-      cat "$temporary/$1.$worker.out" "$temporary/$1.$worker.err" | tail -n 15 | sed "s/^/  worker $worker: /" >&2
+      cat "$temporary/$1.$worker.out" "$temporary/$1.$worker.err" | tail -n 15 |
+        sed "s/^/  worker $worker: /" >&2
     fi
     worker=$((worker + 1))
   done
@@ -441,12 +445,14 @@ install() {
     ssh_to 0 true
   else
     say "installing $REF of $REPOSITORY on $workers workers: minutes"
-    ssh_to 0 true >"$temporary/first" 2>&1 || fail "cannot reach worker 0: $(tail -n 5 "$temporary/first")"
+    ssh_to 0 true >"$temporary/first" 2>&1 ||
+      fail "cannot reach worker 0: $(tail -n 5 "$temporary/first")"
   fi
   fetch="set -eu; export GIT_TERMINAL_PROMPT=0; mkdir -p .fr3e fr3e_jax; exec 8>.fr3e/installing; flock 8; "
-  fetch="$fetch flock --shared --nonblock .fr3e/lock true || { echo 'a run is going on here' >&2; exit 3; }; "
-  fetch="$fetch cd fr3e_jax; git init --quiet; git fetch --quiet --depth 1 --force $(quote_all "$REPOSITORY" "$REF"); "
-  fetch="$fetch git checkout --quiet --force --detach FETCH_HEAD; cd; "
+  fetch="${fetch}flock --shared --nonblock .fr3e/lock true || { echo 'a run is going on here' >&2; exit 3; }; "
+  fetch="${fetch}cd fr3e_jax; git init --quiet; "
+  fetch="${fetch}git fetch --quiet --depth 1 --force $(quote_all "$REPOSITORY" "$REF"); "
+  fetch="${fetch}git checkout --quiet --force --detach FETCH_HEAD; cd; "
   each_worker install "$fetch$on_worker install $(quote "$DATA")"
   check_workers install "install" || return 1
   if [ -z "$dry" ]; then say "$(cat "$temporary/install.0.out") on $workers workers"; fi
@@ -496,7 +502,9 @@ complete() {
     act gcloud storage ls "$run_dir/summary.json" "--project=$PROJECT"
     return 1
   fi
-  if gcloud storage ls "$run_dir/summary.json" "--project=$PROJECT" >/dev/null 2>"$temporary/ls"; then return 0; fi
+  if gcloud storage ls "$run_dir/summary.json" "--project=$PROJECT" >/dev/null 2>"$temporary/ls"; then
+    return 0
+  fi
   if grep -q 'matched no objects' "$temporary/ls"; then return 1; fi
   return 2
 }
@@ -527,7 +535,9 @@ check_secrets() {
     [ -n "${!name-}" ] || continue
     case ${!name} in *$'\n'*) fail "$name has more than one line" 2 ;; esac
     for word in "$run" ${extra[@]+"${extra[@]}"}; do
-      case $word in *"${!name}"*) fail "an argument holds the value of $name, which command lines and logs would show" 2 ;; esac
+      case $word in
+        *"${!name}"*) fail "an argument holds the value of $name, which logs would show" 2 ;;
+      esac
     done
   done
 }
@@ -553,14 +563,17 @@ run_command() {
     if [ -n "$watch" ]; then dry_watch; fi
     return
   fi
-  [ -z "$unreachable" ] || fail "cannot reach worker(s)$unreachable: $(tail -n 2 "$temporary/state.${unreachable##* }.err")"
+  [ -z "$unreachable" ] ||
+    fail "cannot reach worker(s)$unreachable: $(tail -n 2 "$temporary/state.${unreachable##* }.err")"
   [ -z "$other" ] || fail "run '$other' is going on: launch/tpu.sh stop"
-  [ "$uninstalled" = 0 ] || fail "$uninstalled of $workers workers have nothing installed: launch/tpu.sh install"
+  [ "$uninstalled" = 0 ] ||
+    fail "$uninstalled of $workers workers have nothing installed: launch/tpu.sh install"
   if [ "$running" = "$workers" ]; then
     say "$run is going on already: launch/tpu.sh logs"
     return
   fi
-  [ "$running" = 0 ] || fail "$running of $workers workers are still in the run, and will end by themselves; launch/tpu.sh status"
+  [ "$running" = 0 ] ||
+    fail "$running of $workers workers are still in the run; they end by themselves: launch/tpu.sh status"
   start || fail "the run was not started"
   say "started. launch/tpu.sh logs follows it, launch/tpu.sh status $(quote "$run") shows where it is"
 }
@@ -627,7 +640,8 @@ watch_run() {
         fi
         ;;
       absent)
-        [ -n "$asked" ] || fail "there is no slice $NAME: somebody deleted it, so it is not created again. launch/tpu.sh create"
+        [ -n "$asked" ] ||
+          fail "there is no slice $NAME: somebody deleted it, so it is not created again. launch/tpu.sh create"
         request_slice || failed_once "the slice could not be created" || return 1
         ;;
       stopped) fail "the slice $NAME is $detail" ;;
@@ -711,7 +725,8 @@ show_run() {
   if [ -n "$dry" ]; then
     act gcloud storage cat --range=-65536 "$run_dir/metrics.jsonl" "--project=$PROJECT"
   else
-    metrics=$(gcloud storage cat --range=-65536 "$run_dir/metrics.jsonl" "--project=$PROJECT" 2>/dev/null | tail -n 1) || true
+    metrics=$(gcloud storage cat --range=-65536 "$run_dir/metrics.jsonl" "--project=$PROJECT" 2>/dev/null |
+      tail -n 1) || true
     echo "metrics: ${metrics:-none yet}"
   fi
   complete || code=$?
@@ -769,7 +784,9 @@ check_run() {
   local LC_ALL=C
   # Characters that gcloud storage reads as patterns, that end a path or a line, or that look like a flag.
   case $run in
-    '' | [.-]* | *[!A-Za-z0-9\ ._+=@,-]* | *' ' | ' '*) misused "'$run' is no name for a run: letters, digits, spaces and . _ - + = @ ," ;;
+    '' | [.-]* | *[!A-Za-z0-9\ ._+=@,-]* | *' ' | ' '*)
+      misused "'$run' is no name for a run: letters, digits, spaces and . _ - + = @ ,"
+      ;;
   esac
   run_dir=$BUCKET/runs/$run
 }
@@ -790,7 +807,7 @@ need_value() { # FLAG WORDS_LEFT
 }
 
 main() {
-  local allowed positional=0 takes=0
+  local allowed positional=0 takes=0 after_dashes=
   settings=${FR3E_TPU_ENV:-$here/tpu.env}
   dry='' watch='' yes='' worker_asked=0 lines=100 follow=yes run='' run_dir='' directory='' extra=()
   case ${1-} in
@@ -805,6 +822,7 @@ main() {
     *) misused "there is no command '$1'" ;;
   esac
   command_name=$1
+  if [ "$1" = run ]; then after_dashes='; options of training come after --'; fi
   shift
   while [ $# -gt 0 ]; do
     case $1 in
@@ -819,7 +837,7 @@ main() {
         break
         ;;
       -*)
-        case $allowed in *" ${1%%=*} "*) ;; *) misused "there is no option $1" ;; esac
+        case $allowed in *" ${1%%=*} "*) ;; *) misused "there is no option $1$after_dashes" ;; esac
         case $1 in
           --watch) watch=yes ;;
           --yes) yes=yes ;;
@@ -833,7 +851,7 @@ main() {
         ;;
       *)
         positional=$((positional + 1))
-        [ "$positional" -le "$takes" ] || misused "'$1' is one word too many$([ "$command_name" != run ] || echo ": options of training come after --")"
+        [ "$positional" -le "$takes" ] || misused "'$1' is one word too many$after_dashes"
         if [ "$positional" = 1 ]; then run=$1; else directory=$1; fi
         ;;
     esac

@@ -61,6 +61,10 @@ for step in plan[min(count, len(plan) - 1)].split(","):
         (run_dir / "model" / "config.json").write_text("{}")
         (run_dir / "metrics.jsonl").write_text('{"step": 1}\\n{"step": 2}\\n')
         (run_dir / "summary.json").write_text("{}")
+    if what == "leave" and os.fork() == 0:
+        with open(home / "pids", "a") as f: f.write(f"{os.getpid()}\\n")
+        time.sleep(60)
+        os._exit(0)
     if what == "preempt" and worker == "0":
         (fake / "node").write_text("PREEMPTED")
         if (fake / "request").exists(): (fake / "request").write_text(value)
@@ -433,6 +437,16 @@ def test_a_run_that_one_worker_cannot_start_is_ended_on_the_others(rent):
     laptop.until(lambda: "worker 0: ended with exit code" in laptop.call("status"))
 
 
+def test_what_training_leaves_behind_does_not_count_as_a_run(rent):
+    laptop = rent().ready()
+    laptop.plan("leave,exit=1")
+    laptop.call("run", "first")
+    laptop.until(lambda: laptop.call("status").count("ended with exit code 1") == 2)
+    laptop.plan("hold")
+    laptop.call("run", "first")
+    assert laptop.call("status").count("running") == 2
+
+
 def test_stop_lets_training_save(rent):
     laptop = rent().ready()
     laptop.call("run", "first")
@@ -739,7 +753,10 @@ def test_every_command_has_help_and_tells_of_a_wrong_option(rent, command):
     assert max(map(len, shown.splitlines())) <= 110
     assert command in laptop.call("--help", FR3E_TPU_ENV="nowhere")
     shown = laptop.call(command, "--wrong", expect=2)
-    assert shown == f"tpu.sh {command}: there is no option --wrong (see launch/tpu.sh {command} --help)\n"
+    hint = "; options of training come after --" if command == "run" else ""
+    assert (
+        shown == f"tpu.sh {command}: there is no option --wrong{hint} (see launch/tpu.sh {command} --help)\n"
+    )
     assert not laptop.commands()
 
 
