@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from support import ends_of, run, start_pair, two_processes
 
-from fr3e_jax.config import ConfigError, DistributedConfig
 from fr3e_jax.host.metrics import read_metrics
 from fr3e_jax.parallel import hosts
 
@@ -246,13 +245,10 @@ def test_each_process_reads_and_verifies_its_own_rows_and_knows_all(tmp_path, si
         ),
     ],
 )
-def test_what_the_environment_says_of_other_processes_is_checked(monkeypatch, environment, message):
-    for name in (hosts.ADDRESS, hosts.PROCESSES, hosts.NUMBER):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
-        hosts.initialize(DistributedConfig(initialize=True))
+def test_what_the_environment_says_of_other_processes_is_checked(environment, message):
+    refused = run("train", *SMALL, "--run_dir", "/nowhere", FR3E_DISTRIBUTED="1", **environment)
+    assert refused.returncode == 2
+    assert message in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_several_processes_need_a_run_directory_that_they_share():

@@ -57,9 +57,7 @@ def whole(tmp_path_factory):
         ("check", 12, "some"),  # in the midst of rollouts
     ],
 )
-def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_happened(
-    tmp_path, whole, where, number, saved
-):
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, where, number, saved):
     directory = tmp_path / "run"
     stopped = train(directory, where, number)
     assert stopped.returncode == 0, stopped.stderr
@@ -113,11 +111,9 @@ print("COUNTS", counts.get(at + "misses", 0), counts.get(at + "hits", 0))
 """
 
 
-def compiled(tmp_path, name, **environment):
+def compiled(tmp_path, name):
     """(Programs that a run compiled, programs that it found) with a new run directory."""
-    told = command(
-        "train", *SMALL, "--steps=2", "--run_dir", tmp_path / name, HOME=str(tmp_path), **environment
-    )
+    told = command("train", *SMALL, "--steps=2", "--run_dir", tmp_path / name, HOME=str(tmp_path))
     for variable in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
         told["env"].pop(variable, None)
     told["args"] = [sys.executable, "-c", COUNTING, *told["args"][3:]]
