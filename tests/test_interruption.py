@@ -40,6 +40,9 @@ def train(directory, where="check", number=0):
     return subprocess.run(**told, timeout=600)
 
 
+slow = pytest.mark.slow  # whole runs
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole") / "run"
@@ -48,6 +51,7 @@ def whole(tmp_path_factory):
     return directory
 
 
+@slow
 @pytest.mark.parametrize(
     ("where", "number", "saved"),
     [
@@ -74,6 +78,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, where
     assert json.loads((directory / "summary.json").read_text())["steps"] == 6
 
 
+@slow
 def test_a_run_that_is_complete_and_gets_more_steps_loses_its_mark_until_they_are_done(tmp_path, whole):
     directory = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, directory], check=True)
@@ -122,6 +127,7 @@ def compiled(tmp_path, name):
     return tuple(int(count) for count in done.stdout.split("COUNTS")[1].split())
 
 
+@slow
 def test_the_second_start_of_a_run_compiles_nothing(tmp_path):
     first, second = compiled(tmp_path, "first"), compiled(tmp_path, "second")
     assert first[0] > 20
