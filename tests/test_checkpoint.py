@@ -128,14 +128,11 @@ def test_saving_goes_on_while_the_run_does(tmp_path, monkeypatch):
     assert_equal(again, before)
 
 
-# Saves step after step, every number of a state being its step; one process is forked for each kill.
+# Saves step after step, every number of a state being its step.
 SAVING = """
-import os, sys, time
-import numpy as np
-from fr3e_jax.host.checkpoints import Checkpoints, Progress
-from fr3e_jax.learner.state import TrainState
-import jax, jax.numpy as jnp
+import sys
 from pathlib import Path
+from fr3e_jax.host.checkpoints import Checkpoints, Progress
 from test_checkpoint import torn_state, some_groups
 
 directory, first = Path(sys.argv[1]), int(sys.argv[2])
@@ -161,7 +158,7 @@ def test_a_save_that_is_killed_at_any_moment_is_never_chosen(tmp_path):
         told = {"text": True, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": TESTS}}
         process = subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path), str(reached + 1)], **told)
         assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.05, 0.6))
+        time.sleep(rng.uniform(0.05, 1.2))
         process.kill()
         process.communicate()
         names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
@@ -176,4 +173,4 @@ def test_a_save_that_is_killed_at_any_moment_is_never_chosen(tmp_path):
         assert progress == Progress(step=latest, data_position=latest) and groups.count(carried) == 1
         reader.close()
         reached = latest
-    assert reached > 5 and torn > 5  # it was killed in the midst of saves
+    assert reached > 3 and torn > 3  # it was killed in the midst of saves
