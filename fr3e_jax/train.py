@@ -29,7 +29,7 @@ from fr3e_jax.host.interruption import Interrupted, Interruption
 from fr3e_jax.host.metrics import Reporter, Silent, open_reporter, read_metrics
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.run_dir import differing, open_run_dir, refuse_other_settings
-from fr3e_jax.host.storage import in_bucket, upload
+from fr3e_jax.host.storage import StorageError, in_bucket, upload
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
@@ -240,7 +240,7 @@ def main() -> None:
             train(config, name)
         except (ConfigError, PlacementError, CheckpointError) as error:
             fail("train", error)
-        except (SamplingError, SkippedError, HostError) as error:
+        except (SamplingError, SkippedError, HostError, StorageError) as error:
             fail("train", error, code=1)
         except KeyboardInterrupt:
             fail("train", "interrupted; with --run_dir DIR this run goes on from its last checkpoint", 130)

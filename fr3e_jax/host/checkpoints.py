@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from fr3e_jax.host.groups import as_dict, from_dict
-from fr3e_jax.host.storage import absolute
+from fr3e_jax.host.storage import absolute, writing
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.types import StateGroups
@@ -63,16 +63,19 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
-        """Start to save; returns when the arrays are copied, and writes in the background."""
-        self.manager.save(
-            progress.step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(as_leaves(state.params)),
-                optimizer=ocp.args.StandardSave(as_leaves(state.optimizer)),
-                carried=ocp.args.StandardSave(as_dict(carried)),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
+        """Start to save; returns when the arrays are copied, and writes in the background.
+
+        Raises:
+          StorageError: the bucket did not take this checkpoint, or the one before.
+        """
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(as_leaves(state.params)),
+            optimizer=ocp.args.StandardSave(as_leaves(state.optimizer)),
+            carried=ocp.args.StandardSave(as_dict(carried)),
+            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         )
+        with writing(self.manager.directory):
+            self.manager.save(progress.step, args=args)
 
     def save_last(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
         """Save where a run ends early, if that step is not saved yet, and wait for it."""
@@ -108,9 +111,14 @@ class Checkpoints:
         return from_leaves(self.manager.restore(step, args=args).params, like)
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Wait until everything is on disk.
+
+        Raises:
+          StorageError: the bucket did not take it.
+        """
+        with writing(self.manager.directory):
+            self.manager.wait_until_finished()
+            self.manager.close()
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:

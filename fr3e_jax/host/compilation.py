@@ -31,7 +31,7 @@ def keep_compiled(setting: str, run_dir: str | None) -> str | None:
     if setting != "auto":
         place = str(absolute(location(setting)))
     elif os.environ.get(ENVIRONMENT):
-        place = os.environ[ENVIRONMENT]
+        place = str(location(os.environ[ENVIRONMENT]))
     elif run_dir is not None and in_bucket(run_dir):
         place = str(location(run_dir).parent / "compiled")
     else:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -135,6 +136,8 @@ class Reporter:
         self.samples_file.close()
         self.log.handlers[0].close()
         self.publish()
+        if in_bucket(self.directory):
+            shutil.rmtree(self.folder)
 
     def publish(self) -> None:
         """Copy what was written to the bucket, if the run is in one."""

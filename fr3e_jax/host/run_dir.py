@@ -74,16 +74,16 @@ def open_run_dir(config: Config, name: str) -> epath.Path:
     """
     if config.run_dir is None:
         stamp = Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-        directory = next(d for i in itertools.count() if not (d := numbered(stamp, i)).exists())
+        free = next(d for i in itertools.count() if not (d := numbered(stamp, i)).exists())
+        place = location(str(free))
     else:
-        directory = Path(config.run_dir)
-    place = location(str(directory))
+        place = location(config.run_dir)
     try:
         if is_first():
             place.mkdir(parents=True, exist_ok=config.run_dir is not None)
             write_atomically(place / CONFIG_FILE, dump(config))
     except OSError as error:
-        raise ConfigError(f"--run_dir {directory} cannot be written: {error}") from None
+        raise ConfigError(f"--run_dir {place} cannot be written: {error}") from None
     return place
 
 
