@@ -254,6 +254,7 @@ def train_step(
         position += config.rollout.queries
         rounds.append(metrics)
     run.interruption.check()  # for the last time while there is a state to save: updates replace it
+    sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)
 
     updates, flops, tokens = [], 0.0, np.zeros(2)

@@ -16,7 +16,6 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from fr3e_jax.bench.compiled import available
 from fr3e_jax.host.weights import read_params, write_params
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.models.qwen2 import (
@@ -28,6 +27,7 @@ from fr3e_jax.models.qwen2 import (
     logical_axes,
 )
 from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placement, place_model
+from fr3e_jax.planning.topology import available
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"

@@ -12,6 +12,7 @@ COMMANDS = {
     "generate",
     "export",
     "bench",
+    "plan",
     "step",
 }  # step is the part of train that is the algorithm
 
@@ -28,6 +29,7 @@ ALLOWED = {
     "parallel": {"types", "config"},
     "engine": {"algorithm", "parallel", "types", "config", "models"},
     "learner": {"algorithm", "parallel", "types", "config", "models"},
+    "planning": {"config", "cost", "engine", "hlo", "host", "learner", "models", "parallel", "types"},
     "host": {"algorithm", "parallel", "types", "config", "learner", "models"},
 }
 MODELS_THIRD_PARTY = {"jax", "flax", "numpy"}

@@ -4,15 +4,11 @@
 """
 
 import dataclasses
-import importlib.util
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from fr3e_jax.engine.branches import CACHE_AXES, Branches, Decoding
 from fr3e_jax.engine.rollout import Engine
@@ -21,7 +17,8 @@ from fr3e_jax.engine.seats import take_seats
 from fr3e_jax.hlo import Program
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
-from fr3e_jax.parallel.mesh import MESH_AXES, place_model, row_parts
+from fr3e_jax.parallel.mesh import place_model, row_parts
+from fr3e_jax.planning.topology import slice_mesh
 from fr3e_jax.types import Rollouts
 
 CACHE_DTYPE = jnp.bfloat16
@@ -59,19 +56,6 @@ class Compiled:
     accessed: int
     necessary: int
     moves: list[str]
-
-
-def available() -> bool:
-    """Whether there is a compiler for TPUs."""
-    return importlib.util.find_spec("libtpu") is not None
-
-
-def slice_mesh(topology: str, sizes: tuple[int, int, int]) -> Mesh:
-    """A mesh (data, fsdp, tensor) of the first chips of a slice that need not be there."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    used: Any = np.array(chips[: int(np.prod(sizes))]).reshape(sizes)
-    return Mesh(used, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def compile_decoding(config: Qwen2Config, shape: Shape, before: int | None = None) -> Compiled:

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fr3e_jax.bench.compiled import slice_mesh
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.attention import make_splash
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
+from fr3e_jax.planning.topology import slice_mesh
 from fr3e_jax.types import Batch, Trunks
 
 

@@ -21,6 +21,7 @@ from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.parallel.mesh import make_mesh, place_model
+from fr3e_jax.planning.topology import available
 from fr3e_jax.types import Queries
 
 TPU_SHAPES = (
@@ -271,7 +272,7 @@ def sampler_share(repeats: int) -> list[Told]:
 
 def bytes_vs_minimum(_: int) -> list[Told]:
     """Main memory that a decode step touches on TPUs, against weights, shared and own rows once."""
-    if not compiled.available():
+    if not available():
         return [line("bytes_vs_minimum", None, None, None, "GB", "needs libtpu: pip install 'fr3e_jax[tpu]'")]
     found = []
     for shape in TPU_SHAPES:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fr3e_jax.bench import compiled
 from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
 from fr3e_jax.bench.table import TINY, Told, hugging_face_model, in_turns, line, run
 from fr3e_jax.config import LossConfig, OptimizerConfig
@@ -18,6 +17,7 @@ from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.parallel.mesh import make_mesh, place_model
+from fr3e_jax.planning.topology import available
 from fr3e_jax.types import Bundle, StateGroups
 
 BUDGET = OptimizerConfig().micro_tokens
@@ -222,7 +222,7 @@ def padding_waste(_: int) -> list[Told]:
 def update_memory(_: int) -> list[Told]:
     """Temporaries of the largest program, for branches that fill 1, 4 and 16 chunks."""
     mesh, model = (1, 4, 1), PRESETS["qwen2.5-7b"].config
-    if not compiled.available():
+    if not available():
         return [line("update_memory", None, None, None, "GiB", "needs libtpu: pip install 'fr3e_jax[tpu]'")]
     counts, largest = [], []
     for rollouts in (8, 32, 128):
