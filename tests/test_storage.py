@@ -117,6 +117,7 @@ def steps(files):
     return {name.split("/")[1] for name in files if name.startswith(f"{CHECKPOINTS}/")}
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_one_machine_goes_on_on_another(killed, bucket_run, whole_run):
     """From the last checkpoint that is whole; of the one after it there was a part."""
     assert steps(killed) == {"1", "2"} and "checkpoints/2/commit_success.txt" not in killed
@@ -126,6 +127,7 @@ def test_a_run_killed_on_one_machine_goes_on_on_another(killed, bucket_run, whol
     assert files["samples.jsonl"] == (whole_run / "samples.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_bucket_holds_what_a_directory_holds(bucket_run, whole_run):
     _, files, _ = bucket_run
     assert {name.split("/")[0] for name in files} == {each.name for each in whole_run.iterdir()}
@@ -145,14 +147,17 @@ def test_a_bucket_holds_what_a_directory_holds(bucket_run, whole_run):
     assert log.count("resumed from the checkpoint") == 1
 
 
+@pytest.mark.slow
 def test_of_checkpoints_that_are_not_kept_nothing_is_left(bucket_run):
     assert steps(bucket_run[1]) == {"3", "4"}
 
 
+@pytest.mark.slow
 def test_nothing_of_a_run_in_a_bucket_is_left_here(bucket_run):
     assert not bucket_run[2]
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_taken_from_the_bucket(killed, whole_run, server):
     read = {path for method, path in server.calls if method == "GET" and "compiled%2F" in path}
     assert len(read) > 20
@@ -160,6 +165,7 @@ def test_compiled_programs_are_taken_from_the_bucket(killed, whole_run, server):
     assert not [path for path in written if "jit_sample" in path or "jit_update" in path]
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_in_a_bucket(server, machine):
     program = (
         "import jax\nfrom fr3e_jax.host.compilation import keep_compiled\n"
@@ -172,6 +178,7 @@ def test_compiled_programs_are_kept_in_a_bucket(server, machine):
     assert any("jit" in name for name in server.files("gs://bucket/others/compiled"))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_not_resumed_with_other_settings(bucket_run, machine):
     refused = run("train", *SMALL, CACHE, "--run_dir", RUN, "--loss.clip_high=0.4", **machine())
     assert refused.returncode == 2
@@ -179,6 +186,7 @@ def test_a_run_in_a_bucket_is_not_resumed_with_other_settings(bucket_run, machin
     assert len(refused.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_model_is_exported_from_a_bucket(bucket_run, machine, tmp_path):
     out = tmp_path / "model"
     done = run("export", "--run", RUN, "--out", out, **machine())
