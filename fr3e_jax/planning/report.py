@@ -479,27 +479,28 @@ def assumed(plan: Plan) -> str:
 
 
 MARKDOWN = (
-    "| config | slice | mesh | largest | of | memory | step | tokens/s | bound |",
+    "| config | slice | mesh | memory of a chip, GiB | | all at the limit | step | tokens/s | phases |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
 
 def markdown_row(plan: Plan) -> str:
     """A row of the README's table."""
-    mesh = " x ".join(map(str, plan.setup.mesh.shape.values()))
-    seconds = plan.step_seconds
-    bound = ", ".join(
-        f"{p.name} {p.seconds.total:,.0f} s ({p.seconds.bound})" for p in plan.phases if p.name != "reshard"
-    )
+    mesh, seconds, missing = plan.setup.mesh.shape.values(), plan.step_seconds, plan.longest_short()
+    phases = [
+        f"{phase.name} {phase.seconds.total:,.0f} s ({phase.seconds.bound})"
+        for phase in plan.phases
+        if phase.name != "reshard"
+    ]
     cells = [
         f"`{plan.name}`",
         plan.at.name,
-        mesh,
-        plan.largest.phase,
-        f"{gib(plan.largest.total):.1f} of {gib(plan.available):.1f} GiB",
-        "fits" if plan.fits else f"short by {gib(plan.short)} GiB",
+        " x ".join(map(str, mesh)),
+        f"{plan.largest.total / GIB:.1f} of {plan.available / GIB:.1f} ({plan.largest.phase})",
+        "fits" if plan.fits else f"short by {plan.short / GIB:.1f}",
+        "fits" if missing <= 0 else f"short by {missing / GIB:.1f}",
         "" if seconds is None else f"{seconds:,.0f} s",
         "" if seconds is None else f"{plan.tokens / seconds:,.0f}",
-        bound,
+        ", ".join(phases),
     ]
     return f"| {' | '.join(cells)} |"
