@@ -13,7 +13,9 @@ from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import google_crc32c
+import pytest
+
+google_crc32c = pytest.importorskip("google_crc32c", reason="needs gcsfs")
 
 PAGE = 50  # objects or folders in a page of a listing; small, so that listings have several
 

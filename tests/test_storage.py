@@ -19,8 +19,6 @@ from fr3e_jax.host import storage
 from fr3e_jax.host.checkpoints import CHECKPOINTS
 from fr3e_jax.host.storage import StorageError, location, writing
 
-pytest.importorskip("gcsfs")
-
 RUN = "gs://bucket/runs/a"
 CACHE = "--compilation_cache=gs://bucket/compiled"
 SMALL = [
