@@ -195,7 +195,9 @@ class CheckpointConfig:
     every: int = 10
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints to keep."""
+    """Last checkpoints to keep."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for good, beside the last ones; 0: none are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +213,17 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that run one program, one on each host of a slice."""
+
+    initialize: bool = False
+    """Join the other processes (also by FR3E_DISTRIBUTED=1 in the environment). jax finds them on Cloud TPU,
+    GKE and Slurm; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+    timeout: int = 300
+    """Seconds that a process waits for another that is gone or late, before it ends with an error."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """FR3E and its baselines."""
 
@@ -221,9 +234,13 @@ class Config:
     seed: int = 0
     """All randomness is a function of it."""
     run_dir: str | None = None
-    """Where checkpoints, metrics, log and the final model go; default runs/NAME-TIME."""
+    """Where checkpoints, metrics, log and the final model go, a directory or `gs://BUCKET/PATH`; default
+    runs/NAME-TIME. Several processes need one that all of them see."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on where the run directory holds a checkpoint; `never` refuses such a directory."""
+    compilation_cache: str = "auto"
+    """Where compiled programs are kept for the next start: a directory, `gs://BUCKET/PATH`, `off`, or `auto`:
+    JAX_COMPILATION_CACHE_DIR, or beside a run directory in a bucket, or ~/.cache/fr3e_jax."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
@@ -234,6 +251,7 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +348,8 @@ def check(config: Config, row_parts: int, context: int) -> None:
         "evaluate.rows": (config.evaluate.rows, 1),
         "checkpoint.every": (config.checkpoint.every, 1),
         "checkpoint.keep": (config.checkpoint.keep, 1),
+        "checkpoint.keep_every": (config.checkpoint.keep_every, 0),
+        "distributed.timeout": (config.distributed.timeout, 1),
         "data.held_out": (config.data.held_out, 1),
     }
     for name, (value, least) in at_least.items():

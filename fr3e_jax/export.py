@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import yaml
+from etils import epath
 
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, MeshConfig
@@ -18,6 +19,7 @@ from fr3e_jax.host.checkpoints import CHECKPOINTS, Checkpoints, shapes_of
 from fr3e_jax.host.export import check_out, export_model
 from fr3e_jax.host.model import open_model
 from fr3e_jax.host.run_dir import CONFIG_FILE
+from fr3e_jax.host.storage import in_bucket, location
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import abstract_params
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh
@@ -28,7 +30,7 @@ class ExportConfig:
     """Write a run's model in the Hugging Face format: configuration, tokenizer, safetensors."""
 
     run: str
-    """Run directory, as --run_dir of train."""
+    """Run directory, as --run_dir of train; it may be `gs://BUCKET/PATH`."""
     out: str
     """Directory to write; it must not exist, or be empty."""
     model: str | None = None
@@ -53,7 +55,11 @@ def export(config: ExportConfig) -> Path:
     Raises:
       ConfigError: the run directory holds no such checkpoint, or `out` holds files.
     """
-    run, out = Path(config.run), Path(config.out)
+    run, out = location(config.run), Path(config.out)
+    if in_bucket(config.out):
+        raise ConfigError(
+            f"out {config.out} is in a bucket; write to a directory and copy that with `gcloud storage cp`"
+        )
     if not (run / CONFIG_FILE).is_file():
         raise ConfigError(f"{run} is not a run directory: it holds no {CONFIG_FILE}")
     check_out(out)
@@ -85,7 +91,7 @@ def export(config: ExportConfig) -> Path:
     return out
 
 
-def started_from(run: Path) -> str:
+def started_from(run: epath.Path) -> str:
     """The model that a run started from, as its config.yaml names it."""
     try:
         name = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]["path"]

@@ -35,12 +35,14 @@ from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.data import QueryStream
+from fr3e_jax.host.interruption import Interruption
 from fr3e_jax.host.layout import bundles_of, token_counts
 from fr3e_jax.host.metrics import Stopwatch
 from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import Params, Qwen2Config
+from fr3e_jax.parallel.hosts import Hosts, gather
 from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
@@ -69,6 +71,12 @@ class Run:
     reference: Params | None
     sampling_params: Callable[[Params], Params]
     """Parameters in the type and layout for sampling, from those that are trained."""
+    interruption: Interruption
+
+    @property
+    def hosts(self) -> Hosts:
+        """The processes that run it."""
+        return self.interruption.hosts
 
     @property
     def sampling(self) -> Sampling:
@@ -113,7 +121,7 @@ def sample_round(
             reward = run.verifier.whole(states, rollouts, problems)
     else:
         states, rollouts, reward = roots(base), base, base_reward[:, None]
-    advantage, value, alpha, accepted = jax.device_get(
+    advantage, value, alpha, accepted = gather(
         assign_credit(credit, *place((reward, states.valid, states.query)))
     )
 
@@ -138,7 +146,7 @@ def first_return(run: Run, params: Params, step: int, queries: Queries) -> tuple
         rollouts, caches, row_steps = run.engine.first_return(*told, count, run.sampling)
     else:
         rollouts, row_steps = run.engine.sample(*told, explore.rollouts, run.sampling)
-    return jax.device_get(rollouts), caches, int(row_steps)
+    return gather(rollouts), caches, int(row_steps)
 
 
 def find_states(run: Run, step: int, queries: Queries, base: Rollouts, base_reward: np.ndarray) -> States:
@@ -149,10 +157,10 @@ def find_states(run: Run, step: int, queries: Queries, base: Rollouts, base_rewa
     """
     rules, place = run.config.explore, run.engine.placement.place_rows
     kept = keep(rules, run.key(1), step, *place((queries.index, base_reward)))
-    query, trajectory, real = run.engine.arrange(jax.device_get(kept))
+    query, trajectory, real = run.engine.arrange(gather(kept))
     chosen = jax.tree.map(lambda x: x[query, trajectory], base)
     told = (queries.index[query], trajectory, real, chosen.entropy, chosen.logprob, chosen.length)
-    prefix_length, valid = jax.device_get(choose_states(rules, run.key(1), step, *place(told)))
+    prefix_length, valid = gather(choose_states(rules, run.key(1), step, *place(told)))
     return States(query, trajectory, chosen.token, prefix_length, valid)
 
 
@@ -214,7 +222,7 @@ def explore(
     rollouts, row_steps = run.engine.explore(
         params, queries, caches, states, run.key(0), step, run.config.explore.rollouts, run.sampling
     )
-    return jax.device_get(rollouts), int(row_steps)
+    return gather(rollouts), int(row_steps)
 
 
 def train_step(
@@ -224,6 +232,7 @@ def train_step(
 
     Raises:
       SamplingError: the batch is not full after `credit.max_rounds` rounds.
+      Interrupted: the run is asked to stop, and `state` is untouched.
     """
     config, watch, started = run.config, Stopwatch(), time.perf_counter()
     step, position, wanted = progress.step + 1, progress.data_position, config.optimizer.batch_states
@@ -244,6 +253,7 @@ def train_step(
         waiting = groups.join(waiting, accepted)
         position += config.rollout.queries
         rounds.append(metrics)
+    run.interruption.check()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)
 

@@ -5,6 +5,7 @@ the model at the end. A run directory that holds a checkpoint is resumed.
 """
 
 import dataclasses
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import Config, ConfigError, check, resolve, updates_of
@@ -20,11 +22,14 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Checkpoints, Progress
-from fr3e_jax.host.data import QueryStream, encode_queries
+from fr3e_jax.host.compilation import keep_compiled
+from fr3e_jax.host.data import QueryStream, encode_query
 from fr3e_jax.host.export import export_model
-from fr3e_jax.host.metrics import Reporter, read_metrics
+from fr3e_jax.host.interruption import Interrupted, Interruption
+from fr3e_jax.host.metrics import Reporter, Silent, open_reporter, read_metrics
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.run_dir import differing, open_run_dir, refuse_other_settings
+from fr3e_jax.host.storage import StorageError, in_bucket, upload
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
@@ -34,8 +39,11 @@ from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.parallel.hosts import HostError, Hosts, gather, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
 from fr3e_jax.step import Run, SamplingError, SkippedError, train_step
+
+MODEL = "model"  # the directory of the final one, in the run directory
 
 
 def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
@@ -50,8 +58,13 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
     text = load_text(model.source, config.data.template)
     task = make_task(config.data)
     held_out = task.held_out(config.data.held_out)
-    encode_queries(held_out, text, config.rollout.max_prompt)  # too long a query fails here, not later
-    engine = Engine(model.graph, model.sampling, config.rollout.max_response, text.end_tokens)
+    for problem in held_out:
+        encode_query(problem, text, config.rollout.max_prompt)  # too long a query fails here, not later
+    hosts = Hosts(mesh, config.distributed.timeout)
+    interruption = Interruption(hosts)
+    engine = Engine(
+        model.graph, model.sampling, config.rollout.max_response, text.end_tokens, interruption.check
+    )
     dtype = jnp.dtype(config.model.compute_dtype)
     optimizer = make_optimizer(config.optimizer, model.axes, updates_of(config))
     learner = Learner(
@@ -68,10 +81,12 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
     reference = None
     if config.loss.kl_coefficient > 0:
         reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
-    stream = QueryStream(task, text, config.rollout.max_prompt, config.seed)
-    verifier = Verifier(task, text)
+    stream = QueryStream(task, text, config.rollout.max_prompt, config.seed, hosts)
+    verifier = Verifier(task, text, hosts)
     cast = sampling_cast(model.sampling, model.axes, state.params, dtype)
-    run = Run(config, model.config, model.training, engine, learner, stream, verifier, reference, cast)
+    run = Run(
+        config, model.config, model.training, engine, learner, stream, verifier, reference, cast, interruption
+    )
     return run, model, state, held_out
 
 
@@ -82,25 +97,26 @@ def evaluate(run: Run, params: Params, held_out: list[Problem]) -> float:
     for start in range(0, len(held_out), rows):
         problems = held_out[start : start + rows]
         padded = problems + problems[:1] * (rows - len(problems))
-        queries = encode_queries(padded, run.stream.text, run.config.rollout.max_prompt)
-        placed = run.engine.placement.place_rows(queries)
+        placed = run.engine.placement.place_rows(run.stream.encode(padded))
         rollouts, _ = run.engine.sample(params, placed, run.key(0), 0, 1, GREEDY)
-        right += run.verifier.base(jax.device_get(rollouts), padded)[: len(problems)].sum()
+        right += run.verifier.base(gather(rollouts), padded)[: len(problems)].sum()
     return float(right) / len(held_out)
 
 
-def train(config: Config, name: str) -> dict[str, Any]:
+def train(config: Config, name: str) -> dict[str, Any] | None:
     """Run or resume, and export the final model.
 
     Returns:
-      What summary.json says.
+      What summary.json says; None if the run was asked to stop before its end.
     """
     started = time.perf_counter()
     given, config = config, resolve(config)
     refuse_other_settings(config)
     run, model, state, held_out = setup(config)
+    run.hosts.meet("the run directory is read, and not written yet")
     directory = open_run_dir(config, name)
-    checkpoints = Checkpoints(directory, config.checkpoint.keep)
+    run.hosts.meet("the run directory is there")
+    checkpoints = Checkpoints(directory, config.checkpoint.keep, config.checkpoint.keep_every)
     progress = Progress(seed=config.seed)
     carried = groups.empty_groups(
         config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
@@ -109,7 +125,7 @@ def train(config: Config, name: str) -> dict[str, Any]:
         state, carried, progress = checkpoints.restore(latest, state)
     started -= progress.seconds
 
-    with Reporter(directory, config.steps, progress.step) as reporter:
+    with open_reporter(directory, config.steps, progress.step) as reporter:
         reporter.say(
             f"{config.algorithm} on {config.model.path} | {config.data.task} | mesh "
             f"{dict(run.placement.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
@@ -118,36 +134,62 @@ def train(config: Config, name: str) -> dict[str, Any]:
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
-        else:
-            question = run.stream.text.query(held_out[0].question)
-            shown = run.stream.text.tokenizer.decode(question)
-            reporter.say(f"the model sees, for example: {shown!r}")
-            reporter.step(
-                {"step": 0, "eval/accuracy": evaluate(run, state.params, held_out), "tokens/total": 0}
-            )
-        while progress.step < config.steps:
-            try:
-                state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
-            except SamplingError:
-                checkpoints.save_last(state, carried, progress)
-                raise
-            every, last = config.evaluate.every, progress.step == config.steps
-            if last or (every and progress.step % every == 0):
-                begun = time.perf_counter()
-                metrics["eval/accuracy"] = evaluate(run, state.params, held_out)
-                metrics["time/evaluate"] = round(time.perf_counter() - begun, 4)
+        try:
+            if not progress.step:
+                reporter.say(f"the model sees, for example: {shown(run, held_out[0])!r}")
+                accuracy = evaluate(run, state.params, held_out)
+                reporter.step({"step": 0, "eval/accuracy": accuracy, "tokens/total": 0})
+            while progress.step < config.steps or progress.unreported is not None:
+                if progress.unreported is None:
+                    state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
+                    told = {"metrics": metrics, "sample": sample}
+                    progress = dataclasses.replace(progress, unreported=told)
+                else:
+                    metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
+                every, last = config.evaluate.every, progress.step == config.steps
+                if last or (every and progress.step % every == 0):
+                    begun = time.perf_counter()
+                    metrics["eval/accuracy"] = evaluate(run, state.params, held_out)
+                    metrics["time/evaluate"] = round(time.perf_counter() - begun, 4)
+                seconds = time.perf_counter() - started
+                progress = dataclasses.replace(progress, unreported=None, seconds=seconds)
+                metrics |= utilisation(metrics, run.placement.mesh.devices.flat)
+                reporter.step(metrics, sample)
+                if progress.skipped >= config.optimizer.max_skipped:
+                    # Counted from 0 when it is resumed: whoever starts it again wants it to try on.
+                    checkpoints.save_last(state, carried, dataclasses.replace(progress, skipped=0))
+                    raise SkippedError(skipped_message(progress))
+                if last or progress.step % config.checkpoint.every == 0:
+                    checkpoints.save(state, carried, progress)
+        except SamplingError:
+            checkpoints.save_last(state, carried, progress)
+            raise
+        except Interrupted:
             progress = dataclasses.replace(progress, seconds=time.perf_counter() - started)
-            metrics |= utilisation(metrics, run.placement.mesh.devices.flat)
-            reporter.step(metrics, sample)
-            if progress.skipped >= config.optimizer.max_skipped:
-                # Counted from 0 when it is resumed: whoever starts it again wants it to try on.
-                checkpoints.save_last(state, carried, dataclasses.replace(progress, skipped=0))
-                raise SkippedError(skipped_message(progress))
-            if last or progress.step % config.checkpoint.every == 0:
-                checkpoints.save(state, carried, progress)
+            checkpoints.save_last(state, carried, progress)
+            reporter.say(
+                f"stopped as asked; step {progress.step} is saved, and --run_dir {directory} goes on from it"
+            )
+            return None
         checkpoints.close()
-        export_model(model.source, directory / "model", state.params, jnp.dtype(config.model.export_dtype))
+        export_run(directory / MODEL, model.source, state.params, jnp.dtype(config.model.export_dtype))
         return finish(reporter, directory, progress)
+
+
+def shown(run: Run, problem: Problem) -> str:
+    """What the model sees of a problem."""
+    return run.stream.text.tokenizer.decode(run.stream.text.query(problem.question))
+
+
+def export_run(out: epath.Path, source: Path, params: Params, dtype: Any) -> None:
+    """Write the final model; to a bucket from a folder here."""
+    if not in_bucket(out):
+        export_model(source, Path(out), params, dtype)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        export_model(source, Path(folder) / out.name, params, dtype)
+        if is_first():
+            upload(Path(folder) / out.name, out)
 
 
 def skipped_message(progress: Progress) -> str:
@@ -160,7 +202,7 @@ def skipped_message(progress: Progress) -> str:
     )
 
 
-def finish(reporter: Reporter, directory: Path, progress: Progress) -> dict[str, Any]:
+def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progress) -> dict[str, Any]:
     """Write and show the summary."""
     accuracies = [m["eval/accuracy"] for m in read_metrics(directory) if "eval/accuracy" in m]
     summary = {
@@ -178,7 +220,7 @@ def finish(reporter: Reporter, directory: Path, progress: Progress) -> dict[str,
             "held-out accuracy after": f"{accuracies[-1]:.1%}",
             "steps": f"{progress.step} in {progress.seconds:.0f} s",
             "tokens generated": f"{progress.tokens_generated:,}",
-            "model": str(directory / "model"),
+            "model": str(directory / MODEL),
             "checkpoints": str(directory / "checkpoints"),
             "metrics": str(directory / "metrics.jsonl"),
             "rollouts to read": str(directory / "samples.jsonl"),
@@ -191,14 +233,17 @@ def finish(reporter: Reporter, directory: Path, progress: Progress) -> dict[str,
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, name = parse(Config, "train", "configs/quickstart.yaml")
-    try:
-        train(config, name)
-    except (ConfigError, PlacementError, CheckpointError) as error:
-        fail("train", error)
-    except (SamplingError, SkippedError) as error:
-        fail("train", error, code=1)
-    except KeyboardInterrupt:
-        fail("train", "interrupted; with --run_dir DIR this run goes on from its last checkpoint", 130)
+    with leaving_at_once():
+        try:
+            initialize(config.distributed)
+            keep_compiled(config.compilation_cache, config.run_dir)
+            train(config, name)
+        except (ConfigError, PlacementError, CheckpointError) as error:
+            fail("train", error)
+        except (SamplingError, SkippedError, HostError, StorageError) as error:
+            fail("train", error, code=1)
+        except KeyboardInterrupt:
+            fail("train", "interrupted; with --run_dir DIR this run goes on from its last checkpoint", 130)
 
 
 if __name__ == "__main__":

@@ -145,21 +145,25 @@ def run(module: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(**command(module, *arguments, **options), timeout=600)
 
 
+def free_port() -> int:
+    """A port to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def two_processes(program: str, *arguments) -> None:
     """Run Python text in two processes of four CPU devices each, to their ends.
 
     Their arguments are those given, and then the port to meet at and the number of the process.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests"))),
     }
-    command = [sys.executable, "-c", program, *map(str, arguments), str(port)]
+    command = [sys.executable, "-c", program, *map(str, arguments), str(free_port())]
     pipes = {"text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     started = [subprocess.Popen([*command, str(n)], env=environment, **pipes) for n in range(2)]
     try:
@@ -168,6 +172,35 @@ def two_processes(program: str, *arguments) -> None:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+
+
+def start_pair(module: str, *arguments: str) -> list[subprocess.Popen]:
+    """Start a command as two processes of four CPU devices each, that run one program."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            **command(
+                module,
+                "--distributed.initialize",
+                *arguments,
+                devices=4,
+                JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+                JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(number),
+            )
+        )
+        for number in range(2)
+    ]
+
+
+def ends_of(processes: list[subprocess.Popen], timeout: float = 400) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    try:
+        told = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *said) for process, said in zip(processes, told, strict=True)]
 
 
 def whole_rows(bundles):

@@ -1,4 +1,11 @@
-"""A checkpoint gives back every bit, onto whatever mesh asks for it."""
+"""A checkpoint gives back every bit, onto whatever mesh asks for it, and one that is torn is never chosen."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
 
 import chex
 import jax
@@ -10,12 +17,13 @@ from support import TINY, placement, tiny_params
 from fr3e_jax.config import OptimizerConfig
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Checkpoints, Progress
-from fr3e_jax.learner.state import init_state, make_optimizer
+from fr3e_jax.learner.state import TrainState, init_state, make_optimizer
 from fr3e_jax.models.qwen2 import logical_axes
 from fr3e_jax.types import StateGroups
 
 AXES = logical_axes(TINY)
 M, PROMPT, RESPONSE = 2, 3, 5
+TESTS = os.path.dirname(__file__)
 
 
 def trained_state(mesh, moments="float32"):
@@ -59,9 +67,18 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path, carried):
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1), (2, 1, 2)])
-def test_a_checkpoint_is_read_onto_another_mesh(tmp_path, mesh, moments):
-    state = trained_state((2, 2, 2), moments)
+@pytest.mark.parametrize(
+    ("source", "mesh"),
+    [
+        ((2, 2, 2), (1, 1, 1)),
+        ((2, 2, 2), (1, 8, 1)),
+        ((8, 1, 1), (2, 2, 2)),
+        ((8, 1, 1), (1, 1, 1)),
+        ((1, 1, 1), (2, 1, 2)),
+    ],
+)
+def test_a_checkpoint_is_read_onto_another_mesh(tmp_path, source, mesh, moments):
+    state = trained_state(source, moments)
     writer = Checkpoints(tmp_path, keep=1)
     writer.save(state, some_groups(1), Progress(step=1))
     writer.close()
@@ -78,3 +95,82 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         writer.save(trained_state((1, 1, 1)), some_groups(1), Progress(step=step))
     writer.close()
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [2, 3]
+
+
+def test_checkpoints_of_every_so_many_steps_are_kept_beside_the_last(tmp_path):
+    writer, state = Checkpoints(tmp_path, keep=1, keep_every=2), trained_state((1, 1, 1))
+    for step in range(1, 6):
+        writer.save(state, some_groups(1), Progress(step=step))
+    writer.close()
+    assert Checkpoints(tmp_path, keep=None).steps() == [2, 4, 5]
+
+
+def test_saving_goes_on_while_the_run_does(tmp_path, monkeypatch):
+    """What is saved is what was there when saving began, though it is changed before it is on disk."""
+    go_on, inner = threading.Event(), os.rename
+
+    def held(source, target, **options):
+        assert go_on.wait(60)
+        inner(source, target, **options)
+
+    state = trained_state((2, 2, 2))
+    before = jax.device_get(state)
+    writer = Checkpoints(tmp_path, keep=1)
+    monkeypatch.setattr(os, "rename", held)  # by which a checkpoint appears
+    writer.save(state, some_groups(1), Progress(step=1))
+    assert Checkpoints(tmp_path, keep=None).latest() is None  # so it is still being written
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    params = change(state.params)  # in place
+    go_on.set()
+    writer.close()
+    blank = type(state)(params, state.optimizer)
+    again, _, _ = Checkpoints(tmp_path, keep=1).restore(1, blank)
+    assert_equal(again, before)
+
+
+# Saves step after step, every number of a state being its step.
+SAVING = """
+import sys
+from pathlib import Path
+from fr3e_jax.host.checkpoints import Checkpoints, Progress
+from test_checkpoint import torn_state, some_groups
+
+directory, first = Path(sys.argv[1]), int(sys.argv[2])
+writer = Checkpoints(directory, keep=2)
+print("ready", flush=True)
+for step in range(first, first + 1000):
+    writer.save(torn_state(step), some_groups(1), Progress(step=step, data_position=step))
+"""
+KILLS = 20
+
+
+def torn_state(step):
+    """A state of some megabytes whose every number is `step`."""
+    place = placement(2, 2, 1)
+    leaves = {f"w{i}": place.place(np.full((64, 4096), step, np.float32), "embed", None) for i in range(8)}
+    return TrainState(leaves, {"m": leaves["w0"], "n": leaves["w1"]})
+
+
+@pytest.mark.slow
+def test_a_save_that_is_killed_at_any_moment_is_never_chosen(tmp_path):
+    rng, reached, torn = random.Random(0), 0, 0
+    for _ in range(KILLS):
+        told = {"text": True, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": TESTS}}
+        process = subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path), str(reached + 1)], **told)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.05, 1.2))
+        process.kill()
+        process.communicate()
+        names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+        torn += any(not name.isdigit() for name in names)
+        reader = Checkpoints(tmp_path, keep=2)
+        latest = reader.latest()
+        if latest is None:
+            continue
+        assert latest >= reached  # nothing that was whole is lost
+        state, carried, progress = reader.restore(latest, torn_state(0))
+        assert {float(x) for leaf in jax.tree.leaves(state) for x in np.unique(leaf)} == {float(latest)}
+        assert progress == Progress(step=latest, data_position=latest) and groups.count(carried) == 1
+        reader.close()
+        reached = latest
+    assert reached > 3 and torn > 3  # it was killed in the midst of saves

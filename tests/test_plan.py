@@ -536,6 +536,7 @@ def test_a_small_run_is_planned_from_end_to_end(topology):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_run_that_is_too_large_is_told_so_with_exit_code_1():
     """Of a small model so many answers at a time that their caches are."""
     queries = "16384"

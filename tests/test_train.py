@@ -16,13 +16,14 @@ from support import command, placement, read, run
 from fr3e_jax.config import Config, ConfigError, DataConfig, OptimizerConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
-from fr3e_jax.host.data import encode_queries
+from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.metrics import read_metrics, step_line, to_json_line
 from fr3e_jax.host.run_dir import open_run_dir, refuse_other_settings
 from fr3e_jax.host.tasks import make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
+from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.step import skipped_in_a_row, summarize
 
@@ -158,7 +159,8 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
     config, text = read_config(directory), load_text(directory, "plain")
     problems = make_task(DataConfig()).held_out(32)
     engine = Engine(graph_of(config), placement(table=SAMPLING_TABLE), 40, text.end_tokens)
-    queries = engine.placement.place_rows(encode_queries(problems, text, 8))
+    stream = QueryStream(make_task(DataConfig()), text, 8, 0, Hosts(engine.placement.mesh, 1))
+    queries = engine.placement.place_rows(stream.encode(problems))
     ours, _ = engine.sample(read(directory), queries, jax.random.key(0), 0, 1, GREEDY)
     model = Qwen2ForCausalLM.from_pretrained(directory)
     assert model.dtype == torch.float32

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +53,15 @@ class Caches:
 class Engine:
     """The rollouts of one model on one mesh.
 
-    max_new: most tokens of a response. end_tokens: a branch stops after drawing one of these.
+    max_new: most tokens of a response. end_tokens: a branch stops after drawing one of these. between: called
+    before each program of a decoding, and may end it with an exception.
     """
 
     graph: nnx.GraphDef[Qwen2]
     placement: Placement
     max_new: int
     end_tokens: tuple[int, ...]
+    between: Callable[[], None] = lambda: None
 
     def first_return(
         self,
@@ -243,6 +245,7 @@ class Engine:
             window = min(slots, self.max_new)
             until = window if every is None else min(window, slot + every if slot else 1)
             leave = ladder.below(rows) if compact else 0
+            self.between()
             with warnings.catch_warnings():
                 # A cache that grows cannot be what it grew from.
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")

@@ -5,13 +5,14 @@ leaves the last whole one.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from fr3e_jax.host.groups import as_dict, from_dict
+from fr3e_jax.host.storage import absolute, writing
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.types import StateGroups
@@ -25,7 +26,8 @@ class Progress:
 
     Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
     the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
-    were skipped in a row up to here.
+    were skipped in a row up to here. `unreported` holds the metrics of `step` and a state to read until they
+    are written: a run can be stopped in the evaluation that follows a step.
     """
 
     step: int = 0
@@ -34,18 +36,22 @@ class Progress:
     seconds: float = 0.0
     seed: int = 0
     skipped: int = 0
+    unreported: dict[str, Any] | None = None
 
 
 class Checkpoints:
-    """The checkpoints of a run directory, of which the last `keep` are kept.
+    """The checkpoints of a run directory.
 
-    With None they are only read: none is deleted, and no directory is made.
+    The last `keep` are kept, and those of steps that `keep_every` divides. With None they are only read: none
+    is deleted, and no directory is made.
     """
 
-    def __init__(self, directory: Path, keep: int | None) -> None:
+    def __init__(self, directory: epath.PathLike, keep: int | None, keep_every: int = 0) -> None:
         self.manager = ocp.CheckpointManager(
-            (directory / CHECKPOINTS).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
+            absolute(directory) / CHECKPOINTS,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every or None, create=keep is not None
+            ),
         )
 
     def latest(self) -> int | None:
@@ -57,16 +63,19 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
-        """Start to save; returns when the arrays are copied, and writes in the background."""
-        self.manager.save(
-            progress.step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(as_leaves(state.params)),
-                optimizer=ocp.args.StandardSave(as_leaves(state.optimizer)),
-                carried=ocp.args.StandardSave(as_dict(carried)),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
+        """Start to save; returns when the arrays are copied, and writes in the background.
+
+        Raises:
+          StorageError: the bucket did not take this checkpoint, or the one before.
+        """
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(as_leaves(state.params)),
+            optimizer=ocp.args.StandardSave(as_leaves(state.optimizer)),
+            carried=ocp.args.StandardSave(as_dict(carried)),
+            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         )
+        with writing(self.manager.directory):
+            self.manager.save(progress.step, args=args)
 
     def save_last(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
         """Save where a run ends early, if that step is not saved yet, and wait for it."""
@@ -102,9 +111,14 @@ class Checkpoints:
         return from_leaves(self.manager.restore(step, args=args).params, like)
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Wait until everything is on disk.
+
+        Raises:
+          StorageError: the bucket did not take it.
+        """
+        with writing(self.manager.directory):
+            self.manager.wait_until_finished()
+            self.manager.close()
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from fr3e_jax.config import ConfigError
 from fr3e_jax.host.tasks import Problem, Task
 from fr3e_jax.host.text import Text
+from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.types import Queries
 
 
@@ -20,29 +21,41 @@ class QueryStream:
     text: Text
     max_prompt: int
     seed: int
+    hosts: Hosts
 
-    def take(self, position: int, count: int) -> tuple[Queries, list[Problem]]:
-        """The `count` queries from `position` on, as host arrays, and their problems."""
+    def take(self, position: int, count: int) -> tuple[Queries, Sequence[Problem]]:
+        """The `count` queries from `position` on, as host arrays, and their problems, read when asked for."""
         shuffled = grain.MapDataset.source(self.task).seed(self.seed).shuffle().repeat()
-        problems = [shuffled[i] for i in range(position, position + count)]
-        return encode_queries(problems, self.text, self.max_prompt, position), problems
+        problems = shuffled[position : position + count]
+        return self.encode(problems, position), problems
+
+    def encode(self, problems: Sequence[Problem], first_index: int = 0) -> Queries:
+        """Tokenize problems into right-padded host arrays, each process its own rows.
+
+        Raises:
+          ConfigError: a query is longer than `max_prompt`.
+        """
+        count = len(problems)
+        token, length = np.zeros((count, self.max_prompt), np.int32), np.zeros(count, np.int32)
+        for i in np.flatnonzero(self.hosts.rows_here(count)).tolist():
+            row = encode_query(problems[i], self.text, self.max_prompt)
+            token[i, : len(row)], length[i] = row, len(row)
+        packed = np.concatenate([token, length[:, None]], axis=1)
+        packed = self.hosts.add_up(packed, f"queries from {first_index} on")
+        index = np.arange(first_index, first_index + count, dtype=np.int32)
+        return Queries(packed[:, :-1], packed[:, -1], index)
 
 
-def encode_queries(problems: Sequence[Problem], text: Text, max_prompt: int, first_index: int = 0) -> Queries:
-    """Tokenize problems into right-padded host arrays.
+def encode_query(problem: Problem, text: Text, max_prompt: int) -> list[int]:
+    """Tokens that the model sees of a problem.
 
     Raises:
-      ConfigError: a query is longer than `max_prompt`.
+      ConfigError: they are more than `max_prompt`.
     """
-    rows = [text.query(problem.question) for problem in problems]
-    token = np.zeros((len(rows), max_prompt), np.int32)
-    for i, row in enumerate(rows):
-        if len(row) > max_prompt:
-            raise ConfigError(
-                f"query {problems[i].question[:60]!r} has {len(row)} tokens, more than "
-                f"rollout.max_prompt {max_prompt}; raise it"
-            )
-        token[i, : len(row)] = row
-    length = np.array([len(row) for row in rows], np.int32)
-    index = np.arange(first_index, first_index + len(rows), dtype=np.int32)
-    return Queries(token, length, index)
+    row = text.query(problem.question)
+    if len(row) > max_prompt:
+        raise ConfigError(
+            f"query {problem.question[:60]!r} has {len(row)} tokens, more than rollout.max_prompt "
+            f"{max_prompt}; raise it"
+        )
+    return row

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -10,9 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from fr3e_jax.host.storage import in_bucket, upload, write_atomically
+from fr3e_jax.parallel.hosts import is_first
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 SUMMARY_FILE, LOG_FILE = "summary.json", "log.txt"
@@ -38,32 +44,68 @@ class Stopwatch:
         return {f"time/{name}": round(value, 4) for name, value in self.seconds.items()}
 
 
-def read_metrics(directory: Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
+def read_metrics(directory: epath.PathLike, name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """The lines of a run's metrics (or samples); a last line that a kill cut short is left out."""
-    file = directory / name
+    file = epath.Path(directory) / name
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def reopen(directory: Path, name: str, start: int) -> TextIO:
-    """Open a file of JSON lines to append to at step `start`: what came after it is dropped."""
+def reopen(directory: epath.Path, folder: Path, name: str, start: int) -> TextIO:
+    """Open a file of JSON lines to append to at step `start`: what came after it is dropped.
+
+    It is read from `directory`, and written in `folder`.
+    """
     kept = [line for line in read_metrics(directory, name) if start and line["step"] <= start]
-    write_atomically(directory / name, "".join(map(to_json_line, kept)))
-    return (directory / name).open("a")
+    write_atomically(folder / name, "".join(map(to_json_line, kept)))
+    return (folder / name).open("a")
+
+
+def open_reporter(directory: epath.PathLike, total: int, start: int) -> "Reporter | Silent":
+    """What tells of a run at step `start` of `total`: the first process tells, the others are silent."""
+    return Reporter(epath.Path(directory), total, start) if is_first() else Silent()
+
+
+class Silent:
+    """Tells nothing, where another process tells it."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def step(self, metrics: Mapping[str, Any], sample: Mapping[str, Any] | None = None) -> None:
+        """Nothing."""
+
+    def summary(self, summary: Mapping[str, Any], rows: Mapping[str, str]) -> None:
+        """Nothing."""
 
 
 class Reporter:
-    """Writes metrics, log and summary of a run, and shows them on the terminal."""
+    """Writes metrics, log and summary of a run, and shows them on the terminal.
 
-    def __init__(self, directory: Path, total: int, start: int) -> None:
+    Of a run in a bucket the files are written in a folder here, and copied there after every step: nothing is
+    appended to in a bucket.
+    """
+
+    def __init__(self, directory: epath.Path, total: int, start: int) -> None:
         """Open the files of `directory` at step `start`."""
         self.directory = directory
-        self.metrics_file = reopen(directory, METRICS_FILE, start)
-        self.samples_file = reopen(directory, SAMPLES_FILE, start)
+        self.folder = Path(tempfile.mkdtemp(prefix="fr3e_jax-") if in_bucket(directory) else directory)
+        self.metrics_file = reopen(directory, self.folder, METRICS_FILE, start)
+        self.samples_file = reopen(directory, self.folder, SAMPLES_FILE, start)
+        if start < total:  # the mark of a run that is complete, perhaps of one with fewer steps
+            (directory / SUMMARY_FILE).unlink(missing_ok=True)
+        if in_bucket(directory) and (directory / LOG_FILE).exists():
+            (self.folder / LOG_FILE).write_text((directory / LOG_FILE).read_text())
         self.log = logging.getLogger(f"fr3e_jax.{directory}")
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
-        handler = logging.FileHandler(directory / LOG_FILE)
+        handler = logging.FileHandler(self.folder / LOG_FILE)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.handlers = [handler]
         self.console = Console(highlight=False, soft_wrap=True)
@@ -93,6 +135,15 @@ class Reporter:
         self.metrics_file.close()
         self.samples_file.close()
         self.log.handlers[0].close()
+        self.publish()
+        if in_bucket(self.directory):
+            shutil.rmtree(self.folder)
+
+    def publish(self) -> None:
+        """Copy what was written to the bucket, if the run is in one."""
+        if in_bucket(self.directory):
+            for name in (METRICS_FILE, SAMPLES_FILE, LOG_FILE):
+                upload(self.folder / name, self.directory / name)
 
     def say(self, message: str) -> None:
         """A line to the terminal and the log."""
@@ -108,16 +159,18 @@ class Reporter:
         self.metrics_file.flush()
         self.say(step_line(metrics))
         self.progress.update(self.bar, completed=metrics["step"])
+        self.publish()
 
     def summary(self, summary: Mapping[str, Any], rows: Mapping[str, str]) -> None:
-        """Write summary.json, and show `rows` as the table that a run ends with."""
-        write_atomically(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        """Show `rows` as the table that a run ends with, and write summary.json, which says that it has."""
         self.progress.stop()
         table = Table(title="summary", show_header=False, title_justify="left")
         for name, value in rows.items():
             table.add_row(name, value)
             self.log.info("%s: %s", name, value)
         self.console.print(table)
+        self.publish()
+        write_atomically(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def step_line(metrics: Mapping[str, Any]) -> str:
@@ -149,10 +202,3 @@ def step_line(metrics: Mapping[str, Any]) -> str:
 def to_json_line(metrics: Mapping[str, Any]) -> str:
     """One object, one line."""
     return json.dumps(metrics) + "\n"
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file so that a kill leaves the old or the new one."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)

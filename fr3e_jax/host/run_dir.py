@@ -5,11 +5,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
+from etils import epath
 from flax import traverse_util
 
 from fr3e_jax.config import Config, ConfigError, dump
-from fr3e_jax.host.metrics import write_atomically
+from fr3e_jax.host.storage import location, write_atomically
+from fr3e_jax.parallel.hosts import is_first
 
 CONFIG_FILE = "config.yaml"
 
@@ -17,9 +20,11 @@ RESUMABLE = {
     "steps",
     "run_dir",
     "resume",
+    "compilation_cache",
     "evaluate",
     "checkpoint",
     "mesh",
+    "distributed",
     "model.export_dtype",
     "credit.max_rounds",
     "optimizer.micro_tokens",
@@ -36,9 +41,14 @@ def refuse_other_settings(config: Config) -> None:
 
     Raises:
       ConfigError: the directory holds a run that was started with other settings, or any run where
-        `resume` is `never`, or it is no directory.
+        `resume` is `never`, or it is no directory; or several processes have none that they share.
     """
-    directory = Path(config.run_dir or "runs")
+    if config.run_dir is None and jax.process_count() > 1:
+        raise ConfigError(
+            f"there are {jax.process_count()} processes; set --run_dir to a directory that all of them see, "
+            "such as gs://BUCKET/PATH"
+        )
+    directory = location(config.run_dir or "runs")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is not a directory; choose another --run_dir")
     file = directory / CONFIG_FILE
@@ -54,23 +64,27 @@ def refuse_other_settings(config: Config) -> None:
         )
 
 
-def open_run_dir(config: Config, name: str) -> Path:
+def open_run_dir(config: Config, name: str) -> epath.Path:
     """Make the run's directory and write config.yaml into it; by default it is a new one.
+
+    One process writes; before, all must have read what lies there.
 
     Raises:
       ConfigError: it cannot be made.
     """
     if config.run_dir is None:
         stamp = Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-        directory = next(d for i in itertools.count() if not (d := numbered(stamp, i)).exists())
+        free = next(d for i in itertools.count() if not (d := numbered(stamp, i)).exists())
+        place = location(str(free))
     else:
-        directory = Path(config.run_dir)
+        place = location(config.run_dir)
     try:
-        directory.mkdir(parents=True, exist_ok=config.run_dir is not None)
-        write_atomically(directory / CONFIG_FILE, dump(config))
+        if is_first():
+            place.mkdir(parents=True, exist_ok=config.run_dir is not None)
+            write_atomically(place / CONFIG_FILE, dump(config))
     except OSError as error:
-        raise ConfigError(f"--run_dir {directory} cannot be written: {error}") from None
-    return directory
+        raise ConfigError(f"--run_dir {place} cannot be written: {error}") from None
+    return place
 
 
 def numbered(directory: Path, number: int) -> Path:

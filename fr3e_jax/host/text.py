@@ -42,7 +42,8 @@ class Text:
 
     def decode(self, rows: Sequence[Any]) -> list[str]:
         """Responses (sequences of ids) as text, special tokens left out."""
-        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+        # transformers makes one empty text of no rows.
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True)) if len(rows) else []
 
 
 def load_text(directory: Path, template: Literal["plain", "chat"]) -> Text:

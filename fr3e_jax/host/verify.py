@@ -8,6 +8,7 @@ import numpy as np
 
 from fr3e_jax.host.tasks import Problem, Task
 from fr3e_jax.host.text import Text
+from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.types import Rollouts, States
 
 
@@ -17,6 +18,7 @@ class Verifier:
 
     task: Task
     text: Text
+    hosts: Hosts
 
     def score(self, answers: Sequence[np.ndarray], problems: Sequence[Problem]) -> np.ndarray:
         """Rewards of whole answers, float32 [len(answers)]."""
@@ -35,8 +37,12 @@ class Verifier:
           float32 [B, R].
         """
         b, r = rollouts.length.shape
-        answers = [rollouts.token[i, j, : rollouts.length[i, j]] for i, j in np.ndindex(b, r)]
-        return self.score(answers, [problem for problem in problems for _ in range(r)]).reshape(b, r)
+        reward = np.zeros((b, r), np.float32)
+        here = np.flatnonzero(self.hosts.rows_here(b)).tolist()
+        answers = [rollouts.token[i, j, : rollouts.length[i, j]] for i in here for j in range(r)]
+        own = [problem for problem in (problems[i] for i in here) for _ in range(r)]
+        reward[here] = self.score(answers, own).reshape(-1, r)
+        return self.hosts.add_up(reward, "rewards of base trajectories")
 
     def whole(self, states: States, rollouts: Rollouts, problems: Sequence[Problem]) -> np.ndarray:
         """Rewards of the whole answers that partial rollouts complete, prefix and continuation together.
@@ -52,12 +58,13 @@ class Verifier:
         n, j = states.valid.shape
         m = rollouts.length.shape[1] // j
         reward = np.zeros((n, j, m), np.float32)
-        where = [(a, b, c) for a, b in np.argwhere(states.valid) for c in range(m)]
+        mine = states.valid & self.hosts.rows_here(n)[:, None]
+        where = [(a, b, c) for a, b in np.argwhere(mine).tolist() for c in range(m)]
         answers = [whole_answer(states, rollouts, *place) for place in where]
-        reward[tuple(np.array(where).T)] = self.score(
-            answers, [problems[states.query[a]] for a, _, _ in where]
-        )
-        return reward
+        own = {query: problems[query] for query in sorted({int(states.query[a]) for a, _, _ in where})}
+        scores = self.score(answers, [own[int(states.query[a])] for a, _, _ in where])
+        reward[mine] = scores.reshape(-1, m)
+        return self.hosts.add_up(reward, "rewards of partial rollouts")
 
     def excerpt(
         self,
@@ -87,7 +94,7 @@ class Verifier:
         pieces = [states.response[n, :size]]
         pieces += [whole_answer(states, rollouts, n, j, m)[size:] for m in picks]
         prefix, *continuations = self.text.decode(pieces)
-        problem = problems[states.query[n]]
+        problem = problems[int(states.query[n])]
         return {
             "question": problem.question,
             "answer": problem.answer,

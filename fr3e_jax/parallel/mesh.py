@@ -98,8 +98,12 @@ class Placement:
         return jax.tree.map(one, axes, shapes, is_leaf=is_axes)
 
     def place(self, x: Any, *axes: str | None) -> Array:
-        """Put a host array on the mesh."""
-        return jax.device_put(np.asarray(x), self.sharding(*axes))
+        """Put a host array on the mesh; where there are several processes each has the whole array."""
+        whole, sharding = np.asarray(x), self.sharding(*axes)
+        if sharding.is_fully_addressable:
+            return jax.device_put(whole, sharding)
+        # device_put would exchange the array between processes, to see that it is everywhere the same.
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     def place_rows(self, tree: Any, row_axis: int = 0) -> Any:
         """Put a tree of host arrays on the mesh, axis `row_axis` of each being rows of a batch."""
@@ -177,13 +181,8 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
       data, fsdp, tensor: sizes; one of them may be -1, for "all devices that are left".
 
     Raises:
-      PlacementError: the sizes do not multiply to the number of devices, or there are several hosts.
+      PlacementError: the sizes do not multiply to the number of devices, of all hosts together.
     """
-    if jax.process_count() > 1:
-        raise PlacementError(
-            f"this program runs on one host, and there are {jax.process_count()} processes; use a slice "
-            "of one host"
-        )
     sizes = [data, fsdp, tensor]
     devices = jax.device_count()
     if sizes.count(-1) == 1 and 0 not in sizes:

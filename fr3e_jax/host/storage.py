@@ -1,0 +1,125 @@
+"""Files of a run in a directory, or in a bucket (`gs://BUCKET/PATH`)."""
+
+import functools
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from etils import epath
+
+from fr3e_jax.config import ConfigError
+
+BUCKET = "gs://"
+
+
+class StorageError(RuntimeError):
+    """A bucket did not take what was to be written; the message says what and why."""
+
+
+def location(path: str) -> epath.Path:
+    """A directory, or a place in a bucket.
+
+    Raises:
+      ConfigError: a bucket that cannot be used from here, or another kind of address.
+    """
+    scheme, colon, rest = path.partition("://")
+    if not colon:
+        return epath.Path(path)
+    bucket, _, inside = rest.partition("/")
+    if scheme != "gs" or not bucket or not inside.strip("/"):
+        raise ConfigError(f"{path} is neither a directory nor of the form {BUCKET}BUCKET/PATH")
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"{path} needs gcsfs: pip install 'gcsfs>=2025.3'") from None
+    # A listing that is kept does not show what other hosts and tensorstore write.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    refuse_unusable(bucket)
+    return epath.Path(path)
+
+
+@functools.cache
+def refuse_unusable(bucket: str) -> None:
+    """Refuse a bucket that is not there or not open to this account, asked as orbax asks before it lists.
+
+    Raises:
+      ConfigError: with what to do.
+    """
+    from google.api_core.exceptions import Forbidden, NotFound, Unauthorized
+    from google.auth.exceptions import DefaultCredentialsError, RefreshError
+    from google.cloud import storage
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    place = BUCKET + bucket
+    try:
+        storage.Client().get_bucket(bucket, retry=DEFAULT_RETRY.with_timeout(30))
+    except NotFound:
+        raise ConfigError(
+            f"there is no bucket {place}: `gcloud storage buckets create {place}`, or name another"
+        ) from None
+    except (DefaultCredentialsError, RefreshError, Unauthorized):
+        raise ConfigError(
+            f"no credentials for {place}: run `gcloud auth application-default login`, or set "
+            "GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
+        ) from None
+    except Forbidden as error:
+        raise ConfigError(
+            f"{place} may not be used by this account, which needs roles/storage.objectUser and "
+            f"roles/storage.legacyBucketReader there ({error})"
+        ) from None
+    except Exception as error:  # of the network, or of credentials that name no project
+        raise ConfigError(f"{place} cannot be reached: {type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def writing(place: epath.PathLike) -> Iterator[None]:
+    """Around what writes at a place.
+
+    Raises:
+      StorageError: it is in a bucket, and was not written.
+    """
+    try:
+        yield
+    except Exception as error:  # gcsfs, tensorstore, aiohttp and google.auth each have their own
+        if not in_bucket(place) or isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"{place} could not be written; when the bucket takes files again, the same command goes on from "
+            f"the last checkpoint ({type(error).__name__}: {error})"
+        ) from error
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The same place whatever the working directory is."""
+    return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether it is a place in a bucket."""
+    return str(path).startswith(BUCKET)
+
+
+def write_atomically(file: epath.PathLike, text: str) -> None:
+    """Replace a file so that a kill leaves the old or the new one."""
+    file = epath.Path(file)
+    if in_bucket(file):  # where a file appears whole
+        with writing(file):
+            file.write_text(text)
+        return
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def upload(source: Path, target: epath.Path) -> None:
+    """Copy a file to a bucket, or a directory, which replaces what lies there."""
+    if source.is_dir():
+        with writing(target):
+            target.rmtree(missing_ok=True)
+        for each in sorted(source.iterdir()):
+            upload(each, target / each.name)
+        return
+    with writing(target), source.open("rb") as read, target.open("wb") as write:
+        shutil.copyfileobj(read, write, 1 << 24)

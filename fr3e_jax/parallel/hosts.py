@@ -1,0 +1,159 @@
+"""Several processes, one a host, that run one program.
+
+All take the same decisions, since they take them from values that are equal everywhere; each does the work on
+text for its own rows of a batch. None waits longer for another than the time-out.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from orbax.checkpoint import multihost
+
+from fr3e_jax.config import ConfigError, DistributedConfig
+from fr3e_jax.parallel.mesh import MESH_AXES
+
+INITIALIZE = "FR3E_DISTRIBUTED"
+ADDRESS, PROCESSES, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+class HostError(RuntimeError):
+    """Another process is gone or late; the message says which, and where."""
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Join the other processes, where the configuration or the environment says that there are others.
+
+    Where they are is found by jax (Cloud TPU, GKE, Slurm, MPI), or said by `JAX_COORDINATOR_ADDRESS`,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. Call it before anything else of jax.
+
+    Raises:
+      ConfigError: they are not found, or the environment says only a part of it.
+      HostError: they do not come within the time-out.
+    """
+    if not (config.initialize or os.environ.get(INITIALIZE, "") not in ("", "0")):
+        return
+    said = [name for name in (ADDRESS, PROCESSES, NUMBER) if os.environ.get(name)]
+    told: dict[str, Any] = {}
+    if PROCESSES in said or NUMBER in said:
+        missing = [name for name in (ADDRESS, PROCESSES, NUMBER) if name not in said]
+        if missing:
+            raise ConfigError(f"{' and '.join(said)} set, and {' and '.join(missing)} not; set all three")
+        try:
+            told = {"num_processes": int(os.environ[PROCESSES]), "process_id": int(os.environ[NUMBER])}
+        except ValueError:
+            raise ConfigError(f"{PROCESSES} and {NUMBER} must be whole numbers") from None
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # jax's own notice of SIGTERM counts calls that both a run and orbax would make, each by its own numbers.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **told,
+            initialization_timeout=config.timeout,
+            heartbeat_timeout_seconds=config.timeout,
+            shutdown_timeout_seconds=config.timeout,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"--distributed.initialize: the other processes are not found ({error}); on machines that jax "
+            f"does not know, set {ADDRESS} (host:port of the first), {PROCESSES} and {NUMBER}"
+        ) from None
+    except RuntimeError as error:
+        raise HostError(
+            f"the other processes did not come within --distributed.timeout {config.timeout} s: {error}"
+        ) from None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def gather(tree: Any) -> Any:
+    """Arrays of the mesh, whole, on the host of every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The processes of a mesh. timeout: seconds that one waits for the others."""
+
+    mesh: Mesh
+    timeout: int
+
+    def meet(self, where: str) -> None:
+        """Wait for all processes.
+
+        Raises:
+          HostError: not all of them came in time.
+        """
+        if jax.process_count() == 1:
+            return
+        began = time.monotonic()
+        try:
+            # Where processes are named orbax waits at the coordinator, with a time-out, not in a collective.
+            everyone = set(range(jax.process_count()))
+            multihost.sync_global_processes(where, timeout=self.timeout, processes=everyone)
+        except Exception as error:
+            raise HostError(
+                f"process {jax.process_index()} waited {time.monotonic() - began:.0f} s at {where!r} for the "
+                f"others (--distributed.timeout {self.timeout}); one of them is gone or late: "
+                f"{' '.join(str(error).split())[:400]}"
+            ) from error
+
+    def rows_here(self, rows: int) -> np.ndarray:
+        """Which rows of a batch this process answers for, bool [rows].
+
+        Those whose first device is its own, so that a row has one process, also where several hold it.
+        """
+        devices = self.mesh.devices.reshape(-1, self.mesh.shape[MESH_AXES[-1]])
+        here = [device.process_index == jax.process_index() for device in devices[:, 0]]
+        return np.repeat(here, rows // len(here))
+
+    def add_up(self, x: np.ndarray, where: str) -> np.ndarray:
+        """Sum over processes of host arrays, each of which is 0 in the rows of others.
+
+        It follows work on text, for which each process takes its own time: so they meet first.
+        """
+        if jax.process_count() == 1:
+            return x
+        self.meet(where)
+        return np.asarray(multihost_utils.process_allgather(x)).sum(axis=0).astype(x.dtype)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Where there are several processes, end one that fails at once.
+
+    jax's farewell at the end of a process waits for the others, who wait for this one in the midst of a step.
+    """
+    try:
+        yield
+    except SystemExit as ending:
+        if jax.process_count() > 1 and ending.code not in (0, None):
+            leave(ending.code if isinstance(ending.code, int) else 1)
+        raise
+    except BaseException:
+        if jax.process_count() > 1:
+            traceback.print_exc()
+            leave(1)
+        raise
+
+
+def leave(code: int) -> NoReturn:
+    """Exit without a farewell."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,256 @@
+"""Two real processes of four devices each run one program: training, and its end when one of them ends."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import ends_of, run, start_pair, two_processes
+
+from fr3e_jax.host.metrics import read_metrics
+from fr3e_jax.parallel import hosts
+
+SMALL = [
+    "--steps=4",
+    "--rollout.queries=8",
+    "--explore.positions=2",
+    "--explore.rollouts=4",
+    "--optimizer.batch_states=8",
+    "--optimizer.micro_tokens=512",
+    "--data.held_out=32",
+    "--evaluate.rows=32",
+    "--evaluate.every=2",
+    "--checkpoint.every=4",
+]
+LAYOUT = {"rows/decoded", "rows/occupancy", "update/padding"}  # of a mesh, so equal on equal ones
+TIMEOUT = 20
+
+
+def metrics(directory):
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(directory)]
+
+
+def assert_close(ours, theirs, but=()):
+    """Counts are equal, and what is summed in another order nearly so."""
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine.keys() - set(but):
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def wait_for(there, processes):
+    """Until `there()`, which comes while all processes run."""
+    deadline = time.monotonic() + 300
+    while not there():
+        running = all(process.poll() is None for process in processes)
+        assert running and time.monotonic() < deadline, ends_of(processes, 5)
+        time.sleep(0.02)
+
+
+# Processes that train compile and wait for one another: minutes on two cores.
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The run in one process of eight devices."""
+    directory = tmp_path_factory.mktemp("one") / "run"
+    done = run("train", *SMALL, "--run_dir", directory, devices=8)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The run in two processes, of which the second is asked to stop after a step, and started again."""
+    directory = tmp_path_factory.mktemp("two") / "run"
+    processes = start_pair("train", *SMALL, "--run_dir", directory)
+    wait_for(lambda: any(line["step"] == 1 for line in read_metrics(directory)), processes)
+    processes[1].send_signal(signal.SIGTERM)
+    stopped = ends_of(processes)
+    saved = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+    again = ends_of(start_pair("train", *SMALL, "--run_dir", directory))
+    return directory, stopped, saved, again
+
+
+@slow
+def test_sigterm_on_one_host_saves_one_step_on_all_and_exits_0(two):
+    _, stopped, saved, _ = two
+    assert [code for code, _, _ in stopped] == [0, 0], stopped
+    assert len(saved) == 1 and 1 <= saved[0] < 4
+    assert f"step {saved[0]} is saved" in stopped[0][1]
+
+
+@slow
+def test_two_processes_learn_what_one_does(two, one_process):
+    directory, _, saved, again = two
+    assert [code for code, _, _ in again] == [0, 0], again
+    assert f"resumed from the checkpoint of step {saved[0]}" in again[0][1]
+    assert_close(metrics(directory), metrics(one_process))
+
+
+@slow
+def test_logs_metrics_and_export_are_written_once(two):
+    directory, _, _, again = two
+    assert "held-out accuracy" in again[0][1]
+    lines = again[1][1].splitlines()
+    assert all(line.startswith("[Gloo]") for line in lines)  # the library's own; the second process is silent
+    assert [line["step"] for line in read_metrics(directory)] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in read_metrics(directory, "samples.jsonl")] == [1, 2, 3, 4]
+    assert (directory / "log.txt").read_text().count("steps: 4 in") == 1
+    assert (directory / "model" / "model.safetensors").is_file()
+
+
+@slow
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_on_another_mesh(two, one_process, tmp_path):
+    directory, _, _, _ = two
+    more = [*SMALL, "--steps=5", "--run_dir"]
+    for source, mesh, devices in ((directory, ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"], 8),
+                                  (one_process, [], 1)):  # fmt: skip
+        done = run("train", *more, source, *mesh, devices=devices)
+        assert done.returncode == 0, done.stderr
+    assert_close(metrics(directory), metrics(one_process), LAYOUT)
+
+
+@slow
+@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_when_a_process_dies_or_stands_still_the_other_ends_in_time(tmp_path, dies, how):
+    directory = tmp_path / "run"
+    options = ["--steps=400", "--run_dir", directory, "--distributed.timeout", TIMEOUT]
+    processes = start_pair("train", *SMALL[1:], *options)
+    wait_for(lambda: any(line["step"] == 1 for line in read_metrics(directory)), processes)
+    began = time.monotonic()
+    processes[dies].send_signal(how)
+    try:
+        ((code, _, said),) = ends_of(processes[1 - dies :][:1], timeout=3 * TIMEOUT)
+    finally:
+        for process in processes:
+            process.kill()
+    assert code != 0
+    assert said.strip(), "it says why"
+    assert time.monotonic() - began < 3 * TIMEOUT
+
+
+LATE = """
+import sys, time
+port, number = sys.argv[1:]
+import os
+os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+               "JAX_PROCESS_ID": number, "FR3E_DISTRIBUTED": "1"}
+from fr3e_jax.config import DistributedConfig
+from fr3e_jax.parallel import hosts
+from fr3e_jax.parallel.mesh import make_mesh
+hosts.initialize(DistributedConfig(timeout=60))
+here = hosts.Hosts(make_mesh(1, -1, 1), 3)
+here.meet("both are there")
+if number == "1":  # not the first, with whom the others would end
+    try:
+        here.meet("rewards")
+    except hosts.HostError as error:
+        assert "rewards" in str(error) and "--distributed.timeout 3" in str(error), error
+    else:
+        raise AssertionError("it did not wait")
+    hosts.leave(0)
+time.sleep(8)
+hosts.leave(0)
+"""
+
+
+def test_a_late_process_is_not_waited_for_longer_than_the_timeout():
+    two_processes(LATE)
+
+
+SHARE = """
+import json, sys
+out, sizes, port, number = sys.argv[1:]
+import jax, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
+from support import mesh_of
+from test_hosts import texts_on
+told = texts_on(mesh_of(*json.loads(sizes)))
+open(f"{out}.{number}.json", "w").write(json.dumps(told))
+"""
+
+
+def texts_on(mesh):
+    """Which problems a process tokenizes and verifies of a batch, and what all of them know afterwards."""
+    from fr3e_jax.config import QUICKSTART_MODEL, DataConfig
+    from fr3e_jax.host.data import QueryStream
+    from fr3e_jax.host.tasks import make_task
+    from fr3e_jax.host.text import load_text
+    from fr3e_jax.host.verify import Verifier
+    from fr3e_jax.types import Rollouts, States
+
+    text, task, read, scored = load_text(QUICKSTART_MODEL, "plain"), make_task(DataConfig()), [], []
+    inner, reward = text.query, task.reward
+    object.__setattr__(text, "query", lambda question: read.append(question) or inner(question))
+    object.__setattr__(task, "reward", lambda said, answer: scored.append(answer) or reward(said, answer))
+    here = hosts.Hosts(mesh, 60)
+    queries, problems = QueryStream(task, text, 8, 0, here).take(40, 8)
+    rng = np.random.default_rng(0)
+    token = rng.integers(2, 14, (8, 6, 12)).astype(np.int32)
+    floats = np.zeros((8, 6, 12), np.float32)
+    base = Rollouts(token, floats, floats, floats, np.full((8, 6), 12, np.int32), np.ones((8, 6), bool))
+    for i in range(0, 8, 2):  # every second answers right, the first time
+        right = text.tokenizer.encode(f"={problems[i].answer}", add_special_tokens=False)
+        token[i, 0, : len(right)], base.length[i, 0] = right, len(right)
+    read.clear()
+    scored.clear()
+    verifier = Verifier(task, text, here)
+    queries, _ = QueryStream(task, text, 8, 0, here).take(40, 8)
+    rewards = verifier.base(base, problems)
+    prefix_length = np.zeros((8, 2), np.int32)
+    valid = np.array([[True, i % 3 > 0] for i in range(8)])
+    states = States(np.arange(8, dtype=np.int32), np.zeros(8, np.int32), token[:, 0], prefix_length, valid)
+    whole = verifier.whole(states, base, problems)
+    return {
+        "read": len(read),
+        "scored": len(scored),
+        "queries": [np.asarray(x).tolist() for x in (queries.token, queries.length, queries.index)],
+        "rewards": rewards.tolist(),
+        "whole": whole.tolist(),
+    }
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 1, 4), (1, 1, 8), (2, 2, 2)], ids=str)
+def test_each_process_reads_and_verifies_its_own_rows_and_knows_all(tmp_path, sizes):
+    from support import mesh_of
+
+    two_processes(SHARE, tmp_path / "out", json.dumps(sizes))
+    found = [json.loads(Path(f"{tmp_path / 'out'}.{n}.json").read_text()) for n in range(2)]
+    alone = texts_on(mesh_of(*sizes))
+    assert np.sum(alone["rewards"]) >= 4
+    for name in ("queries", "rewards", "whole"):
+        assert found[0][name] == found[1][name] == alone[name]
+    for name in ("read", "scored"):
+        counts = [process[name] for process in found]
+        assert sum(counts) == alone[name]
+        if sizes != (1, 1, 8):  # there every row is held by both, and one of them answers for it
+            assert min(counts) > 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "the other processes are not found"),
+        ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES not; set all three"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            "must be whole numbers",
+        ),
+    ],
+)
+def test_what_the_environment_says_of_other_processes_is_checked(environment, message):
+    refused = run("train", *SMALL, "--run_dir", "/nowhere", FR3E_DISTRIBUTED="1", **environment)
+    assert refused.returncode == 2
+    assert message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_several_processes_need_a_run_directory_that_they_share():
+    for code, _, said in ends_of(start_pair("train", *SMALL)):
+        assert code == 2 and "set --run_dir to a directory that all of them see" in said

@@ -1,0 +1,136 @@
+"""A run that is asked to stop, at whatever point, saves and goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from support import command, mesh_of
+from test_train import SMALL, metrics
+
+from fr3e_jax.host.interruption import Interrupted, Interruption
+from fr3e_jax.parallel.hosts import Hosts
+
+# Training that is asked to stop at one call of a function: before it, or in the midst of a rollout.
+STOPPING = """
+import itertools, os, signal, sys
+import fr3e_jax.train as program
+from fr3e_jax.host.interruption import Interruption
+where, number = sys.argv.pop(1), int(sys.argv.pop(1))
+calls = itertools.count(1)
+owner = {"check": Interruption}.get(where, program)
+inner = getattr(owner, where)
+def counted(*arguments):
+    if next(calls) == number:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return inner(*arguments)
+setattr(owner, where, counted)
+program.main()
+"""
+
+
+def train(directory, where="check", number=0):
+    """Run the program; number: of the call of `where` at which it gets SIGTERM."""
+    told = command("train", *SMALL, "--run_dir", directory)
+    told["args"] = [sys.executable, "-c", STOPPING, where, str(number), *told["args"][3:]]
+    return subprocess.run(**told, timeout=600)
+
+
+slow = pytest.mark.slow  # whole runs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    done = train(directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@slow
+@pytest.mark.parametrize(
+    ("where", "number", "saved"),
+    [
+        ("evaluate", 1, None),  # before the first step there is nothing to save
+        ("evaluate", 2, 3),  # the step is done, and not told yet
+        ("evaluate", 3, 6),
+        ("check", 12, "some"),  # in the midst of rollouts
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, where, number, saved):
+    directory = tmp_path / "run"
+    stopped = train(directory, where, number)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped as asked" in stopped.stdout
+    assert not (directory / "summary.json").exists()  # the mark of a run that is complete
+    steps = sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+    if saved != "some":
+        assert steps[-1:] == ([] if saved is None else [saved])
+    again = train(directory)
+    assert again.returncode == 0, again.stderr
+    assert metrics(directory) == metrics(whole)
+    models = [(d / "model" / "model.safetensors").read_bytes() for d in (directory, whole)]
+    assert models[0] == models[1]
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 6
+
+
+@slow
+def test_a_run_that_is_complete_and_gets_more_steps_loses_its_mark_until_they_are_done(tmp_path, whole):
+    directory = tmp_path / "run"
+    subprocess.run(["cp", "-r", whole, directory], check=True)
+    process = subprocess.Popen(**command("train", *SMALL, "--steps=400", "--run_dir", directory))
+    deadline = time.monotonic() + 300
+    while len(metrics(directory)) < 8:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped as asked" in said
+    assert not (directory / "summary.json").exists()
+
+
+def test_sigterm_is_seen_at_the_next_look_and_not_before():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        interruption = Interruption(Hosts(mesh_of(), 1))
+        interruption.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            interruption.check()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+COUNTING = """
+import sys, jax
+counts = {}
+jax.monitoring.register_event_listener(lambda event, **_: counts.__setitem__(event, counts.get(event, 0) + 1))
+import fr3e_jax.train as program
+program.main()
+at = "/jax/compilation_cache/cache_"
+print("COUNTS", counts.get(at + "misses", 0), counts.get(at + "hits", 0))
+"""
+
+
+def compiled(tmp_path, name):
+    """(Programs that a run compiled, programs that it found) with a new run directory."""
+    told = command("train", *SMALL, "--steps=2", "--run_dir", tmp_path / name, HOME=str(tmp_path))
+    for variable in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        told["env"].pop(variable, None)
+    told["args"] = [sys.executable, "-c", COUNTING, *told["args"][3:]]
+    done = subprocess.run(**told, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return tuple(int(count) for count in done.stdout.split("COUNTS")[1].split())
+
+
+@slow
+def test_the_second_start_of_a_run_compiles_nothing(tmp_path):
+    first, second = compiled(tmp_path, "first"), compiled(tmp_path, "second")
+    assert first[0] > 20
+    assert second[0] == 0 and second[1] >= first[0]
+    assert list((tmp_path / ".cache" / "fr3e_jax" / "compiled").iterdir())
+    np.testing.assert_equal(metrics(tmp_path / "second"), metrics(tmp_path / "first"))
