@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, whole_rows
+from support import TINY, mesh_of, whole_rows
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.loss import policy_loss
@@ -34,6 +34,7 @@ from fr3e_jax.host.metrics import Stopwatch
 from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import Text, character_tokenizer
 from fr3e_jax.host.verify import Verifier, whole_answer
+from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.step import sample_round, train_step
 from fr3e_jax.types import Queries, Rollouts, States
 
@@ -184,8 +185,9 @@ def written_run(**settings):
         reference=None,
         key=jax.random.key,
         sampling_params=lambda params: params,
-        verifier=Verifier(SimpleNamespace(reward=reward_of), text),
+        verifier=Verifier(SimpleNamespace(reward=reward_of), text, Hosts(mesh_of(), 1)),
         stream=SimpleNamespace(take=take),
+        interruption=SimpleNamespace(check=lambda: None),
     )
 
 
@@ -347,7 +349,7 @@ def verified(problem, response, prefix_length, continuations):
     for m, ids in enumerate(own):  # of state 1; the root is invalid here
         token[0, len(own) + m, : len(ids)], length[0, len(own) + m] = ids, len(ids)
     nothing = np.zeros(token.shape, np.float32)
-    reward = Verifier(task, Text(tokenizer, (end,), "plain")).whole(
+    reward = Verifier(task, Text(tokenizer, (end,), "plain"), Hosts(mesh_of(), 1)).whole(
         one_trajectory(base, [0, prefix_length], [False, True]),
         Rollouts(token, nothing, nothing, nothing, length, length > 0),
         [problem],

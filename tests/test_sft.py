@@ -11,12 +11,13 @@ from fr3e_jax.cli import parse
 from fr3e_jax.config import DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
-from fr3e_jax.host.data import encode_queries
+from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.tasks import make_task
 from fr3e_jax.host.text import end_tokens, load_text
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
+from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.sft import new_architecture
 
@@ -87,7 +88,8 @@ def rollouts():
     config = read_config(directory)
     text, task = load_text(directory, "plain"), make_task(DataConfig())
     engine = Engine(graph_of(config), placement(8, 1, 1, SAMPLING_TABLE), MAX_RESPONSE, end_tokens(directory))
-    queries = encode_queries(task.held_out(PROBLEMS), text, 8)
+    hosts = Hosts(engine.placement.mesh, 1)
+    queries = QueryStream(task, text, 8, 0, hosts).encode(task.held_out(PROBLEMS))
     sampled, _ = engine.sample(
         read(directory, (8, 1, 1)),
         engine.placement.place_rows(queries),

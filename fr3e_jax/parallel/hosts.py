@@ -117,10 +117,13 @@ class Hosts:
         """Which rows of a batch this process answers for, bool [rows].
 
         Those whose first device is its own, so that a row has one process, also where several hold it.
+
+        Args:
+          rows: of the batch; the row parts of the mesh divide them.
         """
         devices = self.mesh.devices.reshape(-1, self.mesh.shape[MESH_AXES[-1]])
         here = [device.process_index == jax.process_index() for device in devices[:, 0]]
-        return np.repeat(here, rows // len(here))
+        return np.broadcast_to(np.array(here)[:, None], (len(here), rows // len(here))).reshape(rows)
 
     def add_up(self, x: np.ndarray, where: str) -> np.ndarray:
         """Sum over processes of host arrays, each of which is 0 in the rows of others.

@@ -181,7 +181,8 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
       data, fsdp, tensor: sizes; one of them may be -1, for "all devices that are left".
 
     Raises:
-      PlacementError: the sizes do not multiply to the number of devices, of all hosts together.
+      PlacementError: the sizes do not multiply to the number of devices, of all hosts together, or cannot be
+        laid on them.
     """
     sizes = [data, fsdp, tensor]
     devices = jax.device_count()
@@ -193,7 +194,13 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
             f"mesh {data} x {fsdp} x {tensor} (data x fsdp x tensor) does not cover the {devices} "
             f"{jax.default_backend()} device(s); change --mesh.data, --mesh.fsdp or --mesh.tensor"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    except NotImplementedError as error:  # on a torus of TPUs
+        raise PlacementError(
+            f"jax cannot lay the mesh {' x '.join(map(str, sizes))} (data x fsdp x tensor) on these devices; "
+            f"`python -m fr3e_jax.plan` names sizes that it can: {error}"
+        ) from None
 
 
 def row_parts(mesh: Mesh) -> int:
