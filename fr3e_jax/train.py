@@ -169,6 +169,8 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             checkpoints.save_last(state, carried, progress)
             reporter.say(
                 f"stopped as asked; step {progress.step} is saved, and --run_dir {directory} goes on from it"
+                if progress.step
+                else "stopped as asked, before the first step was done"
             )
             return None
         checkpoints.close()

@@ -145,11 +145,11 @@ def leaving_at_once() -> Iterator[None]:
     try:
         yield
     except SystemExit as ending:
-        if jax.process_count() > 1 and ending.code not in (0, None):
+        if jax.distributed.is_initialized() and ending.code not in (0, None):
             leave(ending.code if isinstance(ending.code, int) else 1)
         raise
     except BaseException:
-        if jax.process_count() > 1:
+        if jax.distributed.is_initialized():
             traceback.print_exc()
             leave(1)
         raise
