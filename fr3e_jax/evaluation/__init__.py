@@ -1,0 +1,1 @@
+"""Benchmarks: which there are, answers to them, and what their verdicts say."""
