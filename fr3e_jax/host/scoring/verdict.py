@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Verdict(NamedTuple):
-    """right: whether the answer is. extracted: the part of the response that was judged, empty if none was."""
+    """right: whether the answer is. extracted: the part of the response that was judged, or nothing."""
 
     right: bool
     extracted: str
