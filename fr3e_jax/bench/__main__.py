@@ -7,6 +7,7 @@ import jsonargparse
 
 from fr3e_jax.bench.load import load
 from fr3e_jax.bench.rollout import rollout
+from fr3e_jax.bench.score import score
 from fr3e_jax.bench.update import update
 from fr3e_jax.cli import fail
 from fr3e_jax.config import ConfigError
@@ -18,7 +19,7 @@ def main() -> None:
     arguments = [f"{argument}=true" if argument == "--json" else argument for argument in sys.argv[1:]]
     try:
         result = jsonargparse.auto_cli(
-            {"load": load, "rollout": rollout, "update": update},
+            {"load": load, "rollout": rollout, "score": score, "update": update},
             args=arguments,
             as_positional=False,
             allow_abbrev=False,

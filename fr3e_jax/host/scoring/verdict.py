@@ -13,6 +13,10 @@ class Verdict(NamedTuple):
 WRONG = Verdict(False, "")
 
 
+class ScorerError(RuntimeError):
+    """A scorer failed, which is nobody's answer's fault; the message says which and how."""
+
+
 class Scorer(Protocol):
     """Judges whole answers, the same at every call."""
 
