@@ -5,8 +5,10 @@ Every field says its unit and, where a number has one, its source: (paper) arXiv
 """
 
 import dataclasses
+import math
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -37,20 +39,62 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The task and what the model sees of it."""
+class SourceConfig:
+    """One source of problems."""
 
-    task: Literal["carry_addition", "word_addition"] = "carry_addition"
-    """`carry_addition`: column by column with written carries. `word_addition`: asked in words, scored
-    by the final number."""
+    name: str
+    """`carry_addition`, `word_addition`; `gym:NAME`, a data set of reasoning-gym; a named data set (README,
+    "Data sets"); a file `*.jsonl`, `*.csv` or `*.parquet`; a data set of the hub, `Org/Name` or
+    `Org/Name@revision`; or a task of your own, `FILE.py` or the name of an entry point."""
+    weight: float = 1.0
+    """Share of the queries, relative to the other sources'."""
+    split: str | None = None
+    """Split of a data set of the hub. Default: the named data set's, or `train`."""
+    subset: str | None = None
+    """Subset (configuration) of a data set of the hub."""
+    prompt: str | None = None
+    """Column of the question; dots and numbers go into nested ones. Default: the named data set's, or the
+    first of `question`, `problem`, `prompt` that exists."""
+    answer: str | None = None
+    """Column of the answer. Default: the named data set's, or the first of `answer`, `final_answer`,
+    `solution` that exists."""
+    answer_is: Literal["plain", "last_box", "after_hashes"] | None = None
+    """What that column holds: the answer; a solution whose last \\boxed{} it is; a solution with the answer
+    behind ####. Default: the named data set's, or `plain`."""
+    scorer: Literal["math", "exact", "numeric", "choice"] | None = None
+    """What judges answers. Default: the named data set's, or `math`."""
+    where: dict[str, list[str | int]] = dataclasses.field(default_factory=dict)
+    """Column -> the values that a row may have there; other rows are left out."""
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a reasoning-gym data set, or of a task of your own."""
+    file: str | None = None
+    """A copy of a named data set here, read instead of the hub's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The problems and what the model sees of them."""
+
+    source: str | list[SourceConfig] = "carry_addition"
+    """Where problems come from: a name as in SourceConfig.name, a named mixture such as `fr3e_paper`, or a
+    list of sources with their settings and weights. `carry_addition`: column by column with written carries.
+    `word_addition`: asked in words, scored by the final number."""
     min_digits: int = 3
-    """Fewest digits of an operand."""
+    """Fewest digits of an operand of the two additions."""
     max_digits: int = 3
-    """Most digits of an operand."""
-    template: Literal["plain", "chat"] = "plain"
-    """`plain`: the question as it is. `chat`: through the tokenizer's chat template."""
+    """Most digits of an operand of the two additions."""
+    template: str = "plain"
+    """What the model sees: `plain`, the question as it is; `chat`, through the tokenizer's chat template;
+    `boxed`, the question with "Please reason step by step, and put your final answer within \\boxed{}."
+    (paper); `boxed_chat`, that through the chat template; or a text of your own with `{question}` in it."""
     held_out: int = 256
     """Problems kept for evaluation; training never draws them."""
+    held_out_source: str | None = None
+    """Evaluate on the first `held_out` problems of this source, such as `math500`, and train on all of
+    `source`."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """Queries of more than rollout.max_prompt tokens: end with an error, or leave them out and say how many
+    (of data sets; of generated problems they are always refused)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +117,34 @@ class RolloutConfig:
     """Draw from this many of the most likely tokens; 0 from all (ours)."""
     top_p: float = 1.0
     """Draw from the fewest most likely tokens that together have this probability; 1 from all (ours)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What an answer earns."""
+
+    answer: float = 1.0
+    """Weight of the answer being right. Rewards are weighted means of the parts, in [0, 1]; values of states
+    are success rates where this is the only part (paper)."""
+    format: float = 0.0
+    """Weight of the response having the form of reward.pattern."""
+    pattern: str = r"\\boxed\{"
+    """Regular expression that a response with the right form contains."""
+    cut: Literal["wrong", "judged"] = "wrong"
+    """Answers that the length limit cut off: `wrong` whatever they say, or `judged` like others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringConfig:
+    """The worker processes that judge answers."""
+
+    workers: int = 0
+    """Processes that judge; 0: one for each core of the host but one, up to 16. They start when a scorer
+    needs one."""
+    time_limit: float = 5.0
+    """Seconds that judging an answer may take; then it is wrong."""
+    memory_gb: float = 4.0
+    """Most memory of a worker, GiB; an answer that takes more is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +316,8 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
     explore: ExploreConfig = dataclasses.field(default_factory=ExploreConfig)
     credit: CreditConfig = dataclasses.field(default_factory=CreditConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -363,6 +437,8 @@ def check(config: Config, row_parts: int, context: int) -> None:
             "of a state are all the same"
         )
     check_filters(rollout.top_k, rollout.top_p, "rollout.")
+    check_reward(config.reward)
+    check_scoring(config.scoring)
     if not (optimizer.learning_rate > 0 and optimizer.max_grad_norm > 0 and optimizer.eps > 0):
         raise ConfigError(
             "optimizer.learning_rate, optimizer.max_grad_norm and optimizer.eps must be above 0"
@@ -414,6 +490,34 @@ def check(config: Config, row_parts: int, context: int) -> None:
             raise ConfigError(
                 f"{name} is {value}, which does not divide by the mesh's data x fsdp = {row_parts}"
             )
+
+
+def check_reward(reward: RewardConfig) -> None:
+    """Refuse rewards that say nothing.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    if not (reward.answer >= 0 and reward.format >= 0 and 0 < reward.answer + reward.format < math.inf):
+        raise ConfigError("reward.answer and reward.format must be at least 0, and one of them above 0")
+    try:
+        re.compile(reward.pattern)
+    except re.error as error:
+        raise ConfigError(f"reward.pattern {reward.pattern!r} is no regular expression: {error}") from None
+
+
+def check_scoring(scoring: ScoringConfig) -> None:
+    """Refuse limits that no answer keeps.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    if scoring.workers < 0:
+        raise ConfigError(f"scoring.workers is {scoring.workers}, must be at least 0")
+    if not scoring.time_limit > 0:
+        raise ConfigError(f"scoring.time_limit is {scoring.time_limit}, must be above 0 seconds")
+    if not scoring.memory_gb >= 1:
+        raise ConfigError(f"scoring.memory_gb is {scoring.memory_gb}; a worker needs 1 or more")
 
 
 def check_filters(top_k: int, top_p: float, prefix: str = "") -> None:

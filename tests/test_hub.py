@@ -1,24 +1,14 @@
 """Models by name, with the real huggingface_hub and a stand-in for the hub's server on this machine."""
 
-import hashlib
-import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
+from hub_server import FIRST, SECOND, answers_of, serving
 
 from fr3e_jax.config import QUICKSTART_MODEL, ConfigError
 from fr3e_jax.host.hub import find_model
 
-FIRST, SECOND = "a" * 40, "b" * 40  # commits
-REVISIONS = {"main": FIRST, "v2": SECOND, FIRST: FIRST, SECOND: SECOND}
 DESCRIPTION = {"config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
 WEIGHTS = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
 UNWANTED = {"pytorch_model.bin", "modeling_x.py", "README.md", "onnx/model.safetensors"}
@@ -30,7 +20,6 @@ FILES = {
 }
 FETCHED: set[str] = set()  # files that were asked for
 
-# huggingface_hub reads its environment when it is imported: every environment is a process.
 ASK = """
 import json, sys
 from fr3e_jax.config import ConfigError
@@ -45,80 +34,22 @@ print(json.dumps(answers))
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks a server for: a revision, the list of its files, the files."""
-
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        asked = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)/(revision|tree|resolve)/(\w+)/?(.*)", path)
-        repository, kind, revision, file = asked.groups() if asked else [""] * 4
-        if repository not in FILES:
-            return self.answer(404, error="RepoNotFound")
-        if repository == "tiny/expired":
-            return self.answer(401, message="Invalid credentials in Authorization header")
-        if revision not in REVISIONS:
-            return self.answer(404, error="RevisionNotFound")
-        commit = REVISIONS[revision]
-        files = sorted(FILES[repository])
-        if kind == "revision":
-            siblings = [{"rfilename": file} for file in files]
-            return self.answer(200, json.dumps({"id": repository, "sha": commit, "siblings": siblings}))
-        if kind == "tree":
-            return self.answer(200, json.dumps([entry(commit, file) for file in files]))
-        # The real hub, too, lists a gated repository for everyone.
-        if repository == "tiny/gated":
-            return self.answer(403, error="GatedRepo")
-        FETCHED.add(file)
-        return self.answer(200, content(commit, file), commit=commit)
-
-    do_HEAD = do_GET
-
-    def answer(self, status, body="", commit=None, error=None, message=None):
-        """Send `body` (unless only its headers are asked for) with the hub's headers."""
-        headers = {"X-Repo-Commit": commit, "X-Error-Code": error, "X-Error-Message": message}
-        headers |= {"ETag": f'"{etag(body)}"', "Content-Length": len(body)}
-        self.send_response(status)
-        for name, value in headers.items():
-            if value is not None:
-                self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body.encode())
-
-    def log_message(self, *arguments):
-        """Nothing on the terminal."""
-
-
 def content(commit, file):
     return f"{file} of {commit}"
 
 
-def etag(text):
-    return hashlib.sha1(text.encode()).hexdigest()
-
-
-def entry(commit, file):
-    text = content(commit, file)
-    return {"type": "file", "path": file, "size": len(text), "oid": etag(text)}
-
-
 @pytest.fixture(scope="module")
 def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    def files(names):
+        return lambda commit: {file: content(commit, file).encode() for file in sorted(names)}
+
+    with serving({repository: files(names) for repository, names in FILES.items()}, FETCHED) as address:
+        yield address
 
 
 def ask(home, endpoint, *names, weights=True, **settings):
     """What `find_model` gives for each name in a process of its own, with its cache in `home`."""
-    ours = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-    hub = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-c", ASK, json.dumps([(name, weights) for name in names])]
-    done = subprocess.run(command, env=ours | hub | settings, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return answers_of(ASK, [(name, weights) for name in names], home, endpoint, **settings)
 
 
 def files_of(snapshot):

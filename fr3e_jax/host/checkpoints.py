@@ -26,8 +26,9 @@ class Progress:
 
     Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
     the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
-    were skipped in a row up to here. `unreported` holds the metrics of `step` and a state to read until they
-    are written: a run can be stopped in the evaluation that follows a step.
+    were skipped in a row up to here. `problems` is the checksum of the files that `data_position` counts in.
+    `unreported` holds the metrics of `step` and a state to read until they are written: a run can be stopped
+    in the evaluation that follows a step.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class Progress:
     seconds: float = 0.0
     seed: int = 0
     skipped: int = 0
+    problems: int = 0
     unreported: dict[str, Any] | None = None
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-import grain
 import numpy as np
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.host.tasks import Problem, Task
+from fr3e_jax.host.problems.problem import Problem
 from fr3e_jax.host.text import Text
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.types import Queries
@@ -15,18 +15,19 @@ from fr3e_jax.types import Queries
 
 @dataclasses.dataclass(frozen=True)
 class QueryStream:
-    """A task's training problems, shuffled anew in every epoch by the seed of the run."""
+    """Training problems by their position in the stream, tokenized.
 
-    task: Task
+    problems: the endless stream, a function of the run's seed (`sources.stream`).
+    """
+
+    problems: Any
     text: Text
     max_prompt: int
-    seed: int
     hosts: Hosts
 
     def take(self, position: int, count: int) -> tuple[Queries, Sequence[Problem]]:
         """The `count` queries from `position` on, as host arrays, and their problems, read when asked for."""
-        shuffled = grain.MapDataset.source(self.task).seed(self.seed).shuffle().repeat()
-        problems = shuffled[position : position + count]
+        problems = self.problems[position : position + count]
         return self.encode(problems, position), problems
 
     def encode(self, problems: Sequence[Problem], first_index: int = 0) -> Queries:
@@ -56,6 +57,6 @@ def encode_query(problem: Problem, text: Text, max_prompt: int) -> list[int]:
     if len(row) > max_prompt:
         raise ConfigError(
             f"query {problem.question[:60]!r} has {len(row)} tokens, more than rollout.max_prompt "
-            f"{max_prompt}; raise it"
+            f"{max_prompt}; raise it, or use --data.too_long drop"
         )
     return row

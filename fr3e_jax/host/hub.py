@@ -1,8 +1,9 @@
 """Models by name: a local directory, or a repository of the Hugging Face hub, fetched into its cache.
 
-Every process of a run calls `find_model`. Each host fetches into its own cache, and huggingface_hub's file
-locks keep the processes of a host apart: one fetches a file, the others wait for it. Without a revision each
-host asks for the branch `main`, which can move in between; a commit (`Org/Name@COMMIT`) cannot.
+Every process of a run calls `find_model` (and `snapshot` for data sets). Each host fetches into its own
+cache, and huggingface_hub's file locks keep the processes of a host apart: one fetches a file, the others
+wait for it. Without a revision each host asks for the branch `main`, which can move in between; a commit
+(`Org/Name@COMMIT`) cannot.
 
 Fetched are the files named below and no others: neither pickle weights, which can run code when they are
 read, nor a repository's own code.
@@ -10,6 +11,7 @@ read, nor a repository's own code.
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -37,6 +39,10 @@ DESCRIPTION_FILES = (
     "LICENSE*",
 )
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+Kind = Literal["model", "dataset"]
+CALLED = {"model": "model", "dataset": "data set"}
+LOCAL = {"model": "a directory", "dataset": "a file"}
 
 NO_NAME = (
     "is not a directory; give a Hugging Face model directory, a name of the hub (Org/Name or "
@@ -98,42 +104,67 @@ def fetch(name: str, repository: str, revision: str, weights: bool) -> Path:
     Raises:
       ConfigError: the files cannot be had, or the weights are none that are read here.
     """
-    try:
-        snapshot = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[*DESCRIPTION_FILES, *(WEIGHT_FILES if weights else ())],
-            # "*" also matches "/": folders hold the same weights for other programs.
-            ignore_patterns="*/*",
-            # Offline implies it, but unless it is said, a commit's partial snapshot is not called partial.
-            local_files_only=constants.HF_HUB_OFFLINE,
-        )
-    # The library lets through what HTTP, TLS, proxies and the disk raise.
-    except Exception as error:
-        message = f"model {name!r} {reason(error, repository, revision)}"
-        raise ConfigError(" ".join(message.split())) from error
-    folder = Path(snapshot)  # named after its commit
+    files = [*DESCRIPTION_FILES, *(WEIGHT_FILES if weights else ())]
+    # "*" also matches "/": folders hold the same weights for other programs.
+    folder = snapshot(name, repository, revision, "model", files, "*/*")
     if weights and not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model {name!r} {no_weights(repository, revision, folder.name)}")
     return folder
 
 
-def reason(error: Exception, repository: str, revision: str) -> str:
+def snapshot(
+    name: str, repository: str, revision: str, kind: Kind, files: list[str], but: str | list[str]
+) -> Path:
+    """Fetch some files of a repository that are not in the cache yet.
+
+    Args:
+      name: what the user gave, for messages.
+      repository: Org/Name.
+      revision: a branch, tag or commit.
+      kind: of the repository.
+      files: patterns of the files.
+      but: patterns of files to leave out.
+
+    Returns:
+      The snapshot's directory in the cache, named after its commit.
+
+    Raises:
+      ConfigError: the files cannot be had.
+    """
+    try:
+        folder = snapshot_download(
+            repository,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=files,
+            ignore_patterns=but,
+            # Offline implies it, but unless it is said, a commit's partial snapshot is not called partial.
+            local_files_only=constants.HF_HUB_OFFLINE,
+        )
+    # The library lets through what HTTP, TLS, proxies and the disk raise.
+    except Exception as error:
+        message = f"{CALLED[kind]} {name!r} {reason(error, repository, revision, kind)}"
+        raise ConfigError(" ".join(message.split())) from error
+    return Path(folder)
+
+
+def reason(error: Exception, repository: str, revision: str, kind: Kind) -> str:
     """What kept a repository from being fetched, and what to do about it."""
-    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    hub, cache, local = constants.ENDPOINT, constants.HF_HUB_CACHE, LOCAL[kind]
+    page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repository}"
     if isinstance(error, HFValidationError):  # such as ./model or ~/model
-        return NO_NAME
+        return NO_NAME if kind == "model" else "is neither a file nor a name that the hub could have"
     if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is one
-        return f"is gated; ask for access at {hub}/{repository}, then {LOG_IN}"
+        return f"is gated; ask for access at {page}, then {LOG_IN}"
     if isinstance(error, RepositoryNotFoundError):
-        return f"is neither a directory nor found at {hub}; check the name, or, if it is private, {LOG_IN}"
+        return f"is neither {local} nor found at {hub}; check the name, or, if it is private, {LOG_IN}"
     if isinstance(error, RevisionNotFoundError):
-        return f"has no revision {revision!r}; give a branch, tag or commit of {hub}/{repository}"
+        return f"has no revision {revision!r}; give a branch, tag or commit of {page}"
     if isinstance(error, IncompleteSnapshotError):
-        return f"is only partly in the cache {cache}; {advice(repository, revision)} ({error})"
+        return f"is only partly in the cache {cache}; {advice(repository, revision, kind)} ({error})"
     if isinstance(error, LocalEntryNotFoundError):
         cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-        return f"is neither a directory nor in the cache {cache}; {advice(repository, revision)}{cause}"
+        return f"is neither {local} nor in the cache {cache}; {advice(repository, revision, kind)}{cause}"
     if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
         return f"was refused to the token in use; {LOG_IN} ({error})"
     return f"could not be fetched from {hub} ({type(error).__name__}: {error})"
@@ -152,12 +183,13 @@ def no_weights(repository: str, revision: str, commit: str) -> str:
             "has no safetensors weights in its repository, and pickle files are not read because they can "
             "run code; give a repository with safetensors"
         )
-    return f"has no weights in the cache {constants.HF_HUB_CACHE}; {advice(repository, revision)}"
+    return f"has no weights in the cache {constants.HF_HUB_CACHE}; {advice(repository, revision, 'model')}"
 
 
-def advice(repository: str, revision: str) -> str:
+def advice(repository: str, revision: str, kind: Kind) -> str:
     """What to do where the hub was not reached."""
-    option = "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
+    option = "" if kind == "model" else " --repo-type dataset"
+    option += "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
     download = f"run `hf download {repository}{option}` where there is a network"
     if constants.HF_HUB_OFFLINE:
         return f"unset HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE), or {download}"

@@ -26,6 +26,7 @@ RESUMABLE = {
     "mesh",
     "distributed",
     "model.export_dtype",
+    "scoring.workers",
     "credit.max_rounds",
     "optimizer.micro_tokens",
     "optimizer.logit_chunk",

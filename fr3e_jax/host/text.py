@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -16,6 +16,11 @@ from fr3e_jax.config import ConfigError
 from fr3e_jax.models.hf import read_json
 
 GENERATION_FILE = "generation_config.json"
+CHAT_TEMPLATES = ("chat", "boxed_chat")
+BOXED_TEMPLATES = ("boxed", "boxed_chat")
+TEMPLATES = ("plain", "chat", *BOXED_TEMPLATES)
+PLACE = "{question}"
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."  # paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +32,39 @@ class Text:
 
     tokenizer: Any
     end_tokens: tuple[int, ...]
-    template: Literal["plain", "chat"]
+    template: str
+
+    @property
+    def chats(self) -> bool:
+        """Whether the tokenizer has a chat template that ends a turn as the model ends an answer.
+
+        Tokenizers of base models have one too, whose turns their model does not end.
+        """
+        template, end = self.tokenizer.chat_template or "", self.tokenizer.eos_token
+        return "eos_token" in template or (end is not None and end in template)
+
+    def rendered(self, question: str) -> str:
+        """What the model sees of a question, as text."""
+        template = self.template
+        if template in BOXED_TEMPLATES:
+            question = f"{question}\n{INSTRUCTION}"
+        elif template not in TEMPLATES:
+            question = template.replace(PLACE, question)
+        if template not in CHAT_TEMPLATES:
+            return question
+        messages = [{"role": "user", "content": question}]
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     def query(self, question: str) -> list[int]:
         """The token ids that the model sees before its answer."""
-        if self.template == "plain":
-            return list(self.tokenizer.encode(question, add_special_tokens=False))
-        messages = [{"role": "user", "content": question}]
-        return list(
-            self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
+        return list(self.tokenizer.encode(self.rendered(question), add_special_tokens=False))
+
+    def query_lengths(self, questions: Sequence[str]) -> list[int]:
+        """How many tokens each query has; of many questions at a time."""
+        if not questions:
+            return []
+        rendered = [self.rendered(question) for question in questions]
+        return [len(ids) for ids in self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
 
     def decode(self, rows: Sequence[Any]) -> list[str]:
         """Responses (sequences of ids) as text, special tokens left out."""
@@ -46,12 +72,21 @@ class Text:
         return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True)) if len(rows) else []
 
 
-def load_text(directory: Path, template: Literal["plain", "chat"]) -> Text:
+def load_text(directory: Path, template: str) -> Text:
     """Read the tokenizer of a checkpoint directory.
 
+    Args:
+      directory: of the checkpoint.
+      template: one of TEMPLATES, or a text with {question} in it.
+
     Raises:
-      ConfigError: there is no tokenizer, no end token, or no chat template where one is asked for.
+      ConfigError: it is none of these; there is no tokenizer, no end token, or no chat template where one is
+        asked for.
     """
+    if template not in TEMPLATES and PLACE not in template:
+        raise ConfigError(
+            f"data.template {template!r} is none of {', '.join(TEMPLATES)}, and has no {PLACE} in it"
+        )
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"{directory} holds no tokenizer.json")
     # Not AutoTokenizer: for model_type qwen2 it would force Qwen's own pre-tokenizer on every file.
@@ -59,7 +94,7 @@ def load_text(directory: Path, template: Literal["plain", "chat"]) -> Text:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # the library's own, of no common class
         raise ConfigError(f"the tokenizer of {directory} cannot be read: {error}") from None
-    if template == "chat" and not tokenizer.chat_template:
+    if template in CHAT_TEMPLATES and not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {directory} has no chat template; use --data.template plain, or generate --raw"
         )

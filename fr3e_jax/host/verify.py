@@ -1,51 +1,93 @@
-"""Rewards: rollouts decoded to text and verified, a whole answer at a time."""
+"""Rewards: rollouts decoded to text and judged, a whole answer at a time."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from fr3e_jax.host.tasks import Problem, Task
+from fr3e_jax.config import RewardConfig
+from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.scoring.pool import Asked, ScoringPool
+from fr3e_jax.host.scoring.verdict import Verdict
 from fr3e_jax.host.text import Text
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.types import Rollouts, States
 
+Rewards = Callable[[], np.ndarray]
+"""Waits for the verdicts, and says what they come to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Verifier:
-    """A task's verdict on token ids."""
+    """Verdicts on token ids, and rewards from them."""
 
-    task: Task
     text: Text
     hosts: Hosts
+    pool: ScoringPool
+    config: RewardConfig = dataclasses.field(default_factory=RewardConfig)
 
-    def score(self, answers: Sequence[np.ndarray], problems: Sequence[Problem]) -> np.ndarray:
-        """Rewards of whole answers, float32 [len(answers)]."""
+    def begin(self, responses: Sequence[str], problems: Sequence[Problem]) -> Callable[[], list[Verdict]]:
+        """Start to judge whole responses, as text; the result waits for the verdicts."""
+        pairs = zip(responses, problems, strict=True)
+        return self.pool.begin([Asked(p.scorer, text, p.answer, p.facts) for text, p in pairs]).result
+
+    def rewards(
+        self, answers: Sequence[np.ndarray], stopped: Sequence[bool], problems: Sequence[Problem]
+    ) -> Rewards:
+        """Start to find the rewards of whole answers.
+
+        Args:
+          answers: token ids.
+          stopped: whether each came to an end.
+          problems: which each is an answer to.
+
+        Returns:
+          A function that waits for them, float32 [len(answers)], in [0, 1].
+        """
+        config = self.config
         texts = self.text.decode(answers)
-        pairs = zip(texts, problems, strict=True)
-        return np.array([self.task.reward(text, problem.answer) for text, problem in pairs], np.float32)
+        counts = np.array(stopped, bool) | (config.cut == "judged")
+        judged = [i for i in np.flatnonzero(counts).tolist() if config.answer > 0]
+        verdicts = self.begin([texts[i] for i in judged], [problems[i] for i in judged])
+        form = np.zeros(len(texts), np.float32)
+        if config.format > 0:
+            form[:] = [re.search(config.pattern, text) is not None for text in texts]
 
-    def base(self, rollouts: Rollouts, problems: Sequence[Problem]) -> np.ndarray:
-        """Rewards of answers that were sampled from the query alone.
+        def result() -> np.ndarray:
+            right = np.zeros(len(texts), np.float32)
+            right[judged] = [verdict.right for verdict in verdicts()]
+            total = (config.answer * right + config.format * form) / (config.answer + config.format)
+            return np.where(counts, total, 0.0).astype(np.float32)
+
+        return result
+
+    def base(self, rollouts: Rollouts, problems: Sequence[Problem]) -> Rewards:
+        """Start to find the rewards of answers that were sampled from the query alone.
 
         Args:
           rollouts: on the host, [B, R, S] leaves.
           problems: B of them.
 
         Returns:
-          float32 [B, R].
+          A function that waits for them, float32 [B, R].
         """
         b, r = rollouts.length.shape
-        reward = np.zeros((b, r), np.float32)
         here = np.flatnonzero(self.hosts.rows_here(b)).tolist()
         answers = [rollouts.token[i, j, : rollouts.length[i, j]] for i in here for j in range(r)]
         own = [problem for problem in (problems[i] for i in here) for _ in range(r)]
-        reward[here] = self.score(answers, own).reshape(-1, r)
-        return self.hosts.add_up(reward, "rewards of base trajectories")
+        wait = self.rewards(answers, rollouts.stopped[here].reshape(-1), own)
 
-    def whole(self, states: States, rollouts: Rollouts, problems: Sequence[Problem]) -> np.ndarray:
-        """Rewards of the whole answers that partial rollouts complete, prefix and continuation together.
+        def result() -> np.ndarray:
+            reward = np.zeros((b, r), np.float32)
+            reward[here] = wait().reshape(-1, r)
+            return self.hosts.add_up(reward, "rewards of base trajectories")
+
+        return result
+
+    def whole(self, states: States, rollouts: Rollouts, problems: Sequence[Problem]) -> Rewards:
+        """Start to find the rewards of the whole answers that partial rollouts complete, with their prefixes.
 
         Args:
           states: on the host.
@@ -53,18 +95,23 @@ class Verifier:
           problems: of the round's queries.
 
         Returns:
-          float32 [N, J, M], 0 where the state is invalid.
+          A function that waits for them, float32 [N, J, M], 0 where the state is invalid.
         """
         n, j = states.valid.shape
         m = rollouts.length.shape[1] // j
-        reward = np.zeros((n, j, m), np.float32)
         mine = states.valid & self.hosts.rows_here(n)[:, None]
         where = [(a, b, c) for a, b in np.argwhere(mine).tolist() for c in range(m)]
         answers = [whole_answer(states, rollouts, *place) for place in where]
+        stopped = rollouts.stopped.reshape(n, j, m)[mine].reshape(-1)
         own = {query: problems[query] for query in sorted({int(states.query[a]) for a, _, _ in where})}
-        scores = self.score(answers, [own[int(states.query[a])] for a, _, _ in where])
-        reward[mine] = scores.reshape(-1, m)
-        return self.hosts.add_up(reward, "rewards of partial rollouts")
+        wait = self.rewards(answers, stopped, [own[int(states.query[a])] for a, _, _ in where])
+
+        def result() -> np.ndarray:
+            reward = np.zeros((n, j, m), np.float32)
+            reward[mine] = wait().reshape(-1, m)
+            return self.hosts.add_up(reward, "rewards of partial rollouts")
+
+        return result
 
     def excerpt(
         self,

@@ -135,6 +135,10 @@ class Hosts:
         self.meet(where)
         return np.asarray(multihost_utils.process_allgather(x)).sum(axis=0).astype(x.dtype)
 
+    def of_first(self, number: int, where: str) -> int:
+        """The first process's number, in [0, 2^31), on all of them."""
+        return int(self.add_up(np.array([number if is_first() else 0], np.int32), where)[0])
+
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:

@@ -1,53 +1,21 @@
-"""Built-in tasks: generated problems, their verifiers, and worked solutions to warm up on.
+"""Built-in tasks: generated additions, and worked solutions to warm up on.
 
 A problem is held out or not by a hash of its operands, so that training never draws what evaluation
 asks, whatever the seeds are.
 """
 
 import dataclasses
-import re
 import zlib
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
 from fr3e_jax.config import ConfigError, DataConfig
+from fr3e_jax.host.problems.problem import Problem
 
 TRAINING_PROBLEMS = 2**16
 HELD_OUT_SHARE = 8  # one problem in so many is held out
 MAX_DIGITS = 18  # operands are drawn as 64-bit integers
-# Commas belong to a number only where they separate thousands.
-NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A question as the model is asked it, and the answer that is right."""
-
-    question: str
-    answer: str
-
-
-class Task(Protocol):
-    """A sequence of training problems, held-out problems and a verifier."""
-
-    alphabet: ClassVar[str]
-    """Characters that questions and worked solutions are made of."""
-
-    def __len__(self) -> int:
-        """Number of training problems."""
-
-    def __getitem__(self, index: int) -> Problem:
-        """A training problem, the same at every call."""
-
-    def held_out(self, count: int) -> list[Problem]:
-        """The first `count` held-out problems, all different."""
-
-    def reward(self, response: str, answer: str) -> float:
-        """1.0 where the whole response is right, else 0.0."""
-
-    def solution(self, problem: Problem, rng: np.random.Generator) -> str:
-        """A worked solution to warm up on."""
 
 
 def is_held_out(pair: tuple[int, int]) -> bool:
@@ -62,6 +30,8 @@ class Addition:
     min_digits: int
     max_digits: int
 
+    name: ClassVar[str]
+    """Of the source and of its scorer."""
     question: ClassVar[str]
     """Format of the question, with places for `a` and `b`."""
 
@@ -106,7 +76,7 @@ class Addition:
 
     def problem(self, a: int, b: int) -> Problem:
         """The question about two operands."""
-        return Problem(self.question.format(a=a, b=b), str(a + b))
+        return Problem(self.question.format(a=a, b=b), str(a + b), self.name, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +91,10 @@ class CarryAddition(Addition):
 
     dropped_carry: float = 0.0
 
+    name: ClassVar[str] = "carry_addition"
     question: ClassVar[str] = "{a}+{b}="
     alphabet: ClassVar[str] = "0123456789+=,;"
-
-    def reward(self, response: str, answer: str) -> float:
-        """Whether what follows the last column is the sum."""
-        return float(response.rpartition(";")[2] == f"={answer}")
+    """Characters that questions and worked solutions are made of."""
 
     def solution(self, problem: Problem, rng: np.random.Generator) -> str:
         """Columns from the ones upwards, then the sum that they give."""
@@ -149,29 +117,16 @@ class CarryAddition(Addition):
 class WordAddition(Addition):
     """Asked in words, scored by the last number of the response."""
 
+    name: ClassVar[str] = "word_addition"
     question: ClassVar[str] = "What is {a} + {b}?"
-    alphabet: ClassVar[str] = ""
-
-    def reward(self, response: str, answer: str) -> float:
-        """Whether the last number equals the sum."""
-        numbers = NUMBER.findall(response)
-        # Compared as text: a response can hold a number of any length.
-        return float(bool(numbers) and numbers[-1].replace(",", "") == answer)
-
-    def solution(self, problem: Problem, rng: np.random.Generator) -> str:
-        """There are none.
-
-        Raises:
-          ConfigError: always.
-        """
-        raise ConfigError("task word_addition has no worked solutions; use data.task carry_addition")
 
 
-def make_task(config: DataConfig, dropped_carry: float = 0.0) -> Task:
-    """The task of a run.
+def make_addition(name: str, config: DataConfig, dropped_carry: float = 0.0) -> CarryAddition | WordAddition:
+    """The built-in task of a name.
 
     Args:
-      config: the run's data section.
+      name: `carry_addition` or `word_addition`.
+      config: says how many digits operands have.
       dropped_carry: the bad habit of carry_addition's worked solutions.
 
     Raises:
@@ -183,6 +138,4 @@ def make_task(config: DataConfig, dropped_carry: float = 0.0) -> Task:
             f"and lie in [1, {MAX_DIGITS}]"
         )
     digits = config.min_digits, config.max_digits
-    if config.task == "word_addition":
-        return WordAddition(*digits)
-    return CarryAddition(*digits, dropped_carry)
+    return WordAddition(*digits) if name == "word_addition" else CarryAddition(*digits, dropped_carry)

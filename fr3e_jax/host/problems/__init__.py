@@ -1,0 +1,1 @@
+"""What models are asked: data sets, generated problems, and mixtures of them."""

@@ -1,0 +1,138 @@
+"""Questions and answers out of rows: which columns they are in, and what the columns hold."""
+
+import decimal
+from collections.abc import Iterator
+from typing import Any
+
+from fr3e_jax.config import ConfigError, SourceConfig
+from fr3e_jax.host.problems.datasets import DataSet
+from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.problems.rows import Row, Rows
+from fr3e_jax.host.scoring.extract import last_box
+
+QUESTIONS = ("question", "problem", "prompt")
+ANSWERS = ("answer", "final_answer", "solution")
+
+
+def problems_of(source: SourceConfig, data: DataSet | None, rows: Rows) -> Iterator[Problem]:
+    """The problems that rows hold.
+
+    Raises:
+      ConfigError: a row lacks a column, a question or an answer.
+    """
+    where = {column: {str(value) for value in values} for column, values in source.where.items()}
+    prompt, answer = source.prompt, source.answer
+    for place, row in rows:
+        if any(as_text(value_at(row, c, place, "where"), c, place) not in where[c] for c in where):
+            continue
+        # By the first row: a later one without the column is an error, not read from another.
+        prompt = prompt or next((name for name in QUESTIONS if name in row), QUESTIONS[0])
+        answer = answer or next((name for name in ANSWERS if name in row), ANSWERS[0])
+        question = value_at(row, prompt, place, "prompt")
+        if not isinstance(question, str):
+            raise ConfigError(
+                f"{place}: column {prompt!r} is not text; set prompt to the text in it, such as "
+                f"{prompt}.0.content"
+            )
+        if data and data.choices:
+            question += choices_of(value_at(row, data.choices, place, "choices"), data.choices, place)
+        written = as_text(value_at(row, answer, place, "answer"), answer, place)
+        if not written and data and data.unanswered:
+            continue
+        problem = Problem(
+            checked(question.strip(), "question", prompt, place),
+            checked(answer_in(written, source.answer_is, answer, place), "answer", answer, place),
+            source.scorer or "math",
+            source.name,
+        )
+        yield problem
+
+
+def choices_of(value: Any, column: str, place: str) -> str:
+    """The choices of a question, each on a line of its own behind its letter.
+
+    Raises:
+      ConfigError: they are not written as {"label": [letters], "text": [choices]}.
+    """
+    try:
+        return "".join(f"\n{a}) {b}" for a, b in zip(value["label"], value["text"], strict=True))
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{place}: column {column!r} has no equally long `label` and `text`") from None
+
+
+def value_at(row: Row, column: str, place: str, setting: str) -> Any:
+    """The value of a column; behind dots are keys of objects and numbers of list elements.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if column in row:
+        return row[column]
+    here: Any = row
+    try:
+        for key in column.split("."):
+            here = here[int(key)] if isinstance(here, list) else here[key]
+    except (LookupError, TypeError, ValueError):
+        raise ConfigError(
+            f"{place}: there is no column {column!r}; the columns are {', '.join(row)}; set {setting} to one"
+        ) from None
+    return here
+
+
+def as_text(value: Any, column: str, place: str) -> str:
+    """A value as it is compared: whole numbers without a point, the elements of a list with commas.
+
+    Raises:
+      ConfigError: it is an object.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, list):
+        return ", ".join(as_text(element, column, place) for element in value)
+    if isinstance(value, (float, decimal.Decimal)):
+        number = decimal.Decimal(str(value))
+        if not number.is_finite():  # how tables write that there is none
+            return ""
+        return str(int(number)) if number == number.to_integral_value() else f"{number:f}"
+    raise ConfigError(f"{place}: column {column!r} is neither text nor a number; name a value in it")
+
+
+def checked(text: str, what: str, column: str, place: str) -> str:
+    """Text that can be a question or an answer.
+
+    Raises:
+      ConfigError: it is empty, or cannot be encoded.
+    """
+    if not text:
+        raise ConfigError(
+            f"{place}: the {what} (column {column!r}) is empty; fill it in, or take the row out"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{place}: the {what} has half a surrogate pair, which is no character") from None
+    return text
+
+
+def answer_in(text: str, answer_is: str | None, column: str, place: str) -> str:
+    """The answer that a column's text holds.
+
+    Raises:
+      ConfigError: it holds none.
+    """
+    if answer_is == "last_box":
+        found, what = last_box(text), "\\boxed{}"
+    elif answer_is == "after_hashes":
+        _, hashes, after = text.rpartition("####")
+        found, what = (after.strip() if hashes else None), "####"
+    else:
+        return text
+    if found is None:
+        raise ConfigError(
+            f"{place}: column {column!r} has no {what}; correct it, take the row out, or change answer_is"
+        )
+    return found

@@ -1,0 +1,355 @@
+"""Problems of reasoning-gym: the same at every call, none both trained on and held out, and judged safely."""
+
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fr3e_jax.config import ConfigError
+from fr3e_jax.host.scoring.countdown import makes
+from fr3e_jax.host.scoring.pool import Asked, ScoringPool
+
+pytest.importorskip("reasoning_gym", reason="needs reasoning-gym; pip install 'fr3e_jax[gym]'")
+
+from reasoning_gym.factory import DATASETS, create_dataset
+
+from fr3e_jax.host.problems.gym import LENGTH, gym_task, is_held_out
+from fr3e_jax.host.scoring.gym import score
+from fr3e_jax.host.scoring.gym_facts import REFUSED, RUNS_TEXT, GymFacts
+
+ACCEPTED = sorted(DATASETS.keys() - REFUSED.keys())
+NESTED = "[" * 20000
+GARBAGE = ("", "garbage", "9**9**9**9", NESTED, "None", "nan", "{}", "[]", "\N{INFINITY}")
+
+
+# One asks for three figures, the other for one of several numbers that are far from each other.
+ROUNDED = ("power_function", "number_format")
+
+
+def problems_of(name, count, seconds=0.5):
+    """Some training problems; fewer of the few data sets that take long to make one."""
+    task = gym_task(name, {}, 3)
+    end = time.monotonic() + seconds
+    return [task[i] for i in itertools.takewhile(lambda i: i == 0 or time.monotonic() < end, range(count))]
+
+
+def near(answer):
+    """Numbers that are not the answer, but nearly."""
+    try:
+        n = float(answer)
+    except (TypeError, ValueError):
+        return []
+    whole = (
+        [int(answer) + 1, int(answer) - 1, f"{answer} or {int(answer) + 1}"]
+        if n == int(n) and "." not in str(answer)
+        else []
+    )
+    return [*whole, *([f"-{answer}".replace("--", "")] if n else []), n + 0.1, f"{answer}1"]
+
+
+def right(problem, response):
+    return score(response, problem.answer, problem.facts).right
+
+
+def test_every_data_set_is_accepted_or_refused_with_a_reason():
+    assert REFUSED.keys() <= DATASETS.keys()
+    assert all(REFUSED.values())
+    assert len(ACCEPTED) + len(REFUSED) == len(DATASETS)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_the_answer_of_a_problem_is_right_and_garbage_is_wrong(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for problem in problems_of(name, 3):
+        entry = problem.facts.entry
+        assert problem.question == entry["question"] and problem.source == f"gym:{name}"
+        assert pickle.loads(pickle.dumps(problem)) == problem
+        if entry["answer"] is not None:
+            assert right(problem, f"I think so.\n<answer>{entry['answer']}</answer>")
+        for text in (*GARBAGE, "__import__('os').system('touch made')", "open('made', 'w')"):
+            assert not right(problem, f"<answer>{text}</answer>"), text
+        for text in near(entry["answer"]) if name not in ROUNDED else ():
+            assert not right(problem, f"<answer>{text}</answer>"), (entry["answer"], text)
+        answered = f"<answer>{entry['answer']}</answer>"
+        assert not right(problem, f"{answered} or rather <answer>")
+        assert not right(problem, f"{answered[8:-9]} or rather \\boxed{{")
+    assert not list(tmp_path.iterdir())
+
+
+def solved(board):
+    """Keys and values of a coloring, by trying all of them."""
+    vertices, edges = board["vertices"], board["edges"]
+    for colors in itertools.product(board["color_options"], repeat=len(vertices)):
+        chosen = dict(zip(vertices, colors, strict=True))
+        if all(chosen[a] != chosen[b] for a, b in edges):
+            return chosen
+    return None
+
+
+def test_a_problem_that_has_no_answer_of_its_own_is_judged_by_what_it_asks():
+    task = gym_task("graph_color", {"min_num_vertices": 5, "max_num_vertices": 5, "num_colors": 3}, 0)
+    problem = next(
+        p for p in map(task.__getitem__, range(50)) if p.facts.entry["metadata"]["puzzle"]["edges"]
+    )
+    puzzle = problem.facts.entry["metadata"]["puzzle"]
+    coloring = solved(puzzle)
+    assert problem.answer == ""
+    text = str({str(v): c for v, c in coloring.items()}).replace("'", '"')
+    assert right(problem, text)
+    a, b = puzzle["edges"][0]
+    wrong = {str(v): c for v, c in (coloring | {a: coloring[b]}).items()}
+    assert not right(problem, str(wrong).replace("'", '"'))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("complex_arithmetic", lambda entry: "nan"),
+        ("coin_flip", lambda entry: "0"),
+        ("game_of_life_halting", lambda entry: "False" if entry["answer"] else None),
+        (
+            "number_sorting",
+            lambda entry: str([float("nan")] * len(entry["answer"].split(","))).replace("n", "N"),
+        ),
+        ("propositional_logic", lambda entry: entry["metadata"]["premises"][0]),
+    ],
+)
+def test_what_is_refused_for_wrong_verdicts_gives_them(name, wrong):
+    """A release without the fault fails here, and the data set can be used."""
+    data = create_dataset(name, size=20, seed=1)
+    texts = [(wrong(entry), entry) for entry in data]
+    assert any(text and data.score_answer(answer=text, entry=entry) == 1.0 for text, entry in texts)
+
+
+@pytest.mark.parametrize("name", [n for n, why in REFUSED.items() if why == RUNS_TEXT])
+def test_what_is_refused_for_running_text_runs_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = create_dataset(name, size=1, seed=1)
+    data.score_answer(answer="__import__('pathlib').Path('made').touch()", entry=data[0])
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_data_set_is_neither_trained_on_nor_judged(name):
+    with pytest.raises(ConfigError, match=f"gym:{name} is not used: "):
+        gym_task(name, {}, 0)
+    with pytest.raises(ValueError, match="cannot be judged"):
+        score("<answer>1</answer>", "1", GymFacts(name, "{}", {"answer": "1"}))
+
+
+DRAW = """
+import sys, zlib
+from fr3e_jax.host.problems.gym import gym_task
+for name in sys.argv[1:]:
+    task = gym_task(name, {}, 5)
+    print(name, zlib.crc32("".join(task[i * 31].question for i in range(12)).encode()))
+"""
+
+
+def test_problems_are_the_same_in_every_process():
+    """Words are hashed differently in each: a generator that goes by the order of a set is found here."""
+    slow = {"arc_agi", "futoshiki", "puzzle24", "sokoban", "zebra_puzzles"}
+    names = [n for n in ACCEPTED if n not in slow]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRAW, *names],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    first, second = (process.communicate()[0].splitlines() for process in started)
+    assert len(first) == len(names)
+    assert first == second
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "acre", "gcd", "bf", "knights_knaves"])
+def test_a_problem_does_not_depend_on_what_was_read_before(name):
+    task = gym_task(name, {}, 7)
+    forwards = [task[i].question for i in range(60)]
+    again = gym_task(name, {}, 7)
+    assert [again[i].question for i in reversed(range(60))] == forwards[::-1]
+    assert len(set(forwards)) > 45
+    assert [gym_task(name, {}, 8)[i].question for i in range(5)] != forwards[:5]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("leg_counting", {}), ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})],
+)
+def test_no_held_out_question_is_a_training_question(name, parameters):
+    """Also where there are few: one-digit sums come again and again."""
+    task = gym_task(name, parameters, 0)
+    trained = {task[i].question for i in range(3000)}
+    held = [p.question for p in task.held_out(200)]
+    assert len(set(held)) == len(held) > 5
+    assert not trained & set(held)
+    # Nor with another seed.
+    assert not {gym_task(name, parameters, 1)[i].question for i in range(1000)} & set(held)
+
+
+def test_training_and_held_out_questions_are_told_apart_by_their_hash_alone():
+    task = gym_task("letter_counting", {}, 0)
+    assert not any(is_held_out(task[i].question) for i in range(300))
+    assert all(is_held_out(p.question) for p in task.held_out(50))
+    assert task.held_out(50)[:10] == task.held_out(10)
+
+
+def test_questions_that_differ_in_a_few_digits_fall_on_both_sides():
+    questions = {f"A machine has {a} parts and {b} wires." for a in range(10) for b in range(100)}
+    assert 80 < sum(map(is_held_out, questions)) < 170  # an eighth of 1000, within 4 standard deviations
+    assert gym_task("string_splitting", {}, 5).held_out(256)
+
+
+def test_the_last_problem_is_there_and_none_behind_it():
+    task = gym_task("pool_matrix", {}, 2**32 - 1)
+    assert len(task) == LENGTH
+    assert task[LENGTH - 1].question != task[LENGTH - 2].question
+    for index in (LENGTH, -1):
+        with pytest.raises(IndexError):
+            task[index]
+
+
+def test_a_data_set_of_one_question_is_refused():
+    """Whichever side that question falls on, the other has none."""
+    task = gym_task("chain_sum", {}, 0)
+    kept = next(c for c in "abcdefghijklmnopqrstuvwxyz" if is_held_out(c))
+    trained = next(c for c in "abcdefghijklmnopqrstuvwxyz" if not is_held_out(c))
+    for question, message in ((trained, "hold some out"), (kept, "train on")):
+        task.whole = [{"question": question, "answer": "1"}] * (2 * LENGTH)
+        with pytest.raises(ConfigError, match=f"too few different questions to {message}"):
+            task.held_out(4) if message == "hold some out" else task[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("chain_sums", {}, "no data set 'chain_sums'; near it: chain_sum"),
+        ("chain_sum", {"terms": 3}, "has no parameter terms; it takes min_terms, max_terms"),
+        ("chain_sum", {"size": 3}, "has no parameter size"),
+        ("chain_sum", {"min_terms": 5, "max_terms": 2}, "does not work with parameters .*it takes min_terms"),
+        ("chain_sum", {"min_terms": "many"}, "does not work with parameters .*it takes min_terms"),
+    ],
+)
+def test_a_wrong_name_or_parameter_is_one_line(name, parameters, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        gym_task(name, parameters, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_reasoning_gym_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fr3e_jax\[gym\]'"):
+        gym_task("chain_sum", {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("<answer>1</answer> or <answer>2</answer>", "2"),
+        ("\\boxed{3} then <answer>2</answer> then \\boxed{4}", "2"),
+        ("It is \\boxed{3}.\nDone.", "3"),
+        ("First 5\n 6 \n\n", "6"),
+    ],
+)
+def test_the_tag_is_judged_before_the_box_and_the_box_before_the_last_line(response, expected):
+    facts = gym_task("chain_sum", {}, 0)[0].facts
+    entry = facts.entry | {"answer": expected}
+    assert score(response, expected, facts._replace(entry=entry)) == (True, expected)
+
+
+def test_only_full_marks_are_a_success():
+    """Half a solution, or a right answer in a long text, earns a part elsewhere."""
+    problem = gym_task("chain_sum", {}, 0)[0]
+    entry = problem.facts.entry
+    partly = create_dataset("chain_sum", size=1).score_answer(answer=f"about {entry['answer']}", entry=entry)
+    assert 0 < partly < 1
+    assert not right(problem, f"<answer>about {entry['answer']}</answer>")
+
+
+def test_a_verifier_changes_nothing_for_the_answers_that_follow():
+    problem = gym_task("rush_hour", {}, 0)[0]
+    before = pickle.dumps(problem.facts.entry)
+    right(problem, "<answer>A+1 B-1</answer>")
+    assert pickle.dumps(problem.facts.entry) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("(8 - 4) * (7 - 1)", True),
+        ("-(4 - 8) * (7 - 1)", True),
+        ("8*(4-1)*7/7", False),  # a seven that is not there
+        ("8*4-7-1", True),
+        ("8*4-7", False),  # one is left
+        ("24", False),
+        ("(8-4)*(7-1)*1", False),
+        ("8*4-7-1 == 24", False),
+        ("8*4-7-1.0", False),
+        ("8*4-7-True", False),
+        ("(8*4-7-1, 0)[0]", False),
+        ("8*4-7-int('1')", False),
+        ("8**1*4-7-1", False),
+        ("8//1*4-7-1", False),
+        ("8*4-7-1j", False),
+        ("8/(4-7-1+4)", False),
+        ("(lambda: 24)()", False),
+        ("", False),
+        ("8*4-7-1\n", True),
+        ("8\n*4-7-1", False),
+        ("9**9**9**9", False),
+        ("(" * 150 + "8*4-7-1" + ")" * 150, True),
+        ("(" * 199 + "8*4-7-1" + ")" * 199, False),  # too long
+        ("-" * 30 + "(8*4-7-1)", True),
+        ("-" * 100 + "(8*4-7-1)", False),  # too deep
+        ("-" * 100000 + "8", False),
+        ("(" * 100000, False),
+        ("8*4-7-1\0", False),
+    ],
+)
+def test_an_expression_counts_where_it_uses_each_number_once_and_makes_the_target(text, expected):
+    """Of 1, 4, 7 and 8, by hand: 8 * 4 - 7 - 1 = 24, and (8 - 4) * (7 - 1) = 24."""
+    assert makes(text, [4, 7, 8, 1], 24) == expected
+
+
+def test_fractions_between_are_exact():
+    assert makes("8 / (3 - 8/3)", [3, 3, 8, 8], 24)
+    assert not makes("1/3 + 1/3 + 1/3", [1, 1, 1, 3, 3, 4], 1)
+    assert makes("49 * (1/49)", [1, 49, 49], 1)
+    # Which its own verifier would round down.
+    assert not makes("(10 * 10 - 1) / 4", [10, 10, 1, 4], 24)
+
+
+def test_an_operation_that_the_puzzle_does_not_have_is_wrong():
+    problem = next(
+        p
+        for p in map(gym_task("puzzle24", {"operators": ["+", "*"]}, 0).__getitem__, range(50))
+        if 1 in p.facts.entry["metadata"]["numbers"]
+    )
+    assert right(problem, problem.answer)
+    once = f"({problem.answer}) / 1"
+    numbers = [*problem.facts.entry["metadata"]["numbers"], 1]
+    assert makes(once, numbers, 24)
+    assert not makes(once, numbers, 24, ["+", "*"])
+
+
+def test_workers_judge_a_mixture_of_data_sets():
+    names = ("chain_sum", "countdown", "mini_sudoku", "prime_factorization", "boxnet")
+    problems = [p for name in names for p in problems_of(name, 2)]
+    pool = ScoringPool(["gym"], workers=1, time_limit=20)
+    try:
+        asked = [
+            Asked(p.scorer, response, p.answer, p.facts)
+            for p in problems
+            for response in (f"<answer>{p.answer}</answer>", "<answer>9**9**9**9</answer>")
+        ]
+        verdicts = [v.right for v in pool.begin(asked).result()]
+    finally:
+        pool.close()
+    assert verdicts == [right for p in problems for right in (p.answer != "", False)]
+    assert pool.timed_out == 0
