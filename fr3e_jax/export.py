@@ -8,20 +8,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-import yaml
-from etils import epath
 
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, MeshConfig
-from fr3e_jax.host.checkpoints import CHECKPOINTS, Checkpoints, shapes_of
 from fr3e_jax.host.export import check_out, export_model
-from fr3e_jax.host.model import open_model
-from fr3e_jax.host.run_dir import CONFIG_FILE
 from fr3e_jax.host.storage import in_bucket, location
+from fr3e_jax.host.trained import read_trained
 from fr3e_jax.models.hf import CheckpointError
-from fr3e_jax.models.qwen2 import abstract_params
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh
 
 
@@ -60,44 +54,14 @@ def export(config: ExportConfig) -> Path:
         raise ConfigError(
             f"out {config.out} is in a bucket; write to a directory and copy that with `gcloud storage cp`"
         )
-    if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"{run} is not a run directory: it holds no {CONFIG_FILE}")
     check_out(out)
     if not config.max_file_gb > 0:
         raise ConfigError(f"max_file_gb is {config.max_file_gb}, must be above 0")
-    if not (run / CHECKPOINTS).is_dir():
-        raise ConfigError(f"{run} holds no checkpoint yet")
-    checkpoints = Checkpoints(run, keep=None)
-    steps = checkpoints.steps()
-    step = (steps[-1] if steps else None) if config.step is None else config.step
-    if step not in steps:
-        held = f"it holds those of steps {', '.join(map(str, steps))}" if steps else "it holds none yet"
-        raise ConfigError(f"{run} holds no checkpoint of step {step}; {held}")
-
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = open_model(config.model or started_from(run)).place(mesh)
-    shapes = abstract_params(model.config)
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        model.training.shardings(model.axes, shapes),
-    )
-    if checkpoints.parameter_shapes(step) != shapes_of(like):
-        raise ConfigError(f"{model.name} is not the model that {run} trained: the parameters' shapes differ")
-    params = checkpoints.restore_params(step, like)
-    checkpoints.close()
+    model, params, step = read_trained(run, config.step, config.model, mesh)
     export_model(model.source, out, params, jnp.dtype(config.dtype), int(config.max_file_gb * 10**9))
     print(f"step {step} of {run}, {config.dtype}: model in {out}")
     return out
-
-
-def started_from(run: epath.Path) -> str:
-    """The model that a run started from, as its config.yaml names it."""
-    try:
-        name = yaml.safe_load((run / CONFIG_FILE).read_text())["model"]["path"]
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(f"{run / CONFIG_FILE} is damaged ({error}); name the model with --model") from None
-    return str(name)
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig
 from fr3e_jax.host.export import check_out, export_model
 from fr3e_jax.host.model import PlacedModel, open_model
-from fr3e_jax.host.tasks import Task, make_task
+from fr3e_jax.host.problems.additions import CarryAddition
+from fr3e_jax.host.problems.corpus import worked_task
 from fr3e_jax.host.text import Text, character_tokenizer, load_text
 from fr3e_jax.learner.state import TrainState, decayed, init_state
 from fr3e_jax.learner.update import Learner, row_statistics, trained
@@ -99,7 +100,7 @@ def new_architecture(config: SFTConfig, vocab_size: int) -> Qwen2Config:
     )
 
 
-def write_new_model(config: SFTConfig, task: Task, directory: Path) -> None:
+def write_new_model(config: SFTConfig, task: CarryAddition, directory: Path) -> None:
     """Write config.json and tokenizer of a new model with one token per character of the task."""
     tokenizer = character_tokenizer(task.alphabet)
     model = new_architecture(config, len(tokenizer))
@@ -108,7 +109,7 @@ def write_new_model(config: SFTConfig, task: Task, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def make_batch(config: SFTConfig, task: Task, text: Text, step: int, width: int) -> Batch:
+def make_batch(config: SFTConfig, task: CarryAddition, text: Text, step: int, width: int) -> Batch:
     """Questions with worked solutions, host arrays; a function of (seed, step).
 
     Raises:
@@ -171,7 +172,7 @@ def run(config: SFTConfig) -> Path:
     check_out(out)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_sft(config, row_parts(mesh))
-    task = make_task(config.data, config.dropped_carry)
+    task = worked_task(config.data, config.dropped_carry)
     with tempfile.TemporaryDirectory() as scratch:
         if config.init_path is None:
             write_new_model(config, task, Path(scratch))
@@ -185,7 +186,7 @@ def run(config: SFTConfig) -> Path:
     return out
 
 
-def warm_up(config: SFTConfig, task: Task, model: PlacedModel) -> Params:
+def warm_up(config: SFTConfig, task: CarryAddition, model: PlacedModel) -> Params:
     """Train the model (of which only the shape exists, without `init_path`) on the task's solutions."""
     text = load_text(model.source, config.data.template)
     placement = model.training

@@ -9,7 +9,8 @@ A step samples rounds until enough states carry a gradient, then updates the pol
   5. positions          the K most uncertain tokens                     algorithm/explore
   6. states             S_0 = the query, S_j = before position T_j      algorithm/explore
   7. partial rollouts   M from each state, on the cached prefixes       engine/rollout.explore
-  8. rewards            of the whole answers                            host/verify
+  8. rewards            of the whole answers, while the next round that  host/verify
+                        is surely needed samples
   9. credit             values, modulated advantages, rejection         algorithm/credit
  10. policy update      clip-higher, once enough states are accepted    learner/update
 
@@ -19,7 +20,7 @@ grpo and grpo++ have no positions: a round is M rollouts from S_0, which stages 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +39,8 @@ from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.interruption import Interruption
 from fr3e_jax.host.layout import bundles_of, token_counts
 from fr3e_jax.host.metrics import Stopwatch
-from fr3e_jax.host.verify import Verifier
+from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.verify import Rewards, Verifier
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import Params, Qwen2Config
@@ -89,48 +91,83 @@ class Run:
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
 
-def sample_round(
-    run: Run, params: Params, step: int, position: int, watch: Stopwatch
-) -> tuple[StateGroups, Metrics, dict[str, Any] | None]:
-    """Stages 1 to 9.
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """A round whose last rewards are being found: stages 1 to 7 are done."""
+
+    queries: Queries
+    problems: Sequence[Problem]
+    base: Rollouts
+    base_reward: np.ndarray | None
+    """None where the base trajectories are what is explored, from S_0."""
+    states: States
+    rollouts: Rollouts
+    rewards: Rewards
+    costs: dict[str, Cost]
+
+    @property
+    def most(self) -> int:
+        """States that it can give, whatever the rewards are."""
+        return int(self.states.valid.sum())
+
+
+def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwatch) -> Round:
+    """Stages 1 to 7, and the beginning of 8: answers are judged while the caller goes on.
 
     Args:
       params: in the layout for sampling.
       step: the training step that samples.
       position: of the round's first query in the stream.
       watch: takes the time of each stage.
-
-    Returns:
-      (accepted states, metrics, a state with two of its continuations for people to read).
     """
-    config, credit = run.config, run.config.credit
-    queries, problems = run.stream.take(position, config.rollout.queries)
+    config = run.config
+    with watch.stage("tokenize"):
+        queries, problems = run.stream.take(position, config.rollout.queries)
     place = run.engine.placement.place_rows
     placed = place(queries)
     with watch.stage("first_return"):
         base, caches, row_steps = first_return(run, params, step, placed)
     costs = {"first_return": rollout_cost(run.model, queries, base, row_steps)}
     with watch.stage("verify"):
-        base_reward = run.verifier.base(base, problems)
-    if config.explore.positions:
-        states = find_states(run, step, queries, base, base_reward)
-        with watch.stage("explore"):
-            rollouts, row_steps = explore(run, params, step, placed, caches, place(states))
-        costs["explore"] = rollout_cost(run.model, queries, rollouts, row_steps, states)
-        with watch.stage("verify"):
-            reward = run.verifier.whole(states, rollouts, problems)
-    else:
-        states, rollouts, reward = roots(base), base, base_reward[:, None]
+        base_rewards = run.verifier.base(base, problems)
+    if not config.explore.positions:
+        return Round(queries, problems, base, None, roots(base), base, base_rewards, costs)
+    with watch.stage("verify"):
+        base_reward = base_rewards()
+    states = find_states(run, step, queries, base, base_reward)
+    with watch.stage("explore"):
+        rollouts, row_steps = explore(run, params, step, placed, caches, place(states))
+    costs["explore"] = rollout_cost(run.model, queries, rollouts, row_steps, states)
+    with watch.stage("verify"):
+        rewards = run.verifier.whole(states, rollouts, problems)
+    return Round(queries, problems, base, base_reward, states, rollouts, rewards, costs)
+
+
+def close_round(
+    run: Run, opened: Round, watch: Stopwatch
+) -> tuple[StateGroups, Metrics, dict[str, Any] | None]:
+    """The end of stage 8, and 9.
+
+    Returns:
+      (accepted states, metrics, a state with two of its continuations for people to read).
+    """
+    queries, states, rollouts, base = opened.queries, opened.states, opened.rollouts, opened.base
+    credit, place = run.config.credit, run.engine.placement.place_rows
+    with watch.stage("verify"):
+        reward = opened.rewards()
+    base_reward = opened.base_reward
+    if base_reward is None:
+        base_reward, reward = reward, reward[:, None]
     advantage, value, alpha, accepted = gather(
         assign_credit(credit, *place((reward, states.valid, states.query)))
     )
 
     metrics = round_metrics(base, base_reward, states, value, alpha, accepted)
-    if config.explore.positions:
+    if opened.base_reward is not None:
         metrics |= restart_metrics(states, base, rollouts)
-    metrics |= cost_metrics(costs)
+    metrics |= cost_metrics(opened.costs)
     gathered = groups.collect(accepted, queries, states, rollouts, advantage)
-    return gathered, metrics, run.verifier.excerpt(accepted, states, rollouts, reward, problems)
+    return gathered, metrics, run.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
 
 
 def first_return(run: Run, params: Params, step: int, queries: Queries) -> tuple[Rollouts, Any, int]:
@@ -235,9 +272,10 @@ def train_step(
       Interrupted: the run is asked to stop, and `state` is untouched.
     """
     config, watch, started = run.config, Stopwatch(), time.perf_counter()
+    timed_out = run.verifier.pool.timed_out
     step, position, wanted = progress.step + 1, progress.data_position, config.optimizer.batch_states
     rounds: list[Metrics] = []
-    sample, waiting, sampler_params = None, carried, None
+    sample, waiting, sampler_params, ahead = None, carried, None, None
     while groups.count(waiting) < wanted:
         if len(rounds) == config.credit.max_rounds:
             raise SamplingError(
@@ -249,9 +287,13 @@ def train_step(
             )
         if sampler_params is None:
             sampler_params = run.sampling_params(state.params)
-        accepted, metrics, sample = sample_round(run, sampler_params, step, position, watch)
-        waiting = groups.join(waiting, accepted)
+        opened, ahead = ahead or open_round(run, sampler_params, step, position, watch), None
         position += config.rollout.queries
+        if groups.count(waiting) + opened.most < wanted and len(rounds) + 1 < config.credit.max_rounds:
+            # There will be another round, whatever the verdicts on this one.
+            ahead = open_round(run, sampler_params, step, position, watch)
+        accepted, metrics, sample = close_round(run, opened, watch)
+        waiting = groups.join(waiting, accepted)
         rounds.append(metrics)
     run.interruption.check()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
@@ -275,6 +317,9 @@ def train_step(
         told["rows/occupancy"] = told["tokens/generated"] / told["rows/decoded"]
     generated = progress.tokens_generated + told.get("tokens/generated", 0)
     told |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
+    if rounds:
+        here = np.array([run.verifier.pool.timed_out - timed_out])
+        told["reward/timed_out"] = int(run.hosts.add_up(here, "answers that timed out")[0])
     told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
     skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
     progress = dataclasses.replace(
@@ -317,10 +362,11 @@ def restart_metrics(states: States, base: Rollouts, rollouts: Rollouts) -> Metri
     """Metrics of a round with positions: how uncertain they are, and how long the restarts go on."""
     entropy = base.entropy[states.query, states.base]
     chosen = np.take_along_axis(entropy, states.prefix_length[:, 1:], axis=1)[states.valid[:, 1:]]
-    started = rollouts.length[rollouts.length > 0]
+    started = rollouts.length > 0
     return {
         "entropy/positions": float(chosen.mean()) if chosen.size else 0.0,
-        "response/continuation": float(started.mean()),
+        "response/continuation": float(rollouts.length[started].mean()),
+        "response/continuation_cut": float(1.0 - rollouts.stopped[started].mean()),
     }
 
 

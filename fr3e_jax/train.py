@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from fr3e_jax.cli import fail, parse
@@ -20,17 +21,21 @@ from fr3e_jax.config import Config, ConfigError, check, resolve, updates_of
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
+from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Checkpoints, Progress
 from fr3e_jax.host.compilation import keep_compiled
-from fr3e_jax.host.data import QueryStream, encode_query
+from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.export import export_model
 from fr3e_jax.host.interruption import Interrupted, Interruption
 from fr3e_jax.host.metrics import Reporter, Silent, open_reporter, read_metrics
 from fr3e_jax.host.model import PlacedModel, open_model
+from fr3e_jax.host.problems.corpus import Corpus, make_corpus, names_of
+from fr3e_jax.host.problems.problem import Problem
 from fr3e_jax.host.run_dir import differing, open_run_dir, refuse_other_settings
+from fr3e_jax.host.scoring.pool import ScoringPool
+from fr3e_jax.host.scoring.verdict import ScorerError
 from fr3e_jax.host.storage import StorageError, in_bucket, upload
-from fr3e_jax.host.tasks import Problem, make_task
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.attention import make_splash
@@ -39,28 +44,29 @@ from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
-from fr3e_jax.parallel.hosts import HostError, Hosts, gather, initialize, is_first, leaving_at_once
+from fr3e_jax.parallel.hosts import HostError, Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
-from fr3e_jax.step import Run, SamplingError, SkippedError, train_step
+from fr3e_jax.step import Metrics, Run, SamplingError, SkippedError, train_step
 
 MODEL = "model"  # the directory of the final one, in the run directory
 
 
-def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
+def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, Corpus]:
     """Check the configuration, then load the model and place it on the mesh.
 
     Returns:
-      (the run, the model that it starts from, its fresh state, held-out problems).
+      (the run, the model that it starts from, its fresh state, its problems).
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = open_model(config.model.path).place(mesh)
     check(config, row_parts(mesh), model.config.context)
     text = load_text(model.source, config.data.template)
-    task = make_task(config.data)
-    held_out = task.held_out(config.data.held_out)
-    for problem in held_out:
-        encode_query(problem, text, config.rollout.max_prompt)  # too long a query fails here, not later
+    corpus = make_corpus(config.data, config.seed, text, config.rollout.max_prompt)
     hosts = Hosts(mesh, config.distributed.timeout)
+    if hosts.of_first(corpus.checksum, "the problems are read") != corpus.checksum:
+        raise ConfigError(
+            "the problems of data.source are not the same on every host; copy those of the first"
+        )
     interruption = Interruption(hosts)
     engine = Engine(
         model.graph, model.sampling, config.rollout.max_response, text.end_tokens, interruption.check
@@ -81,26 +87,30 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, list[Problem]]:
     reference = None
     if config.loss.kl_coefficient > 0:
         reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
-    stream = QueryStream(task, text, config.rollout.max_prompt, config.seed, hosts)
-    verifier = Verifier(task, text, hosts)
+    stream = QueryStream(corpus.stream(config.seed), text, config.rollout.max_prompt, hosts)
+    limits = config.scoring
+    pool = ScoringPool(corpus.scorers, limits.workers, limits.time_limit, limits.memory_gb)
+    verifier = Verifier(text, hosts, pool, config.reward)
     cast = sampling_cast(model.sampling, model.axes, state.params, dtype)
     run = Run(
         config, model.config, model.training, engine, learner, stream, verifier, reference, cast, interruption
     )
-    return run, model, state, held_out
+    return run, model, state, corpus
 
 
-def evaluate(run: Run, params: Params, held_out: list[Problem]) -> float:
-    """Share of the held-out problems that greedy decoding answers right."""
-    params = run.sampling_params(params)
-    rows, right = run.config.evaluate.rows, 0.0
-    for start in range(0, len(held_out), rows):
-        problems = held_out[start : start + rows]
-        padded = problems + problems[:1] * (rows - len(problems))
-        placed = run.engine.placement.place_rows(run.stream.encode(padded))
-        rollouts, _ = run.engine.sample(params, placed, run.key(0), 0, 1, GREEDY)
-        right += run.verifier.base(gather(rollouts), padded)[: len(problems)].sum()
-    return float(right) / len(held_out)
+def evaluate(run: Run, params: Params, held_out: list[Problem]) -> Metrics:
+    """Greedy answers to the held-out problems: share right, share cut off, mean length in tokens."""
+    begun = time.perf_counter()
+    respondent = Respondent(run.engine, run.stream, run.verifier, run.config.evaluate.rows)
+    asks = [Ask(problem, number) for number, problem in enumerate(held_out)]
+    batches = respondent.answers(run.sampling_params(params), asks, run.key(0), GREEDY)
+    answers = [answer for batch in batches for answer in batch]
+    return {
+        "eval/accuracy": float(np.mean([answer.right for answer in answers])),
+        "eval/cut": float(np.mean([answer.truncated for answer in answers])),
+        "eval/length": float(np.mean([answer.length for answer in answers])),
+        "time/evaluate": round(time.perf_counter() - begun, 4),
+    }
 
 
 def train(config: Config, name: str) -> dict[str, Any] | None:
@@ -112,33 +122,40 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
     started = time.perf_counter()
     given, config = config, resolve(config)
     refuse_other_settings(config)
-    run, model, state, held_out = setup(config)
+    run, model, state, corpus = setup(config)
+    held_out = corpus.held_out
     run.hosts.meet("the run directory is read, and not written yet")
     directory = open_run_dir(config, name)
     run.hosts.meet("the run directory is there")
     checkpoints = Checkpoints(directory, config.checkpoint.keep, config.checkpoint.keep_every)
-    progress = Progress(seed=config.seed)
+    progress = Progress(seed=config.seed, problems=corpus.checksum)
     carried = groups.empty_groups(
         config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
     )
     if (latest := checkpoints.latest()) is not None:
         state, carried, progress = checkpoints.restore(latest, state)
+        if progress.problems != corpus.checksum:
+            raise ConfigError(
+                f"the problems of data.source are not those that {directory} was started with; restore them, "
+                "or choose another --run_dir"
+            )
     started -= progress.seconds
 
     with open_reporter(directory, config.steps, progress.step) as reporter:
         reporter.say(
-            f"{config.algorithm} on {config.model.path} | {config.data.task} | mesh "
+            f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
             f"{dict(run.placement.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
         )
         if implied := differing(asdict(given), asdict(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
+        for line in corpus.told:
+            reporter.say(line)
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
         try:
             if not progress.step:
                 reporter.say(f"the model sees, for example: {shown(run, held_out[0])!r}")
-                accuracy = evaluate(run, state.params, held_out)
-                reporter.step({"step": 0, "eval/accuracy": accuracy, "tokens/total": 0})
+                reporter.step({"step": 0} | evaluate(run, state.params, held_out) | {"tokens/total": 0})
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
                     state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
@@ -148,9 +165,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
                     metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
                 every, last = config.evaluate.every, progress.step == config.steps
                 if last or (every and progress.step % every == 0):
-                    begun = time.perf_counter()
-                    metrics["eval/accuracy"] = evaluate(run, state.params, held_out)
-                    metrics["time/evaluate"] = round(time.perf_counter() - begun, 4)
+                    metrics |= evaluate(run, state.params, held_out)
                 seconds = time.perf_counter() - started
                 progress = dataclasses.replace(progress, unreported=None, seconds=seconds)
                 metrics |= utilisation(metrics, run.placement.mesh.devices.flat)
@@ -161,7 +176,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
                     raise SkippedError(skipped_message(progress))
                 if last or progress.step % config.checkpoint.every == 0:
                     checkpoints.save(state, carried, progress)
-        except SamplingError:
+        except (SamplingError, ScorerError):
             checkpoints.save_last(state, carried, progress)
             raise
         except Interrupted:
@@ -173,6 +188,8 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
                 else "stopped as asked, before the first step was done"
             )
             return None
+        finally:
+            run.verifier.pool.close()
         checkpoints.close()
         export_run(directory / MODEL, model.source, state.params, jnp.dtype(config.model.export_dtype))
         return finish(reporter, directory, progress)
@@ -242,7 +259,7 @@ def main() -> None:
             train(config, name)
         except (ConfigError, PlacementError, CheckpointError) as error:
             fail("train", error)
-        except (SamplingError, SkippedError, HostError, StorageError) as error:
+        except (SamplingError, ScorerError, SkippedError, HostError, StorageError) as error:
             fail("train", error, code=1)
         except KeyboardInterrupt:
             fail("train", "interrupted; with --run_dir DIR this run goes on from its last checkpoint", 130)

@@ -104,7 +104,7 @@ def test_a_later_file_overrides_an_earlier_one(tmp_path):
 def test_shipped_files_are_found_by_name_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, name = parsed("--config", "configs/smollm2_135m.yaml")
-    assert (config.data.task, name) == ("word_addition", "smollm2_135m")
+    assert (config.data.source, name) == ("word_addition", "smollm2_135m")
     # A file of the user's own goes first.
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "smollm2_135m.yaml").write_text("steps: 99\n")
@@ -406,3 +406,21 @@ def test_shipped_files_can_run(file):
 def test_the_defaults_take_more_than_one_optimizer_step_per_batch():
     """With one, the ratio is 1 and clipping does nothing."""
     assert Config().optimizer.minibatches * Config().optimizer.epochs > 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--reward.answer=0", "one of them above 0"),
+        ("--reward.answer=-1", "at least 0"),
+        ("--reward.answer=.inf", "at least 0"),
+        ("--reward.pattern=(", "no regular expression"),
+        ("--scoring.workers=-1", "must be at least 0"),
+        ("--scoring.time_limit=0", "above 0 seconds"),
+        ("--scoring.time_limit=.nan", "above 0 seconds"),
+        ("--scoring.memory_gb=0.5", "needs 1 or more"),
+    ],
+)
+def test_rewards_and_limits_that_cannot_be_are_refused(flag, message):
+    with pytest.raises(ConfigError, match=message):
+        check(parsed(flag)[0], 1, 4096)

@@ -184,17 +184,20 @@ def texts_on(mesh):
     """Which problems a process tokenizes and verifies of a batch, and what all of them know afterwards."""
     from fr3e_jax.config import QUICKSTART_MODEL, DataConfig
     from fr3e_jax.host.data import QueryStream
-    from fr3e_jax.host.tasks import make_task
+    from fr3e_jax.host.problems.additions import make_addition
+    from fr3e_jax.host.problems.sources import stream
+    from fr3e_jax.host.scoring.pool import ScoringPool
     from fr3e_jax.host.text import load_text
     from fr3e_jax.host.verify import Verifier
     from fr3e_jax.types import Rollouts, States
 
-    text, task, read, scored = load_text(QUICKSTART_MODEL, "plain"), make_task(DataConfig()), [], []
-    inner, reward = text.query, task.reward
+    text, pool, read, scored = load_text(QUICKSTART_MODEL, "plain"), ScoringPool(["carry_addition"]), [], []
+    inner, begin = text.query, pool.begin
     object.__setattr__(text, "query", lambda question: read.append(question) or inner(question))
-    object.__setattr__(task, "reward", lambda said, answer: scored.append(answer) or reward(said, answer))
+    pool.begin = lambda asked: scored.extend(asked) or begin(asked)
     here = hosts.Hosts(mesh, 60)
-    queries, problems = QueryStream(task, text, 8, 0, here).take(40, 8)
+    problems = stream([make_addition("carry_addition", DataConfig())], [1.0], 0)
+    queries, problems = QueryStream(problems, text, 8, here).take(40, 8)
     rng = np.random.default_rng(0)
     token = rng.integers(2, 14, (8, 6, 12)).astype(np.int32)
     floats = np.zeros((8, 6, 12), np.float32)
@@ -204,13 +207,13 @@ def texts_on(mesh):
         token[i, 0, : len(right)], base.length[i, 0] = right, len(right)
     read.clear()
     scored.clear()
-    verifier = Verifier(task, text, here)
-    queries, _ = QueryStream(task, text, 8, 0, here).take(40, 8)
-    rewards = verifier.base(base, problems)
+    verifier = Verifier(text, here, pool)
+    queries = QueryStream(None, text, 8, here).encode(problems, 40)
+    rewards = verifier.base(base, problems)()
     prefix_length = np.zeros((8, 2), np.int32)
     valid = np.array([[True, i % 3 > 0] for i in range(8)])
     states = States(np.arange(8, dtype=np.int32), np.zeros(8, np.int32), token[:, 0], prefix_length, valid)
-    whole = verifier.whole(states, base, problems)
+    whole = verifier.whole(states, base, problems)()
     return {
         "read": len(read),
         "scored": len(scored),

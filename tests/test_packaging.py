@@ -51,7 +51,7 @@ def test_the_wheel_brings_one_top_level_package(installed):
 def test_commands_find_their_config_from_any_directory(installed, tmp_path):
     shown = run_elsewhere(installed, tmp_path, "-m", "fr3e_jax.train", "--print_config")
     assert shown.returncode == 0, shown.stderr
-    assert "task: carry_addition" in shown.stdout
+    assert "source: carry_addition" in shown.stdout
     shown = run_elsewhere(
         installed, tmp_path, "-m", "fr3e_jax.train", "--config", "configs/smollm2_135m.yaml", "--print_config"
     )

@@ -1,6 +1,6 @@
 """What the authors' release gets wrong, one test (or a few) per fault.
 
-The rounds here run through the program's own code, from `sample_round` to the learner's rows, with an
+The rounds here run through the program's own code, from `open_round` to the learner's rows, with an
 engine that writes instead of samples: every token id says which query, trajectory, state and rollout it
 belongs to, so that anything that is mixed up is seen.
 """
@@ -20,7 +20,6 @@ from fr3e_jax.algorithm.loss import policy_loss
 from fr3e_jax.config import (
     Config,
     CreditConfig,
-    DataConfig,
     ExploreConfig,
     LossConfig,
     OptimizerConfig,
@@ -31,11 +30,14 @@ from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.layout import bundles_of
 from fr3e_jax.host.metrics import Stopwatch
-from fr3e_jax.host.tasks import Problem, make_task
+from fr3e_jax.host.problems.additions import CarryAddition
+from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.scoring.pool import ScoringPool
+from fr3e_jax.host.scoring.verdict import Verdict
 from fr3e_jax.host.text import Text, character_tokenizer
 from fr3e_jax.host.verify import Verifier, whole_answer
 from fr3e_jax.parallel.hosts import Hosts
-from fr3e_jax.step import sample_round, train_step
+from fr3e_jax.step import Round, close_round, open_round, train_step
 from fr3e_jax.types import Queries, Rollouts, States
 
 B, R, K, M, P, S = 3, 4, 2, 4, 4, 12
@@ -157,7 +159,13 @@ def take(position, count):
     token = np.array([[query_id(q, t) for t in range(P)] for q in index], np.int32)
     length = QUERY_LENGTH[index].astype(np.int32)
     token = np.where(np.arange(P) < length[:, None], token, 0)
-    return Queries(token, length, index), [Problem(f"query {q}", f"answer {q}") for q in index]
+    return Queries(token, length, index), [Problem(f"query {q}", f"answer {q}", "written") for q in index]
+
+
+def begin(asked):
+    """What a pool of workers does, here."""
+    verdicts = [Verdict(reward_of(a.response, a.answer) > 0, "") for a in asked]
+    return SimpleNamespace(result=lambda: verdicts)
 
 
 def written_run(**settings):
@@ -171,6 +179,7 @@ def written_run(**settings):
     mesh = SimpleNamespace(shape={"data": 1, "fsdp": 2})
     at_home = SimpleNamespace(place_rows=lambda tree, row_axis=0: tree, mesh=mesh)
     text = SimpleNamespace(decode=lambda rows: [" ".join(map(str, row)) for row in rows])
+    hosts = Hosts(mesh_of(), 1)
     return SimpleNamespace(
         config=Config(**sections),
         engine=SimpleNamespace(
@@ -185,10 +194,16 @@ def written_run(**settings):
         reference=None,
         key=jax.random.key,
         sampling_params=lambda params: params,
-        verifier=Verifier(SimpleNamespace(reward=reward_of), text, Hosts(mesh_of(), 1)),
+        verifier=Verifier(text, hosts, SimpleNamespace(begin=begin, timed_out=0)),
+        hosts=hosts,
         stream=SimpleNamespace(take=take),
         interruption=SimpleNamespace(check=lambda: None),
     )
+
+
+def sample_round(run, position):
+    watch = Stopwatch()
+    return close_round(run, open_round(run, None, 1, position, watch), watch)
 
 
 @functools.cache
@@ -197,7 +212,7 @@ def round_at(position, credit=None, keep="first_of_each"):
     run = written_run(
         credit=credit or CreditConfig(), explore=ExploreConfig(positions=K, rollouts=M, keep=keep)
     )
-    return sample_round(run, None, 1, position, Stopwatch())[0]
+    return sample_round(run, position)[0]
 
 
 def states_in(q, b):
@@ -334,8 +349,7 @@ def one_trajectory(response, prefix_length, valid):
 
 def verified(problem, response, prefix_length, continuations):
     """Rewards of continuations of one state, through the program's own verification."""
-    task = make_task(DataConfig())
-    tokenizer = character_tokenizer(task.alphabet)
+    tokenizer = character_tokenizer(CarryAddition.alphabet)
     end = tokenizer.eos_token_id
 
     def encode(text):
@@ -349,16 +363,17 @@ def verified(problem, response, prefix_length, continuations):
     for m, ids in enumerate(own):  # of state 1; the root is invalid here
         token[0, len(own) + m, : len(ids)], length[0, len(own) + m] = ids, len(ids)
     nothing = np.zeros(token.shape, np.float32)
-    reward = Verifier(task, Text(tokenizer, (end,), "plain"), Hosts(mesh_of(), 1)).whole(
+    text, pool = Text(tokenizer, (end,), "plain"), ScoringPool(["carry_addition"])
+    reward = Verifier(text, Hosts(mesh_of(), 1), pool).whole(
         one_trajectory(base, [0, prefix_length], [False, True]),
         Rollouts(token, nothing, nothing, nothing, length, length > 0),
         [problem],
-    )
+    )()
     assert not reward[0, 0].any()  # an invalid state has no rewards
     return reward[0, 1].tolist()
 
 
-PROBLEM = Problem("47+85=", "132")
+PROBLEM = Problem("47+85=", "132", "carry_addition")
 RESPONSE = "7+5+0=12,1;4+8+1=13,1;=132"
 
 
@@ -488,6 +503,42 @@ def test_steps_train_on_every_accepted_state_once_and_carry_the_surplus():
     assert left == sampled[30:]
 
 
+def test_a_round_that_is_surely_needed_samples_while_verdicts_are_found_and_changes_nothing(monkeypatch):
+    """Ahead or not, the same states are trained on in the same order, with the same metrics."""
+
+    def steps():
+        seen, order = [], []
+
+        def update(state, rows, reference):
+            seen.append(check_rows(rows))
+            return state, {"loss": np.float32(0), "skipped": np.float32(0)}
+
+        def sampled(*args):
+            order.append("sample")
+            return first_return(*args)
+
+        def judged(asked):
+            judging = begin(asked)
+            return SimpleNamespace(result=lambda: order.append("verdicts") or judging.result())
+
+        run = written_run(optimizer=OptimizerConfig(batch_states=20, minibatches=2, micro_tokens=64))
+        run.learner = SimpleNamespace(update=update)
+        run.engine.first_return = sampled
+        run.verifier.pool.begin = judged
+        told = train_step(run, SimpleNamespace(params=None), groups.empty_groups(M, P, S), Progress())
+        kept = {name: value for name, value in told[3].items() if not name.startswith("time/")}
+        return order, seen, told[1].source.tolist(), kept
+
+    order, *ahead = steps()
+    monkeypatch.setattr(Round, "most", property(lambda self: 10**9))  # then no round is surely needed
+    waiting, *behind = steps()
+    assert waiting == ["sample", "verdicts", "verdicts"] * (len(waiting) // 3)
+    # The second round has sampled, and its base trajectories are judged, before the first's last verdicts.
+    assert order[:5] == ["sample", "verdicts", "sample", "verdicts", "verdicts"]
+    assert sorted(order) == sorted(waiting)
+    assert ahead == behind
+
+
 # --- infinite loss for small batches
 
 
@@ -508,7 +559,7 @@ def test_the_loss_of_an_empty_or_tiny_batch_is_finite():
 def test_a_round_that_teaches_nothing_has_finite_metrics_and_no_states(monkeypatch):
     """Every rollout is right. The update of an empty batch is in test_update.py."""
     monkeypatch.setitem(globals(), "REWARD", np.ones_like(REWARD))
-    found, metrics, excerpt = sample_round(written_run(), None, 1, 0, Stopwatch())
+    found, metrics, excerpt = sample_round(written_run(), 0)
     assert groups.count(found) == 0 and excerpt is None
     assert metrics["states/accepted"] == 0 and metrics["value/mean"] == 1.0
     assert all(math.isfinite(value) for value in metrics.values())

@@ -13,7 +13,7 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.tasks import make_task
+from fr3e_jax.host.problems.additions import make_addition
 from fr3e_jax.host.text import end_tokens, load_text
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
@@ -47,7 +47,7 @@ def test_the_command_writes_a_model_that_training_can_start_from(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data.task=word_addition"], "no worked solutions"),
+        (["--data.source=word_addition"], "no worked solutions"),
         (["--max_position_embeddings=20"], "max_position_embeddings 20"),
         (["--init_path=/nowhere"], "/nowhere"),
         (["--hidden_size=33"], "hidden_size"),
@@ -86,10 +86,10 @@ def rollouts():
     """Base trajectories of the shipped model on held-out problems."""
     directory = find_model("quickstart")
     config = read_config(directory)
-    text, task = load_text(directory, "plain"), make_task(DataConfig())
+    text, task = load_text(directory, "plain"), make_addition("carry_addition", DataConfig())
     engine = Engine(graph_of(config), placement(8, 1, 1, SAMPLING_TABLE), MAX_RESPONSE, end_tokens(directory))
     hosts = Hosts(engine.placement.mesh, 1)
-    queries = QueryStream(task, text, 8, 0, hosts).encode(task.held_out(PROBLEMS))
+    queries = QueryStream(None, text, 8, hosts).encode(task.held_out(PROBLEMS))
     sampled, _ = engine.sample(
         read(directory, (8, 1, 1)),
         engine.placement.place_rows(queries),

@@ -18,8 +18,9 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.metrics import read_metrics, step_line, to_json_line
+from fr3e_jax.host.problems.additions import make_addition
 from fr3e_jax.host.run_dir import open_run_dir, refuse_other_settings
-from fr3e_jax.host.tasks import make_task
+from fr3e_jax.host.scoring.rules import scorer_of
 from fr3e_jax.host.text import load_text
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
@@ -157,9 +158,9 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
 
     directory = whole_run[0] / "model"
     config, text = read_config(directory), load_text(directory, "plain")
-    problems = make_task(DataConfig()).held_out(32)
+    problems = make_addition("carry_addition", DataConfig()).held_out(32)
     engine = Engine(graph_of(config), placement(table=SAMPLING_TABLE), 40, text.end_tokens)
-    stream = QueryStream(make_task(DataConfig()), text, 8, 0, Hosts(engine.placement.mesh, 1))
+    stream = QueryStream(None, text, 8, Hosts(engine.placement.mesh, 1))
     queries = engine.placement.place_rows(stream.encode(problems))
     ours, _ = engine.sample(read(directory), queries, jax.random.key(0), 0, 1, GREEDY)
     model = Qwen2ForCausalLM.from_pretrained(directory)
@@ -169,7 +170,7 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
         query = torch.tensor([text.query(problem.question)])
         theirs = model.generate(query, max_new_tokens=40, do_sample=False)[0, query.shape[1] :].tolist()
         assert np.asarray(ours.token[row, 0, : int(ours.length[row, 0])]).tolist() == theirs
-        right += make_task(DataConfig()).reward(text.decode([theirs])[0], problem.answer)
+        right += scorer_of(problem.scorer)(text.decode([theirs])[0], problem.answer, None).right
     assert right / 32 == metrics(whole_run[0])[-1]["eval/accuracy"]
 
 
@@ -366,3 +367,32 @@ def test_a_run_whose_rate_decays_is_not_resumed_with_more_steps(tmp_path):
         else:
             with pytest.raises(ConfigError, match="other settings of steps;"):
                 refuse_other_settings(longer)
+
+
+def sums(file, count, first):
+    """Sums as a data set: their last number is judged by math-verify's rules, in worker processes."""
+    problems = make_addition("carry_addition", DataConfig())
+    rows = [
+        {"problem": problems[i].question, "answer": problems[i].answer} for i in range(first, first + count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.slow
+def test_a_run_on_a_file_goes_on_where_it_was_killed_and_not_with_another_file(tmp_path):
+    flags = [*SMALL, "--data.source", sums(tmp_path / "sums.jsonl", 300, 0), "--scoring.workers=1"]
+    whole = run("train", *flags, "--steps=2", "--run_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "268 problems, 0 duplicates" in whole.stdout
+    assert metrics(tmp_path / "whole")[1]["reward/root_mean"] > 0.1
+    half = run("train", *flags, "--steps=1", "--checkpoint.every=1", "--run_dir", tmp_path / "half")
+    assert half.returncode == 0, half.stderr
+    sums(tmp_path / "sums.jsonl", 300, 1)
+    refused = run("train", *flags, "--steps=2", "--run_dir", tmp_path / "half")
+    assert refused.returncode == 2 and "are not those that" in refused.stderr
+    sums(tmp_path / "sums.jsonl", 300, 0)
+    after = run("train", *flags, "--steps=2", "--run_dir", tmp_path / "half")
+    assert after.returncode == 0, after.stderr
+    assert metrics(tmp_path / "half")[-1]["tokens/total"] == metrics(tmp_path / "whole")[-1]["tokens/total"]
+    assert metrics(tmp_path / "half")[-1] == metrics(tmp_path / "whole")[-1]
