@@ -1,6 +1,8 @@
 """Imports go one way: commands -> engine, learner, host -> algorithm, parallel -> types, config."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from support import REPOSITORY
@@ -10,6 +12,7 @@ COMMANDS = {
     "train",
     "sft",
     "generate",
+    "evaluate",
     "export",
     "bench",
     "plan",
@@ -28,6 +31,7 @@ ALLOWED = {
     "hlo": set(),
     "parallel": {"types", "config"},
     "engine": {"algorithm", "parallel", "types", "config", "models"},
+    "evaluation": {"config", "engine", "host", "models", "parallel", "types"},
     "learner": {"algorithm", "parallel", "types", "config", "models"},
     "planning": {"config", "cost", "engine", "hlo", "host", "learner", "models", "parallel", "types"},
     "host": {"algorithm", "parallel", "types", "config", "learner", "models"},
@@ -82,3 +86,11 @@ def test_algorithm_is_pure():
     """No model, no I/O, no clock, no numpy randomness in algorithm/."""
     for file in (PACKAGE / "algorithm").glob("*.py"):
         assert {name.partition(".")[0] for name in imported(file)} <= {"jax", "typing", "fr3e_jax"}, file
+
+
+def test_a_run_that_needs_no_scorer_of_others_imports_none():
+    """They take seconds, and matplotlib, which reasoning-gym brings, writes into the user's home."""
+    heavy = {"reasoning_gym", "matplotlib", "sympy", "math_verify", "pyarrow", "scipy.stats"}
+    program = f"import sys, fr3e_jax.train; print(*({heavy!r} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

@@ -1,0 +1,348 @@
+"""Benchmarks: `python -m fr3e_jax.evaluate --model DIR_OR_RUN --suite math`.
+
+Every answer is written with its verdict while the batch after it is sampled, and a command that was ended
+goes on from there. The table says how sure its numbers are, and `--compare` tells whether one model is better
+than another.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fr3e_jax.cli import fail, parse
+from fr3e_jax.config import (
+    ConfigError,
+    DistributedConfig,
+    MeshConfig,
+    ScoringConfig,
+    check_filters,
+    check_scoring,
+)
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.evaluation.answers import MOST_PROBLEMS, MOST_SAMPLES, Ask, Respondent
+from fr3e_jax.evaluation.record import (
+    ANSWERS,
+    SUMMARY,
+    Writer,
+    check_comparison,
+    held_settings,
+    open_directory,
+    without_done,
+)
+from fr3e_jax.evaluation.report import compare, comparison_table, read_answers, scores_of, summarize, table
+from fr3e_jax.evaluation.suites import Benchmark, benchmarks_of
+from fr3e_jax.host.compilation import keep_compiled
+from fr3e_jax.host.data import QueryStream
+from fr3e_jax.host.model import PlacedModel, open_model
+from fr3e_jax.host.problems.corpus import checksum, judging_problems, judging_source
+from fr3e_jax.host.scoring.pool import ScoringPool
+from fr3e_jax.host.scoring.verdict import ScorerError
+from fr3e_jax.host.storage import in_bucket, location, write_atomically
+from fr3e_jax.host.text import Text, load_text
+from fr3e_jax.host.trained import is_run, read_trained, setting, step_of
+from fr3e_jax.host.verify import Verifier
+from fr3e_jax.learner.state import sampling_cast
+from fr3e_jax.models.hf import CheckpointError
+from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.parallel.hosts import HostError, Hosts, initialize, is_first, leaving_at_once
+from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
+
+PROMPT_BUCKET = 64  # queries are padded to a multiple of it, so that few lengths are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Ask a model the problems of benchmarks, and tell what share it answers right."""
+
+    model: str
+    """Run directory of train (its last checkpoint), Hugging Face directory, name on the hub, or
+    `quickstart`."""
+    suite: str = "math"
+    """`math`, or names of benchmarks with commas between (README, "Evaluation"), or sources of problems as
+    data.source has them, such as FILE.jsonl."""
+    step: int | None = None
+    """Checkpoint of a run; by default the last."""
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Benchmark -> a copy of its data here (`--files.aime24 aime24.jsonl`), read instead of the hub's."""
+    samples: int = 0
+    """Answers to each problem, k; 0 takes each benchmark's own."""
+    temperature: float = -1.0
+    """Of sampling; 0 takes the most likely token, -1 each benchmark's own."""
+    top_k: int = 0
+    """Draw from this many of the most likely tokens; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest most likely tokens that together have this probability; 1 from all."""
+    max_response: int = 3072
+    """Longest answer, tokens; one that is cut off is wrong."""
+    template: str = "auto"
+    """What the model sees, as data.template of train; `auto`: as the run was trained, else `boxed_chat` where
+    the chat template ends its turns as the model does, and `boxed` for base models."""
+    limit: int = 0
+    """Take the first so many problems of each benchmark; 0 takes all."""
+    rows: int = 64
+    """Answers decoded at a time, of any problems; bounds memory."""
+    seed: int = 0
+    """An answer is a function of it, its problem and its sample's number."""
+    out: str | None = None
+    """Directory for answers and table; by default runs/evaluate-TIME. One that holds an evaluation that was
+    ended goes on."""
+    compare: str | None = None
+    """Directory of another evaluation: tell whether this model is better than that one, with a p-value."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
+    compilation_cache: str = "auto"
+    """Where compiled programs are kept, as in train."""
+    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+
+HOW = {
+    "out",
+    "compare",
+    "compilation_cache",
+    "mesh",
+    "distributed",
+    "rows",
+    "scoring",
+    "files",
+}
+"""Settings that an evaluation may go on with otherwise: how it is done, not what is asked of whom."""
+
+
+def check(config: EvaluationConfig, row_parts: int) -> None:
+    """Refuse what cannot run.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    least = {"samples": 0, "max_response": 1, "limit": 0, "rows": 1, "seed": 0, "distributed.timeout": 1}
+    values = dataclasses.asdict(config) | {"distributed.timeout": config.distributed.timeout}
+    for name, bound in least.items():
+        if not values[name] >= bound:
+            raise ConfigError(f"{name} is {values[name]}, must be at least {bound}")
+    if config.samples > MOST_SAMPLES:
+        raise ConfigError(f"samples is {config.samples}, must be at most {MOST_SAMPLES}")
+    if config.seed >= 2**32:
+        raise ConfigError(f"seed is {config.seed}, must be below 2^32")
+    if not (config.temperature >= 0 or config.temperature == -1):
+        raise ConfigError(
+            f"temperature is {config.temperature}, must be at least 0, or -1 for the benchmarks'"
+        )
+    if config.rows % row_parts:
+        raise ConfigError(
+            f"rows is {config.rows}, which does not divide by the mesh's data x fsdp = {row_parts}"
+        )
+    check_filters(config.top_k, config.top_p)
+    check_scoring(config.scoring)
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+    """Ask, write, and tell.
+
+    Returns:
+      What summary.json says.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check(config, row_parts(mesh))
+    if in_bucket(config.out or ""):
+        raise ConfigError(f"out {config.out} is in a bucket; write to a directory")
+    benchmarks = benchmarks_of(config.suite)
+    if unknown := sorted(config.files.keys() - {one.name for one in benchmarks}):
+        raise ConfigError(
+            f"files names {', '.join(unknown)}, which is not in the suite; it has "
+            f"{', '.join(one.name for one in benchmarks)}"
+        )
+    directory = Path(config.out or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}")
+    hosts = Hosts(mesh, config.distributed.timeout)
+    config = dataclasses.replace(config, step=step_asked(config, directory, hosts))
+    asked = {one: asks_of(one, config) for one in benchmarks}
+    number = checksum([ask.problem for asks in asked.values() for ask in asks])
+    if hosts.of_first(number, "the problems are read") != number:
+        raise ConfigError("the problems of the suite are not the same on every host; copy those of the first")
+    if is_first():
+        if config.compare:
+            check_comparison(Path(config.compare), [one.name for one in benchmarks])
+        open_directory(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in HOW})
+    missing = {one: without_done(one.name, asks, directory, hosts) for one, asks in asked.items()}
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    if any(missing.values()):
+        ask_all(config, missing, hosts, directory, console)
+    if not is_first():
+        return {}
+    return tell(config, directory, console)
+
+
+def step_asked(config: EvaluationConfig, directory: Path, hosts: Hosts) -> int | None:
+    """The checkpoint that is asked, as the first process knows it: of a run, and None of other models.
+
+    Without a step an evaluation that goes on asks the one that it began with, whatever was saved since.
+
+    Raises:
+      ConfigError: the run has no such checkpoint, or it is no run.
+    """
+    run = location(config.model)
+    if not is_run(run):
+        if config.step is not None:
+            raise ConfigError(
+                f"{config.model} is not a run directory, so there is no --step {config.step} of it"
+            )
+        return None
+    step = 0
+    if is_first():
+        began = held_settings(directory).get("step") if config.step is None else config.step
+        step = step_of(run, began)
+    return hosts.of_first(step, "the checkpoint is chosen")
+
+
+def asks_of(benchmark: Benchmark, config: EvaluationConfig) -> list[Ask]:
+    """Every answer that a benchmark wants: all problems' first samples, then their second ones, and so on."""
+    source = judging_source(benchmark.dataset, config.files.get(benchmark.name))
+    problems = judging_problems(source, config.seed, config.limit)
+    if len(problems) > MOST_PROBLEMS:
+        raise ConfigError(
+            f"{benchmark.name} has {len(problems)} problems; set --limit to {MOST_PROBLEMS} or less"
+        )
+    samples = config.samples or benchmark.samples
+    return [Ask(problem, n, sample) for sample in range(samples) for n, problem in enumerate(problems)]
+
+
+def progress_on(console: Console) -> Progress:
+    """Bars of the answers that are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not is_first())
+
+
+def ask_all(
+    config: EvaluationConfig,
+    missing: dict[Benchmark, list[Ask]],
+    hosts: Hosts,
+    directory: Path,
+    console: Console,
+) -> None:
+    """Load the model, and append its answers as they come."""
+    named, model, params, text = load(config, hosts.mesh)
+    asks = [ask for some in missing.values() for ask in some]
+    limits = config.scoring
+    scorers = sorted({ask.problem.scorer for ask in asks})
+    pool = ScoringPool(scorers, limits.workers, limits.time_limit, limits.memory_gb)
+    verifier = Verifier(text, hosts, pool)
+    respondents = {
+        one: respondent_of(config, model, verifier, wanted) for one, wanted in missing.items() if wanted
+    }
+    names, on = ", ".join(one.name for one in respondents), jax.default_backend()
+    console.print(
+        f"{named} | {names} | mesh {dict(hosts.mesh.shape)} on {on} | answers to {directory}", markup=False
+    )
+    seen = text.tokenizer.decode(text.query(asks[0].problem.question))
+    console.print(f"the model sees, for example: {seen!r}", markup=False)
+    key = jax.random.key(config.seed)
+    try:
+        with progress_on(console) as progress, Writer(directory / ANSWERS) as writer:
+            for benchmark, respondent in respondents.items():
+                wanted = missing[benchmark]
+                temperature = benchmark.temperature if config.temperature < 0 else config.temperature
+                sampling = Sampling(temperature, config.top_k, config.top_p)
+                bar = progress.add_task(benchmark.name, total=len(wanted))
+                begun, at = time.perf_counter(), 0
+                for answers in respondent.answers(params, wanted, key, sampling):
+                    writer.write(benchmark.name, wanted[at : at + len(answers)], answers)
+                    at += len(answers)
+                    progress.update(bar, completed=at)
+                seconds = time.perf_counter() - begun
+                console.print(f"{benchmark.name}: {at} answers in {seconds:.0f} s", markup=False)
+    finally:
+        pool.close()
+
+
+def load(config: EvaluationConfig, mesh: Mesh) -> tuple[str, PlacedModel, Params, Text]:
+    """The model that is asked.
+
+    Returns:
+      (its name for people, the model, its parameters in the layout for sampling, its text).
+    """
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = jnp.dtype(auto if config.compute_dtype == "auto" else config.compute_dtype)
+    run = location(config.model)
+    template = None if config.template == "auto" else config.template
+    if is_run(run):
+        model, trained, step = read_trained(run, config.step, None, mesh)
+        text = load_text(model.source, template or setting(run, "data", "template"))
+        params = sampling_cast(model.sampling, model.axes, trained, dtype)(trained)
+        return f"step {step} of {run}", model, params, text
+    model = open_model(config.model).place(mesh)
+    text = load_text(model.source, template or "plain")
+    if template is None:
+        text = dataclasses.replace(text, template="boxed_chat" if text.chats else "boxed")
+    return config.model, model, model.read_params(model.sampling, dtype), text
+
+
+def respondent_of(
+    config: EvaluationConfig, model: PlacedModel, verifier: Verifier, asks: Sequence[Ask]
+) -> Respondent:
+    """What asks a model the questions of a benchmark, padded as they need.
+
+    Raises:
+      ConfigError: a question and the longest answer are more than the model's context.
+    """
+    text = verifier.text
+    longest = model.config.context - config.max_response
+    most = max(text.query_lengths(list(dict.fromkeys(ask.problem.question for ask in asks))))
+    if most > longest:
+        raise ConfigError(
+            f"max_response {config.max_response} leaves {longest} of the model's context of "
+            f"{model.config.context} tokens for the question, and the longest has {most}; lower it"
+        )
+    width = min(-(-most // PROMPT_BUCKET) * PROMPT_BUCKET, longest)
+    engine = Engine(model.graph, model.sampling, config.max_response, text.end_tokens)
+    return Respondent(engine, QueryStream(None, text, width, verifier.hosts), verifier, config.rows)
+
+
+def tell(config: EvaluationConfig, directory: Path, console: Console) -> dict[str, Any]:
+    """Write and show the table, and the comparison if there is to be one."""
+    scores = scores_of(read_answers(directory / ANSWERS))
+    summaries = [summarize(score) for score in scores.values()]
+    console.print(table(summaries))
+    summary: dict[str, Any] = {"model": config.model, "seed": config.seed, "benchmarks": summaries}
+    place = location(str(directory / SUMMARY))
+    write_atomically(place, json.dumps(summary, indent=2) + "\n")
+    if config.compare:
+        rows = compare(directory / ANSWERS, Path(config.compare) / ANSWERS)
+        console.print(comparison_table(rows, str(directory), config.compare))
+        summary["compared_with"] = {"evaluation": config.compare, "rows": rows}
+        write_atomically(place, json.dumps(summary, indent=2) + "\n")
+    console.print(
+        f"answers with their verdicts: {directory / ANSWERS}\nnumbers: {directory / SUMMARY}", markup=False
+    )
+    return summary
+
+
+def main() -> None:
+    """Parse the command line and run; a user's mistake is one line and exit code 2."""
+    config, _ = parse(EvaluationConfig, "evaluate", None)
+    with leaving_at_once():
+        try:
+            initialize(config.distributed)
+            keep_compiled(config.compilation_cache, None)
+            evaluate(config)
+        except (ConfigError, CheckpointError, PlacementError) as error:
+            fail("evaluate", error)
+        except (HostError, ScorerError) as error:
+            fail("evaluate", error, 1)
+        except KeyboardInterrupt:
+            fail("evaluate", f"interrupted; the same command with --out {config.out or 'DIR'} goes on", 130)
+
+
+if __name__ == "__main__":
+    main()

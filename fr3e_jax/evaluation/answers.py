@@ -1,0 +1,112 @@
+"""Answers of a model to problems, judged.
+
+Benchmarks and the held-out problems of a run are asked with it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jax import Array
+
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.host.data import QueryStream
+from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.scoring.verdict import WRONG, Verdict
+from fr3e_jax.host.verify import Verifier
+from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.parallel.hosts import gather, is_first
+from fr3e_jax.types import Rollouts
+
+MOST_SAMPLES = 2**12  # of a problem
+MOST_PROBLEMS = 2**31 // MOST_SAMPLES  # an answer has a number, of 31 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """One answer that is wanted: the sample-th to a problem, which is the number-th of its benchmark."""
+
+    problem: Problem
+    number: int
+    sample: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer, judged.
+
+    right: the verdict; False where the answer was cut off by the length limit. extracted: what was judged.
+    truncated: it was cut off. length: tokens. response: the text.
+    """
+
+    right: bool
+    extracted: str
+    truncated: bool
+    length: int
+    response: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Respondent:
+    """A model that is asked problems, `rows` of them at a time, whichever benchmark they are of."""
+
+    engine: Engine
+    stream: QueryStream
+    verifier: Verifier
+    rows: int
+
+    def answers(
+        self, params: Params, asks: Sequence[Ask], key: Array, sampling: Sampling
+    ) -> Iterator[list[Answer]]:
+        """Answer in batches; while a batch is judged, the next one is sampled.
+
+        An answer is a function of (key, number, sample), whatever else it is asked with.
+
+        Args:
+          params: in the layout for sampling.
+          asks: in order.
+          key: of the seed.
+          sampling: the distribution that answers are drawn from.
+
+        Yields:
+          The answers to the next `rows` of `asks`, the last time to what is left.
+        """
+        before = None
+        for start in range(0, len(asks), self.rows):
+            batch = asks[start : start + self.rows]
+            padded = [*batch, *[batch[0]] * (self.rows - len(batch))]
+            queries = self.stream.encode([ask.problem for ask in padded])
+            index = np.array([ask.number * MOST_SAMPLES + ask.sample for ask in padded], np.int32)
+            placed = self.engine.placement.place_rows(dataclasses.replace(queries, index=index))
+            rollouts, _ = self.engine.sample(params, placed, key, 0, 1, sampling)
+            after = self.judge(gather(rollouts), batch)
+            if before is not None:
+                yield before()
+            before = after
+        if before is not None:
+            yield before()
+
+    def judge(self, rollouts: Rollouts, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
+        """Start to judge the first rows; the result waits for the verdicts.
+
+        The first process does the work on text, and is the one that has the texts; all are told what is
+        right.
+        """
+        count, first = len(asks), is_first()
+        lengths = rollouts.length[:count, 0].tolist()
+        stopped = rollouts.stopped[:count, 0].tolist()
+        texts = [""] * count
+        verdicts: Callable[[], list[Verdict]] = lambda: [WRONG] * count  # noqa: E731
+        if first:
+            texts = self.verifier.text.decode([rollouts.token[i, 0, :n] for i, n in enumerate(lengths)])
+            verdicts = self.verifier.begin(texts, [ask.problem for ask in asks])
+
+        def result() -> list[Answer]:
+            told = verdicts()
+            right = np.array([verdict.right for verdict in told], np.int32)
+            right = self.verifier.hosts.add_up(right, "verdicts of an evaluation")
+            each = zip(right.tolist(), told, stopped, lengths, texts, strict=True)
+            return [Answer(bool(r) and end, v.extracted, not end, n, text) for r, v, end, n, text in each]
+
+        return result

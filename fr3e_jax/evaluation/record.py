@@ -1,0 +1,136 @@
+"""An evaluation's directory: what was asked, and every answer, whole at whatever moment it is killed."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import yaml
+
+from fr3e_jax.config import ConfigError
+from fr3e_jax.evaluation.answers import Answer, Ask
+from fr3e_jax.evaluation.report import read_answers
+from fr3e_jax.host.storage import location, write_atomically
+from fr3e_jax.parallel.hosts import Hosts, is_first
+
+ANSWERS, SETTINGS, SUMMARY = "answers.jsonl", "evaluation.yaml", "summary.json"
+
+
+def open_directory(directory: Path, settings: dict[str, Any]) -> None:
+    """Make the directory, or go on in one that holds the same evaluation.
+
+    Args:
+      directory: of the evaluation.
+      settings: what is asked of whom.
+
+    Raises:
+      ConfigError: it holds another one, or cannot be made.
+    """
+    held = held_settings(directory)
+    if not held:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(location(str(directory / SETTINGS)), yaml.safe_dump(settings, sort_keys=False))
+        except OSError as error:
+            raise ConfigError(f"--out {directory} cannot be written: {error}") from None
+        return
+    changed = sorted(name for name in settings if held.get(name) != settings[name])
+    if changed:
+        raise ConfigError(
+            f"{directory} holds an evaluation with other settings of {', '.join(changed)}; choose another "
+            f"--out, or restore them as its {SETTINGS} has them"
+        )
+
+
+def held_settings(directory: Path) -> dict[str, Any]:
+    """What an evaluation was begun with; nothing where there is none.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    file = directory / SETTINGS
+    try:
+        held = yaml.safe_load(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({' '.join(str(error).split())}); choose another --out"
+        ) from None
+    if not isinstance(held, dict):
+        raise ConfigError(f"{file} is damaged; choose another --out")
+    return held
+
+
+def check_comparison(directory: Path, benchmarks: Sequence[str]) -> None:
+    """Refuse a comparison with what is not there, before anything is asked.
+
+    Raises:
+      ConfigError: the directory holds no answers to any of the benchmarks.
+    """
+    if not {line["benchmark"] for line in read_answers(directory / ANSWERS)} & set(benchmarks):
+        raise ConfigError(
+            f"--compare {directory}: there is no {ANSWERS} with answers to {', '.join(benchmarks)} in it"
+        )
+
+
+def without_done(benchmark: str, asks: list[Ask], directory: Path, hosts: Hosts) -> list[Ask]:
+    """The answers that are still to be asked for, as the first process reads it.
+
+    Raises:
+      ConfigError: the answers that there are belong to other problems.
+    """
+    done = np.zeros(len(asks), np.int32)
+    if is_first():
+        lines = [line for line in read_answers(directory / ANSWERS) if line["benchmark"] == benchmark]
+        places = {(ask.number, ask.sample): i for i, ask in enumerate(asks)}
+        for line in lines:
+            place = places.get((line["problem"], line["sample"]))
+            problem = None if place is None else asks[place].problem
+            if problem is None or (line["question"], line["answer"]) != (problem.question, problem.answer):
+                raise ConfigError(
+                    f"{directory / ANSWERS} was begun with other problems of {benchmark} (problem "
+                    f"{line['problem']}); restore them, or choose another --out"
+                )
+            done[place] = 1
+    done = hosts.add_up(done, f"the answers to {benchmark} that there are")
+    return [ask for ask, answered in zip(asks, done, strict=True) if not answered]
+
+
+class Writer:
+    """Appends answers to a file, as lines that are whole whenever the command is killed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[bytes] | None = None
+
+    def __enter__(self) -> "Writer":
+        if is_first():
+            self.file = self.path.open("ab+")
+            self.file.seek(0)
+            # A kill may have left a part of a line.
+            self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def write(self, benchmark: str, asks: Sequence[Ask], answers: Sequence[Answer]) -> None:
+        """Write answers, and see to it that they are on the disk."""
+        if self.file is None:
+            return
+        for ask, answer in zip(asks, answers, strict=True):
+            line = {
+                "benchmark": benchmark,
+                "problem": ask.number,
+                "sample": ask.sample,
+                "question": ask.problem.question,
+                "answer": ask.problem.answer,
+            }
+            text = json.dumps(line | dataclasses.asdict(answer), ensure_ascii=False)
+            # What a model writes may be no text: a lone half of a pair.
+            self.file.write(text.encode("utf-8", "replace") + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())

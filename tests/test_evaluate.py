@@ -1,0 +1,224 @@
+"""`python -m fr3e_jax.evaluate`: asks what it should, writes it safely, goes on, and tells the truth."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import run, two_processes
+
+from fr3e_jax.cli import parse
+from fr3e_jax.config import ConfigError, DataConfig, MeshConfig
+from fr3e_jax.evaluate import EvaluationConfig, evaluate
+from fr3e_jax.evaluation.record import ANSWERS, SETTINGS, SUMMARY
+from fr3e_jax.host.problems.additions import make_addition
+
+PROBLEMS, SAMPLES = 11, 3  # which no number of rows divides
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """Held-out additions of the quickstart as a file; the last number of a response is its answer."""
+    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    problems = make_addition("carry_addition", DataConfig()).held_out(PROBLEMS)
+    lines = [json.dumps({"question": p.question, "answer": p.answer}) for p in problems]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def settings(suite, out, **others):
+    return EvaluationConfig(
+        **{
+            "model": "quickstart",
+            "suite": str(suite),
+            "samples": SAMPLES,
+            "temperature": 1.0,
+            "max_response": 48,
+            "template": "plain",
+            "rows": 8,
+            "out": str(out),
+            "compilation_cache": "off",
+            **others,
+        }
+    )
+
+
+def answers(out):
+    return [json.loads(line) for line in (Path(out) / ANSWERS).read_text().splitlines()]
+
+
+def by_place(lines):
+    return {(line["problem"], line["sample"]): line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def done(suite, tmp_path_factory):
+    out = tmp_path_factory.mktemp("done") / "evaluation"
+    return out, evaluate(settings(suite, out))
+
+
+def test_every_answer_is_written_once_with_its_verdict(done, suite):
+    out, summary = done
+    lines = answers(out)
+    assert sorted(by_place(lines)) == [(p, s) for p in range(PROBLEMS) for s in range(SAMPLES)]
+    assert len(lines) == PROBLEMS * SAMPLES
+    asked = [json.loads(line) for line in suite.read_text().splitlines()]
+    for line in lines:
+        assert asked[line["problem"]] == {"question": line["question"], "answer": line["answer"]}
+        said = line["response"].rpartition("=")[2]
+        assert line["right"] == (said == line["answer"] and not line["truncated"])
+        assert line["length"] > 10
+    shares = [[by_place(lines)[p, s]["right"] for s in range(SAMPLES)] for p in range(PROBLEMS)]
+    (told,) = summary["benchmarks"]
+    assert told["avg"] == pytest.approx(np.mean(shares)) and 0 < told["avg"] < 1
+    assert told["pass"]["1"] == pytest.approx(told["avg"])
+    assert told["length"] == pytest.approx(np.mean([line["length"] for line in lines]))
+    assert json.loads((out / SUMMARY).read_text()) == summary
+
+
+def test_answers_do_not_depend_on_rows_or_mesh(done, suite, tmp_path):
+    evaluate(settings(suite, tmp_path / "other", rows=4, mesh=MeshConfig(fsdp=1, data=2, tensor=4)))
+    ours, theirs = by_place(answers(tmp_path / "other")), by_place(answers(done[0]))
+    assert {place: line["response"] for place, line in ours.items()} == {
+        place: line["response"] for place, line in theirs.items()
+    }
+
+
+def test_answers_of_a_problem_differ_by_sample_and_by_seed(done, suite, tmp_path):
+    told = by_place(answers(done[0]))
+    assert any(len({told[p, s]["response"] for s in range(SAMPLES)}) > 1 for p in range(PROBLEMS))
+    evaluate(settings(suite, tmp_path / "other", seed=1))
+    other = by_place(answers(tmp_path / "other"))
+    assert any(told[place]["response"] != other[place]["response"] for place in told)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 9, PROBLEMS * SAMPLES - 1, PROBLEMS * SAMPLES])
+def test_a_killed_evaluation_goes_on_with_what_is_missing(done, suite, tmp_path, kept):
+    """Whole lines are kept as they are; a part of a line is asked again."""
+    out = tmp_path / "evaluation"
+    out.mkdir()
+    (out / SETTINGS).write_text((done[0] / SETTINGS).read_text())
+    lines = (done[0] / ANSWERS).read_bytes().splitlines(keepends=True)
+    torn = lines[kept][:40] if kept < len(lines) else b""
+    (out / ANSWERS).write_bytes(b"".join(lines[:kept]) + torn)
+    assert evaluate(settings(suite, out)) == done[1]
+    assert (out / ANSWERS).read_bytes().splitlines(keepends=True)[:kept] == lines[:kept]
+    assert sorted(map(json.dumps, answers(out))) == sorted(map(json.dumps, answers(done[0])))
+
+
+def test_a_directory_of_another_evaluation_is_refused_with_what_differs(done, suite):
+    before = (done[0] / ANSWERS).read_bytes()
+    with pytest.raises(ConfigError, match="other settings of samples, seed"):
+        evaluate(settings(suite, done[0], seed=3, samples=4))
+    assert (done[0] / ANSWERS).read_bytes() == before
+
+
+def test_the_same_model_twice_is_not_better_and_the_comparison_is_paired(done, suite, tmp_path):
+    summary = evaluate(settings(suite, tmp_path / "again", compare=str(done[0])))
+    (row,) = summary["compared_with"]["rows"]
+    assert (row["difference"], row["p"], row["better"]) == (0.0, 1.0, "undecided")
+
+
+def test_other_problems_than_an_evaluation_began_with_are_refused(done, suite, tmp_path):
+    """A row more at the top: answers would be told of other problems."""
+    out, file = tmp_path / "evaluation", tmp_path / "sums.jsonl"
+    out.mkdir()
+    held = (done[0] / SETTINGS).read_text()
+    (out / SETTINGS).write_text(held.replace(str(suite), str(file)))
+    (out / ANSWERS).write_bytes((done[0] / ANSWERS).read_bytes())
+    file.write_text('{"question": "1+1=", "answer": "2"}\n' + suite.read_text())
+    with pytest.raises(ConfigError, match="begun with other problems of sums"):
+        evaluate(settings(file, out))
+    file.write_text("".join(suite.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ConfigError, match="begun with other problems of sums"):
+        evaluate(settings(file, out))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"suite": "aime"}, "aime24"),
+        ({"suite": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"step": 3}, "no --step 3"),
+        ({"samples": 5000}, "at most 4096"),
+        ({"rows": 3}, "rows is 3"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"max_response": 10_000}, "of 256 tokens for the question"),
+        ({"max_response": 250}, "leaves 6 of the model's context"),
+        ({"template": "none"}, "template"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"files": {"math5000": "x.jsonl"}}, "math5000"),
+        ({"out": "gs://bucket/evaluation"}, "bucket"),
+        ({"compare": "/nowhere"}, "no answers.jsonl with answers to sums"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(suite, tmp_path, change, message):
+    config = dataclasses.replace(settings(suite, tmp_path / "evaluation"), **change)
+    with pytest.raises(Exception, match=message) as refused:
+        evaluate(config)
+    assert isinstance(refused.value, ValueError)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_the_command_shows_its_table_and_a_checkpoint_is_compared_with_where_it_began(suite, tmp_path):
+    flags = ["--suite", suite, "--samples=1", "--max_response=48", "--template=auto", "--rows=8"]
+    small = ["--steps=2", "--checkpoint.every=1", "--rollout.queries=8", "--explore.positions=1"]
+    small += ["--explore.rollouts=4", "--optimizer.batch_states=4", "--data.held_out=8", "--evaluate.rows=8"]
+    trained = run("train", *small, "--run_dir", tmp_path / "run")
+    assert trained.returncode == 0, trained.stderr
+    before = run("evaluate", "--model=quickstart", *flags, "--template=plain", "--out", tmp_path / "before")
+    assert before.returncode == 0, before.stderr
+    both = ["--out", tmp_path / "after", "--compare", tmp_path / "before"]
+    after = run("evaluate", "--model", tmp_path / "run", *flags, *both)
+    assert after.returncode == 0, after.stderr
+    assert f"step 2 of {tmp_path / 'run'}" in after.stdout
+    assert "sums" in after.stdout and "avg@1" in after.stdout and "a - b" in after.stdout
+    assert str(tmp_path / "after" / ANSWERS) in after.stdout
+    summary = json.loads((tmp_path / "after" / SUMMARY).read_text())
+    (row,) = summary["compared_with"]["rows"]
+    shares = [np.mean([line["right"] for line in answers(tmp_path / name)]) for name in ("after", "before")]
+    assert row["difference"] == pytest.approx(shares[0] - shares[1])
+    # The run goes on, and the same command still asks the checkpoint that it began with.
+    again = run("train", *small, "--steps=3", "--run_dir", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    same = run("evaluate", "--model", tmp_path / "run", *flags, *both)
+    assert same.returncode == 0, same.stderr
+    assert json.loads((tmp_path / "after" / SUMMARY).read_text()) == summary
+    missing = run("evaluate", "--model", tmp_path / "run", *flags, "--step=7", "--out", tmp_path / "no")
+    assert missing.returncode == 2 and "it holds those of steps 2, 3" in missing.stderr
+
+
+def test_a_benchmark_takes_a_file_in_its_place_on_the_command_line():
+    flags = ["--model=m", "--files.aime24=a.jsonl", "--files.amc23", "b.csv"]
+    config, _ = parse(EvaluationConfig, "evaluate", None, flags)
+    assert config.files == {"aime24": "a.jsonl", "amc23": "b.csv"}
+
+
+SHARE = """
+import sys
+suite, out, port, number = sys.argv[1:]
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
+from test_evaluate import settings
+from fr3e_jax.evaluate import evaluate
+summary = evaluate(settings(suite, out if number == "0" else out + "-nothing"))
+assert bool(summary) == (number == "0")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answers_of_one_and_write_once(done, suite, tmp_path):
+    """Half of them are there already, which only the first process can see."""
+    out = tmp_path / "evaluation"
+    out.mkdir()
+    (out / SETTINGS).write_text((done[0] / SETTINGS).read_text())
+    lines = (done[0] / ANSWERS).read_bytes().splitlines(keepends=True)
+    (out / ANSWERS).write_bytes(b"".join(lines[:9]))
+    two_processes(SHARE, suite, out)
+    ours = by_place(answers(out))
+    assert len(answers(out)) == len(ours) == PROBLEMS * SAMPLES
+    assert ours == by_place(answers(done[0]))
+    assert not (tmp_path / "evaluation-nothing").exists()
