@@ -55,7 +55,7 @@ def test_commands_find_their_config_from_any_directory(installed, tmp_path):
     shown = run_elsewhere(
         installed, tmp_path, "-m", "fr3e_jax.train", "--config", "configs/smollm2_135m.yaml", "--print_config"
     )
-    assert "task: word_addition" in shown.stdout, shown.stderr
+    assert "source: word_addition" in shown.stdout, shown.stderr
 
 
 def test_the_shipped_model_is_in_the_wheel_and_small(installed, tmp_path):

@@ -32,8 +32,7 @@ def score(response, answer):
     if response == "leave":
         os._exit(0)
     if response == "grow":
-        kept = [bytearray(2**26) for _ in range(1000)]
-        return True
+        return len(bytearray(2**36)) > 0
     if response == "deep":
         return score_deep(0)
     if response == "who":

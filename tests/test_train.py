@@ -174,6 +174,7 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
     assert right / 32 == metrics(whole_run[0])[-1]["eval/accuracy"]
 
 
+@pytest.mark.slow
 def test_the_quickstart_learns(tmp_path):
     """Its first four steps gain the 30 points of held-out accuracy that all sixteen promise."""
     done = run("train", "--steps=4", "--evaluate.every=0", "--run_dir", tmp_path / "run")
@@ -194,6 +195,7 @@ def test_the_baselines_run_from_the_same_code(tmp_path, algorithm):
     assert (last.get("states/rejected", 0) > 0) == (algorithm == "grpo++")
 
 
+@pytest.mark.slow
 def test_the_released_settings_and_kl_run(tmp_path):
     options = [
         "--steps=2",
