@@ -7,6 +7,7 @@ Every field says its unit and, where a number has one, its source: (paper) arXiv
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -426,11 +427,8 @@ def check(config: Config, row_parts: int, context: int) -> None:
         "distributed.timeout": (config.distributed.timeout, 1),
         "data.held_out": (config.data.held_out, 1),
     }
-    for name, (value, least) in at_least.items():
-        if value < least:
-            raise ConfigError(f"{name} is {value}, must be at least {least}")
-    if config.seed >= 2**32:
-        raise ConfigError(f"seed is {config.seed}, must be below 2^32")
+    check_at_least(at_least)
+    check_seed(config.seed)
     if not rollout.temperature > 0:
         raise ConfigError(
             f"rollout.temperature is {rollout.temperature}; it must be above 0, since greedy rollouts "
@@ -492,6 +490,27 @@ def check(config: Config, row_parts: int, context: int) -> None:
             )
 
 
+def check_at_least(settings: Mapping[str, tuple[float, int]]) -> None:
+    """Refuse settings, name -> (value, least), that are below their least value.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    for name, (value, least) in settings.items():
+        if not value >= least:
+            raise ConfigError(f"{name} is {value}, must be at least {least}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse seeds that random keys cannot have.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    if seed >= 2**32:
+        raise ConfigError(f"seed is {seed}, must be below 2^32")
+
+
 def check_reward(reward: RewardConfig) -> None:
     """Refuse rewards that say nothing.
 
@@ -512,8 +531,7 @@ def check_scoring(scoring: ScoringConfig) -> None:
     Raises:
       ConfigError: with one line that says what to change.
     """
-    if scoring.workers < 0:
-        raise ConfigError(f"scoring.workers is {scoring.workers}, must be at least 0")
+    check_at_least({"scoring.workers": (scoring.workers, 0)})
     if not scoring.time_limit > 0:
         raise ConfigError(f"scoring.time_limit is {scoring.time_limit}, must be above 0 seconds")
     if not scoring.memory_gb >= 1:

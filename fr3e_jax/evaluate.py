@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import (
@@ -25,8 +23,10 @@ from fr3e_jax.config import (
     DistributedConfig,
     MeshConfig,
     ScoringConfig,
+    check_at_least,
     check_filters,
     check_scoring,
+    check_seed,
 )
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
@@ -43,9 +43,10 @@ from fr3e_jax.evaluation.record import (
 from fr3e_jax.evaluation.report import compare, comparison_table, read_answers, scores_of, summarize, table
 from fr3e_jax.evaluation.suites import Benchmark, benchmarks_of
 from fr3e_jax.host.compilation import keep_compiled
-from fr3e_jax.host.data import QueryStream
-from fr3e_jax.host.model import PlacedModel, open_model
+from fr3e_jax.host.data import QueryStream, padded_width
+from fr3e_jax.host.model import PlacedModel, compute_type, open_model
 from fr3e_jax.host.problems.corpus import checksum, judging_problems, judging_source
+from fr3e_jax.host.progress import bars
 from fr3e_jax.host.scoring.pool import ScoringPool
 from fr3e_jax.host.scoring.verdict import ScorerError
 from fr3e_jax.host.storage import in_bucket, location, write_atomically
@@ -57,8 +58,6 @@ from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.hosts import HostError, Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
-
-PROMPT_BUCKET = 64  # queries are padded to a multiple of it, so that few lengths are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +128,10 @@ def check(config: EvaluationConfig, row_parts: int) -> None:
     """
     least = {"samples": 0, "max_response": 1, "limit": 0, "rows": 1, "seed": 0, "distributed.timeout": 1}
     values = dataclasses.asdict(config) | {"distributed.timeout": config.distributed.timeout}
-    for name, bound in least.items():
-        if not values[name] >= bound:
-            raise ConfigError(f"{name} is {values[name]}, must be at least {bound}")
+    check_at_least({name: (values[name], bound) for name, bound in least.items()})
     if config.samples > MOST_SAMPLES:
         raise ConfigError(f"samples is {config.samples}, must be at most {MOST_SAMPLES}")
-    if config.seed >= 2**32:
-        raise ConfigError(f"seed is {config.seed}, must be below 2^32")
+    check_seed(config.seed)
     if not (config.temperature >= 0 or config.temperature == -1):
         raise ConfigError(
             f"temperature is {config.temperature}, must be at least 0, or -1 for the benchmarks'"
@@ -169,13 +165,13 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, step=step_asked(config, directory, hosts))
     asked = {one: asks_of(one, config) for one in benchmarks}
     number = checksum([ask.problem for asks in asked.values() for ask in asks])
-    if hosts.of_first(number, "the problems are read") != number:
-        raise ConfigError("the problems of the suite are not the same on every host; copy those of the first")
+    hosts.require_same(number, "the problems of the suite")
     if is_first():
         if config.compare:
             check_comparison(Path(config.compare), [one.name for one in benchmarks])
         open_directory(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in HOW})
-    missing = {one: without_done(one.name, asks, directory, hosts) for one, asks in asked.items()}
+    held = read_answers(directory / ANSWERS) if is_first() else []
+    missing = {one: without_done(one.name, asks, held, directory, hosts) for one, asks in asked.items()}
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
     if any(missing.values()):
         ask_all(config, missing, hosts, directory, console)
@@ -218,12 +214,6 @@ def asks_of(benchmark: Benchmark, config: EvaluationConfig) -> list[Ask]:
     return [Ask(problem, n, sample) for sample in range(samples) for n, problem in enumerate(problems)]
 
 
-def progress_on(console: Console) -> Progress:
-    """Bars of the answers that are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not is_first())
-
-
 def ask_all(
     config: EvaluationConfig,
     missing: dict[Benchmark, list[Ask]],
@@ -234,22 +224,25 @@ def ask_all(
     """Load the model, and append its answers as they come."""
     named, model, params, text = load(config, hosts.mesh)
     asks = [ask for some in missing.values() for ask in some]
-    limits = config.scoring
     scorers = sorted({ask.problem.scorer for ask in asks})
-    pool = ScoringPool(scorers, limits.workers, limits.time_limit, limits.memory_gb)
+    pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))
     verifier = Verifier(text, hosts, pool)
+    # One for all: programs are compiled for an engine.
+    engine = Engine(model.graph, model.sampling, config.max_response, text.end_tokens)
+    context = model.config.context
     respondents = {
-        one: respondent_of(config, model, verifier, wanted) for one, wanted in missing.items() if wanted
+        one: Respondent(engine, stream_of(config, context, verifier, wanted), verifier, config.rows)
+        for one, wanted in missing.items()
+        if wanted
     }
     names, on = ", ".join(one.name for one in respondents), jax.default_backend()
     console.print(
         f"{named} | {names} | mesh {dict(hosts.mesh.shape)} on {on} | answers to {directory}", markup=False
     )
-    seen = text.tokenizer.decode(text.query(asks[0].problem.question))
-    console.print(f"the model sees, for example: {seen!r}", markup=False)
+    console.print(f"the model sees, for example: {text.seen(asks[0].problem.question)!r}", markup=False)
     key = jax.random.key(config.seed)
     try:
-        with progress_on(console) as progress, Writer(directory / ANSWERS) as writer:
+        with bars(console, disable=not is_first()) as progress, Writer(directory / ANSWERS) as writer:
             for benchmark, respondent in respondents.items():
                 wanted = missing[benchmark]
                 temperature = benchmark.temperature if config.temperature < 0 else config.temperature
@@ -272,8 +265,7 @@ def load(config: EvaluationConfig, mesh: Mesh) -> tuple[str, PlacedModel, Params
     Returns:
       (its name for people, the model, its parameters in the layout for sampling, its text).
     """
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.dtype(auto if config.compute_dtype == "auto" else config.compute_dtype)
+    dtype = compute_type(config.compute_dtype)
     run = location(config.model)
     template = None if config.template == "auto" else config.template
     if is_run(run):
@@ -288,25 +280,21 @@ def load(config: EvaluationConfig, mesh: Mesh) -> tuple[str, PlacedModel, Params
     return config.model, model, model.read_params(model.sampling, dtype), text
 
 
-def respondent_of(
-    config: EvaluationConfig, model: PlacedModel, verifier: Verifier, asks: Sequence[Ask]
-) -> Respondent:
-    """What asks a model the questions of a benchmark, padded as they need.
+def stream_of(config: EvaluationConfig, context: int, verifier: Verifier, asks: Sequence[Ask]) -> QueryStream:
+    """What tokenizes the questions of a benchmark, padded as they need.
 
     Raises:
       ConfigError: a question and the longest answer are more than the model's context.
     """
-    text = verifier.text
-    longest = model.config.context - config.max_response
-    most = max(text.query_lengths(list(dict.fromkeys(ask.problem.question for ask in asks))))
+    longest = context - config.max_response
+    questions = dict.fromkeys(ask.problem.question for ask in asks)
+    most = max(verifier.text.query_lengths(list(questions)))
     if most > longest:
         raise ConfigError(
-            f"max_response {config.max_response} leaves {longest} of the model's context of "
-            f"{model.config.context} tokens for the question, and the longest has {most}; lower it"
+            f"max_response {config.max_response} leaves {longest} of the model's context of {context} tokens "
+            f"for the question, and the longest has {most}; lower it"
         )
-    width = min(-(-most // PROMPT_BUCKET) * PROMPT_BUCKET, longest)
-    engine = Engine(model.graph, model.sampling, config.max_response, text.end_tokens)
-    return Respondent(engine, QueryStream(None, text, width, verifier.hosts), verifier, config.rows)
+    return QueryStream(None, verifier.text, min(padded_width(most), longest), verifier.hosts)
 
 
 def tell(config: EvaluationConfig, directory: Path, console: Console) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import ConfigError, check_filters
+from fr3e_jax.config import ConfigError, check_at_least, check_filters, check_seed
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.host.model import PlacedModel, open_model
+from fr3e_jax.host.data import padded_width
+from fr3e_jax.host.model import PlacedModel, compute_type, open_model
 from fr3e_jax.host.text import Text, load_text
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params, abstract_params, logical_axes
@@ -28,7 +28,6 @@ from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts, widest_
 from fr3e_jax.types import Queries, Rollouts
 
 CHUNK = 4  # tokens between two looks at what was generated
-PROMPT_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +66,10 @@ def check(config: GenerateConfig, prompt_tokens: int, context: int) -> None:
     Raises:
       ConfigError: with one line that says what to change.
     """
-    for name, least in {"max_new_tokens": 1, "n": 1, "temperature": 0, "seed": 0, "tensor": 0}.items():
-        if not getattr(config, name) >= least:
-            raise ConfigError(f"{name} is {getattr(config, name)}, must be at least {least}")
+    least = {"max_new_tokens": 1, "n": 1, "temperature": 0, "seed": 0, "tensor": 0}
+    check_at_least({name: (getattr(config, name), bound) for name, bound in least.items()})
     check_filters(config.top_k, config.top_p)
-    if config.seed >= 2**32:
-        raise ConfigError(f"seed is {config.seed}, must be below 2^32")
+    check_seed(config.seed)
     if config.n > 1 and config.temperature == 0:
         raise ConfigError(
             f"n is {config.n}, but at temperature 0 all answers are the same; set --temperature"
@@ -104,13 +101,12 @@ def generate(config: GenerateConfig) -> list[str]:
             f"tensor {tensor} does not divide this model and the {devices} device(s); the largest that does "
             f"is {widest}"
         ) from None
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(config.compute_dtype, config.compute_dtype)
+    dtype = compute_type(config.compute_dtype)
     say(
         f"{config.model}: {parameter_count(shapes):,} parameters, {dtype} | {devices} "
         f"{jax.default_backend()} device(s), {tensor} to a copy"
     )
-    params = model.read_params(model.sampling, jnp.dtype(dtype))
+    params = model.read_params(model.sampling, dtype)
     return show(config, text, answer(config, model, text, params, query))
 
 
@@ -123,7 +119,7 @@ def answer(
     number, and with it what it draws, does not depend on how many copies there are.
     """
     copies = row_parts(model.sampling.mesh)
-    width = -(-len(query) // PROMPT_BUCKET) * PROMPT_BUCKET
+    width = padded_width(len(query))
     token = np.zeros((copies, width), np.int32)
     token[:, : len(query)] = query
     length = np.full(copies, len(query), np.int32)

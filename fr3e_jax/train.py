@@ -63,10 +63,7 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, Corpus]:
     text = load_text(model.source, config.data.template)
     corpus = make_corpus(config.data, config.seed, text, config.rollout.max_prompt)
     hosts = Hosts(mesh, config.distributed.timeout)
-    if hosts.of_first(corpus.checksum, "the problems are read") != corpus.checksum:
-        raise ConfigError(
-            "the problems of data.source are not the same on every host; copy those of the first"
-        )
+    hosts.require_same(corpus.checksum, "the problems of data.source")
     interruption = Interruption(hosts)
     engine = Engine(
         model.graph, model.sampling, config.rollout.max_response, text.end_tokens, interruption.check
@@ -88,8 +85,7 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, Corpus]:
     if config.loss.kl_coefficient > 0:
         reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
     stream = QueryStream(corpus.stream(config.seed), text, config.rollout.max_prompt, hosts)
-    limits = config.scoring
-    pool = ScoringPool(corpus.scorers, limits.workers, limits.time_limit, limits.memory_gb)
+    pool = ScoringPool(corpus.scorers, **asdict(config.scoring))
     verifier = Verifier(text, hosts, pool, config.reward)
     cast = sampling_cast(model.sampling, model.axes, state.params, dtype)
     run = Run(
@@ -154,7 +150,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
         try:
             if not progress.step:
-                reporter.say(f"the model sees, for example: {shown(run, held_out[0])!r}")
+                reporter.say(f"the model sees, for example: {run.stream.text.seen(held_out[0].question)!r}")
                 reporter.step({"step": 0} | evaluate(run, state.params, held_out) | {"tokens/total": 0})
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
@@ -193,11 +189,6 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
         checkpoints.close()
         export_run(directory / MODEL, model.source, state.params, jnp.dtype(config.model.export_dtype))
         return finish(reporter, directory, progress)
-
-
-def shown(run: Run, problem: Problem) -> str:
-    """What the model sees of a problem."""
-    return run.stream.text.tokenizer.decode(run.stream.text.query(problem.question))
 
 
 def export_run(out: epath.Path, source: Path, params: Params, dtype: Any) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("reasoning_gym", reason="needs reasoning-gym; pip install 'f
 
 from reasoning_gym.factory import DATASETS, create_dataset
 
-from fr3e_jax.host.problems.gym import LENGTH, gym_task, is_held_out
+from fr3e_jax.host.problems.gym import LENGTH, GymTask, is_held_out
 from fr3e_jax.host.scoring.gym import score
 from fr3e_jax.host.scoring.gym_facts import REFUSED, RUNS_TEXT, GymFacts
 
@@ -32,7 +32,7 @@ ROUNDED = ("power_function", "number_format")
 
 def problems_of(name, count, seconds=0.5):
     """Some training problems; fewer of the few data sets that take long to make one."""
-    task = gym_task(name, {}, 3)
+    task = GymTask(name, {}, 3)
     end = time.monotonic() + seconds
     return [task[i] for i in itertools.takewhile(lambda i: i == 0 or time.monotonic() < end, range(count))]
 
@@ -91,7 +91,7 @@ def solved(board):
 
 
 def test_a_problem_that_has_no_answer_of_its_own_is_judged_by_what_it_asks():
-    task = gym_task("graph_color", {"min_num_vertices": 5, "max_num_vertices": 5, "num_colors": 3}, 0)
+    task = GymTask("graph_color", {"min_num_vertices": 5, "max_num_vertices": 5, "num_colors": 3}, 0)
     problem = next(
         p for p in map(task.__getitem__, range(50)) if p.facts.entry["metadata"]["puzzle"]["edges"]
     )
@@ -136,16 +136,16 @@ def test_what_is_refused_for_running_text_runs_it(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_data_set_is_neither_trained_on_nor_judged(name):
     with pytest.raises(ConfigError, match=f"gym:{name} is not used: "):
-        gym_task(name, {}, 0)
+        GymTask(name, {}, 0)
     with pytest.raises(ValueError, match="cannot be judged"):
         score("<answer>1</answer>", "1", GymFacts(name, "{}", {"answer": "1"}))
 
 
 DRAW = """
 import sys, zlib
-from fr3e_jax.host.problems.gym import gym_task
+from fr3e_jax.host.problems.gym import GymTask
 for name in sys.argv[1:]:
-    task = gym_task(name, {}, 5)
+    task = GymTask(name, {}, 5)
     print(name, zlib.crc32("".join(task[i * 31].question for i in range(12)).encode()))
 """
 
@@ -170,12 +170,12 @@ def test_problems_are_the_same_in_every_process():
 
 @pytest.mark.parametrize("name", ["chain_sum", "acre", "gcd", "bf", "knights_knaves"])
 def test_a_problem_does_not_depend_on_what_was_read_before(name):
-    task = gym_task(name, {}, 7)
+    task = GymTask(name, {}, 7)
     forwards = [task[i].question for i in range(60)]
-    again = gym_task(name, {}, 7)
+    again = GymTask(name, {}, 7)
     assert [again[i].question for i in reversed(range(60))] == forwards[::-1]
     assert len(set(forwards)) > 45
-    assert [gym_task(name, {}, 8)[i].question for i in range(5)] != forwards[:5]
+    assert [GymTask(name, {}, 8)[i].question for i in range(5)] != forwards[:5]
 
 
 @pytest.mark.parametrize(
@@ -184,17 +184,17 @@ def test_a_problem_does_not_depend_on_what_was_read_before(name):
 )
 def test_no_held_out_question_is_a_training_question(name, parameters):
     """Also where there are few: one-digit sums come again and again."""
-    task = gym_task(name, parameters, 0)
+    task = GymTask(name, parameters, 0)
     trained = {task[i].question for i in range(3000)}
     held = [p.question for p in task.held_out(200)]
     assert len(set(held)) == len(held) > 5
     assert not trained & set(held)
     # Nor with another seed.
-    assert not {gym_task(name, parameters, 1)[i].question for i in range(1000)} & set(held)
+    assert not {GymTask(name, parameters, 1)[i].question for i in range(1000)} & set(held)
 
 
 def test_training_and_held_out_questions_are_told_apart_by_their_hash_alone():
-    task = gym_task("letter_counting", {}, 0)
+    task = GymTask("letter_counting", {}, 0)
     assert not any(is_held_out(task[i].question) for i in range(300))
     assert all(is_held_out(p.question) for p in task.held_out(50))
     assert task.held_out(50)[:10] == task.held_out(10)
@@ -203,11 +203,11 @@ def test_training_and_held_out_questions_are_told_apart_by_their_hash_alone():
 def test_questions_that_differ_in_a_few_digits_fall_on_both_sides():
     questions = {f"A machine has {a} parts and {b} wires." for a in range(10) for b in range(100)}
     assert 80 < sum(map(is_held_out, questions)) < 170  # an eighth of 1000, within 4 standard deviations
-    assert gym_task("string_splitting", {}, 5).held_out(256)
+    assert GymTask("string_splitting", {}, 5).held_out(256)
 
 
 def test_the_last_problem_is_there_and_none_behind_it():
-    task = gym_task("pool_matrix", {}, 2**32 - 1)
+    task = GymTask("pool_matrix", {}, 2**32 - 1)
     assert len(task) == LENGTH
     assert task[LENGTH - 1].question != task[LENGTH - 2].question
     for index in (LENGTH, -1):
@@ -217,7 +217,7 @@ def test_the_last_problem_is_there_and_none_behind_it():
 
 def test_a_data_set_of_one_question_is_refused():
     """Whichever side that question falls on, the other has none."""
-    task = gym_task("chain_sum", {}, 0)
+    task = GymTask("chain_sum", {}, 0)
     kept = next(c for c in "abcdefghijklmnopqrstuvwxyz" if is_held_out(c))
     trained = next(c for c in "abcdefghijklmnopqrstuvwxyz" if not is_held_out(c))
     for question, message in ((trained, "hold some out"), (kept, "train on")):
@@ -238,14 +238,14 @@ def test_a_data_set_of_one_question_is_refused():
 )
 def test_a_wrong_name_or_parameter_is_one_line(name, parameters, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        gym_task(name, parameters, 0)
+        GymTask(name, parameters, 0)
     assert "\n" not in str(caught.value)
 
 
 def test_without_reasoning_gym_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
     with pytest.raises(ConfigError, match=r"pip install 'fr3e_jax\[gym\]'"):
-        gym_task("chain_sum", {}, 0)
+        GymTask("chain_sum", {}, 0)
 
 
 @pytest.mark.parametrize(
@@ -258,14 +258,14 @@ def test_without_reasoning_gym_a_line_says_what_to_install(monkeypatch):
     ],
 )
 def test_the_tag_is_judged_before_the_box_and_the_box_before_the_last_line(response, expected):
-    facts = gym_task("chain_sum", {}, 0)[0].facts
+    facts = GymTask("chain_sum", {}, 0)[0].facts
     entry = facts.entry | {"answer": expected}
     assert score(response, expected, facts._replace(entry=entry)) == (True, expected)
 
 
 def test_only_full_marks_are_a_success():
     """Half a solution, or a right answer in a long text, earns a part elsewhere."""
-    problem = gym_task("chain_sum", {}, 0)[0]
+    problem = GymTask("chain_sum", {}, 0)[0]
     entry = problem.facts.entry
     partly = create_dataset("chain_sum", size=1).score_answer(answer=f"about {entry['answer']}", entry=entry)
     assert 0 < partly < 1
@@ -273,7 +273,7 @@ def test_only_full_marks_are_a_success():
 
 
 def test_a_verifier_changes_nothing_for_the_answers_that_follow():
-    problem = gym_task("rush_hour", {}, 0)[0]
+    problem = GymTask("rush_hour", {}, 0)[0]
     before = pickle.dumps(problem.facts.entry)
     right(problem, "<answer>A+1 B-1</answer>")
     assert pickle.dumps(problem.facts.entry) == before
@@ -328,7 +328,7 @@ def test_fractions_between_are_exact():
 def test_an_operation_that_the_puzzle_does_not_have_is_wrong():
     problem = next(
         p
-        for p in map(gym_task("puzzle24", {"operators": ["+", "*"]}, 0).__getitem__, range(50))
+        for p in map(GymTask("puzzle24", {"operators": ["+", "*"]}, 0).__getitem__, range(50))
         if 1 in p.facts.entry["metadata"]["numbers"]
     )
     assert right(problem, problem.answer)

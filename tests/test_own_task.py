@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.host.problems.own_task import is_own, own_task
+from fr3e_jax.host.problems.own_task import OwnTask, is_own
 from fr3e_jax.host.scoring.own import load
 from fr3e_jax.host.scoring.pool import Asked, ScoringPool
 from fr3e_jax.host.scoring.verdict import ScorerError
@@ -49,7 +49,7 @@ def judged(task, responses):
 
 
 def test_the_documented_example_runs():
-    task = own_task(str(EXAMPLE), {})
+    task = OwnTask(str(EXAMPLE), {})
     assert len(task) == 1000
     for problem in (task[0], task[999], task.held_out(1)[0]):
         number = problem.question.split()[4]
@@ -64,7 +64,7 @@ def test_the_documented_example_runs():
 
 
 def test_parameters_reach_the_task():
-    task = own_task(str(EXAMPLE), {"digits": 3, "count": 50})
+    task = OwnTask(str(EXAMPLE), {"digits": 3, "count": 50})
     assert len(task) == 50
     assert all(len(task[i].answer) == 3 for i in range(50))
 
@@ -72,7 +72,7 @@ def test_parameters_reach_the_task():
 def test_workers_find_the_file_from_any_directory(tmp_path, monkeypatch):
     shutil.copy(EXAMPLE, tmp_path / "mine.py")
     monkeypatch.chdir(tmp_path)
-    task = own_task("mine.py", {})
+    task = OwnTask("mine.py", {})
     monkeypatch.chdir("/")
     assert task[0].source == "mine.py"
     assert [v.right for v in judged(task, [task[0].answer, "no"])] == [True, False]
@@ -80,7 +80,7 @@ def test_workers_find_the_file_from_any_directory(tmp_path, monkeypatch):
 
 def test_the_file_is_read_once_however_many_answers_it_judges(write, tmp_path):
     note = f"open({str(tmp_path / 'read')!r}, 'a').write('x')\n"
-    task = own_task(write(note + PROBLEMS + SCORE), {})
+    task = OwnTask(write(note + PROBLEMS + SCORE), {})
     assert [v.right for v in judged(task, [str(i) for i in range(40)])] == [True] + [False] * 39
     assert (tmp_path / "read").read_text() == "xx"  # here, and in the worker
 
@@ -94,7 +94,7 @@ def test_a_task_can_be_an_installed_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     assert is_own("sort_digits")
-    task = own_task("sort_digits", {"digits": 4})
+    task = OwnTask("sort_digits", {"digits": 4})
     assert task[0].scorer == "own:sort_digits" and len(task[0].answer) == 4
     assert [v.right for v in judged(task, [task[0].answer, "x"])] == [True, False]
     sys.modules.pop("sorting_task")
@@ -132,19 +132,19 @@ ROWS = "def problems(split):\n    return {}\n" + SCORE
 )
 def test_a_mistake_in_the_file_is_one_line_that_names_it(write, text, parameters, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        own_task(write(text), parameters)
+        OwnTask(write(text), parameters)
     assert "task.py" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_one_line():
     with pytest.raises(ConfigError, match=r"nowhere.py cannot be loaded: .*there is no file .*nowhere.py$"):
-        own_task("nowhere.py", {})
+        OwnTask("nowhere.py", {})
 
 
 def test_a_problem_that_is_wrong_further_on_is_named_when_it_is_read(write):
     rows = '[{"question": "q", "answer": "a"}, {"question": "r", "answer": None}]'
-    task = own_task(write(ROWS.format(rows)), {})
+    task = OwnTask(write(ROWS.format(rows)), {})
     assert task[0].question == "q"
     with pytest.raises(ConfigError, match=r"task.py: problem 1 of train needs 'answer'.*None"):
         task[1]
@@ -157,18 +157,18 @@ def test_a_held_out_problem_that_is_trained_on_is_refused(write):
     text = 'def problems(split):\n    rows = [{"question": str(i), "answer": ""} for i in range(9)]\n'
     text += '    return rows if split == "train" else rows[7:]\n' + SCORE
     with pytest.raises(ConfigError, match="problem 0 of held_out is problem 7 of train too"):
-        own_task(write(text), {}).held_out(1)
+        OwnTask(write(text), {}).held_out(1)
 
 
 def test_held_out_problems_that_come_again_are_left_out(write):
     text = 'def problems(split):\n    return [{"question": split + q, "answer": q} for q in "abab"]\n' + SCORE
-    assert [p.answer for p in own_task(write(text), {}).held_out(4)] == ["a", "b"]
+    assert [p.answer for p in OwnTask(write(text), {}).held_out(4)] == ["a", "b"]
 
 
 def test_a_task_without_held_out_problems_says_so(write):
     text = 'def problems(split):\n    return [{"question": "", "answer": ""}] if split == "train" else []\n'
     with pytest.raises(ConfigError, match=r"problems\('held_out'\) returned no problems"):
-        own_task(write(text + SCORE), {}).held_out(1)
+        OwnTask(write(text + SCORE), {}).held_out(1)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_task_without_held_out_problems_says_so(write):
 )
 def test_a_scorer_that_fails_or_says_neither_yes_nor_no_ends_the_run(write, score, message):
     """A wrong verdict in its place would be learned from."""
-    task = own_task(write(PROBLEMS + f"def score(response, answer): {score}"), {})
+    task = OwnTask(write(PROBLEMS + f"def score(response, answer): {score}"), {})
     with pytest.raises(ScorerError, match=message) as caught:
         judged(task, ["mine"])
     assert "task.py" in str(caught.value)
@@ -190,19 +190,19 @@ def test_a_scorer_that_fails_or_says_neither_yes_nor_no_ends_the_run(write, scor
 
 def test_a_file_that_is_gone_when_a_worker_reads_it_ends_the_run(write):
     path = write(PROBLEMS + SCORE)
-    task = own_task(path, {})
+    task = OwnTask(path, {})
     Path(path).unlink()
     with pytest.raises(ScorerError, match=r"task.py cannot be loaded: ImportError: there is no file"):
         judged(task, ["0"])
 
 
 def test_one_and_zero_are_verdicts_too(write):
-    task = own_task(write(PROBLEMS + "def score(response, answer): return int(response)"), {})
+    task = OwnTask(write(PROBLEMS + "def score(response, answer): return int(response)"), {})
     assert [v.right for v in judged(task, ["1", "0"])] == [True, False]
 
 
 def test_an_endless_scorer_is_wrong_when_its_time_is_over(write):
-    task = own_task(write(PROBLEMS + "def score(response, answer):\n    while True: pass"), {})
+    task = OwnTask(write(PROBLEMS + "def score(response, answer):\n    while True: pass"), {})
     problem = task[0]
     pool = ScoringPool([problem.scorer], workers=1, time_limit=0.5)
     try:

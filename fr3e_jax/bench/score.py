@@ -40,6 +40,7 @@ def score(answers: int = 2000, repeats: int = 3, json: bool = False) -> list[dic
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     right: dict[str, int] = {}
     for repeat in range(repeats):
+        # Answers of its own for each turn: the scorer remembers what it has read.
         asked = [make(random.Random(f"{repeat} {i}"), i % 2 == 0) for i in range(answers)]
         for name, judge in sides.items():
             started = time.perf_counter()

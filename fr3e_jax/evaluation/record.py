@@ -75,25 +75,34 @@ def check_comparison(directory: Path, benchmarks: Sequence[str]) -> None:
         )
 
 
-def without_done(benchmark: str, asks: list[Ask], directory: Path, hosts: Hosts) -> list[Ask]:
-    """The answers that are still to be asked for, as the first process reads it.
+def without_done(
+    benchmark: str, asks: list[Ask], held: Sequence[dict[str, Any]], directory: Path, hosts: Hosts
+) -> list[Ask]:
+    """The answers of a benchmark that are still to be asked for.
+
+    Args:
+      benchmark: its name.
+      asks: all that it wants.
+      held: the answers that there are, of all benchmarks; nothing in other processes than the first.
+      directory: of the evaluation.
+      hosts: which are told what the first knows.
 
     Raises:
       ConfigError: the answers that there are belong to other problems.
     """
     done = np.zeros(len(asks), np.int32)
-    if is_first():
-        lines = [line for line in read_answers(directory / ANSWERS) if line["benchmark"] == benchmark]
-        places = {(ask.number, ask.sample): i for i, ask in enumerate(asks)}
-        for line in lines:
-            place = places.get((line["problem"], line["sample"]))
-            problem = None if place is None else asks[place].problem
-            if problem is None or (line["question"], line["answer"]) != (problem.question, problem.answer):
-                raise ConfigError(
-                    f"{directory / ANSWERS} was begun with other problems of {benchmark} (problem "
-                    f"{line['problem']}); restore them, or choose another --out"
-                )
-            done[place] = 1
+    places = {(ask.number, ask.sample): i for i, ask in enumerate(asks)}
+    for line in held:
+        if line["benchmark"] != benchmark:
+            continue
+        place = places.get((line["problem"], line["sample"]))
+        problem = None if place is None else asks[place].problem
+        if problem is None or (line["question"], line["answer"]) != (problem.question, problem.answer):
+            raise ConfigError(
+                f"{directory / ANSWERS} was begun with other problems of {benchmark} (problem "
+                f"{line['problem']}); restore them, or choose another --out"
+            )
+        done[place] = 1
     done = hosts.add_up(done, f"the answers to {benchmark} that there are")
     return [ask for ask, answered in zip(asks, done, strict=True) if not answered]
 

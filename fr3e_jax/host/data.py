@@ -12,6 +12,13 @@ from fr3e_jax.host.text import Text
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.types import Queries
 
+PROMPT_BUCKET = 64  # queries are padded to a multiple of it where their lengths differ from call to call
+
+
+def padded_width(tokens: int) -> int:
+    """The width that queries of so many tokens are padded to, so that few are compiled."""
+    return -(-tokens // PROMPT_BUCKET) * PROMPT_BUCKET
+
 
 @dataclasses.dataclass(frozen=True)
 class QueryStream:

@@ -14,9 +14,9 @@ from typing import Any, TextIO
 
 from etils import epath
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fr3e_jax.host.progress import bars
 from fr3e_jax.host.storage import in_bucket, upload, write_atomically
 from fr3e_jax.parallel.hosts import is_first
 
@@ -109,14 +109,7 @@ class Reporter:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.handlers = [handler]
         self.console = Console(highlight=False, soft_wrap=True)
-        self.progress = Progress(
-            TextColumn("[progress.description]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
+        self.progress = bars(self.console, transient=True)
         self.bar = self.progress.add_task("training", total=total, completed=start)
 
     def __enter__(self) -> "Reporter":

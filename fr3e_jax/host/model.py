@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -62,6 +63,12 @@ class PlacedModel(Model):
         """
         shardings = placement.shardings(self.axes, abstract_params(self.config))
         return read_params(find_model(self.name), self.config, shardings, dtype)
+
+
+def compute_type(setting: str) -> Any:
+    """The type of weights and matrix products: `auto` is bfloat16 on accelerators and float32 on CPU."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if setting == "auto" else setting)
 
 
 def open_model(name: str) -> Model:

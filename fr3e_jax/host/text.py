@@ -59,6 +59,10 @@ class Text:
         """The token ids that the model sees before its answer."""
         return list(self.tokenizer.encode(self.rendered(question), add_special_tokens=False))
 
+    def seen(self, question: str) -> str:
+        """A query as text, out of its tokens."""
+        return str(self.tokenizer.decode(self.query(question)))
+
     def query_lengths(self, questions: Sequence[str]) -> list[int]:
         """How many tokens each query has; of many questions at a time."""
         if not questions:

@@ -23,10 +23,11 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fr3e_jax.host.progress import bars
 from fr3e_jax.models.hf import LAYOUTS, CheckpointError, Tensor, read_json, tensors_of
 from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params
 from fr3e_jax.parallel.blocks import block_reader, block_rows, block_writer, zeros_maker
@@ -202,9 +203,8 @@ def read_params(directory: Path, config: Qwen2Config, shardings: Params, dtype: 
 def progress_bar() -> Progress:
     """A bar over tensors on stderr, of the first process, where a person watches."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = console.is_terminal and jax.process_index() == 0
-    return Progress(*columns, console=console, transient=True, disable=not shown)
+    return bars(console, transient=True, disable=not shown)
 
 
 def read_leaf(

@@ -139,6 +139,15 @@ class Hosts:
         """The first process's number, in [0, 2^31), on all of them."""
         return int(self.add_up(np.array([number if is_first() else 0], np.int32), where)[0])
 
+    def require_same(self, number: int, what: str) -> None:
+        """Refuse what is not the same on every host, by a number in [0, 2^31) that stands for it.
+
+        Raises:
+          ConfigError: this process has another than the first.
+        """
+        if self.of_first(number, f"{what} are read") != number:
+            raise ConfigError(f"{what} are not the same on every host; copy those of the first")
+
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:

@@ -9,9 +9,9 @@ from typing import Any
 from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
 from fr3e_jax.host.problems.additions import CarryAddition, make_addition
 from fr3e_jax.host.problems.datasets import DATASETS, MIXTURES
-from fr3e_jax.host.problems.gym import gym_task
+from fr3e_jax.host.problems.gym import GymTask
 from fr3e_jax.host.problems.overlap import normalised, report
-from fr3e_jax.host.problems.own_task import is_own, own_task
+from fr3e_jax.host.problems.own_task import OwnTask, is_own
 from fr3e_jax.host.problems.problem import Problem, Task
 from fr3e_jax.host.problems.sources import FileTask, file_task, read_problems, stream
 from fr3e_jax.host.text import Text
@@ -85,10 +85,15 @@ def make_task(source: SourceConfig, data: DataConfig, seed: int, held_out: int) 
     if source.name in ADDITIONS:
         return make_addition(source.name, data)
     if source.name.startswith(GYM):
-        return gym_task(source.name.removeprefix(GYM), source.parameters, seed)
+        return GymTask(source.name.removeprefix(GYM), source.parameters, seed)
     if is_own(source.name):
-        return own_task(source.name, source.parameters)
+        return OwnTask(source.name, source.parameters)
     return file_task(source, held_out)
+
+
+def is_made(name: str) -> bool:
+    """Whether a program makes a source's problems and keeps some for evaluation; others are in files."""
+    return name in ADDITIONS or name.startswith(GYM) or is_own(name)
 
 
 def refuse_unread(source: SourceConfig) -> None:
@@ -97,9 +102,10 @@ def refuse_unread(source: SourceConfig) -> None:
     Raises:
       ConfigError: it has one.
     """
-    made = source.name.startswith(GYM) or is_own(source.name)
-    if made or source.name in ADDITIONS:
-        reads = {"name", "weight", "parameters"} if made else {"name", "weight"}
+    if source.name in ADDITIONS:
+        reads = {"name", "weight"}
+    elif is_made(source.name):
+        reads = {"name", "weight", "parameters"}
     else:
         reads = {field.name for field in dataclasses.fields(source)} - {"parameters"}
     plain = SourceConfig(source.name)
@@ -199,6 +205,8 @@ def fitting(
 
 def judging_source(name: str, file: str | None = None) -> SourceConfig:
     """A source that models are judged by: the split that a named data set has, and `test` of others."""
+    if is_made(name):
+        return SourceConfig(name)
     return SourceConfig(name, split=None if name in DATASETS else "test", file=file)
 
 
@@ -213,9 +221,8 @@ def judging_problems(source: SourceConfig, seed: int, limit: int) -> list[Proble
     Raises:
       ConfigError: they cannot be had.
     """
-    if source.name in ADDITIONS or source.name.startswith(GYM) or is_own(source.name):
-        plain = SourceConfig(source.name, parameters=source.parameters)
-        return make_task(plain, DataConfig(), seed, 0).held_out(limit or GENERATED)
+    if is_made(source.name):
+        return make_task(source, DataConfig(), seed, 0).held_out(limit or GENERATED)
     return read_problems(source)[: limit or None]
 
 

@@ -140,12 +140,3 @@ class GymTask:
         answer = "" if entry["answer"] is None else str(entry["answer"])
         facts = GymFacts(self.name, self.parameters, entry)
         return Problem(entry["question"], answer, "gym", f"gym:{self.name}", facts)
-
-
-def gym_task(name: str, parameters: dict[str, Any], seed: int) -> GymTask:
-    """The task of a data set of reasoning-gym.
-
-    Raises:
-      ConfigError: there is no such data set, or it is refused; the parameters do not work.
-    """
-    return GymTask(name, parameters, seed)

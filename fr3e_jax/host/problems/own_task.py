@@ -135,12 +135,3 @@ class OwnTask:
                 )
             found.setdefault(problem.question, problem)
         return list(found.values())
-
-
-def own_task(name: str, parameters: dict[str, Any]) -> OwnTask:
-    """The task in a user's file, or of an entry point.
-
-    Raises:
-      ConfigError: it cannot be loaded, or lacks what a task needs; the message says what.
-    """
-    return OwnTask(name, parameters)

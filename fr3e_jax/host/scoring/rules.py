@@ -20,7 +20,6 @@ ISOLATED = {
 }
 """Those that may take long or never end, or come from elsewhere: they run in worker processes."""
 
-
 OWN = "own:"
 """Before the place of a task of the user's own, whose scorer is isolated too."""
 
