@@ -1,10 +1,12 @@
-"""Eight CPU devices for every test, as a pod has many; single-device programs take the first."""
+"""How tests run: eight CPU devices for each, strict, one worker a core, long modules first."""
 
+import collections
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["HF_HUB_OFFLINE"] = "1"
+import environment
+
+# As a pod has many; single-device programs take the first.
+os.environ.update(environment.of_process(devices=8))
 
 import jax
 import pytest

@@ -6,13 +6,13 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import REPOSITORY, of_process
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
@@ -29,12 +29,7 @@ from fr3e_jax.models.qwen2 import (
 from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placement, place_model
 from fr3e_jax.planning.topology import available
 
-REPOSITORY = Path(__file__).parent.parent
-SHARED = REPOSITORY.parent / "shared"
-
 needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
-
-COMPILED = tempfile.TemporaryDirectory(prefix="fr3e_jax_compiled_")
 
 TINY = Qwen2Config(
     vocab_size=48,
@@ -119,20 +114,11 @@ def logits(
     return np.asarray(forward(params, *training.place_rows((np.asarray(token), length, start))))
 
 
-def command(module: str, *arguments: str, devices: int = 1, cwd: Path | None = None, **environment: str):
+def command(module: str, *arguments: str, devices: int = 1, cwd: Path | None = None, **variables: str):
     """Popen arguments of `python -m fr3e_jax.MODULE`, on `devices` CPU devices."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # Many tests run the same programs: each is compiled once a test run.
-        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **environment,
-    }
     return {
         "args": [sys.executable, "-m", f"fr3e_jax.{module}", *map(str, arguments)],
-        "env": environment,
+        "env": {**os.environ, **of_process(devices), **variables},
         "cwd": cwd,
         "text": True,
         "stdout": subprocess.PIPE,
@@ -157,15 +143,11 @@ def two_processes(program: str, *arguments) -> None:
 
     Their arguments are those given, and then the port to meet at and the number of the process.
     """
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests"))),
-    }
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    variables = {**os.environ, **of_process(4), "PYTHONPATH": path}
     command = [sys.executable, "-c", program, *map(str, arguments), str(free_port())]
     pipes = {"text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    started = [subprocess.Popen([*command, str(n)], env=environment, **pipes) for n in range(2)]
+    started = [subprocess.Popen([*command, str(n)], env=variables, **pipes) for n in range(2)]
     try:
         errors = [process.communicate(timeout=400)[1] for process in started]
     finally:

