@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
@@ -87,8 +88,14 @@ class Run:
         return Sampling(rollout.temperature, rollout.top_k, rollout.top_p)
 
     def key(self, purpose: int) -> Array:
-        """A key of the run's seed: 0 for the tokens that are drawn, 1 for choices between them."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
+        """A key of the run's seed, on all devices: 0 for the tokens that are drawn, 1 for choices of them."""
+        return make_key(self.config.seed, purpose, self.placement.sharding())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def make_key(seed: int, purpose: int, at: NamedSharding) -> Array:
+    """A key of a seed, made where it is to lie."""
+    return jax.lax.with_sharding_constraint(jax.random.fold_in(jax.random.key(seed), purpose), at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +131,9 @@ def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwa
     with watch.stage("tokenize"):
         queries, problems = run.stream.take(position, config.rollout.queries)
     place = run.engine.placement.place_rows
-    placed = place(queries)
+    placed, number = place(queries), run.placement.place(np.int32(step))
     with watch.stage("first_return"):
-        base, caches, row_steps = first_return(run, params, step, placed)
+        base, caches, row_steps = first_return(run, params, number, placed)
     costs = {"first_return": rollout_cost(run.model, queries, base, row_steps)}
     with watch.stage("verify"):
         base_rewards = run.verifier.base(base, problems)
@@ -134,9 +141,9 @@ def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwa
         return Round(queries, problems, base, None, roots(base), base, base_rewards, costs)
     with watch.stage("verify"):
         base_reward = base_rewards()
-    states = find_states(run, step, queries, base, base_reward)
+    states = find_states(run, number, queries, base, base_reward)
     with watch.stage("explore"):
-        rollouts, row_steps = explore(run, params, step, placed, caches, place(states))
+        rollouts, row_steps = explore(run, params, number, placed, caches, place(states))
     costs["explore"] = rollout_cost(run.model, queries, rollouts, row_steps, states)
     with watch.stage("verify"):
         rewards = run.verifier.whole(states, rollouts, problems)
@@ -170,7 +177,7 @@ def close_round(
     return gathered, metrics, run.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
 
 
-def first_return(run: Run, params: Params, step: int, queries: Queries) -> tuple[Rollouts, Any, int]:
+def first_return(run: Run, params: Params, step: Array, queries: Queries) -> tuple[Rollouts, Any, int]:
     """R whole answers per query, or M where no other are sampled.
 
     Returns:
@@ -186,7 +193,7 @@ def first_return(run: Run, params: Params, step: int, queries: Queries) -> tuple
     return gather(rollouts), caches, int(row_steps)
 
 
-def find_states(run: Run, step: int, queries: Queries, base: Rollouts, base_reward: np.ndarray) -> States:
+def find_states(run: Run, step: Array, queries: Queries, base: Rollouts, base_reward: np.ndarray) -> States:
     """Stages 4 to 6; states on the host.
 
     The kept trajectories are padded to a bucket, with some that have no valid state, so that few shapes
@@ -202,7 +209,7 @@ def find_states(run: Run, step: int, queries: Queries, base: Rollouts, base_rewa
 
 
 @functools.partial(jax.jit, static_argnames="rules")
-def keep(rules: ExploreConfig, key: Array, step: int, query: Array, base_reward: Array) -> Array:
+def keep(rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array) -> Array:
     """Stage 4: bool [B, R] from rewards [B, R] of queries [B]."""
     keys = jax.vmap(row_key, (None, None, 0, None))(key, step, query, 0)
     return keep_trajectories(base_reward, rules.keep, keys)
@@ -212,7 +219,7 @@ def keep(rules: ExploreConfig, key: Array, step: int, query: Array, base_reward:
 def choose_states(
     rules: ExploreConfig,
     key: Array,
-    step: int,
+    step: Array,
     query: Array,
     trajectory: Array,
     real: Array,
@@ -249,7 +256,7 @@ def roots(base: Rollouts) -> States:
 
 
 def explore(
-    run: Run, params: Params, step: int, queries: Queries, caches: Any, states: States
+    run: Run, params: Params, step: Array, queries: Queries, caches: Any, states: States
 ) -> tuple[Rollouts, int]:
     """M rollouts from every valid state; queries, caches and states on the mesh.
 

@@ -59,7 +59,7 @@ def attend_part(query: Array, part: Part) -> Partial:
     length, heads, head_dim = query.shape
     grouped = query.reshape(length, key.shape[0], heads // key.shape[0], head_dim)
     score = jnp.einsum("tkgd,ksd->kgts", grouped, key, preferred_element_type=jnp.float32)
-    score = jnp.where(mask, score * head_dim**-0.5, MASKED)
+    score = jnp.where(mask[None, None], score * head_dim**-0.5, MASKED)
     top = jax.lax.stop_gradient(jnp.max(score, axis=-1))
     weight = jnp.exp(score - top[..., None])  # 0 of what is masked, unless everything is: see Partial
     output = jnp.einsum(

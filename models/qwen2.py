@@ -96,7 +96,7 @@ class RMSNorm(nnx.Module):
         """[..., E] -> [..., E], dtype of x."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return normed.astype(x.dtype) * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)
 
 
 class Block(nnx.Module):
@@ -139,7 +139,8 @@ class Block(nnx.Module):
         key = jnp.einsum("te,ekd->tkd", normed, self.k[...])
         value = jnp.einsum("te,ekd->tkd", normed, self.v[...])
         if self.config.qkv_bias:
-            query, key, value = query + self.q_bias[...], key + self.k_bias[...], value + self.v_bias[...]
+            biases = (self.q_bias[...], self.k_bias[...], self.v_bias[...])
+            query, key, value = (x + b[None] for x, b in zip((query, key, value), biases, strict=True))
         query = shard(query, "length", "heads", "head_dim")
         key = shard(key, "length", "kv_heads", "head_dim")
         value = shard(value, "length", "kv_heads", "head_dim")
@@ -215,8 +216,9 @@ class Qwen2(nnx.Module):
           (hidden [*B, T, E] after the final norm, their keys and values: [L, *B, K, T, D] with length [*B]).
         """
         graph, stacked = nnx.split(self.layers)
-        index = jnp.arange(token.shape[-1])
-        real = (jnp.expand_dims(start, -1) <= index) & (index < jnp.expand_dims(length, -1))
+        index = jnp.broadcast_to(jnp.arange(token.shape[-1]), token.shape)
+        first = jnp.broadcast_to(start, token.shape[:-1])
+        real = (first[..., None] <= index) & (index < jnp.broadcast_to(length, first.shape)[..., None])
         place = shard if token.ndim == 1 else sharded_as_batch(shard)
         # All tokens on one axis: the products with the weights, and those of their gradients, are then plain
         # ones, which XLA is best at.

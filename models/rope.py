@@ -64,7 +64,7 @@ def rotate(x: Array, position: Array, theta: float, yarn: Yarn | None = None) ->
     Returns:
       [T, heads, D], dtype of `x`.
     """
-    angle = position.astype(jnp.float32)[:, None, None] * frequencies(x.shape[-1], theta, yarn)
+    angle = position.astype(jnp.float32)[:, None, None] * frequencies(x.shape[-1], theta, yarn)[None, None]
     scale = 1.0 if yarn is None else yarn.attention_factor
     cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,7 +1,9 @@
-"""How tests run: eight CPU devices for each, strict, one worker a core, long modules first."""
+"""How tests run: eight CPU devices for each, strict, in two workers that share compiled programs."""
 
 import collections
 import os
+import re
+from pathlib import Path
 
 import environment
 
@@ -10,6 +12,48 @@ os.environ.update(environment.of_process(devices=8))
 
 import jax
 import pytest
+from filelock import FileLock
+from hypothesis import settings
+from support import SMALL, run
+from xdist.scheduler import LoadScopeScheduling
+
+# The modules that take longest come first, so that both workers end at about the same time.
+LONGEST: tuple[str, ...] = ()
+# One after the other: they measure time, or wait for processes that do.
+CLOCK = ("test_pool", "test_hostile", "test_launch")
+
+# Few examples, the same in every run, so that what they compile is kept; `.ci/run` draws more, and new ones.
+settings.register_profile("default", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("deep", deadline=None, max_examples=300)
+settings.load_profile(os.environ.get("FR3E_TESTS_EXAMPLES", "default"))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest modules first."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+class Modules(LoadScopeScheduling):
+    """A worker takes a whole module, since its tests share what it makes, or all that look at the clock."""
+
+    def _split_scope(self, nodeid):
+        module = Path(nodeid.partition("::")[0]).stem
+        return "clock" if module in CLOCK else module
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """How tests are shared out to workers."""
+    return Modules(config, log)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests were skipped, and what would run them."""
+    reasons = collections.Counter(
+        re.sub("^Skipped: ", "", report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ())
+    )
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,3 +61,20 @@ def programs_of_a_module_go_with_it():
     """Each compiled program maps memory, and a process that has too many maps is aborted."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """A run of `SMALL` that nothing interrupts, one for all workers: (its directory, what it printed).
+
+    Nothing is to be written there.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    directory, printed = root / "whole" / "run", root / "whole" / "printed.txt"
+    with FileLock(root / "whole.lock"):
+        if not printed.exists():
+            done = run("train", *SMALL, "--run_dir", directory)
+            assert done.returncode == 0, done.stderr
+            printed.write_text(done.stdout)
+    return directory, printed.read_text()

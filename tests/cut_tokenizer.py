@@ -7,6 +7,7 @@ are kept, and those that `texts.TEXTS` and the chat template's own words need. A
 has the ids of the whole tokenizer: the merge of lowest rank comes first, and none that it takes is missing.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -15,14 +16,17 @@ from texts import TEXTS
 from transformers import PreTrainedTokenizerFast
 
 MERGES = 6000
-CHATS = [[{"role": "user", "content": "Hello"}], [{"role": "system", "content": "Please reason step by step."}]]
+CHATS = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Please reason step by step."}],
+]
 
 
 def merges_of(piece: str, rank: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
     """The merges that byte-pair encoding takes in a piece of text, in the letters that stand for bytes."""
     parts, taken = list(piece), set()
     while True:
-        pairs = [pair for pair in zip(parts, parts[1:], strict=False) if pair in rank]
+        pairs = [pair for pair in itertools.pairwise(parts) if pair in rank]
         if not pairs:
             return taken
         best = min(pairs, key=rank.__getitem__)
@@ -40,7 +44,9 @@ def cut(directory: Path, out: Path) -> None:
     whole = PreTrainedTokenizerFast.from_pretrained(directory)
     raw = json.loads((directory / "tokenizer.json").read_text())
     config = json.loads((directory / "tokenizer_config.json").read_text())
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in raw["model"]["merges"]]
+    merges = [
+        tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in raw["model"]["merges"]
+    ]
     rank = {merge: i for i, merge in enumerate(merges)}
     needed = set(merges[:MERGES])
     normalizer, split = whole.backend_tokenizer.normalizer, whole.backend_tokenizer.pre_tokenizer

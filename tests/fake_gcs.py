@@ -49,6 +49,11 @@ class FakeGCS(ThreadingHTTPServer):
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self.shutdown()
+        self.server_close()
+
     def handle_error(self, *_: object) -> None:
         """Nothing of callers that hang up: gcsfs asks two things at once where one answer is enough."""
         if not isinstance(sys.exception(), ConnectionError):

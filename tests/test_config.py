@@ -7,7 +7,7 @@ import typing
 
 import pytest
 import yaml
-from support import REPOSITORY
+from environment import REPOSITORY
 
 from fr3e_jax import config as config_module
 from fr3e_jax.cli import find_config, parse

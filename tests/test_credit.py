@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -123,7 +123,6 @@ def change_slowly(value, states, first_state, sharpen):
 
 @pytest.mark.parametrize("sharpen", [False, True])
 @pytest.mark.parametrize("first_state", ["neutral", "released"])
-@settings(max_examples=30, deadline=None)
 @given(
     arrays(np.float32, (N, J), elements=st.sampled_from([k / 8 for k in range(9)])),
     arrays(np.int32, (N,), elements=st.integers(0, J)),
@@ -198,7 +197,6 @@ def test_a_query_is_mixed_when_its_trajectories_differ_though_no_state_is():
 
 
 @pytest.mark.parametrize("rule", ["state", "query", "none"])
-@settings(max_examples=50, deadline=None)
 @given(
     arrays(np.float32, (N, J, M), elements=st.sampled_from([0.0, 1.0])),
     arrays(np.int32, (N,), elements=st.integers(0, J)),

@@ -5,7 +5,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support import REPOSITORY
+from environment import REPOSITORY
 
 from fr3e_jax.config import ConfigError, SourceConfig
 from fr3e_jax.host.problems.datasets import DATASETS, MIXTURES, markdown

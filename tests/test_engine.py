@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import TINY, placement, tiny_params
+from support import TINY, examples, placement, tiny_params
 
 from fr3e_jax.engine import rollout, sampler, seats
 from fr3e_jax.engine.rollout import Engine
@@ -339,7 +339,7 @@ def test_moved_rows_generate_what_branches_generate_alone():
     """Whatever the states are and however often rows have moved and caches grown meanwhile."""
     e, kinds = engine_of(MANY_ENDS), set()
 
-    @settings(deadline=None, derandomize=True, max_examples=20)
+    @examples(15)
     @given(rounds())
     def holds(drawn):
         q, chosen = drawn
@@ -409,7 +409,7 @@ def test_rows_may_move_in_any_order_at_any_time():
     """Random permutations at random moments, and branches that stop at given times of their own."""
     e, shapes = engine_of(MANY_ENDS), set()
 
-    @settings(deadline=None, derandomize=True, max_examples=15)
+    @examples(12)
     @given(rounds(), st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 4]))
     def holds(drawn, seed, unequal):
         q, chosen = drawn
@@ -453,7 +453,6 @@ def test_rows_may_move_in_any_order_at_any_time():
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**32 - 1))
-@settings(deadline=None, derandomize=True)
 def test_kept_trajectories_are_laid_out_in_the_part_of_their_query(parts, per_part, count, seed):
     rng = np.random.default_rng(seed)
     kept = rng.random((parts * per_part, count)) < rng.random()

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support import TINY, logits, placed, read, run, tiny_params, write
+from support import TINY, call, logits, placed, read, tiny_params, write
 
 from fr3e_jax.export import main
 from fr3e_jax.host import export, weights
@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
 
 
 def exported(directory, out, *flags):
-    done = run("export", "--run", directory, "--out", out, *flags)
+    done = call("export", "--run", directory, "--out", out, *flags)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout

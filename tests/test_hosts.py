@@ -7,30 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ends_of, run, start_pair, two_processes
+from support import SMALL, call, ends_of, mesh_of, metrics, run, start_pair, two_processes
 
 from fr3e_jax.host.metrics import read_metrics
 from fr3e_jax.parallel import hosts
 
-SMALL = [
-    "--steps=4",
-    "--rollout.queries=8",
-    "--explore.positions=2",
-    "--explore.rollouts=4",
-    "--optimizer.batch_states=8",
-    "--optimizer.micro_tokens=512",
-    "--data.held_out=32",
-    "--evaluate.rows=32",
-    "--evaluate.every=2",
-    "--checkpoint.every=4",
-]
 # Of a mesh, so equal on equal ones: rows are padded, and trees cut into pieces with trunks of their own.
 LAYOUT = {"rows/decoded", "rows/occupancy", "tokens/trained", "flops/update", "update/padding"}
 TIMEOUT = 20
-
-
-def metrics(directory):
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(directory)]
+RARELY = [*SMALL, "--checkpoint.every=4"]
 
 
 def assert_close(ours, theirs, but=()):
@@ -59,7 +44,7 @@ slow = pytest.mark.slow
 def one_process(tmp_path_factory):
     """The run in one process of eight devices."""
     directory = tmp_path_factory.mktemp("one") / "run"
-    done = run("train", *SMALL, "--run_dir", directory, devices=8)
+    done = run("train", *RARELY, "--run_dir", directory, devices=8)
     assert done.returncode == 0, done.stderr
     return directory
 
@@ -68,12 +53,12 @@ def one_process(tmp_path_factory):
 def two(tmp_path_factory):
     """The run in two processes, of which the second is asked to stop after a step, and started again."""
     directory = tmp_path_factory.mktemp("two") / "run"
-    processes = start_pair("train", *SMALL, "--run_dir", directory)
+    processes = start_pair("train", *RARELY, "--run_dir", directory)
     wait_for(lambda: any(line["step"] == 1 for line in read_metrics(directory)), processes)
     processes[1].send_signal(signal.SIGTERM)
     stopped = ends_of(processes)
     saved = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
-    again = ends_of(start_pair("train", *SMALL, "--run_dir", directory))
+    again = ends_of(start_pair("train", *RARELY, "--run_dir", directory))
     return directory, stopped, saved, again
 
 
@@ -110,7 +95,7 @@ def test_logs_metrics_and_export_are_written_once(two, one_process):
 @slow
 def test_a_checkpoint_of_two_processes_goes_on_in_one_and_on_another_mesh(two, one_process, tmp_path):
     directory, _, _, _ = two
-    more = [*SMALL, "--steps=5", "--run_dir"]
+    more = [*RARELY, "--steps=5", "--run_dir"]
     for source, mesh, devices in ((directory, ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"], 8),
                                   (one_process, [], 1)):  # fmt: skip
         done = run("train", *more, source, *mesh, devices=devices)
@@ -124,7 +109,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_on_another_mesh(two, o
 def test_when_a_process_dies_or_stands_still_the_other_ends_in_time(tmp_path, dies, how):
     directory = tmp_path / "run"
     options = ["--steps=400", "--run_dir", directory, "--distributed.timeout", TIMEOUT]
-    processes = start_pair("train", *SMALL[1:], *options)
+    processes = start_pair("train", *RARELY, *options)
     wait_for(lambda: any(line["step"] == 1 for line in read_metrics(directory)), processes)
     began = time.monotonic()
     processes[dies].send_signal(how)
@@ -169,15 +154,15 @@ def test_a_late_process_is_not_waited_for_longer_than_the_timeout():
 
 SHARE = """
 import json, sys
-out, sizes, port, number = sys.argv[1:]
-import jax, numpy as np
+out, port, number = sys.argv[1:]
+import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
 from support import mesh_of
-from test_hosts import texts_on
-told = texts_on(mesh_of(*json.loads(sizes)))
-open(f"{out}.{number}.json", "w").write(json.dumps(told))
+from test_hosts import MESHES, texts_on
+open(f"{out}.{number}.json", "w").write(json.dumps([texts_on(mesh_of(*sizes)) for sizes in MESHES]))
 """
+MESHES = [(1, 8, 1), (2, 1, 4), (1, 1, 8), (2, 2, 2)]
 
 
 def texts_on(mesh):
@@ -223,27 +208,24 @@ def texts_on(mesh):
     }
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 1, 4), (1, 1, 8), (2, 2, 2)], ids=str)
-def test_each_process_reads_and_verifies_its_own_rows_and_knows_all(tmp_path, sizes):
-    from support import mesh_of
-
-    two_processes(SHARE, tmp_path / "out", json.dumps(sizes))
+def test_each_process_reads_and_verifies_its_own_rows_and_knows_all(tmp_path):
+    two_processes(SHARE, tmp_path / "out")
     found = [json.loads(Path(f"{tmp_path / 'out'}.{n}.json").read_text()) for n in range(2)]
-    alone = texts_on(mesh_of(*sizes))
-    assert np.sum(alone["rewards"]) >= 4
-    for name in ("queries", "rewards", "whole"):
-        assert found[0][name] == found[1][name] == alone[name]
-    for name in ("read", "scored"):
-        counts = [process[name] for process in found]
-        assert sum(counts) == alone[name]
-        if sizes != (1, 1, 8):  # there every row is held by both, and one of them answers for it
-            assert min(counts) > 0
+    for sizes, *each in zip(MESHES, *found, strict=True):
+        alone = texts_on(mesh_of(*sizes))
+        assert np.sum(alone["rewards"]) >= 4
+        for name in ("queries", "rewards", "whole"):
+            assert each[0][name] == each[1][name] == alone[name], sizes
+        for name in ("read", "scored"):
+            counts = [process[name] for process in each]
+            assert sum(counts) == alone[name], sizes
+            if sizes != (1, 1, 8):  # there every row is held by both, and one of them answers for it
+                assert min(counts) > 0, sizes
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({}, "the other processes are not found"),
         ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES not; set all three"),
         (
             {"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
@@ -251,10 +233,19 @@ def test_each_process_reads_and_verifies_its_own_rows_and_knows_all(tmp_path, si
         ),
     ],
 )
-def test_what_the_environment_says_of_other_processes_is_checked(environment, message):
-    refused = run("train", *SMALL, "--run_dir", "/nowhere", FR3E_DISTRIBUTED="1", **environment)
+def test_what_the_environment_says_of_other_processes_is_checked(environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FR3E_DISTRIBUTED", "1")
+    refused = call("train", *SMALL, "--run_dir", "/nowhere")
     assert refused.returncode == 2
     assert message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_a_machine_that_does_not_say_where_the_other_processes_are_is_told_what_to_set():
+    refused = run("train", *SMALL, "--run_dir", "/nowhere", FR3E_DISTRIBUTED="1")
+    assert refused.returncode == 2
+    assert "the other processes are not found" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_several_processes_need_a_run_directory_that_they_share():

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from support import REPOSITORY
+from environment import REPOSITORY
 
 PACKAGE = REPOSITORY / "fr3e_jax"
 COMMANDS = {

@@ -3,15 +3,13 @@
 import itertools
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import whole_rows
 
 from fr3e_jax.bench.update import padding_waste
 from fr3e_jax.host.layout import OVERHEAD, bucket, bundles_of, cut, token_counts
 from fr3e_jax.types import StateGroups
-
-many = settings(max_examples=60, deadline=None)
 
 
 @st.composite
@@ -41,7 +39,6 @@ def worlds(draw):
     )
 
 
-@many
 @given(worlds(), st.sampled_from([1, 2, 4]), st.sampled_from([16, 100, 5000]), st.booleans())
 def test_every_rollout_is_there_once_and_whole(groups, parts, budget, shared):
     bundles = bundles_of(groups, parts, budget, shared)
@@ -60,7 +57,6 @@ def test_every_rollout_is_there_once_and_whole(groups, parts, budget, shared):
     assert sorted(found) == list(itertools.product(*map(range, groups.length.shape)))
 
 
-@many
 @given(worlds(), st.sampled_from([1, 2, 4]), st.sampled_from([16, 100, 5000]))
 def test_chunks_and_trunks_keep_to_the_budget_and_windows_reach_what_rows_follow(groups, parts, budget):
     for bundle in bundles_of(groups, parts, budget):
@@ -73,7 +69,6 @@ def test_chunks_and_trunks_keep_to_the_budget_and_windows_reach_what_rows_follow
             assert (chunk.trunk < count).all()
 
 
-@many
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=9), st.sampled_from([16, 100, 400]))
 def test_rows_are_cut_where_it_costs_least(lengths, budget):
     """Against every way to cut them into chunks of powers of two."""
@@ -93,7 +88,6 @@ def test_rows_are_cut_where_it_costs_least(lengths, budget):
     assert all(width >= longest[first] for first, _, width in chunks)
 
 
-@many
 @given(worlds())
 def test_a_tree_that_is_too_large_for_its_part_is_cut_and_the_work_is_even(groups):
     bundles = bundles_of(groups, 4, 5000)

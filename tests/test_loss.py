@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -209,7 +209,6 @@ def test_one_advantage_per_row_serves_all_its_tokens():
 probabilities = arrays(np.float64, 6, elements=st.floats(0.01, 1.0)).map(lambda x: x / x.sum())
 
 
-@settings(max_examples=50, deadline=None)
 @given(probabilities, probabilities)
 def test_k3_is_unbiased(policy, reference):
     """Its mean under the policy, taken over every outcome, is the KL divergence."""
@@ -218,7 +217,6 @@ def test_k3_is_unbiased(policy, reference):
     assert float(np.sum(policy * np.asarray(estimate))) == pytest.approx(exact, abs=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
 @given(arrays(np.float32, 16, elements=st.floats(-20, 20, width=32)))
 def test_k3_is_never_negative(difference):
     estimate = np.asarray(kl_k3(jnp.zeros(16), jnp.asarray(difference)))

@@ -3,7 +3,7 @@
 import random
 import re
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fr3e_jax.host.problems.overlap import duplicates, overlaps, report, words
@@ -35,7 +35,6 @@ def slowly(train, held_out, n):
 texts = st.lists(st.text(alphabet="aBb ", max_size=24), max_size=6)
 
 
-@settings(deadline=None, max_examples=300)
 @given(texts, texts, st.integers(1, 5))
 def test_overlaps_are_those_of_the_slow_comparison(train, held_out, n):
     assert overlaps(problems(*train), problems(*held_out), n) == slowly(train, held_out, n)

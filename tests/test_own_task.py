@@ -79,7 +79,7 @@ def test_workers_find_the_file_from_any_directory(tmp_path, monkeypatch):
 
 
 def test_the_file_is_read_once_however_many_answers_it_judges(write, tmp_path):
-    note = f"open({str(tmp_path / 'read')!r}, 'a').write('x')\n"
+    note = f"with open({str(tmp_path / 'read')!r}, 'a') as file:\n    file.write('x')\n"
     task = OwnTask(write(note + PROBLEMS + SCORE), {})
     assert [v.right for v in judged(task, [str(i) for i in range(40)])] == [True] + [False] * 39
     assert (tmp_path / "read").read_text() == "xx"  # here, and in the worker

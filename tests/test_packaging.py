@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 import pytest
-from support import REPOSITORY
+from environment import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import REPOSITORY
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from support import REPOSITORY, TINY, command, needs_compiler, placement, run, tiny_params
+from support import TINY, call, command, needs_compiler, placement, run, tiny_params
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
@@ -484,7 +485,7 @@ def test_models_are_planned_without_a_download(tmp_path):
     ids=["none", "topology", "flag", "share", "model"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, message):
-    told = run("plan", *flags)
+    told = call("plan", *flags)
     assert told.returncode == 2
     assert message in told.stderr
     assert told.stderr.count("\n") == 1
@@ -510,7 +511,7 @@ SHORT = (
 
 
 @needs_compiler
-@pytest.mark.parametrize("topology", ["v5e-4", "v5p-8"])
+@pytest.mark.parametrize("topology", ["v5e-4", pytest.param("v5p-8", marks=pytest.mark.slow)])
 def test_a_small_run_is_planned_from_end_to_end(topology):
     """By the command, on the quickstart's model with short answers."""
     flags = ["--topology", topology, "--json", "--price-per-chip-hour", "1.5", "--mesh.fsdp", "2"]

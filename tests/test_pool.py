@@ -69,7 +69,12 @@ def right(pool, asked):
     return [verdict.right for verdict in pool.begin(asked).result()]
 
 
-@pytest.mark.parametrize("bad", ["hang", "deaf", "power", "die", "leave", "grow", "deep"])
+# Each of another kind: ended by the signal, or not; gone by itself; out of memory.
+OFTEN = ("hang", "deaf", "die", "grow")
+RARELY = ("power", "leave", "deep")
+
+
+@pytest.mark.parametrize("bad", [*OFTEN, *(pytest.param(bad, marks=pytest.mark.slow) for bad in RARELY)])
 def test_an_answer_that_breaks_its_worker_is_wrong_and_spoils_no_other(pool, scorer, bad):
     around = own(scorer, *(["5", "6"] * PIECE))
     started = time.monotonic()

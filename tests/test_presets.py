@@ -4,7 +4,7 @@ import re
 
 import jax
 import pytest
-from support import REPOSITORY
+from environment import REPOSITORY
 
 from fr3e_jax.models.hf import tensors_of
 from fr3e_jax.models.presets import PRESETS

@@ -101,8 +101,8 @@ def test_padding_on_either_side_does_not_change_a_rows_logits(torch_model):
     short = logits_of(directory, token[:, :25])
     rows = np.concatenate([token, np.roll(token, 15, axis=1)])
     right, left = logits_of(directory, rows, length=[25, 40], start=[0, 15])
-    np.testing.assert_allclose(right[:25], short[0], atol=1e-5)
-    np.testing.assert_allclose(left[15:], short[0], atol=1e-5)
+    np.testing.assert_allclose(right[:25], short[0], atol=2e-5)
+    np.testing.assert_allclose(left[15:], short[0], atol=2e-5)
 
 
 @FEW

@@ -177,7 +177,7 @@ def written_run(**settings):
         **settings,
     }
     mesh = SimpleNamespace(shape={"data": 1, "fsdp": 2})
-    at_home = SimpleNamespace(place_rows=lambda tree, row_axis=0: tree, mesh=mesh)
+    at_home = SimpleNamespace(place=lambda x: x, place_rows=lambda tree, row_axis=0: tree, mesh=mesh)
     text = SimpleNamespace(decode=lambda rows: [" ".join(map(str, row)) for row in rows])
     hosts = Hosts(mesh_of(), 1)
     return SimpleNamespace(

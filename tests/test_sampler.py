@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from support import placement
+from support import examples, placement
 
 from fr3e_jax.engine import sampler
 from fr3e_jax.engine.sampler import BLOCK, GREEDY, Drawn, Sampling, draw, draw_uniform, keep, row_key
@@ -151,16 +151,19 @@ def test_a_step_of_the_cdf_holds_its_lower_end_and_not_its_upper():
     np.testing.assert_array_equal(draw_many(np.zeros(1024, np.float32), places / 1024), places)
 
 
-def test_a_million_draws_with_the_engines_numbers_from_the_vocabulary_of_qwen_fit():
+@pytest.mark.parametrize(
+    ("count", "hotter"), [(200_000, 1.05), pytest.param(1_000_000, 1.02, marks=pytest.mark.slow)]
+)
+def test_draws_with_the_engines_numbers_from_the_vocabulary_of_qwen_fit(count, hotter):
     logits = random_logits(152_064, 3, 3.0)
-    branch, position = np.divmod(np.arange(1_000_000), 1000)
+    branch, position = np.divmod(np.arange(count), 1000)
     zero = np.zeros_like(branch)
     token = draw_many(logits, np.asarray(numbers_of(0, zero, zero, branch, position)))
     probability = probabilities(logits)
-    assert (probability * len(token) >= 5).sum() > 10_000  # tokens that are counted one by one
+    assert (probability * len(token) >= 5).sum() > count / 100  # tokens that are counted one by one
     check_chi_square(token, probability)
-    with pytest.raises(AssertionError):
-        check_chi_square(token, probabilities(logits, 1.02))
+    with pytest.raises(AssertionError):  # so many draws can tell it from a temperature a little higher
+        check_chi_square(token, probabilities(logits, hotter))
 
 
 # --- tokens that cannot be drawn
@@ -333,7 +336,7 @@ ANY = st.builds(
     ANY,
     arrays(np.float32, 8, elements=st.floats(0, float(LAST), width=32), fill=st.nothing()),
 )
-@settings(deadline=None, max_examples=40)
+@examples(30)
 @example(np.zeros(300, np.float32), Sampling(1.0, 7, 0.2), np.linspace(0, LAST, 8, dtype=np.float32))
 def test_any_draw_is_where_the_filtered_cdf_passes_the_uniform_number(logits, sampling, uniform):
     assume(np.isfinite(logits).any())
@@ -387,7 +390,7 @@ def filtered_and_full(logits, sampling, parts):
         Sampling, st.floats(0.3, 4.0), st.sampled_from([0, 5]), st.one_of(st.just(1.0), st.floats(0.01, 0.99))
     ).filter(lambda sampling: sampling.top_k or sampling.top_p < 1),
 )
-@settings(deadline=None, max_examples=25)
+@examples(20)
 @example((1, 1), 1.0, 0.0, True, 0, Sampling(0.7, 5, 0.9))
 @example((300, 3), 1.0, 0.0, True, 0, Sampling(0.7, 400, 0.9))
 @example((4097, 1), 1.0, 0.5, True, 0, Sampling(0.7, 5, 0.9))
@@ -530,7 +533,7 @@ def compiled_over(mesh, backend, sampling):
 def test_a_sharded_vocabulary_gives_what_one_device_gives(mesh, backend, sampling):
     place, compiled = placement(*mesh), compiled_over(mesh, backend, sampling)
     shape = (mesh[0], 2)
-    for seed in range(20):
+    for seed in range(8):
         logits = np.stack([random_logits(WIDE, 100 * seed + row) for row in range(2 * mesh[0])])
         uniform = np.float32(
             [clear_of_steps(uniforms(20, seed), reference(row, sampling))[0] for row in logits]

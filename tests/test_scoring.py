@@ -12,7 +12,8 @@ import pytest
 from fr3e_jax.host.scoring import extract, plain, writing
 from fr3e_jax.host.scoring.mathematics import score
 
-LINES = [json.loads(line) for line in (pathlib.Path(__file__).parent / "verdicts.jsonl").open()]
+VERDICTS = pathlib.Path(__file__).parent / "verdicts.jsonl"
+LINES = [json.loads(line) for line in VERDICTS.read_text().splitlines()]
 KINDS = [
     "fractions", "decimals", "intervals", "units", "percentages", "matrices", "several boxes", "LaTeX text",
     "thousands separators", "mixed numbers", "sets and tuples", "ratios and times", "equations", "radicals",

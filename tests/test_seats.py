@@ -5,13 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fr3e_jax.engine import seats
 from fr3e_jax.engine.seats import TILE, Ladder, bucket, first_slots, take_seats
-
-many = settings(deadline=None, derandomize=True, max_examples=300)
 
 
 @st.composite
@@ -28,7 +26,6 @@ def who_runs(draw):
 
 
 @given(who_runs())
-@many
 def test_every_running_branch_has_a_row_of_its_own_and_idle_rows_repeat_one(case):
     running, rows = case
     found = take_seats(running, rows)
@@ -45,7 +42,6 @@ def test_every_running_branch_has_a_row_of_its_own_and_idle_rows_repeat_one(case
 
 
 @given(who_runs())
-@many
 def test_groups_bring_the_rows_of_a_trajectory_together_and_lanes_bring_them_back(case):
     running, rows = case
     found = take_seats(running, rows)
@@ -81,7 +77,6 @@ def test_buckets_are_two_to_a_doubling_and_hold_the_count():
 
 
 @given(st.integers(1, 40_000))
-@many
 def test_the_first_slots_are_a_twelfth_of_a_long_limit_half_of_a_short_one_and_all_of_a_shorter(max_new):
     slots = first_slots(max_new)
     share = max_new / (1 if max_new <= 128 else 2 if max_new <= 256 else 12)
@@ -101,7 +96,6 @@ def ladders(draw):
 
 
 @given(ladders())
-@many
 def test_rungs_descend_divide_the_cache_and_are_a_step_apart(ladder):
     rungs = ladder.rungs
     assert rungs[0] == ladder.rows
@@ -116,7 +110,6 @@ def test_rungs_descend_divide_the_cache_and_are_a_step_apart(ladder):
 
 
 @given(ladders(), st.integers(0, 2**32 - 1), st.booleans())
-@many
 def test_a_walk_down_the_ladder_loses_nothing_and_ends(ladder, seed, moves):
     """The engine's loop, with branches that stop at random: it steps, moves or grows every time."""
     rng = np.random.default_rng(seed)

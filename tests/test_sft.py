@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from support import placement, read, run
+from support import call, placement, read, run
 
 from fr3e_jax.algorithm.explore import positions_of
 from fr3e_jax.cli import parse
@@ -39,7 +39,7 @@ def test_the_command_writes_a_model_that_training_can_start_from(tmp_path):
     # It has learned something in three steps: the parameters are not those it was drawn with.
     assert float(np.abs(nnx.merge(graph, params).norm.scale[...] - 1).max()) > 0
     # And goes on from a directory.
-    again = run("sft", *flags, "--init_path", tmp_path / "model", "--out", tmp_path / "again")
+    again = call("sft", *flags, "--init_path", tmp_path / "model", "--out", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert read_config(tmp_path / "again") == config
 
@@ -58,7 +58,7 @@ def test_the_command_writes_a_model_that_training_can_start_from(tmp_path):
     ],
 )
 def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, message):
-    refused = run("sft", "--steps=1", "--warmup_steps=0", *flags, "--out", tmp_path / "model")
+    refused = call("sft", "--steps=1", "--warmup_steps=0", *flags, "--out", tmp_path / "model")
     assert refused.returncode == 2
     assert message in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
@@ -68,7 +68,7 @@ def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, messa
 def test_a_directory_with_files_in_it_is_never_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     for out in (tmp_path, tmp_path / "mine.txt"):
-        refused = run("sft", "--steps=1", "--warmup_steps=0", "--out", out)
+        refused = call("sft", "--steps=1", "--warmup_steps=0", "--out", out)
         assert refused.returncode == 2
         assert "choose another" in refused.stderr
     assert [file.read_text() for file in tmp_path.iterdir()] == ["precious"]

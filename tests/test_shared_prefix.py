@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import TINY, placement, tiny_params
+from support import TINY, examples, placement, tiny_params
 
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.host.layout import bundles_of
@@ -74,16 +74,14 @@ def gradient(found, shared, budget=64, reference=None, mesh=(1, 1, 1), **options
 
 
 def assert_same(ours, theirs):
-    """To 1e-5 of the largest entry of each leaf."""
+    """To 1e-5 of the largest entry of each leaf; a leaf that is 0 but for rounding, to that of all leaves."""
+    rounding = 1e-7 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         largest = np.abs(b).max()
-        assert np.abs(a - b).max() <= 1e-5 * largest + 1e-9, (jax.tree_util.keystr(path), largest)
+        assert np.abs(a - b).max() <= 1e-5 * largest + rounding, (jax.tree_util.keystr(path), largest)
 
 
-few = settings(max_examples=6, deadline=None)
-
-
-@few
+@examples(6)
 @given(minibatches(), st.sampled_from([16, 1000]))
 def test_loss_and_every_gradient_leaf_equal_the_flat_forms(found, budget):
     ours, told = gradient(found, True, budget)
@@ -93,7 +91,7 @@ def test_loss_and_every_gradient_leaf_equal_the_flat_forms(found, budget):
         np.testing.assert_allclose(told[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@settings(max_examples=2, deadline=None)
+@examples(2)
 @given(minibatches())
 def test_kl_and_entropy_bonus_equal_the_flat_forms(found):
     reference = jax.tree.map(lambda x: x * 1.1, PARAMS)

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from hub_server import SECOND, answers_of, serving
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fr3e_jax.config import ConfigError, SourceConfig
@@ -321,7 +321,6 @@ def labelled(*questions):
 questions = st.lists(st.text(alphabet="abAB .", min_size=1).filter(str.strip), min_size=1, max_size=30)
 
 
-@settings(deadline=None, max_examples=60)
 @given(questions, st.integers(1, 8), st.randoms(use_true_random=False))
 def test_held_out_questions_are_in_no_training_problem_whatever_the_order(
     tmp_path_factory, texts, count, draw

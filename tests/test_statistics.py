@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fr3e_jax.evaluation.statistics import (
@@ -100,7 +100,6 @@ def test_the_interval_agrees_with_the_normal_one_where_problems_are_many():
     assert bootstrap_interval(right, draws=2000) == pytest.approx(expected, abs=0.1 * error)
 
 
-@settings(deadline=None)
 @given(verdict_arrays())
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(right):
     for k in range(1, right.shape[1] + 1):
@@ -154,7 +153,6 @@ def test_the_test_of_a_few_problems_tries_every_sign():
     assert told.p == 2 / 8
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_the_test_is_the_enumeration_of_all_signs(problems, k_a, k_b, random):
     """Also for shares that are no exact doubles, where sums that are equal must count as equal."""

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from environment import COMPILED
 from fake_gcs import FakeGCS, Refused
-from support import COMPILED, command, run
+from support import SMALL, call, command, metrics, run
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.host import storage
@@ -21,38 +22,15 @@ from fr3e_jax.host.storage import StorageError, location, writing
 
 RUN = "gs://bucket/runs/a"
 CACHE = "--compilation_cache=gs://bucket/compiled"
-SMALL = [
-    "--steps=4",
-    "--rollout.queries=8",
-    "--explore.positions=2",
-    "--explore.rollouts=4",
-    "--optimizer.batch_states=8",
-    "--optimizer.micro_tokens=512",
-    "--data.held_out=32",
-    "--evaluate.rows=32",
-    "--evaluate.every=2",
-    "--checkpoint.every=1",
-    "--checkpoint.keep=2",
-]
+OFTEN = [*SMALL, "--checkpoint.every=1", "--checkpoint.keep=2"]
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A run in a directory that nothing interrupts."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    done = run("train", *SMALL, "--run_dir", directory)
-    assert done.returncode == 0, done.stderr
-    return directory
-
-
-@pytest.fixture(scope="module")
-def server(whole_run):
-    """The service, with an empty bucket but for the programs that the run before compiled."""
+def server():
+    """The service, with an empty bucket."""
     server = FakeGCS("bucket")
-    for file in Path(COMPILED.name).iterdir():
-        server.put("bucket", f"compiled/{file.name}", file.read_bytes(), {})
     yield server
-    server.shutdown()
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +45,13 @@ def machine(server, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(server, machine):
-    """The run in the bucket, killed when a part of the second checkpoint is there; and the bucket then."""
+def killed(server, machine, whole_run):
+    """The run in the bucket, killed when a part of the second checkpoint is there; and the bucket then.
+
+    Programs that a run in a directory compiled were there before.
+    """
+    for file in COMPILED.iterdir():
+        server.put("bucket", f"compiled/{file.name}", file.read_bytes(), {})
     taken, dead = [], threading.Event()
 
     def refuse(method, path, name):
@@ -81,7 +64,7 @@ def killed(server, machine):
         return Refused(503, "The caller is gone.")
 
     server.refuse = refuse
-    process = subprocess.Popen(**command("train", *SMALL, CACHE, "--run_dir", RUN, **machine()))
+    process = subprocess.Popen(**command("train", *OFTEN, CACHE, "--run_dir", RUN, **machine()))
     deadline = time.monotonic() + 300
     while len(taken) <= 12:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -99,15 +82,9 @@ def bucket_run(killed, server, machine):
     """The same on another machine, where it comes to its end; and a model lay there with more files."""
     server.put("bucket", "runs/a/model/model-00002-of-00002.safetensors", b"of a run before", {})
     started = machine()
-    done = run("train", *SMALL, CACHE, "--run_dir", RUN, **started)
+    done = run("train", *OFTEN, CACHE, "--run_dir", RUN, **started)
     assert done.returncode == 0, done.stderr
     return done, server.files(RUN), list(Path(started["TMPDIR"]).iterdir())
-
-
-def metrics(content):
-    """Metrics of a run without what depends on the clock."""
-    lines = [json.loads(line) for line in content.splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 def steps(files):
@@ -116,28 +93,30 @@ def steps(files):
 
 
 @pytest.mark.slow
-def test_a_run_killed_on_one_machine_goes_on_on_another(killed, bucket_run, whole_run):
+def test_a_run_killed_on_one_machine_goes_on_on_another(killed, bucket_run, whole_run, tmp_path):
     """From the last checkpoint that is whole; of the one after it there was a part."""
     assert steps(killed) == {"1", "2"} and "checkpoints/2/commit_success.txt" not in killed
-    done, files, _ = bucket_run
+    (done, files, _), (directory, _) = bucket_run, whole_run
     assert "resumed from the checkpoint of step 1" in done.stdout
-    assert metrics(files["metrics.jsonl"]) == metrics((whole_run / "metrics.jsonl").read_bytes())
-    assert files["samples.jsonl"] == (whole_run / "samples.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(files["metrics.jsonl"])
+    assert metrics(tmp_path) == metrics(directory)
+    assert files["samples.jsonl"] == (directory / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.slow
 def test_a_bucket_holds_what_a_directory_holds(bucket_run, whole_run):
-    _, files, _ = bucket_run
-    assert {name.split("/")[0] for name in files} == {each.name for each in whole_run.iterdir()}
-    model = {each.name: each.read_bytes() for each in (whole_run / "model").iterdir()}
+    (_, files, _), (directory, _) = bucket_run, whole_run
+    assert {name.split("/")[0] for name in files} == {each.name for each in directory.iterdir()}
+    model = {each.name: each.read_bytes() for each in (directory / "model").iterdir()}
     assert {n.removeprefix("model/"): x for n, x in files.items() if n.startswith("model/")} == model
     ours, theirs = (
-        yaml.safe_load(x) for x in (files["config.yaml"], (whole_run / "config.yaml").read_text())
+        yaml.safe_load(x) for x in (files["config.yaml"], (directory / "config.yaml").read_text())
     )
     del ours["compilation_cache"], theirs["compilation_cache"], theirs["run_dir"]
+    assert (ours.pop("checkpoint")["every"], theirs.pop("checkpoint")["every"]) == (1, 2)
     assert ours.pop("run_dir") == RUN
     assert ours == theirs
-    ours, theirs = (json.loads(x) for x in (files["summary.json"], (whole_run / "summary.json").read_bytes()))
+    ours, theirs = (json.loads(x) for x in (files["summary.json"], (directory / "summary.json").read_bytes()))
     assert ours.pop("seconds") > 0 and theirs.pop("seconds") > 0
     assert ours == theirs
     log = files["log.txt"].decode()
@@ -178,7 +157,7 @@ def test_compiled_programs_are_kept_in_a_bucket(server, machine):
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_not_resumed_with_other_settings(bucket_run, machine):
-    refused = run("train", *SMALL, CACHE, "--run_dir", RUN, "--loss.clip_high=0.4", **machine())
+    refused = run("train", *OFTEN, CACHE, "--run_dir", RUN, "--loss.clip_high=0.4", **machine())
     assert refused.returncode == 2
     assert f"{RUN} was started with other settings of loss.clip_high" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
@@ -196,7 +175,7 @@ def test_a_model_is_exported_from_a_bucket(bucket_run, machine, tmp_path):
 
 
 def test_export_into_a_bucket_is_refused_in_one_line(tmp_path):
-    refused = run("export", "--run", tmp_path, "--out", "gs://bucket/model", cwd=tmp_path)
+    refused = call("export", "--run", tmp_path, "--out", "gs://bucket/model")
     assert refused.returncode == 2
     assert "gcloud storage cp" in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert not any(tmp_path.iterdir())
@@ -206,7 +185,7 @@ def test_a_bucket_that_takes_no_files_is_told_in_one_line(machine):
     closed = FakeGCS("bucket")
     closed.refuse = lambda method, path, name: name and Refused(403, "The account may only read.")
     done = run("train", *SMALL, "--run_dir", RUN, **{**machine(), **closed.environment})
-    closed.shutdown()
+    closed.close()
     assert done.returncode == 1
     assert f"{RUN}/config.yaml could not be written" in done.stderr and "may only read" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -233,7 +212,7 @@ def here(monkeypatch, tmp_path):
     storage.refuse_unusable.cache_clear()
     yield server
     storage.refuse_unusable.cache_clear()
-    server.shutdown()
+    server.close()
 
 
 def refused(path):
@@ -314,33 +293,39 @@ def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
         "from fr3e_jax.host.groups import empty_groups\n"
         "from fr3e_jax.host.storage import StorageError, location\n"
         "from fr3e_jax.learner.state import TrainState\n"
-        "checkpoints = Checkpoints(location('gs://bucket/run'), keep=2)\n"
-        "step = (checkpoints.latest() or 0) + 1\n"
-        "print('after', checkpoints.latest())\n"
-        "state = TrainState({'w': jnp.ones(9)}, {'m': jnp.zeros(9)})\n"
-        "try:\n"
-        "    checkpoints.save(state, empty_groups(2, 4, 4), Progress(step))\n"
-        "    checkpoints.close()\n"
-        "except StorageError as error:\n"
-        "    print(error)\n"
+        "for _ in sys.stdin:\n"
+        "    checkpoints, error = Checkpoints(location('gs://bucket/run'), keep=2), ''\n"
+        "    latest = checkpoints.latest()\n"
+        "    state = TrainState({'w': jnp.ones(9)}, {'m': jnp.zeros(9)})\n"
+        "    try:\n"
+        "        checkpoints.save(state, empty_groups(2, 4, 4), Progress((latest or 0) + 1))\n"
+        "        checkpoints.close()\n"
+        "    except StorageError as failed:\n"
+        "        error = str(failed)\n"
+        "    print(f'after {latest} {error}'.strip(), flush=True)\n"
     )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
 
     def save():
-        return subprocess.check_output([sys.executable, "-c", program], text=True).splitlines()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
 
-    assert save() == ["after None"]
+    assert save() == "after None"
     here.refuse = lambda method, path, name: (
         Refused(403, "Out of order.")
         if name and "/2/optimizer/" in name and name.endswith(".ocdbt")
         else None
     )
-    after, error = save()[:2]
-    assert after == "after 1"
-    assert "gs://bucket/run/checkpoints could not be written" in error and "Out of order" in error
+    told = save()
+    assert told.startswith("after 1 gs://bucket/run/checkpoints could not be written")
+    assert "Out of order" in told
     here.refuse = lambda *_: None
     assert any(name.startswith("checkpoints/2/params/") for name in here.files("gs://bucket/run"))
-    assert save() == ["after 1"]
-    assert save() == ["after 2"]
+    assert save() == "after 1"
+    assert save() == "after 2"
+    process.communicate()
 
 
 def test_files_and_directories_are_replaced_in_a_bucket(here, tmp_path):

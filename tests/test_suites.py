@@ -1,7 +1,7 @@
 """Benchmarks by name."""
 
 import pytest
-from support import REPOSITORY
+from environment import REPOSITORY
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.evaluation.suites import BENCHMARKS, benchmarks_of, markdown

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh
 
-directory, out, sizes, port, number = sys.argv[1:]
+directory, root, port, number = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
 
@@ -27,6 +27,7 @@ from fr3e_jax.host.export import export_model
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import MESH_AXES, place_model
+from test_two_processes import MESHES
 
 seen, written = [], []
 read_tensor, save_file = weights.BlockReader.read_tensor, weights.save_file
@@ -39,34 +40,42 @@ def noting(tensors, file, **options):
     save_file(tensors, file, **options)
 weights.BlockReader.read_tensor, weights.save_file = counting, noting
 
-devices = np.array(jax.devices()).reshape(json.loads(sizes))
-mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 config = read_config(Path(directory))
 axes, shapes = logical_axes(config), abstract_params(config)
-training, _ = place_model(mesh, axes, shapes)
-params = weights.read_params(Path(directory), config, training.shardings(axes, shapes))
-held = 0
-for leaf in jax.tree.leaves(params):
-    assert not leaf.is_fully_addressable
-    held += sum({str(shard.index): shard.data.size for shard in leaf.addressable_shards}.values())
-export_model(Path(directory), Path(out), params, max_file_bytes=20_000)
-found = {"read": sum(seen), "held": held, "written": written, "seen_after": Path(out).is_dir()}
-Path(f"{out}.{number}.json").write_text(json.dumps(found))
+for sizes in MESHES:
+    seen.clear()
+    written.clear()
+    out = Path(root) / "-".join(map(str, sizes))
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    training, _ = place_model(mesh, axes, shapes)
+    params = weights.read_params(Path(directory), config, training.shardings(axes, shapes))
+    held = 0
+    for leaf in jax.tree.leaves(params):
+        assert not leaf.is_fully_addressable
+        held += sum({str(shard.index): shard.data.size for shard in leaf.addressable_shards}.values())
+    export_model(Path(directory), out, params, max_file_bytes=20_000)
+    found = {"read": sum(seen), "held": held, "written": written, "seen_after": out.is_dir()}
+    Path(f"{out}.{number}.json").write_text(json.dumps(found))
 """
 
 
-def found_by_two(directory, out, sizes):
-    """What each of two processes found."""
-    two_processes(PROCESS, directory, out, sizes)
-    return [json.loads(Path(f"{out}.{number}.json").read_text()) for number in range(2)]
+MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
-def test_each_process_reads_what_it_holds_and_one_writes_it_all(tmp_path, sizes):
-    params = tiny_params(CONFIG)
-    directory = write(tmp_path / "model", CONFIG, params, max_file_bytes=20_000)
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A checkpoint, and where two processes exported it from each mesh."""
+    root = tmp_path_factory.mktemp("two")
+    directory = write(root / "model", CONFIG, tiny_params(CONFIG), max_file_bytes=20_000)
     (directory / "tokenizer_config.json").write_text('{"eos_token": null}')
-    first, second = found_by_two(directory, tmp_path / "out", list(sizes))
+    two_processes(PROCESS, directory, root)
+    return directory, root
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_each_process_reads_what_it_holds_and_one_writes_it_all(exports, sizes):
+    directory, out = exports[0], exports[1] / "-".join(map(str, sizes))
+    first, second = (json.loads(Path(f"{out}.{number}.json").read_text()) for number in range(2))
     whole = sum(x.size for _, x in all_tensors(directory))
     for process in (first, second):
         assert process["read"] == process["held"]
@@ -74,13 +83,13 @@ def test_each_process_reads_what_it_holds_and_one_writes_it_all(tmp_path, sizes)
     if sizes == (1, 8, 1):
         assert max(first["read"], second["read"]) < 0.52 * whole  # half, and the norms and biases
     assert second["written"] == []
-    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    files = sorted(file.name for file in out.glob("*.safetensors"))
     assert sorted(first["written"]) == files and len(files) > 3
-    assert (tmp_path / "out" / INDEX_FILE).is_file()
-    ours, theirs = dict(all_tensors(tmp_path / "out")), dict(all_tensors(directory))
+    assert (out / INDEX_FILE).is_file()
+    ours, theirs = dict(all_tensors(out)), dict(all_tensors(directory))
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in theirs)
-    assert not (tmp_path / "out.tmp").exists()
+    assert not out.with_suffix(".tmp").exists()
 
 
 def all_tensors(directory: Path):

@@ -77,7 +77,7 @@ def choose_positions(score: Array, length: Array, count: int, min_gap: int = 0) 
       (position int32 [N, K], valid bool [N, K]); invalid positions come last and read 0.
     """
     n, s = score.shape
-    index = jnp.arange(s)
+    index = jnp.arange(s)[None, :]
     eligible = (index >= 1) & (index < length[:, None])
 
     def pick(eligible: Array, _: None) -> tuple[Array, tuple[Array, Array]]:

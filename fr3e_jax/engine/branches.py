@@ -139,7 +139,7 @@ def decode_token(
 
     def attend_shared(query: Array, key: Array, value: Array, length: Array) -> Partial:
         """[W, H, D], [K, S, D] and [W], of a trajectory."""
-        return attend_part(query, Part(key, value, jnp.arange(key.shape[1]) < length[:, None]))
+        return attend_part(query, Part(key, value, jnp.arange(key.shape[1])[None] < length[:, None]))
 
     def layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
         params, own_key, own_value, keys, values = inputs
@@ -269,7 +269,7 @@ def advance_branches(
       window: slots of the branch cache that are read.
       end_tokens: a branch stops after drawing one of these; it belongs to the answer.
     """
-    ends = jnp.asarray(end_tokens, jnp.int32)
+    ends = jnp.asarray(end_tokens, jnp.int32)[None, None]
     rows = Rows(placement, seats)
     parts, count = seats.branch.shape
     vocabulary_parts = placement.mesh.shape["tensor"]

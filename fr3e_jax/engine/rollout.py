@@ -79,7 +79,8 @@ class Engine:
         Returns:
           (Rollouts with N = B and C = count, the caches, rows decoded over all steps).
         """
-        branches, decoding = self.open_queries(params, queries, roots(queries, count), seed_key, step)
+        number = self.placement.place_rows(roots(queries, count))
+        branches, decoding = self.open_queries(params, queries, number, seed_key, step)
         decoding = last(self.decode(params, branches, decoding, sampling, compact=False))
         (query_segment,) = branches.context
         query_segment = query_segment._replace(length=queries.length)
@@ -100,7 +101,8 @@ class Engine:
         Returns:
           (Rollouts with N = B and C = count, rows decoded over all steps).
         """
-        branches, decoding = self.open_queries(params, queries, roots(queries, count), seed_key, step)
+        number = self.placement.place_rows(roots(queries, count))
+        branches, decoding = self.open_queries(params, queries, number, seed_key, step)
         decoding = last(self.decode(params, branches, decoding, sampling))
         return decoding.rollouts, decoding.row_steps
 
@@ -246,6 +248,7 @@ class Engine:
             until = window if every is None else min(window, slot + every if slot else 1)
             leave = ladder.below(rows) if compact else 0
             self.between()
+            limits = (self.placement.place(np.int32(limit)) for limit in (until, leave))
             with warnings.catch_warnings():
                 # A cache that grows cannot be what it grew from.
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")
@@ -255,8 +258,7 @@ class Engine:
                     decoding,
                     self.placement.place_rows(seats),
                     origin,
-                    until,
-                    leave,
+                    *limits,
                     sampling,
                     before,
                     slots,
@@ -346,9 +348,9 @@ def last(steps: Iterator[Decoding]) -> Decoding:
     return collections.deque(steps, maxlen=1)[0]
 
 
-def roots(queries: Queries, count: int) -> Array:
-    """Branch numbers int32 [B, count] of answers from the query alone."""
-    return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (queries.length.shape[0], count))
+def roots(queries: Queries, count: int) -> np.ndarray:
+    """Branch numbers int32 [B, count] of answers from the query alone, on the host."""
+    return np.broadcast_to(np.arange(count, dtype=np.int32), (queries.length.shape[0], count))
 
 
 def take_query(cache: Array, states: States, parts: int) -> Array:

@@ -71,7 +71,7 @@ class Learner:
           `apply_gradient`.
         """
         gradient, metrics = self.gradient(state.params, bundles, reference)
-        state, applied = self.apply(state, gradient, metrics["loss"])
+        state, applied = self.apply(state, gradient, self.placement.place(metrics["loss"]))
         return state, metrics | applied
 
     def gradient(
@@ -80,7 +80,7 @@ class Learner:
         """Gradient of the loss, float32, and its metrics, added up over bundles and chunks."""
         # An empty batch has loss 0, not 0 / 0.
         trained_tokens = sum(int((c.length - c.start).sum()) for bundle in bundles for c in bundle.chunks)
-        denominator = np.float32(max(trained_tokens, 1))
+        denominator = self.placement.place(np.float32(max(trained_tokens, 1)))
         compute, gradient = self.begin(params)
         base = None if reference is None else self.cast(reference)
         found: list[Metrics] = []
@@ -246,7 +246,7 @@ def row_statistics(
     row = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
     token, target = row.token[..., :-1], row.token[..., 1:]  # nothing follows the last one
     prefix = None if caches is None else Prefix(*caches, row.trunk, row.prefix)
-    position = row.prefix[..., None] + jnp.arange(token.shape[2])
+    position = row.prefix[..., None] + jnp.arange(token.shape[2])[None, None]
     attend = attend_rows(learner.attend)
     hidden, _ = model(token, position, row.length, shard, learner.remat, prefix=prefix, attend=attend)
     pieces = -(-token[0].size // learner.logit_chunk)
@@ -280,7 +280,7 @@ def row_statistics(
 
 def trained(batch: Batch) -> Array:
     """Which tokens carry loss: those of the continuation. bool, shape of `batch.token`."""
-    index = jnp.arange(batch.token.shape[-1])
+    index = jnp.broadcast_to(jnp.arange(batch.token.shape[-1]), batch.token.shape)
     return (index >= batch.start[..., None]) & (index < batch.length[..., None])
 
 
