@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import re
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -339,7 +340,7 @@ def test_moved_rows_generate_what_branches_generate_alone():
     """Whatever the states are and however often rows have moved and caches grown meanwhile."""
     e, kinds = engine_of(MANY_ENDS), set()
 
-    @examples(15)
+    @examples(10)
     @given(rounds())
     def holds(drawn):
         q, chosen = drawn
@@ -409,7 +410,7 @@ def test_rows_may_move_in_any_order_at_any_time():
     """Random permutations at random moments, and branches that stop at given times of their own."""
     e, shapes = engine_of(MANY_ENDS), set()
 
-    @examples(12)
+    @examples(9)
     @given(rounds(), st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 4]))
     def holds(drawn, seed, unequal):
         q, chosen = drawn
@@ -445,7 +446,9 @@ def test_rows_may_move_in_any_order_at_any_time():
             starts = {place: start._replace(limit=min(start.limit, slot)) for place, start in starts.items()}
         check(jax.device_get(decoding.rollouts), starts, FILTERED, MANY_ENDS)
 
-    holds()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # as the engine does
+        holds()
     assert len(shapes) >= 5  # of the six that there are
 
 

@@ -93,14 +93,10 @@ def test_answers_of_a_problem_differ_by_sample_and_by_seed(done, suite, tmp_path
     assert any(told[place]["response"] != other[place]["response"] for place in told)
 
 
-@pytest.mark.parametrize(
-    "kept",
-    [
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, PROBLEMS * SAMPLES - 1)),
-        9,
-        PROBLEMS * SAMPLES,
-    ],
-)
+RARELY = [pytest.param(kept, marks=pytest.mark.slow) for kept in (0, 1, PROBLEMS * SAMPLES - 1)]
+
+
+@pytest.mark.parametrize("kept", [9, PROBLEMS * SAMPLES, *RARELY])
 def test_a_killed_evaluation_goes_on_with_what_is_missing(done, suite, tmp_path, kept):
     """Whole lines are kept as they are; a part of a line is asked again."""
     out = tmp_path / "evaluation"

@@ -468,6 +468,8 @@ def test_logs_of_any_worker(rent):
     following = laptop.start("logs", "--lines=1")
     assert following.stdout is not None and following.stdout.readline()
     following.kill()
+    following.wait()
+    following.stdout.close()  # what it started holds the other end for a while
     laptop.forget()
     laptop.call("logs", "my run", "--lines=7", "--no-follow")
     assert laptop.commands() == [

@@ -24,18 +24,19 @@ def handlers():
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("algorithm", ["fr3e", "grpo++"])
-def test_nothing_moves_between_host_and_devices_but_what_a_step_says(algorithm):
+@pytest.mark.parametrize("algorithm", ["fr3e", "grpo", "grpo++"])
+def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorithm):
     """On eight devices: an array that lies elsewhere than a program wants it would be moved at every call."""
     config, _ = parse(Config, "train", "configs/quickstart.yaml", [*SMALL, f"--algorithm={algorithm}"])
     config = resolve(config)
     run, _, state, _ = setup(config)
     before = jax.device_get(state.params)
-    none = groups.empty_groups(
-        config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
-    )
+    sizes = config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
     with jax.transfer_guard("disallow"):
-        state, _, progress, metrics, _ = train_step(run, state, none, Progress())
+        state, _, progress, metrics, _ = train_step(run, state, groups.empty_groups(*sizes), Progress())
     assert progress.step == 1 and np.isfinite(metrics["update/loss"])
     changed = jax.tree.map(lambda a, b: (np.asarray(a) != b).any(), state.params, before)
     assert all(jax.tree.leaves(changed))
+    # The baselines are settings: no positions, and GRPO rejects nothing.
+    assert ("entropy/positions" in metrics) == (config.explore.positions > 0) == (algorithm == "fr3e")
+    assert (metrics["states/rejected"] > 0) == (algorithm != "grpo")
