@@ -23,6 +23,8 @@ from fr3e_jax.host.scoring.gym_facts import REFUSED, RUNS_TEXT, GymFacts
 
 ACCEPTED = sorted(DATASETS.keys() - REFUSED.keys())
 NESTED = "[" * 20000
+SAMPLE = ACCEPTED[::7]  # the others are tried where the slow tests run
+FAMILIES = [pytest.param(n, marks=[] if n in SAMPLE else pytest.mark.slow) for n in ACCEPTED]
 GARBAGE = ("", "garbage", "9**9**9**9", NESTED, "None", "nan", "{}", "[]", "\N{INFINITY}")
 
 
@@ -61,7 +63,7 @@ def test_every_data_set_is_accepted_or_refused_with_a_reason():
     assert len(ACCEPTED) + len(REFUSED) == len(DATASETS)
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_answer_of_a_problem_is_right_and_garbage_is_wrong(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for problem in problems_of(name, 3):
@@ -150,10 +152,13 @@ for name in sys.argv[1:]:
 """
 
 
-def test_problems_are_the_same_in_every_process():
+@pytest.mark.parametrize(
+    "families", [SAMPLE, pytest.param(ACCEPTED, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_problems_are_the_same_in_every_process(families):
     """Words are hashed differently in each: a generator that goes by the order of a set is found here."""
-    slow = {"arc_agi", "futoshiki", "puzzle24", "sokoban", "zebra_puzzles"}
-    names = [n for n in ACCEPTED if n not in slow]
+    long = {"arc_agi", "futoshiki", "puzzle24", "sokoban", "zebra_puzzles"}
+    names = [n for n in families if n not in long]
     started = [
         subprocess.Popen(
             [sys.executable, "-c", DRAW, *names],

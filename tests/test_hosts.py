@@ -133,17 +133,17 @@ from fr3e_jax.config import DistributedConfig
 from fr3e_jax.parallel import hosts
 from fr3e_jax.parallel.mesh import make_mesh
 hosts.initialize(DistributedConfig(timeout=60))
-here = hosts.Hosts(make_mesh(1, -1, 1), 3)
+here = hosts.Hosts(make_mesh(1, -1, 1), 2)
 here.meet("both are there")
 if number == "1":  # not the first, with whom the others would end
     try:
         here.meet("rewards")
     except hosts.HostError as error:
-        assert "rewards" in str(error) and "--distributed.timeout 3" in str(error), error
+        assert "rewards" in str(error) and "--distributed.timeout 2" in str(error), error
     else:
         raise AssertionError("it did not wait")
     hosts.leave(0)
-time.sleep(8)
+time.sleep(3)
 hosts.leave(0)
 """
 

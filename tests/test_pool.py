@@ -69,9 +69,9 @@ def right(pool, asked):
     return [verdict.right for verdict in pool.begin(asked).result()]
 
 
-# Each of another kind: ended by the signal, or not; gone by itself; out of memory.
-OFTEN = ("hang", "deaf", "die", "grow")
-RARELY = ("power", "leave", "deep")
+# Each of another kind: ended by the time limit, gone by itself, out of memory.
+OFTEN = ("hang", "die", "grow")
+RARELY = ("deaf", "power", "leave", "deep")
 
 
 @pytest.mark.parametrize("bad", [*OFTEN, *(pytest.param(bad, marks=pytest.mark.slow) for bad in RARELY)])
@@ -129,7 +129,7 @@ def test_a_module_that_is_slow_to_import_costs_no_verdict(scorer, tmp_path):
     pool.close()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_workers_that_are_ended_while_they_rest_are_replaced(scorer, tmp_path, how):
     pool = ScoringPool([f"own:{scorer}"], workers=1)
     for n in range(3):

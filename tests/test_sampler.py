@@ -122,7 +122,7 @@ def clear_of_steps(uniform, probability):
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     logits = random_logits(1000)
-    token = draw_many(logits, uniforms(200_000))
+    token = draw_many(logits, uniforms(100_000))
     assert token.dtype == np.int32
     check_chi_square(token, probabilities(logits))
 
@@ -290,8 +290,8 @@ def test_a_filter_that_leaves_one_token_is_greedy(sampling):
 
 @pytest.mark.parametrize("top_k", [1000, 10**6])
 def test_filters_that_keep_everything_change_no_token(top_k):
-    for seed in range(5):
-        logits, uniform = random_logits(1000, seed), np.append(uniforms(20_000, seed), LAST)
+    for seed in range(4):
+        logits, uniform = random_logits(1000, seed), np.append(uniforms(4000, seed), LAST)
         logits[::7] = -np.inf
         plain = draw_many(logits, uniform, Sampling(0.7))
         np.testing.assert_array_equal(draw_many(logits, uniform, Sampling(0.7, top_k, 1.0)), plain)

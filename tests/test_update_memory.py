@@ -13,12 +13,13 @@ from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.host.layout import bundles_of
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import graph_of, logical_axes
+from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
+from fr3e_jax.types import Batch, Trunks
 
-LENGTH = 2048  # more than a block of scores and a piece of logits have
+LENGTH = 4096
 MODEL = dataclasses.replace(
     TINY,
-    vocab_size=4096,
+    vocab_size=32768,
     hidden_size=256,
     intermediate_size=512,
     num_attention_heads=4,
@@ -50,9 +51,33 @@ def test_sixteen_chunks_run_the_programs_of_one(mesh):
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_no_scores_and_no_logits_of_all_tokens_exist_on_a_tpu():
-    """Of responses of 2,048 tokens and 4,096 words: no array has both, or the length twice, on any chip."""
-    shape = UpdateShape("v5e:2x2", (1, 4, 1), 1, LENGTH, 1, LENGTH, LENGTH)
+    """Of responses of 4,096 tokens and 32,768 words: no array has both, or the length twice, on any chip."""
+    shape = UpdateShape("v5e:2x2", (1, 4, 1), 1, LENGTH, 2, LENGTH, LENGTH)
     for name, program in compile_update(MODEL, shape).items():
         assert square_arrays(program.as_text(), LENGTH) == [], name
+
+
+def test_no_scores_and_no_logits_of_all_tokens_exist_on_a_cpu():
+    """The same of 1,024 tokens and as many words, in blocks of 256 queries and pieces of 64 logits."""
+    length, at = 1024, placement(1, 1, 1)
+    config = dataclasses.replace(TINY, vocab_size=length, max_position_embeddings=2 * length)
+    optimizer = make_optimizer(OptimizerConfig(), logical_axes(config))
+    learner = Learner(graph_of(config), at, optimizer, LossConfig(), jnp.float32, 64, remat=True)
+
+    def array(dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    params, trunks = abstract_params(config), Trunks(array(jnp.int32, 1, 1, length), array(jnp.int32, 1, 1))
+    caches, slope = jax.eval_shape(learner.open, params, trunks)
+    number, tokens = array(jnp.int32, 1), array(jnp.int32, 1, length + 1)
+    old, advantage = array(jnp.float32, 1, length + 1), array(jnp.float32, 1)
+    chunk = Batch(tokens, number, number, old, advantage, number, number)
+    told = (params, slope, params, caches, None, None, chunk, array(jnp.float32), length)
+    for lowered in (
+        Learner.add_chunk.lower(learner, *told),
+        Learner.close.lower(learner, params, slope, params, trunks),
+    ):
+        assert square_arrays(lowered.compile().as_text(), length) == []

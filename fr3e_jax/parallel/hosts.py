@@ -26,6 +26,9 @@ INITIALIZE = "FR3E_DISTRIBUTED"
 ADDRESS, PROCESSES, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
+SERVED = 3.0  # seconds for which the first process still serves the others when it ends
+
+
 class HostError(RuntimeError):
     """Another process is gone or late; the message says which, and where."""
 
@@ -169,7 +172,12 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit without a farewell."""
+    """Exit without a farewell; the first process after those that leave for the same reason.
+
+    It serves the others, and jax aborts a process whose server is gone before it has said why it ends.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_first():
+        time.sleep(SERVED)
     os._exit(code)
