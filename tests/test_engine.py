@@ -340,7 +340,7 @@ def test_moved_rows_generate_what_branches_generate_alone():
     """Whatever the states are and however often rows have moved and caches grown meanwhile."""
     e, kinds = engine_of(MANY_ENDS), set()
 
-    @examples(16)
+    @examples(14)
     @given(rounds())
     def holds(drawn):
         q, chosen = drawn

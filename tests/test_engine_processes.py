@@ -117,7 +117,7 @@ def test_what_is_compared_ends_at_very_different_times():
     assert len(set(on_one_device()["answers.length"].reshape(-1))) > 10
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 4), (4, 1, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 4), pytest.param((4, 1, 2), marks=pytest.mark.slow)], ids=str)
 def test_rollouts_do_not_depend_on_the_mesh(sizes):
     """Of which (1, 2, 4) splits the vocabulary, and holds key-value heads on every device."""
     check_equal(rollouts_on(mesh_of(*sizes)))

@@ -508,7 +508,12 @@ def test_fetch_refuses_a_run_that_is_not_complete(rent):
     assert not laptop.said("rsync") and not (laptop.path / "runs").exists()
 
 
-@pytest.mark.parametrize("state", ["SUSPENDED", "FAILED", "ACTIVE"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "state", ["SUSPENDED", pytest.param("FAILED", marks=slow), pytest.param("ACTIVE", marks=slow)]
+)
 def test_a_preempted_slice_is_created_again_and_the_run_goes_on(rent, state):
     laptop = rent().ready()
     laptop.plan(f"checkpoint=5,preempt={state}", "complete")

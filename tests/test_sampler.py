@@ -336,7 +336,7 @@ ANY = st.builds(
     ANY,
     arrays(np.float32, 8, elements=st.floats(0, float(LAST), width=32), fill=st.nothing()),
 )
-@examples(15)
+@examples(12)
 @example(np.zeros(300, np.float32), Sampling(1.0, 7, 0.2), np.linspace(0, LAST, 8, dtype=np.float32))
 def test_any_draw_is_where_the_filtered_cdf_passes_the_uniform_number(logits, sampling, uniform):
     assume(np.isfinite(logits).any())
@@ -390,7 +390,7 @@ def filtered_and_full(logits, sampling, parts):
         Sampling, st.floats(0.3, 4.0), st.sampled_from([0, 5]), st.one_of(st.just(1.0), st.floats(0.01, 0.99))
     ).filter(lambda sampling: sampling.top_k or sampling.top_p < 1),
 )
-@examples(12)
+@examples(8)
 @example((1, 1), 1.0, 0.0, True, 0, Sampling(0.7, 5, 0.9))
 @example((300, 3), 1.0, 0.0, True, 0, Sampling(0.7, 400, 0.9))
 @example((4097, 1), 1.0, 0.5, True, 0, Sampling(0.7, 5, 0.9))

@@ -147,7 +147,7 @@ def test_in_bfloat16_the_error_is_no_larger_than_the_flat_forms():
         rounded, _ = gradient(one_minibatch(seed), shared, dtype=jnp.bfloat16)
         return float(optax.tree.norm(jax.tree.map(jnp.subtract, rounded, exact)) / optax.tree.norm(exact))
 
-    shared, flat = ([error(form, seed) for seed in range(4)] for form in (True, False))
+    shared, flat = ([error(form, seed) for seed in range(2)] for form in (True, False))
     assert 1e-4 < np.mean(flat) < 0.2
     assert np.mean(shared) <= 1.1 * np.mean(flat), (shared, flat)
 

@@ -294,6 +294,7 @@ def run_spoiled(monkeypatch):
     return start
 
 
+@slow
 def test_a_run_goes_on_after_a_skipped_update_at_the_rate_where_it_was(run_spoiled, tmp_path):
     flags = ["--optimizer.schedule=linear", "--optimizer.warmup_updates=2", "--optimizer.learning_rate=1e-4"]
     done = run_spoiled(".x", *flags, "--run_dir", tmp_path / "run")
