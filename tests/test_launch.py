@@ -601,6 +601,7 @@ def test_a_watch_that_is_taken_up_again_starts_nothing(rent):
     assert not laptop.said("worker.sh start") and laptop.call("status").count("running") == 2
 
 
+@slow
 def test_watch_reports_a_worker_that_stays_out_of_reach(rent):
     laptop = rent(TYPE="v5p-8", CAPACITY="on-demand", MAX_FAILURES="1", POLL_SECONDS="0").ready()
     (laptop.cloud / "unreachable").write_text("0")

@@ -130,7 +130,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 2.0])
 def test_the_temperature_divides_the_logits(temperature):
     logits = random_logits(1000, 1, 1.0)
-    token = draw_many(logits, uniforms(100_000, 1), Sampling(temperature))
+    token = draw_many(logits, uniforms(50_000, 1), Sampling(temperature))
     check_chi_square(token, probabilities(logits, temperature))
     # So many draws can tell it from temperature 1.
     with pytest.raises(AssertionError):
@@ -251,7 +251,7 @@ def test_filtered_tokens_are_drawn_as_often_as_they_are_likely_and_no_others(sam
     probability = reference(logits, sampling)
     possible = np.flatnonzero(probability)
     assert 5 < len(possible) < 500
-    token = draw_many(logits, np.append(uniforms(100_000, 4), [0, LAST]), sampling)
+    token = draw_many(logits, np.append(uniforms(60_000, 4), [0, LAST]), sampling)
     assert set(token.tolist()) == set(possible.tolist())
     assert token[-2] == possible[0] and token[-1] == possible[-1]
     check_chi_square(token, probability)
@@ -533,7 +533,7 @@ def compiled_over(mesh, backend, sampling):
 def test_a_sharded_vocabulary_gives_what_one_device_gives(mesh, backend, sampling):
     place, compiled = placement(*mesh), compiled_over(mesh, backend, sampling)
     shape = (mesh[0], 2)
-    for seed in range(8):
+    for seed in range(4):
         logits = np.stack([random_logits(WIDE, 100 * seed + row) for row in range(2 * mesh[0])])
         uniform = np.float32(
             [clear_of_steps(uniforms(20, seed), reference(row, sampling))[0] for row in logits]
@@ -570,10 +570,17 @@ def of_small_blocks_as_on_accelerators():
         yield
 
 
-@pytest.mark.parametrize(
-    "mesh, backend", [((2, 1, 4), of_small_blocks), ((1, 1, 8), of_small_blocks_as_on_accelerators)]
-)
-@pytest.mark.parametrize("sampling", [Sampling(0.7, 7, 0.9), Sampling(top_p=0.2)], ids=str)
+BLOCKS = [
+    ((2, 1, 4), of_small_blocks, Sampling(0.7, 7, 0.9)),
+    ((1, 1, 8), of_small_blocks_as_on_accelerators, Sampling(top_p=0.2)),
+    pytest.param((2, 1, 4), of_small_blocks, Sampling(top_p=0.2), marks=pytest.mark.slow),
+    pytest.param(
+        (1, 1, 8), of_small_blocks_as_on_accelerators, Sampling(0.7, 7, 0.9), marks=pytest.mark.slow
+    ),
+]
+
+
+@pytest.mark.parametrize("mesh, backend, sampling", BLOCKS)
 def test_choosing_blocks_gathers_no_sharded_vocabulary(mesh, backend, sampling, monkeypatch):
     monkeypatch.setattr(sampler, "LIKELY", 9)
     test_a_sharded_vocabulary_gives_what_one_device_gives(mesh, backend, sampling)

@@ -191,7 +191,7 @@ def test_a_bucket_that_takes_no_files_is_told_in_one_line(machine):
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("auto", [True, False])
+@pytest.mark.parametrize("auto", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_bucket_that_is_not_there_is_told_in_one_line(machine, auto):
     """Found when compiled programs are looked for beside the run, or when the run is."""
     place = {"JAX_COMPILATION_CACHE_DIR": ""} if auto else {}
