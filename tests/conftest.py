@@ -19,23 +19,24 @@ from xdist.scheduler import LoadScopeScheduling
 
 # The modules that take longest come first, so that both workers end at about the same time.
 LONGEST = (
-    "test_sampler",
+    "test_plan",
+    "test_hosts",
     "test_train",
-    "test_update_memory",
+    "test_sampler",
     "test_shared_prefix",
     "test_engine_processes",
     "test_engine",
     "test_storage",
-    "test_compiled",
-    "test_weights_fuzz",
     "test_launch",
-    "test_plan",
+    "test_interruption",
+    "test_checkpoint",
     "test_step",
     "test_evaluate",
     "test_update",
-    "test_checkpoint",
-    "test_hosts",
+    "test_compiled",
     "test_splash",
+    "test_weights_fuzz",
+    "test_real_model",
 )
 # One after the other: they measure time, or wait for processes that do.
 CLOCK = ("test_pool", "test_hostile", "test_launch")
