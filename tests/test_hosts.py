@@ -118,6 +118,7 @@ def test_when_a_process_dies_or_stands_still_the_other_ends_in_time(tmp_path, di
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert code != 0
     assert said.strip(), "it says why"
     assert time.monotonic() - began < 3 * TIMEOUT
