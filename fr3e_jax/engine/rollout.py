@@ -248,7 +248,7 @@ class Engine:
             until = window if every is None else min(window, slot + every if slot else 1)
             leave = ladder.below(rows) if compact else 0
             self.between()
-            limits = (self.placement.place(np.int32(limit)) for limit in (until, leave))
+            stop, few = (self.placement.place(np.int32(n)) for n in (until, leave))
             with warnings.catch_warnings():
                 # A cache that grows cannot be what it grew from.
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")
@@ -258,7 +258,8 @@ class Engine:
                     decoding,
                     self.placement.place_rows(seats),
                     origin,
-                    *limits,
+                    stop,
+                    few,
                     sampling,
                     before,
                     slots,
