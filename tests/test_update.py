@@ -46,15 +46,18 @@ def in_chunks(batch, parts):
 
 
 @jax.jit
+def full_logits(params, token):
+    """Logits [rows, T, V] of whole rows."""
+    model = nnx.merge(GRAPH, params)
+    return jax.vmap(lambda x: model.logits(model(x, jnp.arange(WIDTH), jnp.int32(WIDTH))[0]))(token)
+
+
+@jax.jit
 def reference_logprob(params, token):
     """log pi(token_t | token_<t) for every row, from full logits; 0 at t = 0."""
-    model = nnx.merge(GRAPH, params)
-
-    def row(token):
-        logits = model.logits(model(token, jnp.arange(WIDTH), jnp.int32(WIDTH))[0])
-        return jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), token[1:, None], axis=1)[:, 0]
-
-    return jnp.pad(jax.vmap(row)(token), ((0, 0), (1, 0)))
+    policy = jax.nn.log_softmax(full_logits(params, token)[:, :-1])
+    drawn = jnp.take_along_axis(policy, token[:, 1:, None], axis=2)[..., 0]
+    return jnp.pad(drawn, ((0, 0), (1, 0)))
 
 
 def reference_loss(params, batch, kl_coefficient=0.0, reference=None):
@@ -134,6 +137,20 @@ def test_kl_to_a_reference_is_part_of_loss_and_gradient():
     assert_same(ours, jax.device_get(slope))
 
 
+def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy():
+    batch, bonus = make_batch(), 0.25
+    logits = np.asarray(full_logits(PARAMS, batch.token), np.float64)
+    weight = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    policy = weight / weight.sum(axis=-1, keepdims=True)
+    entropy = -(policy * np.log(policy)).sum(axis=-1)  # [rows, T], of the token after each
+    drawn_from = [entropy[i, batch.start[i] - 1 : batch.length[i] - 1] for i in range(ROWS)]
+    loss = LossConfig(clip_low=0.22, clip_high=0.28, entropy_coefficient=bonus)
+    _, metrics = gradient(batch, 2, loss=loss)
+    mean = np.concatenate(drawn_from).mean()
+    np.testing.assert_allclose(metrics["entropy"], mean, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], expected()[0] - bonus * mean, rtol=1e-4)
+
+
 def test_the_first_minibatch_is_on_policy_and_never_clipped():
     _, metrics = gradient(make_batch(off_policy=0.0), 2)
     assert metrics["abs_log_ratio"] < 1e-6
@@ -164,6 +181,14 @@ def test_weight_decay_leaves_norms_and_biases_alone():
         name = jax.tree_util.keystr(path)
         kept = "norm" in name or "bias" in name
         assert bool((change == 0).all()) == kept, name
+
+
+def test_a_gradient_is_clipped_to_the_largest_norm_before_the_moments_see_it():
+    """Of the norm 5: the first moment is (1 - b1) times what is left of it."""
+    settings = OptimizerConfig(max_grad_norm=0.5, b1=0.75, weight_decay=0.0)
+    optimizer, params = make_optimizer(settings, {"w": ("embed",)}), {"w": jnp.zeros(2)}
+    _, state = optimizer.update({"w": jnp.array([3.0, 4.0])}, optimizer.init(params), params)
+    np.testing.assert_allclose(optax.tree.get(state, "mu")["w"], 0.25 * np.array([0.3, 0.4]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("updates", "rate"), [(0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)])
