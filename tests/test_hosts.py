@@ -215,6 +215,7 @@ def test_each_process_reads_and_verifies_its_own_rows_and_knows_all(tmp_path):
     for sizes, *each in zip(MESHES, *found, strict=True):
         alone = texts_on(mesh_of(*sizes))
         assert np.sum(alone["rewards"]) >= 4
+        assert alone["queries"][2] == list(range(40, 48))  # places in the stream, which randomness follows
         for name in ("queries", "rewards", "whole"):
             assert each[0][name] == each[1][name] == alone[name], sizes
         for name in ("read", "scored"):
