@@ -131,9 +131,9 @@ def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwa
     with watch.stage("tokenize"):
         queries, problems = run.stream.take(position, config.rollout.queries)
     place = run.engine.placement.place_rows
-    placed, number = place(queries), run.placement.place(np.int32(step))
+    placed, placed_step = place(queries), run.placement.place(np.int32(step))
     with watch.stage("first_return"):
-        base, caches, row_steps = first_return(run, params, number, placed)
+        base, caches, row_steps = first_return(run, params, placed_step, placed)
     costs = {"first_return": rollout_cost(run.model, queries, base, row_steps)}
     with watch.stage("verify"):
         base_rewards = run.verifier.base(base, problems)
@@ -141,9 +141,9 @@ def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwa
         return Round(queries, problems, base, None, roots(base), base, base_rewards, costs)
     with watch.stage("verify"):
         base_reward = base_rewards()
-    states = find_states(run, number, queries, base, base_reward)
+    states = find_states(run, placed_step, queries, base, base_reward)
     with watch.stage("explore"):
-        rollouts, row_steps = explore(run, params, number, placed, caches, place(states))
+        rollouts, row_steps = explore(run, params, placed_step, placed, caches, place(states))
     costs["explore"] = rollout_cost(run.model, queries, rollouts, row_steps, states)
     with watch.stage("verify"):
         rewards = run.verifier.whole(states, rollouts, problems)

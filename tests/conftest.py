@@ -48,7 +48,7 @@ settings.load_profile(os.environ.get("FR3E_TESTS_EXAMPLES", "default"))
 
 
 def pytest_collection_modifyitems(items):
-    """The longest modules first."""
+    """Put the modules of `LONGEST` before the others, in its order."""
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

@@ -50,7 +50,7 @@ class FakeGCS(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Stop the server, and free its port."""
         self.shutdown()
         self.server_close()
 

@@ -1,4 +1,4 @@
-"""A whole step, as it runs."""
+"""A whole training step, rounds and update, in process on eight devices."""
 
 import signal
 
@@ -17,7 +17,7 @@ from fr3e_jax.train import setup
 
 @pytest.fixture
 def handlers():
-    """Those of signals, put back."""
+    """Put the handler of SIGTERM back, which the setup of a run replaces."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
