@@ -221,20 +221,9 @@ def in_blocks(logits: Array, width: int) -> Array:
 
 def block_sums(logits: Array, weigh: Callable[[Array], Array], width: int) -> Array:
     """Sums of `weigh(logits)`, logits float32 [parts, n], over blocks of `width`: [parts, blocks]."""
-
-    def by_reshape(logits: Array) -> Array:
-        return jnp.sum(weigh(in_blocks(logits, width)), axis=-1)
-
-    # A CPU takes four times as long to sum along the last axis; a TPU runs out of fast memory over a window.
-    return jax.lax.platform_dependent(
-        logits, cpu=lambda logits: by_window(weigh(logits), width), default=by_reshape
-    )
-
-
-def by_window(x: Array, width: int) -> Array:
-    """Sums of [parts, n] over blocks as CPUs do it."""
-    padding = ((0, 0), (0, -x.shape[1] % width))
-    return jax.lax.reduce_window(x, np.float32(0), jax.lax.add, (1, width), (1, width), padding)
+    # Not by `reduce_window`, which XLA's library for CPUs (jaxlib 0.10) sums wrongly where it is fused with
+    # what makes its input and there is one row.
+    return jnp.sum(weigh(in_blocks(logits, width)), axis=-1)
 
 
 def block_width(size: int) -> int:
