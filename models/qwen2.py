@@ -53,7 +53,8 @@ class Qwen2Config:
     """The architecture; names and meaning of Hugging Face's config.json.
 
     qkv_bias: query, key and value have biases (Qwen2). qk_norm: query and key are normalised, head by
-    head, before they are rotated (Qwen3). yarn: scaling of the context, or None.
+    head, before they are rotated (Qwen3). yarn: scaling of the context, or None. known_ids: ranges [first,
+    end) of the ids that the tokenizer has, where the vocabulary has more; the others have no probability.
     """
 
     vocab_size: int
@@ -70,6 +71,7 @@ class Qwen2Config:
     qkv_bias: bool = True
     qk_norm: bool = False
     yarn: Yarn | None = None
+    known_ids: tuple[tuple[int, int], ...] = ()
 
     @property
     def context(self) -> int:
@@ -181,12 +183,20 @@ class Qwen2(nnx.Module):
         return shard(table[token], "length", "activation")
 
     def logits(self, hidden: Array, shard: Shard = unsharded) -> Array:
-        """Final hidden states [T, E] -> float32 [T, V], the vocabulary sharded."""
+        """Final hidden states [T, E] -> float32 [T, V], the vocabulary sharded; -inf of unknown ids."""
         table = self.embedding if self.config.tie_word_embeddings else self.lm_head
         # As in `embed`: gathered over fsdp, or XLA may add up logits over it.
         words = shard(table[...], "vocab", None)
         logits = jnp.einsum("te,ve->tv", hidden, words, preferred_element_type=jnp.float32)
-        return shard(logits, "length", "vocab")
+        return shard(self.known(logits), "length", "vocab")
+
+    def known(self, logits: Array) -> Array:
+        """Logits float32 [T, V] with -inf where the tokenizer has no such id."""
+        if not self.config.known_ids:
+            return logits
+        word = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        within = ((word >= first) & (word < end) for first, end in self.config.known_ids)
+        return jnp.where(functools.reduce(jnp.logical_or, within), logits, -jnp.inf)
 
     def __call__(
         self,

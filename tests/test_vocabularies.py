@@ -1,8 +1,8 @@
 """What is drawn, its log-probability and the entropy, at the vocabularies of real models and the numbers of
 rows that real programs have, against float64.
 
-The model is one whose attention and MLP add nothing, so that the distribution behind a token is that of its own
-embedding and is known without a forward pass.
+The model is one whose attention and MLP add nothing, so that the distribution behind a token is that of its
+own embedding and is known without a forward pass.
 """
 
 import itertools

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fr3e_jax.host.hub import find_model, pinned
+from fr3e_jax.host.text import known_ids
 from fr3e_jax.host.weights import read_params
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, abstract_params, graph_of, logical_axes
@@ -78,8 +79,10 @@ def open_model(name: str) -> Model:
     are.
 
     Raises:
-      ConfigError: it is not found.
+      ConfigError: it is not found, or its tokenizer or end tokens are not those of its vocabulary.
       CheckpointError: its config.json is not one of a supported model.
     """
     source = find_model(name, weights=False)
-    return Model(pinned(name, source), source, read_config(source))
+    config = read_config(source)
+    known = known_ids(source, config.vocab_size)
+    return Model(pinned(name, source), source, dataclasses.replace(config, known_ids=known))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 # Its advice that there is no torch is not for our users: only tokenizers are used of it.
@@ -16,6 +17,7 @@ from fr3e_jax.config import ConfigError
 from fr3e_jax.models.hf import read_json
 
 GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATES = ("chat", "boxed_chat")
 BOXED_TEMPLATES = ("boxed", "boxed_chat")
 TEMPLATES = ("plain", "chat", *BOXED_TEMPLATES)
@@ -91,18 +93,67 @@ def load_text(directory: Path, template: str) -> Text:
         raise ConfigError(
             f"data.template {template!r} is none of {', '.join(TEMPLATES)}, and has no {PLACE} in it"
         )
-    if not (directory / "tokenizer.json").is_file():
-        raise ConfigError(f"{directory} holds no tokenizer.json")
-    # Not AutoTokenizer: for model_type qwen2 it would force Qwen's own pre-tokenizer on every file.
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    except Exception as error:  # the library's own, of no common class
-        raise ConfigError(f"the tokenizer of {directory} cannot be read: {error}") from None
+    tokenizer = read_tokenizer(directory)
     if template in CHAT_TEMPLATES and not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {directory} has no chat template; use --data.template plain, or generate --raw"
         )
     return Text(tokenizer, end_tokens(directory), template)
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read.
+    """
+    if not (directory / TOKENIZER_FILE).is_file():
+        raise ConfigError(f"{directory} holds no {TOKENIZER_FILE}")
+    # Not AutoTokenizer: for model_type qwen2 it would force Qwen's own pre-tokenizer on every file.
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # the library's own, of no common class
+        raise ConfigError(f"the tokenizer of {directory} cannot be read: {error}") from None
+
+
+def known_ids(directory: Path, vocabulary: int) -> tuple[tuple[int, int], ...]:
+    """The ids of a checkpoint's tokenizer, as the decoder takes them: empty where it has all.
+
+    Args:
+      directory: of the checkpoint.
+      vocabulary: rows of the embedding.
+
+    Returns:
+      Ranges [first, end).
+
+    Raises:
+      ConfigError: the embedding lacks ids of the tokenizer, or the padding token; or an end token is none
+        of the tokenizer's.
+    """
+    names = {id: name for name, id in read_tokenizer(directory).get_vocab().items()}
+    ids = np.array(sorted(names))
+    if beyond := [f"{names[id]!r} ({id})" for id in ids[ids >= vocabulary].tolist()]:
+        raise ConfigError(
+            f"{directory}: the tokenizer has {len(beyond)} id(s) that the embedding's {vocabulary} rows "
+            f"(vocab_size in config.json) lack, such as {', '.join(beyond[:3])}; use the tokenizer that the "
+            "model was trained with, or resize the embedding"
+        )
+    unknown = [str(id) for id in end_tokens(directory) if id not in names]
+    if unknown:
+        raise ConfigError(
+            f"{directory}: the end token {' and '.join(unknown)} is none of the tokenizer's {len(names)} "
+            f"ids, so that it would end no answer; correct eos_token_id in {GENERATION_FILE} or config.json"
+        )
+    pad = pad_token(directory)
+    if pad is not None and pad >= vocabulary:
+        raise ConfigError(
+            f"{directory}: pad_token_id {pad} is beyond the embedding's {vocabulary} rows; correct it in "
+            f"{GENERATION_FILE} or config.json"
+        )
+    if len(ids) == vocabulary:
+        return ()
+    pieces = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces)
 
 
 def end_tokens(directory: Path) -> tuple[int, ...]:
@@ -132,7 +183,7 @@ def pad_token(directory: Path) -> int | None:
     Nothing here is padded with it: masks come from lengths. It is what others read of an export.
     """
     found = token_id(directory, "pad_token_id", "pad_token")
-    return found if isinstance(found, int) else None
+    return found if isinstance(found, int) and found >= 0 else None  # -1 says that there is none
 
 
 def token_id(directory: Path, id_field: str, token_field: str) -> Any:
@@ -145,7 +196,7 @@ def token_id(directory: Path, id_field: str, token_field: str) -> Any:
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
         return None
-    return Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(token)
+    return Tokenizer.from_file(str(directory / TOKENIZER_FILE)).token_to_id(token)
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:

@@ -259,7 +259,9 @@ def row_statistics(
         total = jax.nn.logsumexp(logits, axis=1)
         if not entropy:
             return drawn - total, jnp.zeros_like(drawn)
-        return drawn - total, total - jnp.sum(jax.nn.softmax(logits) * logits, axis=1)
+        # A token without probability has a logit of -inf, and adds nothing.
+        finite = jnp.where(jnp.isneginf(logits), 0.0, logits)
+        return drawn - total, total - jnp.sum(jax.nn.softmax(logits) * finite, axis=1)
 
     def in_pieces(x: Array) -> Array:
         """[parts, rows, T, ...] -> [pieces, parts, size, ...]"""
