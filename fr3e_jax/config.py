@@ -118,6 +118,9 @@ class RolloutConfig:
     """Draw from this many of the most likely tokens; 0 from all (ours)."""
     top_p: float = 1.0
     """Draw from the fewest most likely tokens that together have this probability; 1 from all (ours)."""
+    stop: list[str] = dataclasses.field(default_factory=list)
+    """Texts that end an answer, as the model's end tokens do. The answer is cut before such a text; the
+    tokens up to there are judged and trained on (ours: none)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,6 +438,16 @@ def check(config: Config, row_parts: int, context: int) -> None:
             "of a state are all the same"
         )
     check_filters(rollout.top_k, rollout.top_p, "rollout.")
+    if rollout.top_k == 1:
+        raise ConfigError(
+            "rollout.top_k is 1, which leaves one token to draw: all rollouts of a state would be the same; "
+            "raise it, or use 0 to draw from all tokens"
+        )
+    if rollout.max_response == 1 and config.reward.cut == "wrong":
+        raise ConfigError(
+            "rollout.max_response is 1, which leaves no room for an answer and its end token, and answers "
+            "that are cut count as wrong; raise it, or use --reward.cut judged"
+        )
     check_reward(config.reward)
     check_scoring(config.scoring)
     if not (optimizer.learning_rate > 0 and optimizer.max_grad_norm > 0 and optimizer.eps > 0):
@@ -488,6 +501,41 @@ def check(config: Config, row_parts: int, context: int) -> None:
             raise ConfigError(
                 f"{name} is {value}, which does not divide by the mesh's data x fsdp = {row_parts}"
             )
+
+
+def without_effect(config: Config) -> list[str]:
+    """Settings that the user has set and that change nothing, as sentences.
+
+    Args:
+      config: as given, not resolved.
+    """
+    default = Config()
+    told: list[str] = []
+
+    def tell(section: str, names: str, why: str) -> None:
+        given, usual = getattr(config, section), getattr(default, section)
+        named = [n for n in names.split() if getattr(given, n) != getattr(usual, n)]
+        told.extend(f"{section}.{name} has no effect: {why}" for name in named)
+
+    explores = config.algorithm == "fr3e"
+    if not explores:
+        why = f"{config.algorithm} restarts from no positions"
+        tell("explore", "positions rule min_gap keep", why)
+        tell("rollout", "base_trajectories", why)
+        tell("credit", "modulation first_state sharpen", why)
+    elif config.credit.modulation == "none":
+        tell("credit", "first_state sharpen", "credit.modulation is none")
+    if config.algorithm == "grpo":
+        tell("credit", "reject", "grpo rejects no states")
+        tell("loss", "clip_high", "grpo clips at loss.clip_low on both sides")
+    if config.reward.format == 0:
+        tell("reward", "pattern", "reward.format is 0")
+    if config.optimizer.schedule == "constant":
+        tell("optimizer", "final_rate_share", "optimizer.schedule is constant")
+    if updates_of(config) == config.steps:
+        why = "with one update a step the ratio is 1"
+        tell("loss", "clip_low clip_high dual_clip", why)
+    return told
 
 
 def check_at_least(settings: Mapping[str, tuple[float, int]]) -> None:

@@ -28,6 +28,7 @@ from fr3e_jax.config import (
     check_scoring,
     check_seed,
 )
+from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.evaluation.answers import MOST_PROBLEMS, MOST_SAMPLES, Ask, Respondent
@@ -87,6 +88,8 @@ class EvaluationConfig:
     template: str = "auto"
     """What the model sees, as data.template of train; `auto`: as the run was trained, else `boxed_chat` where
     the chat template ends its turns as the model does, and `boxed` for base models."""
+    stop: list[str] | None = None
+    """Texts that end an answer, as rollout.stop of train; by default those that the run was trained with."""
     limit: int = 0
     """Take the first so many problems of each benchmark; 0 takes all."""
     rows: int = 64
@@ -228,10 +231,10 @@ def ask_all(
     pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))
     verifier = Verifier(text, hosts, pool)
     # One for all: programs are compiled for an engine.
-    engine = Engine(model.graph, model.sampling, config.max_response, text.end_tokens)
+    engine = Engine(model.graph, model.sampling, config.max_response, text.end_tokens, stops=text.stops)
     context = model.config.context
     respondents = {
-        one: Respondent(engine, stream_of(config, context, verifier, wanted), verifier, config.rows)
+        one: Respondent(engine, stream_of(config, context, verifier, wanted), verifier, config.rows, one.name)
         for one, wanted in missing.items()
         if wanted
     }
@@ -239,6 +242,8 @@ def ask_all(
     console.print(
         f"{named} | {names} | mesh {dict(hosts.mesh.shape)} on {on} | answers to {directory}", markup=False
     )
+    if endless := text.endless():
+        console.print(f"template {text.template}: {endless} (stop)", markup=False)
     console.print(f"the model sees, for example: {text.seen(asks[0].problem.question)!r}", markup=False)
     key = jax.random.key(config.seed)
     try:
@@ -270,11 +275,12 @@ def load(config: EvaluationConfig, mesh: Mesh) -> tuple[str, PlacedModel, Params
     template = None if config.template == "auto" else config.template
     if is_run(run):
         model, trained, step = read_trained(run, config.step, None, mesh)
-        text = load_text(model.source, template or setting(run, "data", "template"))
+        stop = config.stop if config.stop is not None else setting(run, "rollout", "stop")
+        text = load_text(model.source, template or setting(run, "data", "template"), stop)
         params = sampling_cast(model.sampling, model.axes, trained, dtype)(trained)
         return f"step {step} of {run}", model, params, text
     model = open_model(config.model).place(mesh)
-    text = load_text(model.source, template or "plain")
+    text = load_text(model.source, template or "plain", config.stop or ())
     if template is None:
         text = dataclasses.replace(text, template="boxed_chat" if text.chats else "boxed")
     return config.model, model, model.read_params(model.sampling, dtype), text
@@ -326,7 +332,7 @@ def main() -> None:
             evaluate(config)
         except (ConfigError, CheckpointError, PlacementError) as error:
             fail("evaluate", error)
-        except (HostError, ScorerError) as error:
+        except (HostError, NotFiniteError, ScorerError) as error:
             fail("evaluate", error, 1)
         except KeyboardInterrupt:
             fail("evaluate", f"interrupted; the same command with --out {config.out or 'DIR'} goes on", 130)

@@ -17,10 +17,12 @@ from tokenizers.decoders import DecodeStream
 
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, check_at_least, check_filters, check_seed
+from fr3e_jax.engine.finite import NotFiniteError, require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.host.data import padded_width
 from fr3e_jax.host.model import PlacedModel, compute_type, open_model
+from fr3e_jax.host.stops import before_stop
 from fr3e_jax.host.text import Text, load_text
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params, abstract_params, logical_axes
@@ -47,6 +49,8 @@ class GenerateConfig:
     """Draw from this many of the most likely tokens; 0 from all."""
     top_p: float = 1.0
     """Draw from the fewest most likely tokens that together have this probability; 1 from all."""
+    stop: list[str] = dataclasses.field(default_factory=list)
+    """Texts that end an answer, as the model's end tokens do; the answer is cut before such a text."""
     max_new_tokens: int = 256
     """Longest answer, tokens; the model's context may end it before."""
     n: int = 1
@@ -87,7 +91,9 @@ def generate(config: GenerateConfig) -> list[str]:
       The answers, special tokens left out.
     """
     described = open_model(config.model)
-    text = load_text(described.source, "plain" if config.raw else "chat")
+    text = load_text(described.source, "plain" if config.raw else "chat", config.stop)
+    if endless := text.endless():
+        say(f"{endless} (--stop)")
     query = text.query(config.prompt)
     check(config, len(query), described.config.context)
     shapes = abstract_params(described.config)
@@ -127,7 +133,7 @@ def answer(
     asked = number < config.n
     queries, number = model.sampling.place_rows((Queries(token, length, np.zeros_like(length)), number))
     most = min(config.max_new_tokens, model.config.context - len(query))
-    engine = Engine(model.graph, model.sampling, most, text.end_tokens)
+    engine = Engine(model.graph, model.sampling, most, text.end_tokens, stops=text.stops)
     branches, opened = engine.open_queries(params, queries, number, jax.random.key(config.seed), 0)
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     for decoding in engine.decode(params, branches, opened, sampling, every=CHUNK):
@@ -140,23 +146,27 @@ def show(config: GenerateConfig, text: Text, answers: Iterator[Rollouts]) -> lis
     """Print the first answer as it grows, then the others, and what it took."""
     started = time.perf_counter()
     first_token = None
-    pieces, printed = Pieces(text), ""
+    pieces, said, printed = Pieces(text), "", ""
     for rollouts in answers:
+        require_finite(rollouts, f"after {rollouts.length.max()} tokens")
         first_token = first_token or time.perf_counter()
-        piece = pieces.take(rollouts.token[0, 0, : rollouts.length[0, 0]].tolist())
+        said += pieces.take(rollouts.token[0, 0, : rollouts.length[0, 0]].tolist())
+        piece = before_stop(said, text.stop)[len(printed) :]
         print(piece, end="", flush=True)
         printed += piece
     finished = time.perf_counter()
 
     copies = rollouts.length.shape[0]
     branches = [(i % copies, i // copies) for i in range(config.n)]
-    shown = text.decode([rollouts.token[n, c, : rollouts.length[n, c]] for n, c in branches])
+    rows = [rollouts.token[n, c, : rollouts.length[n, c]] for n, c in branches]
+    shown = text.answers(rows, [rollouts.stopped[branch] for branch in branches])
     # The stream holds back bytes that are not yet a character; what it showed can only differ where bytes
     # were no text at all.
     print(shown[0].removeprefix(printed) if shown[0].startswith(printed) else f"\n{shown[0]}")
     for i, other in enumerate(shown[1:], start=2):
         say(f"--- {i} of {config.n}")
         print(other)
+    rollouts = text.trimmed(rollouts)
     lengths = [int(rollouts.length[branch]) for branch in branches]
     cut = sum(not rollouts.stopped[branch] for branch in branches)
     assert first_token is not None
@@ -214,6 +224,8 @@ def main() -> None:
         generate(config)
     except (ConfigError, CheckpointError) as error:
         fail("generate", error)
+    except NotFiniteError as error:
+        fail("generate", error, 1)
     except BrokenPipeError:  # the reader had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from fr3e_jax.algorithm.loss import masked_sum
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig
+from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.host.export import check_out, export_model
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.problems.additions import CarryAddition
@@ -211,6 +212,8 @@ def warm_up(config: SFTConfig, task: CarryAddition, model: PlacedModel) -> Param
             state, loss = step(state, batch)
             progress.advance(bar)
             if i % 50 == 0 or i == config.steps - 1:
+                if not np.isfinite(loss):
+                    raise NotFiniteError(f"step {i}: the loss is {float(loss)}; lower learning_rate")
                 progress.console.print(f"step {i:>5} | loss {float(loss):.4f} nats per token")
     return state.params
 
@@ -222,6 +225,8 @@ def main() -> None:
         run(config)
     except (ConfigError, PlacementError, CheckpointError) as error:
         fail("sft", error)
+    except NotFiniteError as error:
+        fail("sft", error, 1)
 
 
 if __name__ == "__main__":

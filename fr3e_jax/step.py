@@ -32,11 +32,13 @@ from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
 from fr3e_jax.config import Config, CreditConfig, ExploreConfig
 from fr3e_jax.cost import Cost, rollout_cost, update_flops
+from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host import groups
 from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.data import QueryStream
+from fr3e_jax.host.diagnosis import no_signal
 from fr3e_jax.host.interruption import Interruption
 from fr3e_jax.host.layout import bundles_of, token_counts
 from fr3e_jax.host.metrics import Stopwatch
@@ -126,6 +128,9 @@ def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwa
       step: the training step that samples.
       position: of the round's first query in the stream.
       watch: takes the time of each stage.
+
+    Raises:
+      NotFiniteError: tokens were drawn from logits that are not finite.
     """
     config = run.config
     with watch.stage("tokenize"):
@@ -134,9 +139,11 @@ def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwa
     placed, placed_step = place(queries), run.placement.place(np.int32(step))
     with watch.stage("first_return"):
         base, caches, row_steps = first_return(run, params, placed_step, placed)
+    require_finite(base, f"step {step}, base trajectories")
     costs = {"first_return": rollout_cost(run.model, queries, base, row_steps)}
     with watch.stage("verify"):
         base_rewards = run.verifier.base(base, problems)
+        base = run.stream.text.trimmed(base)
     if not config.explore.positions:
         return Round(queries, problems, base, None, roots(base), base, base_rewards, costs)
     with watch.stage("verify"):
@@ -144,9 +151,11 @@ def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwa
     states = find_states(run, placed_step, queries, base, base_reward)
     with watch.stage("explore"):
         rollouts, row_steps = explore(run, params, placed_step, placed, caches, place(states))
+    require_finite(rollouts, f"step {step}, partial rollouts")
     costs["explore"] = rollout_cost(run.model, queries, rollouts, row_steps, states)
     with watch.stage("verify"):
         rewards = run.verifier.whole(states, rollouts, problems)
+        rollouts = run.stream.text.trimmed(rollouts, states)
     return Round(queries, problems, base, base_reward, states, rollouts, rewards, costs)
 
 
@@ -169,7 +178,8 @@ def close_round(
         assign_credit(credit, *place((reward, states.valid, states.query)))
     )
 
-    metrics = round_metrics(base, base_reward, states, value, alpha, accepted)
+    metrics = round_metrics(base, base_reward, states, alpha)
+    metrics |= state_metrics(states, rollouts, reward, value, advantage, accepted)
     if opened.base_reward is not None:
         metrics |= restart_metrics(states, base, rollouts)
     metrics |= cost_metrics(opened.costs)
@@ -276,6 +286,7 @@ def train_step(
 
     Raises:
       SamplingError: the batch is not full after `credit.max_rounds` rounds.
+      NotFiniteError: tokens were drawn from logits that are not finite.
       Interrupted: the run is asked to stop, and `state` is untouched.
     """
     config, watch, started = run.config, Stopwatch(), time.perf_counter()
@@ -285,12 +296,10 @@ def train_step(
     sample, waiting, sampler_params, ahead = None, carried, None, None
     while groups.count(waiting) < wanted:
         if len(rounds) == config.credit.max_rounds:
+            late = count_timed_out(run, timed_out)
             raise SamplingError(
-                f"step {step}: {len(rounds)} rounds gave {groups.count(waiting)} of {wanted} states "
-                f"that carry a gradient (the other states' rollouts were all right or all wrong; mean "
-                f"reward at the root {np.mean([r['reward/root_mean'] for r in rounds]):.3f}). Choose an "
-                "easier or harder task, raise explore.rollouts, rollout.queries or credit.max_rounds, or "
-                "lower optimizer.batch_states."
+                f"step {step}: {len(rounds)} rounds gave {groups.count(waiting)} of {wanted} states that "
+                f"carry a gradient. {no_signal(config, rounds, late)}"
             )
         if sampler_params is None:
             sampler_params = run.sampling_params(state.params)
@@ -325,8 +334,7 @@ def train_step(
     generated = progress.tokens_generated + told.get("tokens/generated", 0)
     told |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
     if rounds:
-        here = np.array([run.verifier.pool.timed_out - timed_out])
-        told["reward/timed_out"] = int(run.hosts.add_up(here, "answers that timed out")[0])
+        told["reward/timed_out"] = count_timed_out(run, timed_out)
     told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
     skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
     progress = dataclasses.replace(
@@ -335,26 +343,58 @@ def train_step(
     return state, carried, progress, told, sample
 
 
-def round_metrics(
-    base: Rollouts,
-    base_reward: np.ndarray,
-    states: States,
-    value: np.ndarray,
-    alpha: np.ndarray,
-    accepted: np.ndarray,
-) -> Metrics:
+def count_timed_out(run: Run, before: int) -> int:
+    """Answers on which the scorers of all hosts ran out of time.
+
+    Args:
+      before: that it had on this host when the count began.
+    """
+    here = np.array([run.verifier.pool.timed_out - before])
+    return int(run.hosts.add_up(here, "answers that timed out")[0])
+
+
+def round_metrics(base: Rollouts, base_reward: np.ndarray, states: States, alpha: np.ndarray) -> Metrics:
     """Metrics that a round of every algorithm has; `base` are answers sampled from the query alone."""
     tokens = int(base.length.sum())
     return {
-        "reward/root_mean": root_mean(states, value),
         "reward/base_mean": float(base_reward.mean()),
         "entropy/mean": float(base.entropy.sum() / max(tokens, 1)),
         "response/length": float(base.length.mean()),
         "response/cut": float(1.0 - base.stopped.mean()),
-        "value/mean": float(value[states.valid].mean()),
         "modulation/mean": float(alpha[states.valid].mean()),
+    }
+
+
+def state_metrics(
+    states: States,
+    rollouts: Rollouts,
+    reward: np.ndarray,
+    value: np.ndarray,
+    advantage: np.ndarray,
+    accepted: np.ndarray,
+) -> Metrics:
+    """Metrics of a round's states: of all of them, and those named `accepted` of those that are trained on.
+
+    Args:
+      rollouts: on the host, [N, J x M, S] leaves, state-major.
+      reward, advantage: float32 [N, J, M]. value: float32 [N, J]. accepted: bool [N, J].
+    """
+    valid = states.valid
+    token = rollouts.token.reshape(*reward.shape, -1)
+    same = (token == token[:, :, :1]).all(axis=(2, 3))
+    taken = advantage[accepted]
+    nothing = float("nan")  # left out of the step's mean
+    return {
+        "reward/root_mean": root_mean(states, value),
+        "value/mean": float(value[valid].mean()),
+        "value/accepted_mean": float(value[accepted].mean()) if taken.size else nothing,
+        "advantage/accepted_mean": float(taken.mean()) if taken.size else nothing,
+        "advantage/accepted_std": float(taken.std()) if taken.size else nothing,
         "states/accepted": int(accepted.sum()),
-        "states/rejected": int((states.valid & ~accepted).sum()),
+        "states/rejected": int((valid & ~accepted).sum()),
+        "states/all_wrong": int((valid & (reward <= 0.0).all(axis=2)).sum()),
+        "states/all_right": int((valid & (reward >= 1.0).all(axis=2)).sum()),
+        "states/identical": int((valid & same).sum()),
     }
 
 
@@ -394,7 +434,9 @@ def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
     """
     metrics: Metrics = {}
     for name in rounds[0] if rounds else ():
-        values = [r[name] for r in rounds]
+        values = [r[name] for r in rounds if not np.isnan(r[name])]
+        if not values:
+            continue
         counted = name.startswith(("states/", "tokens/", "rows/", "flops/"))
         metrics[name] = sum(values) if counted else float(np.mean(values))
     reduce = {"ratio_max": np.max, "ratio_min": np.min, "abs_log_ratio_max": np.max}

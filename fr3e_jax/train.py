@@ -17,8 +17,9 @@ import numpy as np
 from etils import epath
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import Config, ConfigError, check, resolve, updates_of
+from fr3e_jax.config import Config, ConfigError, check, resolve, updates_of, without_effect
 from fr3e_jax.cost import utilisation
+from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.evaluation.answers import Ask, Respondent
@@ -60,13 +61,20 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, Corpus]:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = open_model(config.model.path).place(mesh)
     check(config, row_parts(mesh), model.config.context)
-    text = load_text(model.source, config.data.template)
+    text = load_text(model.source, config.data.template, config.rollout.stop)
+    if endless := text.endless():
+        raise ConfigError(f"data.template {config.data.template}: {endless} (rollout.stop)")
     corpus = make_corpus(config.data, config.seed, text, config.rollout.max_prompt)
     hosts = Hosts(mesh, config.distributed.timeout)
     hosts.require_same(corpus.checksum, "the problems of data.source")
     interruption = Interruption(hosts)
     engine = Engine(
-        model.graph, model.sampling, config.rollout.max_response, text.end_tokens, interruption.check
+        model.graph,
+        model.sampling,
+        config.rollout.max_response,
+        text.end_tokens,
+        interruption.check,
+        text.stops,
     )
     dtype = jnp.dtype(config.model.compute_dtype)
     optimizer = make_optimizer(config.optimizer, model.axes, updates_of(config))
@@ -94,10 +102,10 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, Corpus]:
     return run, model, state, corpus
 
 
-def evaluate(run: Run, params: Params, held_out: list[Problem]) -> Metrics:
+def evaluate(run: Run, params: Params, held_out: list[Problem], step: int) -> Metrics:
     """Greedy answers to the held-out problems: share right, share cut off, mean length in tokens."""
-    begun = time.perf_counter()
-    respondent = Respondent(run.engine, run.stream, run.verifier, run.config.evaluate.rows)
+    begun, where = time.perf_counter(), f"evaluation after step {step}"
+    respondent = Respondent(run.engine, run.stream, run.verifier, run.config.evaluate.rows, where)
     asks = [Ask(problem, number) for number, problem in enumerate(held_out)]
     batches = respondent.answers(run.sampling_params(params), asks, run.key(0), GREEDY)
     answers = [answer for batch in batches for answer in batch]
@@ -144,6 +152,8 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
         )
         if implied := differing(asdict(given), asdict(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
+        for line in without_effect(given):
+            reporter.say(line)
         for line in corpus.told:
             reporter.say(line)
         if progress.step:
@@ -151,7 +161,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
         try:
             if not progress.step:
                 reporter.say(f"the model sees, for example: {run.stream.text.seen(held_out[0].question)!r}")
-                reporter.step({"step": 0} | evaluate(run, state.params, held_out) | {"tokens/total": 0})
+                reporter.step({"step": 0} | evaluate(run, state.params, held_out, 0) | {"tokens/total": 0})
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
                     state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
@@ -161,7 +171,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
                     metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
                 every, last = config.evaluate.every, progress.step == config.steps
                 if last or (every and progress.step % every == 0):
-                    metrics |= evaluate(run, state.params, held_out)
+                    metrics |= evaluate(run, state.params, held_out, progress.step)
                 seconds = time.perf_counter() - started
                 progress = dataclasses.replace(progress, unreported=None, seconds=seconds)
                 metrics |= utilisation(metrics, run.placement.mesh.devices.flat)
@@ -250,7 +260,7 @@ def main() -> None:
             train(config, name)
         except (ConfigError, PlacementError, CheckpointError) as error:
             fail("train", error)
-        except (SamplingError, ScorerError, SkippedError, HostError, StorageError) as error:
+        except (SamplingError, NotFiniteError, ScorerError, SkippedError, HostError, StorageError) as error:
             fail("train", error, code=1)
         except KeyboardInterrupt:
             fail("train", "interrupted; with --run_dir DIR this run goes on from its last checkpoint", 130)

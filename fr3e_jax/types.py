@@ -61,6 +61,20 @@ class Rollouts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class StopTable:
+    """An automaton over tokens that recognises texts which end an answer.
+
+    Its states are numbers: 0, nothing of such a text, up to the last, in which one is complete and which is
+    never left. group: int32 [V], tokens that change every state alike have one number. following: int32
+    [states, groups], the state after a token of a group.
+    """
+
+    group: Leaf
+    following: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class States:
     """Where partial rollouts start: J states of each of N kept trajectories.
 

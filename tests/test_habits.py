@@ -156,11 +156,11 @@ def test_a_chat_template_that_ends_turns_otherwise_than_the_model_is_told_apart(
     one = Text(text.tokenizer, text.end_tokens, "plain")
     for template, chats in (
         (None, False),
-        ("{{ m.content }}<|im_end|>", False),
+        ("{{ m.content }};", False),
         (f"{{{{ m.content }}}}{END}", True),
         ("{{ m.content + eos_token }}", True),
     ):
-        one.tokenizer.chat_template = template
+        one.tokenizer.chat_template = template and f"{{% for m in messages %}}{template}{{% endfor %}}"
         assert one.chats == chats
 
 

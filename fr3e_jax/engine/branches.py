@@ -18,10 +18,11 @@ from jax import Array
 
 from fr3e_jax.engine.sampler import Drawn, Sampling, draw, draw_uniform
 from fr3e_jax.engine.seats import Seats
+from fr3e_jax.engine.stops import is_complete, state_after
 from fr3e_jax.models.attention import Part, Partial, Segment, attend_part, join
 from fr3e_jax.models.qwen2 import Qwen2
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.types import Rollouts
+from fr3e_jax.types import Rollouts, StopTable
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +33,8 @@ class Branches:
     token: int32 [N, C], last token of each branch's state. position: int32 [N, C], its place in the whole
     sequence. context: segments that the branches of a trajectory share: key, value [L, N, K, S, D], length
     int32 [N, C]. limit: int32 [N, C], most tokens that a branch may draw; 0 leaves it empty. key: PRNG
-    keys [N, C].
+    keys [N, C]. stops: texts that end an answer, or None. begun: int32 [N, C], its state for each branch's
+    state, or None.
     """
 
     token: Array
@@ -40,6 +42,8 @@ class Branches:
     context: tuple[Segment, ...]
     limit: Array
     key: Array
+    stops: StopTable | None = None
+    begun: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +55,7 @@ class Decoding:
     token to run next. own: the rows' own segment: key, value [L, P, K, R x S, D], for the R rows of each of
     the P parts of the mesh S slots one after the other, length int32 [] of all rows. row_steps: int32 [],
     rows decoded so far, added up over steps: what `rollouts.length` would add up to if no row ever idled.
+    begun: int32 [N, C], how much of a stop text each branch ends with (`StopTable`), or None without any.
 
     R x S is one axis, so that it can be divided anew in place.
     """
@@ -60,6 +65,7 @@ class Decoding:
     last: Array
     own: Segment
     row_steps: Array
+    begun: Array | None = None
 
 
 def pick(x: Array, index: Array) -> Array:
@@ -198,7 +204,8 @@ def start_branches(
     )
     size = rows * slots
     own = Segment(empty_cache(model, placement, size), empty_cache(model, placement, size), jnp.int32(0))
-    return Decoding(by_row(placement, empty), branches.limit > 0, branches.token, own, jnp.int32(0))
+    running = branches.limit > 0
+    return Decoding(by_row(placement, empty), running, branches.token, own, jnp.int32(0), branches.begun)
 
 
 CACHE_AXES = ("layer", "batch", "kv_heads", None, "head_dim")
@@ -267,7 +274,8 @@ def advance_branches(
       until: int32 [], at most `window`.
       leave: int32 []; as soon as no part has more running branches, return.
       window: slots of the branch cache that are read.
-      end_tokens: a branch stops after drawing one of these; it belongs to the answer.
+      end_tokens: a branch stops after drawing one of these; it belongs to the answer. It also stops where
+        a stop text is complete.
     """
     ends = jnp.asarray(end_tokens, jnp.int32)[None, None]
     rows = Rows(placement, seats)
@@ -302,7 +310,11 @@ def advance_branches(
             value = jnp.where(running, value, 0)[..., None]
             return jax.lax.dynamic_update_slice(buffer, value, (0, 0, slot))
 
-        ended = running & jnp.any(drawn.token[..., None] == ends, axis=-1)
+        ends_here, begun = jnp.any(drawn.token[..., None] == ends, axis=-1), before.begun
+        if branches.stops is not None and begun is not None:
+            begun = state_after(branches.stops, begun, drawn.token)
+            ends_here |= is_complete(branches.stops, begun)
+        ended = running & ends_here
         rollouts = Rollouts(
             token=write(rollouts.token, drawn.token),
             logprob=write(rollouts.logprob, drawn.logprob),
@@ -312,9 +324,8 @@ def advance_branches(
             stopped=rollouts.stopped | ended,
         )
         running = running & ~ended & (rollouts.length < branches.limit)
-        return Decoding(
-            by_row(placement, rollouts), running, drawn.token, own, before.row_steps + parts * count
-        )
+        row_steps = before.row_steps + parts * count
+        return Decoding(by_row(placement, rollouts), running, drawn.token, own, row_steps, begun)
 
     def unfinished(decoding: Decoding) -> Array:
         fullest = jnp.max(jnp.sum(decoding.running.reshape(parts, -1), axis=1))

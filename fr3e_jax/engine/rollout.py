@@ -28,10 +28,11 @@ from fr3e_jax.engine.branches import (
 )
 from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.engine.seats import Ladder, Seats, first_slots, take_seats
+from fr3e_jax.engine.stops import states_along
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.qwen2 import Params, Qwen2
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.types import Queries, Rollouts, States
+from fr3e_jax.types import Queries, Rollouts, States, StopTable
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +55,7 @@ class Engine:
     """The rollouts of one model on one mesh.
 
     max_new: most tokens of a response. end_tokens: a branch stops after drawing one of these. between: called
-    before each program of a decoding, and may end it with an exception.
+    before each program of a decoding, and may end it with an exception. stops: texts that end a branch too.
     """
 
     graph: nnx.GraphDef[Qwen2]
@@ -62,6 +63,7 @@ class Engine:
     max_new: int
     end_tokens: tuple[int, ...]
     between: Callable[[], None] = lambda: None
+    stops: StopTable | None = None
 
     def first_return(
         self,
@@ -154,6 +156,8 @@ class Engine:
             context=(query_segment._replace(length=position),),
             limit=jnp.full(shape, self.max_new, jnp.int32),
             key=branch_keys(seed_key, step, queries.index, number),
+            stops=self.stops,
+            begun=None if self.stops is None else jnp.zeros(shape, jnp.int32),
         )
         return branches, self.start(model, branches)
 
@@ -187,6 +191,12 @@ class Engine:
             take_trajectory(caches.base.value, caches, states, per_part),
             per_branch(states.prefix_length),
         )
+        begun = None
+        if self.stops is not None:
+            begun = jnp.take_along_axis(
+                states_along(self.stops, states.response), states.prefix_length, axis=1
+            )
+            begun = per_branch(begun)
         before = jnp.take_along_axis(states.response, jnp.maximum(states.prefix_length - 1, 0), axis=1)
         last = jnp.take_along_axis(queries.token[states.query], query_length - 1, axis=1)
         token = jnp.where(states.prefix_length > 0, before, last)
@@ -202,6 +212,8 @@ class Engine:
             context=(query_segment, base_segment),
             limit=per_branch(limit),
             key=branch_keys(seed_key, step, queries.index[states.query], number),
+            stops=self.stops,
+            begun=begun,
         )
         return branches, self.start(model, branches)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jax import Array
 
+from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.host.data import QueryStream
@@ -49,12 +50,16 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Respondent:
-    """A model that is asked problems, `rows` of them at a time, whichever benchmark they are of."""
+    """A model that is asked problems, `rows` of them at a time, whichever benchmark they are of.
+
+    where: in a message, what is asked.
+    """
 
     engine: Engine
     stream: QueryStream
     verifier: Verifier
     rows: int
+    where: str = "evaluation"
 
     def answers(
         self, params: Params, asks: Sequence[Ask], key: Array, sampling: Sampling
@@ -71,6 +76,9 @@ class Respondent:
 
         Yields:
           The answers to the next `rows` of `asks`, the last time to what is left.
+
+        Raises:
+          NotFiniteError: tokens were drawn from logits that are not finite.
         """
         before = None
         for start in range(0, len(asks), self.rows):
@@ -80,7 +88,9 @@ class Respondent:
             index = np.array([ask.number * MOST_SAMPLES + ask.sample for ask in padded], np.int32)
             placed = self.engine.placement.place_rows(dataclasses.replace(queries, index=index))
             rollouts, _ = self.engine.sample(params, placed, key, 0, 1, sampling)
-            after = self.judge(gather(rollouts), batch)
+            rollouts = gather(rollouts)
+            require_finite(rollouts, self.where)
+            after = self.judge(rollouts, batch)
             if before is not None:
                 yield before()
             before = after
@@ -94,12 +104,13 @@ class Respondent:
         right.
         """
         count, first = len(asks), is_first()
-        lengths = rollouts.length[:count, 0].tolist()
+        lengths = self.stream.text.trimmed(rollouts).length[:count, 0].tolist()
         stopped = rollouts.stopped[:count, 0].tolist()
         texts = [""] * count
         verdicts: Callable[[], list[Verdict]] = lambda: [WRONG] * count  # noqa: E731
         if first:
-            texts = self.verifier.text.decode([rollouts.token[i, 0, :n] for i, n in enumerate(lengths)])
+            rows = [rollouts.token[i, 0, : rollouts.length[i, 0]] for i in range(count)]
+            texts = self.verifier.text.answers(rows, stopped)
             verdicts = self.verifier.begin(texts, [ask.problem for ask in asks])
 
         def result() -> list[Answer]:

@@ -1,11 +1,13 @@
 """Tokens <-> text: the tokenizer of a checkpoint, its end tokens, and prompt templates."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -14,7 +16,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.host.stops import cut, make_table, token_bytes
 from fr3e_jax.models.hf import read_json
+from fr3e_jax.types import Rollouts, States, StopTable
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -22,6 +26,7 @@ CHAT_TEMPLATES = ("chat", "boxed_chat")
 BOXED_TEMPLATES = ("boxed", "boxed_chat")
 TEMPLATES = ("plain", "chat", *BOXED_TEMPLATES)
 PLACE = "{question}"
+PROBE, ANSWER_PROBE = "2+2?", "The answer is 4."  # to see what a chat template makes of a conversation
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."  # paper
 
 
@@ -29,12 +34,14 @@ INSTRUCTION = r"Please reason step by step, and put your final answer within \bo
 class Text:
     """A tokenizer with what a run needs of it.
 
-    end_tokens: every token that ends an answer, from the checkpoint's files.
+    end_tokens: every token that ends an answer, from the checkpoint's files. stop: texts that end an answer
+    too, and do not belong to it.
     """
 
     tokenizer: Any
     end_tokens: tuple[int, ...]
     template: str
+    stop: tuple[str, ...] = ()
 
     @property
     def chats(self) -> bool:
@@ -42,8 +49,71 @@ class Text:
 
         Tokenizers of base models have one too, whose turns their model does not end.
         """
-        template, end = self.tokenizer.chat_template or "", self.tokenizer.eos_token
-        return "eos_token" in template or (end is not None and end in template)
+        after = self.behind_a_turn
+        if after is None:
+            return False
+        ends = set(self.tokenizer.encode(after, add_special_tokens=False)) & set(self.end_tokens)
+        return bool(ends) or any(text in after for text in self.stop)
+
+    @property
+    def behind_a_turn(self) -> str | None:
+        """What the chat template writes behind an answer, or None where it cannot be told."""
+        if not self.tokenizer.chat_template:
+            return None
+        roles = ("user", PROBE), ("assistant", ANSWER_PROBE), ("user", PROBE)
+        messages = [{"role": role, "content": content} for role, content in roles]
+        try:
+            whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # of the template, which may refuse such a conversation
+            return None
+        return whole.rpartition(ANSWER_PROBE)[2] if ANSWER_PROBE in whole else None
+
+    def endless(self) -> str | None:
+        """What is wrong with a chat template whose turns the model does not end, and what to do; or None."""
+        if self.template not in CHAT_TEMPLATES or self.chats or self.behind_a_turn is None:
+            return None
+        ends = self.tokenizer.convert_ids_to_tokens(list(self.end_tokens))
+        return (
+            f"the chat template writes {self.behind_a_turn[:40]!r} behind an answer, without an end token of "
+            f"the model ({', '.join(ends)}), as those of base models do: its answers would go on to the "
+            "length limit. Use the template boxed or plain, or name what ends a turn as a stop text"
+        )
+
+    @functools.cached_property
+    def pieces(self) -> list[bytes]:
+        """What each id adds to a text."""
+        return token_bytes(self.tokenizer)
+
+    @functools.cached_property
+    def stops(self) -> StopTable | None:
+        """What finds the stop texts while an answer is generated, or None if there are none."""
+        return make_table(self.pieces, self.stop) if self.stop else None
+
+    def trimmed(self, rollouts: Rollouts, states: States | None = None) -> Rollouts:
+        """Rollouts without their stop texts; at least one token of each is kept.
+
+        Args:
+          rollouts: on the host, [N, C, S] leaves; of J x M branches, state-major, where there are states.
+          states: on the host, whose prefixes a stop text may begin in.
+        """
+        if not self.stop:
+            return rollouts
+        ended = np.take_along_axis(rollouts.token, np.maximum(rollouts.length - 1, 0)[..., None], axis=2)
+        by_text = rollouts.stopped & ~np.isin(ended[..., 0], self.end_tokens)
+        length = np.array(rollouts.length)
+        for n, c in np.argwhere(by_text).tolist():
+            before: list[int] = []
+            if states is not None:
+                j = c // (length.shape[1] // states.valid.shape[1])
+                before = states.response[n, : states.prefix_length[n, j]].tolist()
+            own = rollouts.token[n, c, : length[n, c]].tolist()
+            length[n, c] = max(1, cut(self.pieces, before + own, self.stop)[0] - len(before))
+        kept = np.arange(rollouts.token.shape[2]) < length[..., None]
+
+        def short(x: Any) -> Any:
+            return np.where(kept, x, 0).astype(x.dtype) if x.ndim == 3 else x
+
+        return dataclasses.replace(jax.tree.map(short, rollouts), length=length)
 
     def rendered(self, question: str) -> str:
         """What the model sees of a question, as text."""
@@ -72,23 +142,43 @@ class Text:
         rendered = [self.rendered(question) for question in questions]
         return [len(ids) for ids in self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
 
+    def answers(self, rows: Sequence[Any], stopped: Sequence[bool]) -> list[str]:
+        """Whole responses as the text that is judged: up to a stop text, if one ended it.
+
+        Args:
+          rows: ids of each, as they were sampled.
+          stopped: whether each came to an end.
+        """
+        tails = [b""] * len(rows)
+        if self.stop:
+            rows = list(rows)
+            for i, (row, end) in enumerate(zip(rows, stopped, strict=True)):
+                if end and row[-1] not in self.end_tokens:
+                    kept, tails[i] = cut(self.pieces, list(row), self.stop)
+                    rows[i] = row[:kept]
+        texts = zip(self.decode(rows), tails, strict=True)
+        return [text.removesuffix(tail.decode(errors="replace")) for text, tail in texts]
+
     def decode(self, rows: Sequence[Any]) -> list[str]:
         """Responses (sequences of ids) as text, special tokens left out."""
         # transformers makes one empty text of no rows.
         return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True)) if len(rows) else []
 
 
-def load_text(directory: Path, template: str) -> Text:
+def load_text(directory: Path, template: str, stop: Sequence[str] = ()) -> Text:
     """Read the tokenizer of a checkpoint directory.
 
     Args:
       directory: of the checkpoint.
       template: one of TEMPLATES, or a text with {question} in it.
+      stop: texts that end an answer.
 
     Raises:
-      ConfigError: it is none of these; there is no tokenizer, no end token, or no chat template where one is
-        asked for.
+      ConfigError: the template is none of these, or a stop text is empty; there is no tokenizer, no end
+        token, or no chat template where one is asked for.
     """
+    if not all(stop):
+        raise ConfigError("a stop text is empty; leave it out")
     if template not in TEMPLATES and PLACE not in template:
         raise ConfigError(
             f"data.template {template!r} is none of {', '.join(TEMPLATES)}, and has no {PLACE} in it"
@@ -98,7 +188,7 @@ def load_text(directory: Path, template: str) -> Text:
         raise ConfigError(
             f"the tokenizer of {directory} has no chat template; use --data.template plain, or generate --raw"
         )
-    return Text(tokenizer, end_tokens(directory), template)
+    return Text(tokenizer, end_tokens(directory), template, tuple(stop))
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -124,12 +214,14 @@ def known_ids(directory: Path, vocabulary: int) -> tuple[tuple[int, int], ...]:
       vocabulary: rows of the embedding.
 
     Returns:
-      Ranges [first, end).
+      Ranges [first, end). None of a directory without tokenizer, with which text cannot be read anyway.
 
     Raises:
       ConfigError: the embedding lacks ids of the tokenizer, or the padding token; or an end token is none
         of the tokenizer's.
     """
+    if not (directory / TOKENIZER_FILE).is_file():
+        return ()
     names = {id: name for name, id in read_tokenizer(directory).get_vocab().items()}
     ids = np.array(sorted(names))
     if beyond := [f"{names[id]!r} ({id})" for id in ids[ids >= vocabulary].tolist()]:

@@ -47,7 +47,7 @@ class Verifier:
           A function that waits for them, float32 [len(answers)], in [0, 1].
         """
         config = self.config
-        texts = self.text.decode(answers)
+        texts = self.text.answers(answers, stopped)
         counts = np.array(stopped, bool) | (config.cut == "judged")
         judged = [i for i in np.flatnonzero(counts).tolist() if config.answer > 0]
         verdicts = self.begin([texts[i] for i in judged], [problems[i] for i in judged])
