@@ -205,7 +205,7 @@ def test_a_command_cuts_the_answer_it_shows():
 
 @pytest.mark.slow
 def test_a_run_trains_on_answers_that_end_by_text(tmp_path):
-    """They are cut before the sum, and rewarded for a carry; a resumed run must have the same stop texts."""
+    """They are cut before the sum and rewarded for a carry. A resumed run must have the same stop texts."""
     flags = [
         *SMALL,
         f"--run_dir={tmp_path}",
@@ -213,12 +213,12 @@ def test_a_run_trains_on_answers_that_end_by_text(tmp_path):
         "--reward.format=1",
         "--reward.pattern=,1;",
     ]
-    done = call("train", *flags, "--steps=2", '--rollout.stop=["="]')
+    done = call("train", *flags, "--steps=2", '--rollout.stop=[";="]')
     assert done.returncode == 0, done.stderr
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     written = [text for sample in samples for text in (sample["prefix"], *sample["continuations"])]
-    assert len(written) == 6 and any(";" in text for text in written)
-    assert not any("=" in text for text in written)
+    assert len(written) == 6 and any(",1;" in text for text in written)
+    assert not any(";=" in text for text in written)
     assert {reward for sample in samples for reward in sample["rewards"]} == {0.0, 1.0}
     last = metrics(tmp_path)[-1]
     assert last["response/cut"] == 0.0 and last["update/abs_log_ratio"] < 0.1
