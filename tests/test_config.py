@@ -18,6 +18,7 @@ from fr3e_jax.config import (
     check,
     dump,
     resolve,
+    without_effect,
 )
 
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -374,6 +375,8 @@ def test_what_can_run_is_not_refused():
         ({"loss__clip_high": -0.1}, ["loss.clip_high"]),
         ({"loss__dual_clip": 1.0}, ["loss.dual_clip", "null"]),
         ({"loss__kl_coefficient": -0.1}, ["loss.kl_coefficient"]),
+        ({"rollout__top_k": 1}, ["rollout.top_k", "one token"]),
+        ({"rollout__max_response": 1}, ["rollout.max_response", "reward.cut"]),
         ({"credit__max_rounds": 0}, ["credit.max_rounds"]),
         ({"checkpoint__every": 0}, ["checkpoint.every"]),
         ({"checkpoint__keep": 0}, ["checkpoint.keep"]),
@@ -390,6 +393,27 @@ def test_what_cannot_run_is_refused_in_one_line(settings, named):
     assert "\n" not in message
     for part in named:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({}, []),
+        ({"algorithm": "grpo", "explore__rule": "random"}, ["explore.rule"]),
+        ({"algorithm": "grpo++", "credit__sharpen": True, "explore__rollouts": 8}, ["credit.sharpen"]),
+        ({"algorithm": "grpo", "loss__clip_high": 0.5, "loss__clip_low": 0.1}, ["loss.clip_high"]),
+        ({"credit__sharpen": True, "explore__rule": "random"}, []),
+        ({"credit__sharpen": True, "credit__modulation": "none"}, ["credit.sharpen"]),
+        ({"optimizer__final_rate_share": 0.1}, ["optimizer.final_rate_share"]),
+        ({"optimizer__final_rate_share": 0.1, "optimizer__schedule": "cosine"}, []),
+        ({"reward__pattern": "x"}, ["reward.pattern"]),
+        ({"reward__pattern": "x", "reward__format": 0.1}, []),
+        ({"optimizer__minibatches": 1, "loss__clip_low": 0.1}, ["loss.clip_low"]),
+    ],
+)
+def test_settings_that_change_nothing_are_told(settings, named):
+    told = without_effect(changed(Config(), **settings))
+    assert [line.split(" has no effect: ")[0] for line in told] == named
 
 
 # --- shipped files
