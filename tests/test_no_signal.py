@@ -1,4 +1,4 @@
-"""What keeps a run from learning is told by its cause: at the start where it is known, else as it was seen."""
+"""What keeps a run from learning is told by its cause: at the start if it is known, else as it was seen."""
 
 import json
 import shutil
