@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 import jsonargparse
 
 from fr3e_jax.config import PACKAGE, ConfigError
+from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
 ConfigT = TypeVar("ConfigT")
 
@@ -49,6 +50,8 @@ def parse(
 ) -> tuple[ConfigT, str]:
     """Parse the command line of a command; a mistake in it is one line and exit code 2.
 
+    Every command begins here, so that none starts the library of a TPU that is not there.
+
     Args:
       config_class: frozen dataclass of the command.
       command: name of the module that is run.
@@ -58,6 +61,7 @@ def parse(
     Returns:
       (the configuration, the stem of the config file).
     """
+    leave_out_absent_tpu()
     argv = spell_out(config_class, list(sys.argv[1:] if argv is None else argv))
     flags = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
     if default is not None and not flags:

@@ -38,14 +38,23 @@ from fr3e_jax.evaluation.record import (
     Writer,
     check_comparison,
     held_settings,
+    note_resolved,
     open_directory,
     without_done,
 )
-from fr3e_jax.evaluation.report import compare, comparison_table, read_answers, scores_of, summarize, table
+from fr3e_jax.evaluation.report import (
+    asked_of,
+    compare,
+    comparison_table,
+    read_answers,
+    scores_of,
+    summarize,
+    table,
+)
 from fr3e_jax.evaluation.suites import Benchmark, benchmarks_of
 from fr3e_jax.host.compilation import keep_compiled
 from fr3e_jax.host.data import QueryStream, padded_width
-from fr3e_jax.host.model import PlacedModel, compute_type, open_model
+from fr3e_jax.host.model import Model, PlacedModel, compute_type, open_model
 from fr3e_jax.host.problems.corpus import checksum, judging_problems, judging_source
 from fr3e_jax.host.progress import bars
 from fr3e_jax.host.scoring.pool import ScoringPool
@@ -93,9 +102,11 @@ class EvaluationConfig:
     limit: int = 0
     """Take the first so many problems of each benchmark; 0 takes all."""
     rows: int = 64
-    """Answers decoded at a time, of any problems; bounds memory."""
+    """Answers decoded at a time, of any problems; bounds memory. In bfloat16 an answer now and then differs
+    with other rows."""
     seed: int = 0
-    """An answer is a function of it, its problem and its sample's number."""
+    """The random numbers of an answer are a function of it, its problem and its sample's number; in float32
+    so is the answer."""
     out: str | None = None
     """Directory for answers and table; by default runs/evaluate-TIME. One that holds an evaluation that was
     ended goes on."""
@@ -225,7 +236,17 @@ def ask_all(
     console: Console,
 ) -> None:
     """Load the model, and append its answers as they come."""
-    named, model, params, text = load(config, hosts.mesh)
+    found, text = find_asked(config)
+    resolved = {
+        "model": config.model if is_run(location(config.model)) else found.name,
+        "source": found.name,
+        "template": text.template,
+        "stop": list(text.stop),
+        "compute_dtype": compute_type(config.compute_dtype).name,
+    }
+    if is_first():
+        note_resolved(directory, resolved)
+    model, params = load(config, found, hosts.mesh)
     asks = [ask for some in missing.values() for ask in some]
     scorers = sorted({ask.problem.scorer for ask in asks})
     pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))
@@ -240,22 +261,31 @@ def ask_all(
     }
     names, on = ", ".join(one.name for one in respondents), jax.default_backend()
     console.print(
-        f"{named} | {names} | mesh {dict(hosts.mesh.shape)} on {on} | answers to {directory}", markup=False
+        f"{asked_of(resolved | {'step': config.step})} | {names} | mesh {dict(hosts.mesh.shape)} on {on} | "
+        f"answers to {directory}",
+        markup=False,
     )
     if endless := text.endless():
         console.print(f"template {text.template}: {endless} (stop)", markup=False)
     console.print(f"the model sees, for example: {text.seen(asks[0].problem.question)!r}", markup=False)
     key = jax.random.key(config.seed)
     try:
-        with bars(console, disable=not is_first()) as progress, Writer(directory / ANSWERS) as writer:
+        writing = Writer(directory / ANSWERS, text.seen)
+        with bars(console, disable=not is_first()) as progress, writing as writer:
             for benchmark, respondent in respondents.items():
                 wanted = missing[benchmark]
                 temperature = benchmark.temperature if config.temperature < 0 else config.temperature
                 sampling = Sampling(temperature, config.top_k, config.top_p)
+                settings = resolved | {
+                    "step": config.step,
+                    **dataclasses.asdict(sampling),
+                    "max_response": config.max_response,
+                    "seed": config.seed,
+                }
                 bar = progress.add_task(benchmark.name, total=len(wanted))
                 begun, at = time.perf_counter(), 0
                 for answers in respondent.answers(params, wanted, key, sampling):
-                    writer.write(benchmark.name, wanted[at : at + len(answers)], answers)
+                    writer.write(benchmark.name, wanted[at : at + len(answers)], answers, settings)
                     at += len(answers)
                     progress.update(bar, completed=at)
                 seconds = time.perf_counter() - begun
@@ -264,26 +294,34 @@ def ask_all(
         pool.close()
 
 
-def load(config: EvaluationConfig, mesh: Mesh) -> tuple[str, PlacedModel, Params, Text]:
-    """The model that is asked.
-
-    Returns:
-      (its name for people, the model, its parameters in the layout for sampling, its text).
-    """
-    dtype = compute_type(config.compute_dtype)
+def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
+    """The model that is asked, of a run the one that it began from, without weights; and its text."""
     run = location(config.model)
     template = None if config.template == "auto" else config.template
     if is_run(run):
-        model, trained, step = read_trained(run, config.step, None, mesh)
+        model = open_model(setting(run, "model", "path"))
         stop = config.stop if config.stop is not None else setting(run, "rollout", "stop")
-        text = load_text(model.source, template or setting(run, "data", "template"), stop)
-        params = sampling_cast(model.sampling, model.axes, trained, dtype)(trained)
-        return f"step {step} of {run}", model, params, text
-    model = open_model(config.model).place(mesh)
+        return model, load_text(model.source, template or setting(run, "data", "template"), stop)
+    model = open_model(config.model)
     text = load_text(model.source, template or "plain", config.stop or ())
     if template is None:
         text = dataclasses.replace(text, template="boxed_chat" if text.chats else "boxed")
-    return config.model, model, model.read_params(model.sampling, dtype), text
+    return model, text
+
+
+def load(config: EvaluationConfig, found: Model, mesh: Mesh) -> tuple[PlacedModel, Params]:
+    """The weights that are asked: a run's checkpoint, or those of the model that was found.
+
+    Returns:
+      (the model, its parameters in the layout for sampling).
+    """
+    dtype = compute_type(config.compute_dtype)
+    run = location(config.model)
+    if is_run(run):
+        model, trained, _ = read_trained(run, config.step, found.name, mesh)
+        return model, sampling_cast(model.sampling, model.axes, trained, dtype)(trained)
+    model = found.place(mesh)
+    return model, model.read_params(model.sampling, dtype)
 
 
 def stream_of(config: EvaluationConfig, context: int, verifier: Verifier, asks: Sequence[Ask]) -> QueryStream:
@@ -308,7 +346,13 @@ def tell(config: EvaluationConfig, directory: Path, console: Console) -> dict[st
     scores = scores_of(read_answers(directory / ANSWERS))
     summaries = [summarize(score) for score in scores.values()]
     console.print(table(summaries))
-    summary: dict[str, Any] = {"model": config.model, "seed": config.seed, "benchmarks": summaries}
+    told: dict[str, Any] = next((one["settings"] for one in summaries if one["settings"]), {})
+    summary: dict[str, Any] = {
+        "model": told.get("model", config.model),
+        "seed": config.seed,
+        **{name: told.get(name) for name in ("step", "source", "template", "stop", "compute_dtype")},
+        "benchmarks": summaries,
+    }
     place = location(str(directory / SUMMARY))
     write_atomically(place, json.dumps(summary, indent=2) + "\n")
     if config.compare:

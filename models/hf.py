@@ -128,11 +128,6 @@ def refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise CheckpointError(f"{file}: layer_types other than full_attention are not supported")
-    if (one := raw.get("rope_scaling")) and (two := raw.get("rope_parameters")) and one != two:
-        raise CheckpointError(
-            f"{file}: rope_scaling {json.dumps(one)[:80]} and rope_parameters {json.dumps(two)[:80]} are not "
-            "the same; keep one of them (rope_parameters is the newer name, and holds rope_theta too)"
-        )
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
         if not isinstance(rope, dict):
@@ -149,6 +144,28 @@ def refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
                 f"{file}: {name} of type {rope_type(rope)!r} has fields that are not supported: "
                 f"{', '.join(sorted(unknown))}"
             )
+    refuse_two_ropes(raw, file)
+
+
+def refuse_two_ropes(raw: dict[str, Any], file: Path) -> None:
+    """Refuse a file whose words for transformers 4 and for 5 say different things of the rotation."""
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+
+    def scaling(rope: dict[str, Any]) -> dict[str, Any]:
+        plain = {"type", "rope_theta"}
+        return {k: v for k, v in rope.items() if k not in plain} | {"rope_type": rope_type(rope)}
+
+    if old and new and scaling(old) != scaling(new):
+        raise CheckpointError(
+            f"{file}: rope_scaling {json.dumps(old)[:80]} and rope_parameters {json.dumps(new)[:80]} are not "
+            "the same; keep one of them (rope_parameters is the newer name, and holds rope_theta too)"
+        )
+    told = [rope["rope_theta"] for rope in (raw, old, new) if rope.get("rope_theta") is not None]
+    if any(theta != told[0] for theta in told):
+        raise CheckpointError(
+            f"{file}: rope_theta is {told[0]!r} and, in rope_scaling or rope_parameters, {told[-1]!r}; one "
+            "version of transformers reads the one and another the other, so make them the same"
+        )
 
 
 def rope_type(rope: dict[str, Any]) -> Any:
@@ -231,13 +248,26 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def config_json(config: Qwen2Config, eos: list[int], pad: int) -> dict[str, Any]:
-    """What config.json says for `config`, in the form that transformers 4 and 5 both read."""
+def config_json(
+    config: Qwen2Config, eos: list[int], pad: int | None, bos: int | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """What config.json says for `config`, in the words of transformers 4 and in those of 5.
+
+    Version 4 knows `rope_theta`, `rope_scaling` and `torch_dtype`, version 5 `rope_parameters` and `dtype`.
+
+    Args:
+      config: of the decoder.
+      eos: ids that end an answer.
+      pad: id that pads, or None.
+      bos: id that begins a text, or None.
+      dtype: type of the weights.
+    """
     flags = (config.qkv_bias, config.qk_norm)
     model_type = next(name for name, kind in KINDS.items() if (kind.qkv_bias, kind.qk_norm) == flags)
     rope_scaling = None
     if config.yarn is not None:
         rope_scaling = {"rope_type": "yarn", **dataclasses.asdict(config.yarn)}
+    rope = rope_scaling or {"rope_type": "default"}
     return {
         "architectures": [KINDS[model_type].architecture],
         "model_type": model_type,
@@ -250,7 +280,7 @@ def config_json(config: Qwen2Config, eos: list[int], pad: int) -> dict[str, Any]
         "sliding_window": None,
         "max_window_layers": config.num_hidden_layers,
         "rope_scaling": rope_scaling,
-        "bos_token_id": None,
+        "bos_token_id": bos,
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
         "pad_token_id": pad,
         "vocab_size": config.vocab_size,
@@ -262,8 +292,11 @@ def config_json(config: Qwen2Config, eos: list[int], pad: int) -> dict[str, Any]
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": config.rope_theta,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "dtype": dtype,
     }
 
 

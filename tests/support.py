@@ -126,7 +126,8 @@ def read(directory: Path, mesh: tuple[int, ...] = (1, 1, 1), dtype=jnp.float32) 
 def write(directory: Path, config: Qwen2Config, params: Params, **options) -> Path:
     """A checkpoint directory with config.json and weights of host parameters."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config_json(config, [1], 0)))
+    dtype = jnp.dtype(options.get("dtype", jnp.float32)).name
+    (directory / "config.json").write_text(json.dumps(config_json(config, [1], 0, dtype=dtype)))
     write_params(directory, placed(params, config), **options)
     return directory
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from support import run, two_processes
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import ConfigError, DataConfig, MeshConfig
 from fr3e_jax.evaluate import EvaluationConfig, evaluate
 from fr3e_jax.evaluation.record import ANSWERS, SETTINGS, SUMMARY
+from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.problems.additions import make_addition
 
 PROBLEMS, SAMPLES = 11, 3  # which no number of rows divides
@@ -77,7 +80,58 @@ def test_every_answer_is_written_once_with_its_verdict(done, suite):
     assert json.loads((out / SUMMARY).read_text()) == summary
 
 
-def test_answers_do_not_depend_on_rows_or_mesh(done, suite, tmp_path):
+def test_what_was_asked_of_whom_is_in_the_answers_the_summary_and_the_table(suite, tmp_path, capsys):
+    """`auto` and defaults as what they came to, and the prompt as the model saw it."""
+    template = "{question}"  # which is not its name, and adds nothing
+    changed = {"template": template, "temperature": -1.0, "compute_dtype": "auto", "samples": 1}
+    summary = evaluate(settings(suite, tmp_path / "e", **changed))
+    shown = capsys.readouterr().out
+    asked = {"model": "quickstart", "source": "quickstart", "step": None, "template": template}
+    asked |= {"compute_dtype": "float32", "stop": []}
+    drawn = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_response": 48, "seed": 0}  # a file's: greedy
+    for line in answers(tmp_path / "e"):
+        assert line["prompt"] == line["question"]
+        assert line["settings"] == asked | drawn
+    assert {name: summary[name] for name in asked} == asked
+    assert summary["benchmarks"][0]["settings"] == asked | drawn
+    assert (
+        shown.count("quickstart; template '{question}', float32") == 2
+    )  # before the first answer, and the table
+
+
+def test_a_prompt_is_written_as_the_model_saw_it(suite, tmp_path, monkeypatch):
+    """Special tokens of a chat template and what it adds, out of the tokens themselves."""
+    model = tmp_path / "model"
+    shutil.copytree(find_model("quickstart"), model)
+    file = model / "tokenizer_config.json"
+    chat = "{% for m in messages %}<pad>{{ m['content'] }}<eos>{% endfor %}1+"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": chat}))
+    changed = {"template": "chat", "model": str(model), "samples": 1, "max_response": 8}
+    evaluate(settings(suite, tmp_path / "e", **changed))
+    for line in answers(tmp_path / "e"):
+        assert line["prompt"] == f"<pad>{line['question']}<eos>1+"
+
+
+def test_an_evaluation_goes_on_only_where_its_settings_come_to_the_same(done, suite, tmp_path):
+    """An accelerator takes `auto` for another type; what it came to may be said instead."""
+    out = tmp_path / "evaluation"
+    shutil.copytree(done[0], out)
+    lines = (out / ANSWERS).read_bytes().splitlines(keepends=True)
+    held = yaml.safe_load((out / SETTINGS).read_text())
+    assert held["resolved"]["compute_dtype"] == "float32" and held["compute_dtype"] == "auto"
+    other = held | {"resolved": held["resolved"] | {"compute_dtype": "bfloat16"}}
+    (out / SETTINGS).write_text(yaml.safe_dump(other))
+    (out / ANSWERS).write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ConfigError, match=r"other settings of compute_dtype \('float32' now\)"):
+        evaluate(settings(suite, out))
+    with pytest.raises(ConfigError, match="other settings of compute_dtype"):
+        evaluate(settings(suite, out, compute_dtype="float32"))
+    assert (out / ANSWERS).read_bytes() == b"".join(lines[:-1])
+    (out / SETTINGS).write_text(yaml.safe_dump(held))
+    assert evaluate(settings(suite, out, compute_dtype="float32")) == done[1]
+
+
+def test_float32_answers_do_not_depend_on_rows_or_mesh(done, suite, tmp_path):
     evaluate(settings(suite, tmp_path / "other", rows=4, mesh=MeshConfig(fsdp=1, data=2, tensor=4)))
     ours, theirs = by_place(answers(tmp_path / "other")), by_place(answers(done[0]))
     assert {place: line["response"] for place, line in ours.items()} == {

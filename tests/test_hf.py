@@ -22,15 +22,38 @@ KIN = {
 
 @pytest.fixture
 def config_file(tmp_path):
-    """Writes TINY's config.json with changes; a change to `...` takes the field out."""
+    """Writes TINY's config.json with changes; a change to `...` takes the field out.
+
+    Where the rotation is changed, in the words of transformers 4 alone or of 5 alone.
+    """
 
     def write(config=TINY, **changes):
+        if changes.keys() & {"rope_theta", "rope_scaling"}:
+            changes = {"rope_parameters": ...} | changes
+        elif "rope_parameters" in changes:
+            changes |= {"rope_theta": ...}
         raw = config_json(config, [1], 0) | changes
         raw = {name: value for name, value in raw.items() if value is not ...}
         (tmp_path / "config.json").write_text(json.dumps(raw))
         return tmp_path
 
     return write
+
+
+@pytest.mark.parametrize("kin", KIN)
+@pytest.mark.parametrize(
+    "words", [("rope_theta", "rope_scaling", "torch_dtype"), ("rope_parameters", "dtype")], ids=["4", "5"]
+)
+def test_a_written_config_says_all_in_the_words_of_transformers_4_and_in_those_of_5(tmp_path, kin, words):
+    """Without the words of the other version, the same is read."""
+    raw = config_json(KIN[kin], [1, 5], 0, 3, "bfloat16")
+    both = {"rope_theta", "rope_scaling", "torch_dtype", "rope_parameters", "dtype"}
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in raw.items() if k not in both - {*words}})
+    )
+    assert read_config(tmp_path) == KIN[kin]
+    assert raw["dtype"] == raw["torch_dtype"] == "bfloat16"
+    assert (raw["eos_token_id"], raw["pad_token_id"], raw["bos_token_id"]) == ([1, 5], 0, 3)
 
 
 @pytest.mark.parametrize("kin", KIN)
@@ -114,6 +137,11 @@ def test_absent_fields_are_what_transformers_takes_them_for(config_file):
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
             },
             "rope_scaling.*and rope_parameters.*keep one",
+        ),
+        (  # as transformers 4 saves what 5 wrote
+            "qwen2",
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_theta is 10000.0 and.*1000000.0.*make them the same",
         ),
         ("qwen2", {"rope_scaling": {"rope_type": "yarn"}}, "lacks 'factor'"),
         ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "warp": 1}}, "not supported: warp"),

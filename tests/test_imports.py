@@ -26,7 +26,7 @@ ALLOWED = {
     "types": set(),
     "algorithm": {"types"},
     "config": {"algorithm"},
-    "cli": {"config"},
+    "cli": {"config", "parallel"},
     "cost": {"types", "models"},
     "hlo": set(),
     "parallel": {"types", "config"},

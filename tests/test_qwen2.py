@@ -30,7 +30,7 @@ SHAPE = {
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
     "bos_token_id": None,
-    "eos_token_id": None,
+    "eos_token_id": 96,
     "pad_token_id": 0,
 }
 ROPE = {"rope_type": "default", "rope_theta": 50_000.0}
@@ -131,7 +131,7 @@ def test_cached_greedy_decoding_equals_generate(torch_model):
 
 
 def test_an_export_is_what_transformers_reads_back(torch_model, tmp_path):
-    """Every tensor of every variant, bit for bit, from a sharded state."""
+    """Every tensor of every variant, bit for bit, from a sharded state; and the same logits, YaRN and all."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -141,6 +141,9 @@ def test_an_export_is_what_transformers_reads_back(torch_model, tmp_path):
     assert type(again) is type(model)
     for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+    token = torch.arange(1, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(token).logits, model(token).logits, rtol=0, atol=1e-5)
 
 
 def test_yarn_extends_the_context():

@@ -203,6 +203,48 @@ def test_a_comparison_is_that_of_a_hand_calculation(tmp_path):
     assert json.loads(json.dumps(row, allow_nan=False)) == row
 
 
+ASKED = {
+    "model": "runs/[a]",
+    "step": 3,
+    "source": "Org/Name@0f3",
+    "template": "boxed",
+    "compute_dtype": "float32",
+}
+
+
+def test_a_table_says_who_was_asked_and_how_once():
+    lines = answers("aime24", "1", settings=ASKED) + answers("amc23", "1", settings=ASKED)
+    found = [summarize(score) for score in scores_of(lines).values()]
+    assert [one["settings"] for one in found] == [ASKED, ASKED]
+    text = " ".join(shown(table(found)).split())
+    assert (
+        text.count("step 3 of runs/[a], begun from Org/Name@0f3; template 'boxed', stop ['###'], float32")
+        == 1
+    )
+    # Answers that were written before this was recorded say nothing.
+    assert summarize(only(answers("aime24", "1")))["settings"] == {}
+
+
+def test_answers_that_were_asked_in_two_ways_are_not_told_as_one():
+    lines = answers("aime24", "10", settings=ASKED)
+    lines[1] |= {"settings": ASKED | {"template": "chat", "compute_dtype": "bfloat16"}}
+    with pytest.raises(
+        ConfigError, match="aime24 are of two evaluations, with different compute_dtype, template"
+    ):
+        scores_of(lines)
+
+
+def test_a_comparison_says_what_was_asked_otherwise(tmp_path):
+    a = written(tmp_path / "a" / "answers.jsonl", answers("aime24", "1", settings=ASKED))
+    other = ASKED | {"template": "chat", "step": 4}  # whose answers are compared is no difference in asking
+    b = written(tmp_path / "b" / "answers.jsonl", answers("aime24", "1", settings=other))
+    (row,) = compare(a, b)
+    assert row["differ"] == {"template": ["boxed", "chat"]}
+    text = " ".join(shown(comparison_table([row], "a", "b")).split())
+    assert "asked otherwise: template is 'boxed' for a and 'chat' for b" in text
+    assert "asked otherwise" not in shown(comparison_table(compare(a, a), "a", "b"))
+
+
 def test_few_problems_decide_nothing(tmp_path):
     """Of five, 2 of 32 choices are as far: p is above .05, however clear it looks."""
     a = written(tmp_path / "a" / "answers.jsonl", answers("aime24", *["1"] * 5))

@@ -197,7 +197,7 @@ def test_a_type_that_contradicts_config_json_is_refused(tmp_path):
     """float16 and bfloat16 cannot be told apart by their bytes."""
     directory = write(tmp_path, UNTIED, tiny_params(UNTIED), dtype=jnp.bfloat16)
     raw = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float16"}))
+    (directory / "config.json").write_text(json.dumps(raw | {"dtype": "float16"}))
     refused(directory, "BF16", "float16")
     (directory / "config.json").write_text(json.dumps(raw | {"dtype": "float32"}))
     read(directory)

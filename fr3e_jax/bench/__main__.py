@@ -11,11 +11,13 @@ from fr3e_jax.bench.score import score
 from fr3e_jax.bench.update import update
 from fr3e_jax.cli import fail
 from fr3e_jax.config import ConfigError
+from fr3e_jax.parallel.devices import leave_out_absent_tpu
 from fr3e_jax.parallel.mesh import PlacementError
 
 
 def main() -> None:
     """Run a benchmark: tables for people, and JSON on stdout."""
+    leave_out_absent_tpu()
     arguments = [f"{argument}=true" if argument == "--json" else argument for argument in sys.argv[1:]]
     try:
         result = jsonargparse.auto_cli(

@@ -100,7 +100,7 @@ def write_random_checkpoint(directory: Path, shape: str, file_gb: float) -> None
 
     tensors = list(tensors_of(abstract_params(config)))
     write_tensors(directory, tensors, array_of, jnp.bfloat16, int(file_gb * 10**9))
-    raw = config_json(config, [1], 0) | {"torch_dtype": "bfloat16"}
+    raw = config_json(config, [1], 0, dtype="bfloat16")
     (directory / "config.json").write_text(json.dumps(raw))
 
 

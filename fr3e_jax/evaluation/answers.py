@@ -66,7 +66,9 @@ class Respondent:
     ) -> Iterator[list[Answer]]:
         """Answer in batches; while a batch is judged, the next one is sampled.
 
-        An answer is a function of (key, number, sample), whatever else it is asked with.
+        The random numbers of an answer are a function of (key, number, sample), whatever it is asked with. In
+        float32 so is the answer. In bfloat16 sums are rounded in the order of the program that is compiled
+        for the number of rows and the mesh, and a token that is nearly tied with another may fall otherwise.
 
         Args:
           params: in the layout for sampling.

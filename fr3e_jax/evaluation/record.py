@@ -1,11 +1,12 @@
 """An evaluation's directory: what was asked, and every answer, whole at whatever moment it is killed."""
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import yaml
@@ -17,6 +18,7 @@ from fr3e_jax.host.storage import location, write_atomically
 from fr3e_jax.parallel.hosts import Hosts, is_first
 
 ANSWERS, SETTINGS, SUMMARY = "answers.jsonl", "evaluation.yaml", "summary.json"
+RESOLVED = "resolved"  # in SETTINGS, what settings came to
 
 
 def open_directory(directory: Path, settings: dict[str, Any]) -> None:
@@ -33,16 +35,46 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> None:
     if not held:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(location(str(directory / SETTINGS)), yaml.safe_dump(settings, sort_keys=False))
+            write_settings(directory, settings)
         except OSError as error:
             raise ConfigError(f"--out {directory} cannot be written: {error}") from None
         return
-    changed = sorted(name for name in settings if held.get(name) != settings[name])
+    # What `auto` and a branch of the hub came to may also be said.
+    resolved = held.get(RESOLVED) or {}
+    changed = [name for name in settings if settings[name] not in (held.get(name), resolved.get(name))]
     if changed:
-        raise ConfigError(
-            f"{directory} holds an evaluation with other settings of {', '.join(changed)}; choose another "
-            f"--out, or restore them as its {SETTINGS} has them"
-        )
+        refuse(directory, changed)
+
+
+def note_resolved(directory: Path, resolved: dict[str, Any]) -> None:
+    """Write down what the settings came to, or go on where they come to the same as before.
+
+    Args:
+      directory: of the evaluation, which is open.
+      resolved: the model with its commit, what `auto` stands for, and the like.
+
+    Raises:
+      ConfigError: they came to something else when the evaluation was begun, on another machine perhaps.
+    """
+    held = held_settings(directory)
+    before = held.get(RESOLVED)
+    if before is None:
+        write_settings(directory, held | {RESOLVED: resolved})
+    elif changed := [f"{name} ({now!r} now)" for name, now in resolved.items() if before.get(name) != now]:
+        refuse(directory, changed)
+
+
+def refuse(directory: Path, changed: Sequence[str]) -> NoReturn:
+    """Say that a directory holds another evaluation."""
+    raise ConfigError(
+        f"{directory} holds an evaluation with other settings of {', '.join(sorted(changed))}; choose "
+        f"another --out, or restore them as its {SETTINGS} has them"
+    )
+
+
+def write_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Write what is asked of whom, whole or not at all."""
+    write_atomically(location(str(directory / SETTINGS)), yaml.safe_dump(settings, sort_keys=False))
 
 
 def held_settings(directory: Path) -> dict[str, Any]:
@@ -108,10 +140,14 @@ def without_done(
 
 
 class Writer:
-    """Appends answers to a file, as lines that are whole whenever the command is killed."""
+    """Appends answers to a file, as lines that are whole whenever the command is killed.
 
-    def __init__(self, path: Path) -> None:
+    path: of the file. seen: a question -> the prompt as the model sees it.
+    """
+
+    def __init__(self, path: Path, seen: Callable[[str], str]) -> None:
         self.path = path
+        self.seen = functools.cache(seen)  # each sample asks it again
         self.file: IO[bytes] | None = None
 
     def __enter__(self) -> "Writer":
@@ -126,8 +162,10 @@ class Writer:
         if self.file:
             self.file.close()
 
-    def write(self, benchmark: str, asks: Sequence[Ask], answers: Sequence[Answer]) -> None:
-        """Write answers, and see to it that they are on the disk."""
+    def write(
+        self, benchmark: str, asks: Sequence[Ask], answers: Sequence[Answer], settings: dict[str, Any]
+    ) -> None:
+        """Write answers with how they were asked for, and see to it that they are on the disk."""
         if self.file is None:
             return
         for ask, answer in zip(asks, answers, strict=True):
@@ -137,6 +175,8 @@ class Writer:
                 "sample": ask.sample,
                 "question": ask.problem.question,
                 "answer": ask.problem.answer,
+                "prompt": self.seen(ask.problem.question),
+                "settings": settings,
             }
             text = json.dumps(line | dataclasses.asdict(answer), ensure_ascii=False)
             # What a model writes may be no text: a lone half of a pair.

@@ -27,7 +27,11 @@ FIELDS = {
     "answer",
     "response",
 }
-"""What a line of answers.jsonl has."""
+"""What every line of answers.jsonl has. Newer ones have `prompt` too, what the model saw, and `settings`, how
+it was asked."""
+
+HOW_ASKED = ("template", "stop", "compute_dtype", "temperature", "top_k", "top_p", "max_response")
+"""Settings that two evaluations which are compared had better share."""
 
 LEVEL = 0.05  # a p-value of at most this decides
 MEAN, ALL = "mean", "all"
@@ -39,7 +43,7 @@ class Score:
 
     problems: their numbers, ascending. asked: question and answer of each. right, truncated: bool [problems,
     k]. extracted: [problems][k]. length: int [problems, k], tokens. left_out: answers of samples that some
-    problem lacks, as an evaluation that was ended has.
+    problem lacks, as an evaluation that was ended has. settings: how the model was asked, as the answers say.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Score:
     truncated: np.ndarray
     length: np.ndarray
     left_out: int
+    settings: dict[str, Any]
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +93,7 @@ def scores_of(lines: Iterable[dict[str, Any]]) -> dict[str, Score]:
     """Benchmark -> its score, in the order of their first answers.
 
     Raises:
-      ConfigError: the problems of a benchmark have no sample in common.
+      ConfigError: the problems of a benchmark have no sample in common, or were asked in two ways.
     """
     found: dict[str, dict[int, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
@@ -114,6 +119,7 @@ def summarize(score: Score) -> dict[str, Any]:
         "truncated": float(score.truncated.mean()),
         "length": float(score.length.mean()),
         "left_out": score.left_out,
+        "settings": score.settings,
     }
 
 
@@ -125,6 +131,8 @@ def table(summaries: Sequence[dict[str, Any]]) -> Table:
         for one in summaries
         if one["left_out"]
     ]
+    asked = dict.fromkeys(asked_of(one["settings"]) for one in summaries if one["settings"])
+    notes += [escape(told) for told in asked]
     shown = Table(title="right answers, %", caption="\n".join(notes))
     add_columns(shown, "benchmark", "n", "avg@k", "pass@k", "maj@k", "cut", "tokens")
     for one in summaries:
@@ -145,6 +153,14 @@ def table(summaries: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def asked_of(settings: dict[str, Any]) -> str:
+    """Who was asked and how, for people."""
+    step, source = settings["step"], settings["source"]
+    who = settings["model"] if step is None else f"step {step} of {settings['model']}, begun from {source}"
+    stop = f", stop {settings['stop']}" if settings["stop"] else ""
+    return f"{who}; template {settings['template']!r}{stop}, {settings['compute_dtype']}"
+
+
 def compare(path_a: Path, path_b: Path) -> list[dict[str, Any]]:
     """Whether one of two evaluations is better, on each benchmark and on all problems together.
 
@@ -160,18 +176,23 @@ def compare(path_a: Path, path_b: Path) -> list[dict[str, Any]]:
     if not both:
         raise ConfigError(f"{path_a} and {path_b} have no benchmark in common; evaluate both on one suite")
     pairs = {name: _paired(scores_a[name], scores_b[name]) for name in both}
-    rows = [_row(name, *pair) for name, pair in pairs.items()]
+    rows = [
+        _row(name, *pair) | {"differ": _differ(scores_a[name].settings, scores_b[name].settings)}
+        for name, pair in pairs.items()
+    ]
     if len(pairs) > 1:
-        rows.append(_row(ALL, *([row for pair in pairs.values() for row in pair[side]] for side in (0, 1))))
+        differ = {name: values for row in rows for name, values in row["differ"].items()}
+        each = ([row for pair in pairs.values() for row in pair[side]] for side in (0, 1))
+        rows.append(_row(ALL, *each) | {"differ": differ})
     return rows
 
 
 def comparison_table(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Table:
     """What a comparison says, for people."""
-    shown = Table(
-        title=f"a: {escape(name_a)}\nb: {escape(name_b)}",
-        caption="right answers, %; a - b with its 95% interval, and p of a sign-flip test, over problems",
-    )
+    notes = ["right answers, %; a - b with its 95% interval, and p of a sign-flip test, over problems"]
+    differ = {(name, *map(repr, values)): None for row in rows for name, values in row["differ"].items()}
+    notes += [escape(f"asked otherwise: {name} is {a} for a and {b} for b") for name, a, b in differ]
+    shown = Table(title=f"a: {escape(name_a)}\nb: {escape(name_b)}", caption="\n".join(notes))
     add_columns(shown, "benchmark", "n", "a", "b", "a - b", "p", "better")
     for row in rows:
         if row["benchmark"] == ALL:
@@ -218,7 +239,29 @@ def _score(name: str, problems: dict[int, dict[int, dict[str, Any]]]) -> Score:
         np.array(field("truncated"), bool),
         np.array(field("length"), np.int64),
         sum(len(of) for of in problems.values()) - len(numbers) * len(samples),
+        _settings(name, [line for row in lines for line in row]),
     )
+
+
+def _settings(name: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How a benchmark was asked; nothing where no line says it.
+
+    Raises:
+      ConfigError: some lines say otherwise than others.
+    """
+    told = [line["settings"] for line in lines if line.get("settings")]
+    for other in told:
+        if differing := sorted(key for key in other | told[0] if other.get(key) != told[0].get(key)):
+            raise ConfigError(
+                f"the answers to {name} are of two evaluations, with different {', '.join(differing)}; keep "
+                "those of one"
+            )
+    return told[0] if told else {}
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    """Setting -> its two values, of those that both say and that decide what an answer is worth."""
+    return {name: [a[name], b[name]] for name in HOW_ASKED if name in a and name in b and a[name] != b[name]}
 
 
 def _paired(a: Score, b: Score) -> tuple[list[np.ndarray], list[np.ndarray]]:

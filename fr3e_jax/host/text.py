@@ -21,7 +21,7 @@ from fr3e_jax.models.hf import read_json
 from fr3e_jax.types import Rollouts, States, StopTable
 
 GENERATION_FILE = "generation_config.json"
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATES = ("chat", "boxed_chat")
 BOXED_TEMPLATES = ("boxed", "boxed_chat")
 TEMPLATES = ("plain", "chat", *BOXED_TEMPLATES)
@@ -274,8 +274,21 @@ def pad_token(directory: Path) -> int | None:
 
     Nothing here is padded with it: masks come from lengths. It is what others read of an export.
     """
-    found = token_id(directory, "pad_token_id", "pad_token")
-    return found if isinstance(found, int) and found >= 0 else None  # -1 says that there is none
+    return one_id(directory, "pad_token_id", "pad_token")
+
+
+def begin_token(directory: Path) -> int | None:
+    """The id that begins a text, as the checkpoint's files say, or None where they say nothing.
+
+    Nothing here begins with it, but what others read of an export.
+    """
+    return one_id(directory, "bos_token_id", "bos_token")
+
+
+def one_id(directory: Path, id_field: str, token_field: str) -> int | None:
+    """An id that the checkpoint's files name, or None where they name none, or no id."""
+    found = token_id(directory, id_field, token_field)
+    return found if type(found) is int and found >= 0 else None  # -1 says that there is none
 
 
 def token_id(directory: Path, id_field: str, token_field: str) -> Any:
@@ -283,12 +296,17 @@ def token_id(directory: Path, id_field: str, token_field: str) -> Any:
     for name in (GENERATION_FILE, "config.json"):
         if (directory / name).is_file() and (found := read_json(directory / name).get(id_field)) is not None:
             return found
-    named = directory / "tokenizer_config.json"
-    token = read_json(named).get(token_field) if named.is_file() else None
+    token = read_tokenizer_config(directory).get(token_field)
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
         return None
     return Tokenizer.from_file(str(directory / TOKENIZER_FILE)).token_to_id(token)
+
+
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a checkpoint; nothing where there is none."""
+    file = directory / TOKENIZER_CONFIG
+    return read_json(file) if file.is_file() else {}
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
