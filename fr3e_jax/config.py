@@ -17,6 +17,7 @@ from fr3e_jax.algorithm.credit import FirstState, Modulation, RejectRule
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
 
 Algorithm = Literal["fr3e", "grpo", "grpo++"]
+BadRows = Literal["refuse", "drop"]
 PACKAGE = Path(__file__).parent
 QUICKSTART_MODEL = PACKAGE / "assets" / "quickstart"
 
@@ -96,6 +97,12 @@ class DataConfig:
     too_long: Literal["refuse", "drop"] = "refuse"
     """Queries of more than rollout.max_prompt tokens: end with an error, or leave them out and say how many
     (of data sets; of generated problems they are always refused)."""
+    bad_rows: BadRows = "refuse"
+    """Rows of data sets that hold no problem (empty, null, NaN, no box where answer_is asks for one), and
+    rows whose answer no response can ever be right for (a list written as text, `Answer: 70`; `seventy` for
+    the scorer numeric; no letter for choice). `refuse`: the first of the former ends the run with an error;
+    the latter are told, and are an error where they are more than a tenth. `drop`: all are left out and
+    counted. Nothing is left out of held_out_source."""
 
 
 @dataclasses.dataclass(frozen=True)

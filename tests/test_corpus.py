@@ -55,7 +55,7 @@ def test_a_held_out_source_leaves_all_of_the_others_to_training(text, files):
     found = corpus(text, files[0], held_out=7, held_out_source=files[1])
     assert len(found.tasks[0]) == 40 - 6  # of the seven, six are in the other file too
     assert [p.question for p in found.held_out] == [
-        p.question for p in judging_problems(SourceConfig(files[1]), 0, 7)
+        p.question for p in judging_problems(SourceConfig(files[1]), 0, 7)[0]
     ]
     assert found.told[0] == f"{files[0]}: 6 problems that are held out are left out of training"
     assert "of 7 held-out problems none shares" in found.told[1]

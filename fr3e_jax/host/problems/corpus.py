@@ -13,7 +13,7 @@ from fr3e_jax.host.problems.gym import GymTask
 from fr3e_jax.host.problems.overlap import normalised, report
 from fr3e_jax.host.problems.own_task import OwnTask, is_own
 from fr3e_jax.host.problems.problem import Problem, Task
-from fr3e_jax.host.problems.sources import FileTask, file_task, read_problems, stream
+from fr3e_jax.host.problems.sources import FileTask, file_task, read, stream
 from fr3e_jax.host.text import Text
 
 GYM = "gym:"
@@ -88,7 +88,7 @@ def make_task(source: SourceConfig, data: DataConfig, seed: int, held_out: int) 
         return GymTask(source.name.removeprefix(GYM), source.parameters, seed)
     if is_own(source.name):
         return OwnTask(source.name, source.parameters)
-    return file_task(source, held_out)
+    return file_task(source, held_out, data.bad_rows)
 
 
 def is_made(name: str) -> bool:
@@ -126,13 +126,15 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
     sources = sources_of(data.source)
     share, more = divmod(0 if data.held_out_source else data.held_out, len(sources))
     tasks, held_out = [], []
+    told: list[str] = []
     for i, source in enumerate(sources):
         count = share + (i < more)
         task = make_task(source, data, seed, count)
         held_out += task.held_out(count) if count else []
         tasks.append(task)
     if data.held_out_source:
-        held_out = judging_problems(judging_source(data.held_out_source), seed, data.held_out)
+        held_out, judged_by = judging_problems(judging_source(data.held_out_source), seed, data.held_out)
+        told += judged_by
     elif len(held_out) < data.held_out:
         raise ConfigError(
             f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
@@ -140,19 +142,19 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
         )
     fitting([p.question for p in held_out], text, max_prompt, "refuse", "held-out problems", "")
     asked = {normalised(problem.question) for problem in held_out}
-    told: list[str] = []
-    read: list[Problem] = []
+    from_files: list[Problem] = []
     for i, (source, task) in enumerate(zip(sources, tasks, strict=True)):
         if isinstance(task, FileTask):
             apart = [p for p in task.problems if normalised(p.question) not in asked]
             kept = fitting([p.question for p in apart], text, max_prompt, data.too_long, source.name)
+            told += task.told
             told += left_out(source.name, len(task) - len(apart), "that are held out")
             told += left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens")
             chosen = [apart[k] for k in kept]
             tasks[i] = FileTask(chosen, task.kept)
-            read += chosen
-    if read:
-        told.append(report(read, held_out))
+            from_files += chosen
+    if from_files:
+        told.append(report(from_files, held_out))
     first = [task[i] for task in tasks for i in range(known(task))]
     weights = tuple(source.weight for source in sources)
     return Corpus(tuple(tasks), weights, held_out, tuple(told), checksum([*first, *held_out]))
@@ -210,20 +212,26 @@ def judging_source(name: str, file: str | None = None) -> SourceConfig:
     return SourceConfig(name, split=None if name in DATASETS else "test", file=file)
 
 
-def judging_problems(source: SourceConfig, seed: int, limit: int) -> list[Problem]:
+def judging_problems(source: SourceConfig, seed: int, limit: int) -> tuple[list[Problem], tuple[str, ...]]:
     """The problems of a source that models are judged by: of a data set all, of others the held-out ones.
+
+    None is left out, whatever its answer is: another number of problems would be another benchmark.
 
     Args:
       source: its name and settings.
       seed: of generated problems.
       limit: take the first so many; 0 takes all of a data set, and 256 that are generated.
 
+    Returns:
+      (the problems, lines for people on answers that can never be right).
+
     Raises:
-      ConfigError: they cannot be had.
+      ConfigError: they cannot be had, or too many answers can never be right.
     """
     if is_made(source.name):
-        return make_task(source, DataConfig(), seed, 0).held_out(limit or GENERATED)
-    return read_problems(source)[: limit or None]
+        return make_task(source, DataConfig(), seed, 0).held_out(limit or GENERATED), ()
+    problems, told = read(source)
+    return problems[: limit or None], told
 
 
 def worked_task(data: DataConfig, dropped_carry: float) -> CarryAddition:
