@@ -137,7 +137,9 @@ class RewardConfig:
     format: float = 0.0
     """Weight of the response having the form of reward.pattern."""
     pattern: str = r"\\boxed\{"
-    """Regular expression that a response with the right form contains."""
+    """Regular expression of Python that a response with the right form contains somewhere. `.` is any
+    character but a new line; behind (?s) at the beginning of the pattern it is any. It is searched for within
+    scoring.time_limit; a response that takes longer has not the form, and reward/timed_out counts it."""
     cut: Literal["wrong", "judged"] = "wrong"
     """Answers that the length limit cut off: `wrong` whatever they say, or `judged` like others."""
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from fr3e_jax.host.scoring.pool import Asked, ScoringPool
-from fr3e_jax.host.scoring.rules import scorer_of
+from fr3e_jax.host.scoring.rules import INLINE, scorer_of
 
 MANY = 100_000
 GOLDS = (
@@ -264,7 +264,7 @@ def test_no_hostile_answer_crashes_the_scorer_or_passes_and_few_need_its_time_li
         pool.close()
 
 
-@pytest.mark.parametrize("scorer", ["exact", "numeric", "choice"])
+@pytest.mark.parametrize("scorer", sorted(INLINE))
 def test_no_hostile_answer_crashes_a_plain_scorer(scorer):
     """They run where they are asked, without any limit: 0.5 s is a hundred times what one may take."""
     for response, _ in hostile():
