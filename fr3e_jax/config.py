@@ -56,7 +56,8 @@ class SourceConfig:
     """Subset (configuration) of a data set of the hub."""
     prompt: str | None = None
     """Column of the question; dots and numbers go into nested ones. Default: the named data set's, or the
-    first of `question`, `problem`, `prompt` that exists."""
+    first of `question`, `problem`, `prompt` that exists. It holds text, or chats, whose last turn of
+    the user is the question."""
     answer: str | None = None
     """Column of the answer. Default: the named data set's, or the first of `answer`, `final_answer`,
     `solution` that exists."""

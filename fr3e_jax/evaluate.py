@@ -248,7 +248,9 @@ def ask_all(
     console.print(
         f"{named} | {names} | mesh {dict(hosts.mesh.shape)} on {on} | answers to {directory}", markup=False
     )
-    console.print(f"the model sees, for example: {text.seen(asks[0].problem.question)!r}", markup=False)
+    first = asks[0].problem
+    seen = text.seen(first.question, first.before)
+    console.print(f"the model sees, for example: {seen!r}", markup=False)
     key = jax.random.key(config.seed)
     try:
         with bars(console, disable=not is_first()) as progress, Writer(directory / ANSWERS) as writer:
@@ -296,8 +298,9 @@ def stream_of(config: EvaluationConfig, context: int, verifier: Verifier, asks: 
       ConfigError: a question and the longest answer are more than the model's context.
     """
     longest = context - config.max_response
-    questions = dict.fromkeys(ask.problem.question for ask in asks)
-    most = max(verifier.text.query_lengths(list(questions)))
+    asked = dict.fromkeys((ask.problem.question, ask.problem.before) for ask in asks)
+    questions, before = zip(*asked, strict=True)
+    most = max(verifier.text.query_lengths(questions, before))
     if most > longest:
         raise ConfigError(
             f"max_response {config.max_response} leaves {longest} of the model's context of {context} tokens "

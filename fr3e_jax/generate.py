@@ -40,7 +40,8 @@ class GenerateConfig:
     prompt: str
     """What the user says; with --raw, the text to go on from."""
     raw: bool = False
-    """Take the prompt as it is, not through the model's chat template."""
+    """Take the prompt as it is, not through the model's chat template: control tokens in it, such as
+    <|im_end|>, are control tokens. Without --raw they are text."""
     temperature: float = 0.0
     """Sampling temperature; 0 takes the most likely token."""
     top_k: int = 0
@@ -88,7 +89,7 @@ def generate(config: GenerateConfig) -> list[str]:
     """
     described = open_model(config.model)
     text = load_text(described.source, "plain" if config.raw else "chat")
-    query = text.query(config.prompt)
+    query = text.encoded(config.prompt) if config.raw else text.query(config.prompt)
     check(config, len(query), described.config.context)
     shapes = abstract_params(described.config)
     devices = jax.device_count()

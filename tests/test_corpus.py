@@ -17,6 +17,7 @@ from fr3e_jax.host.problems.corpus import (
     sources_of,
     worked_task,
 )
+from fr3e_jax.host.problems.problem import Problem
 from fr3e_jax.host.text import load_text
 
 
@@ -70,7 +71,7 @@ def test_queries_that_are_too_long_are_refused_with_their_number_or_dropped_and_
     assert all(len(found.tasks[0][i].question) <= 12 for i in range(14))
     assert f"{files[1]}: 5 problems of more than 12 tokens are left out of training" in found.told
     with pytest.raises(ConfigError, match="20 of 20 queries"):
-        fitting([f"{i}+1000=" for i in range(20)], text, 3, "drop", "long")
+        fitting([Problem(f"{i}+1000=", "1", "math") for i in range(20)], text, 3, "drop", "long")
 
 
 def test_held_out_problems_that_are_too_long_are_refused_also_where_training_drops_them(text, files):

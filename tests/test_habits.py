@@ -43,7 +43,7 @@ def pool():
 
 def rollouts_of(text, responses, stopped, drop=0):
     """Base trajectories [1, R] of one query, the last `drop` tokens of each left out."""
-    rows = [text.query(response) for response in responses]
+    rows = [text.encoded(response) for response in responses]
     rows = [row[: len(row) - drop] for row in rows]
     token = np.zeros((1, len(rows), max(map(len, rows)) + 1), np.int32)
     for i, row in enumerate(rows):

@@ -6,7 +6,7 @@ from typing import Any
 
 from fr3e_jax.config import ConfigError, SourceConfig
 from fr3e_jax.host.problems.datasets import DataSet
-from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.problems.problem import Problem, Turns
 from fr3e_jax.host.problems.rows import Row, Rows
 from fr3e_jax.host.scoring.extract import last_box
 
@@ -61,15 +61,19 @@ def problem_of(
       BadRow: the question or the answer is empty, or cannot be had out of its column.
       ConfigError: it lacks a column, or one holds something else than is asked for.
     """
-    question = value_at(row, prompt, place, "prompt")
-    if question is None or question != question:  # how tables write that there is none
-        question = ""
-    if not isinstance(question, str):
+    said = value_at(row, prompt, place, "prompt")
+    refuse_other_turn(row, prompt, place)
+    before: Turns = ()
+    if is_chat(said):
+        said, before = chat_of(said, prompt, place)
+    if said is None or said != said:  # how tables write that there is none
+        said = ""
+    if not isinstance(said, str):
         raise ConfigError(
-            f"{place}: column {prompt!r} is not text; set prompt to the text in it, such as "
-            f"{prompt}.0.content"
+            f'{place}: column {prompt!r} is neither text nor a chat, [{{"role": ..., "content": ...}}]; set '
+            "prompt to the text in it, such as extra_info.question"
         )
-    question = checked(question.strip(), "question", prompt, place)
+    question = checked(said.strip(), "question", prompt, place)
     if data and data.choices:
         question += choices_of(value_at(row, data.choices, place, "choices"), data.choices, place)
     written = as_text(value_at(row, answer, place, "answer"), answer, place)
@@ -80,7 +84,50 @@ def problem_of(
         checked(answer_in(written, source.answer_is, answer, place), "answer", answer, place),
         source.scorer or "math",
         source.name,
+        before=before,
     )
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of turns."""
+    return isinstance(value, list) and all(
+        isinstance(t, dict) and {"role", "content"} <= t.keys() for t in value
+    )
+
+
+def chat_of(turns: list[dict[str, Any]], column: str, place: str) -> tuple[str, Turns]:
+    """The last turn of the user in a chat, and the turns before it; what follows it answers it.
+
+    Raises:
+      BadRow: the user has no turn.
+      ConfigError: a turn is no text.
+    """
+    asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+    if asked is None:
+        raise BadRow(f"{place}: the chat of column {column!r} has no turn of the user; take the row out")
+    for i, turn in enumerate(turns[: asked + 1]):
+        if not isinstance(turn["content"], str):
+            raise ConfigError(f"{place}: turn {i} of the chat of column {column!r} is not text; convert it")
+    said = [(str(turn["role"]), checked_characters(turn["content"], "chat", place)) for turn in turns[:asked]]
+    return turns[asked]["content"], tuple((role, text) for role, text in said if text.strip())
+
+
+def refuse_other_turn(row: Row, prompt: str, place: str) -> None:
+    """Refuse a setting such as messages.0.content where that turn is not the user's.
+
+    Raises:
+      ConfigError: it is the system's, or an answer.
+    """
+    path = prompt.split(".")
+    if prompt in row or path[-1] != "content" or len(path) < 3:
+        return
+    turn = value_at(row, ".".join(path[:-1]), place, "prompt")
+    if isinstance(turn, dict) and turn.get("role", "user") != "user":
+        chat = ".".join(path[:-2])
+        raise ConfigError(
+            f"{place}: {prompt} is a turn of the {turn['role']}, not the question; set prompt to {chat}, the "
+            "whole chat"
+        )
 
 
 def choices_of(value: Any, column: str, place: str) -> str:
@@ -144,6 +191,15 @@ def checked(text: str, what: str, column: str, place: str) -> str:
     """
     if not text:
         raise BadRow(f"{place}: the {what} (column {column!r}) is empty; fill it in, or take the row out")
+    return checked_characters(text, what, place)
+
+
+def checked_characters(text: str, what: str, place: str) -> str:
+    """Text that can be encoded.
+
+    Raises:
+      BadRow: it cannot.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -140,13 +140,13 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
             f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
             "held-out problems; lower it"
         )
-    fitting([p.question for p in held_out], text, max_prompt, "refuse", "held-out problems", "")
-    asked = {normalised(problem.question) for problem in held_out}
+    fitting(held_out, text, max_prompt, "refuse", "held-out problems", "")
+    asked = {normalised(problem.asked) for problem in held_out}
     from_files: list[Problem] = []
     for i, (source, task) in enumerate(zip(sources, tasks, strict=True)):
         if isinstance(task, FileTask):
-            apart = [p for p in task.problems if normalised(p.question) not in asked]
-            kept = fitting([p.question for p in apart], text, max_prompt, data.too_long, source.name)
+            apart = [p for p in task.problems if normalised(p.asked) not in asked]
+            kept = fitting(apart, text, max_prompt, data.too_long, source.name)
             told += task.told
             told += left_out(source.name, len(task) - len(apart), "that are held out")
             told += left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens")
@@ -155,6 +155,7 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
             from_files += chosen
     if from_files:
         told.append(report(from_files, held_out))
+    told += as_text(from_files + held_out, text)
     first = [task[i] for task in tasks for i in range(known(task))]
     weights = tuple(source.weight for source in sources)
     return Corpus(tuple(tasks), weights, held_out, tuple(told), checksum([*first, *held_out]))
@@ -169,7 +170,9 @@ def checksum(problems: Sequence[Problem]) -> int:
     """Of questions and answers in their order, in [0, 2^31)."""
     total = 0
     for problem in problems:
-        total = zlib.crc32(f"{problem.question}\0{problem.answer}\0".encode(errors="replace"), total)
+        before = "".join(f"{role}\0{text}\0" for role, text in problem.before)
+        written = f"{before}{problem.question}\0{problem.answer}\0"
+        total = zlib.crc32(written.encode(errors="replace"), total)
     return total % 2**31
 
 
@@ -178,29 +181,39 @@ def left_out(name: str, count: int, which: str) -> list[str]:
     return [f"{name}: {count:,} problems {which} are left out of training"] if count else []
 
 
+def as_text(problems: Sequence[Problem], text: Text) -> list[str]:
+    """A line for people on questions that have the text of control tokens in them, if there are any."""
+    found = [token for problem in problems if (token := text.control_in(problem.question, problem.before))]
+    if not found:
+        return []
+    return [
+        f"{len(found):,} questions have control tokens in them, such as {found[0]!r}; they are read as text"
+    ]
+
+
 def fitting(
-    questions: Sequence[str],
+    problems: Sequence[Problem],
     text: Text,
     max_prompt: int,
     too_long: str,
     whose: str,
     remedy: str = ", or use --data.too_long drop",
 ) -> list[int]:
-    """Which questions give queries of at most `max_prompt` tokens.
+    """Which problems give queries of at most `max_prompt` tokens.
 
     Raises:
       ConfigError: none does; or one does not, and `too_long` is `refuse`.
     """
-    lengths = text.query_lengths(questions)
+    lengths = text.query_lengths([p.question for p in problems], [p.before for p in problems])
     kept = [i for i, length in enumerate(lengths) if length <= max_prompt]
-    if not kept or (too_long == "refuse" and len(kept) < len(questions)):
-        if not questions:
+    if not kept or (too_long == "refuse" and len(kept) < len(problems)):
+        if not problems:
             raise ConfigError(f"{whose}: no problem is left to train on; lower data.held_out")
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         raise ConfigError(
-            f"{whose}: {len(questions) - len(kept)} of {len(questions)} queries have more than "
+            f"{whose}: {len(problems) - len(kept)} of {len(problems)} queries have more than "
             f"rollout.max_prompt {max_prompt} tokens, the longest {lengths[longest]} "
-            f"({questions[longest][:60]!r}); raise it{remedy}"
+            f"({problems[longest].question[:60]!r}); raise it{remedy}"
         )
     return kept
 

@@ -24,7 +24,7 @@ def normalised(question: str) -> str:
 
 def duplicates(problems: Sequence[Problem]) -> int:
     """How many problems have the question of an earlier one."""
-    return len(problems) - len({normalised(problem.question) for problem in problems})
+    return len(problems) - len({normalised(problem.asked) for problem in problems})
 
 
 def runs(question: str, n: int) -> Iterator[tuple[str, ...]]:
@@ -50,11 +50,11 @@ def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int = SHA
     """
     owners: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
     for i, problem in enumerate(held_out):
-        for run in runs(problem.question, n):
+        for run in runs(problem.asked, n):
             owners[run].add(i)
     found: set[int] = set()
     for problem in train:
-        for run in filter(owners.__contains__, runs(problem.question, n)):
+        for run in filter(owners.__contains__, runs(problem.asked, n)):
             found |= owners[run]
     return sorted(found)
 

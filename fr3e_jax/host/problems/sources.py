@@ -81,7 +81,7 @@ def file_task(source: SourceConfig, held_out: int, bad_rows: BadRows = "refuse")
     problems, told = read(source, bad_rows == "drop", ", or use --data.bad_rows drop")
     if not held_out:
         return FileTask(problems, [], told)
-    texts = [normalised(problem.question) for problem in problems]
+    texts = [normalised(problem.asked) for problem in problems]
     order = sorted(set(texts), key=lambda text: (zlib.crc32(text.encode()), text))
     if held_out >= len(order):
         raise ConfigError(
@@ -91,7 +91,7 @@ def file_task(source: SourceConfig, held_out: int, bad_rows: BadRows = "refuse")
     first: dict[str, Problem] = {}
     for text, problem in zip(texts, problems, strict=True):
         # Not the first in the file: the choice does not depend on the order.
-        first[text] = min(first.get(text, problem), problem, key=lambda p: (p.question, p.answer))
+        first[text] = min(first.get(text, problem), problem, key=lambda p: (p.question, p.answer, p.before))
     kept = dict.fromkeys(order[:held_out])
     training = [problem for text, problem in zip(texts, problems, strict=True) if text not in kept]
     return FileTask(training, [first[text] for text in kept], told)
