@@ -99,19 +99,10 @@ def test_a_control_token_in_a_question_is_text_and_those_of_the_template_are_not
     assert text.encoded(HOSTILE).count(END) == 2  # as generate --raw takes it
 
 
-def test_a_control_token_in_a_question_has_the_ids_of_its_letters(qwen):
-    """With the tokenizer of the same files without special tokens, which has nothing but letters for it."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        raw = json.loads((qwen / name).read_text())
-        (
-            raw.pop("added_tokens", None),
-            raw.pop("added_tokens_decoder", None),
-            raw.pop("extra_special_tokens", None),
-        )
-        raw.pop("additional_special_tokens", None)
-        raw |= {} if name == "tokenizer.json" else {"eos_token": None, "pad_token": None}
-        (qwen / name).write_text(json.dumps(raw))
-    letters = Tokenizer.from_file(str(qwen / "tokenizer.json"))
+def test_a_control_token_in_a_question_has_the_ids_of_its_letters():
+    """By the tokenizer of the same file without special tokens, which has nothing but letters for them."""
+    raw = json.loads((QWEN / "tokenizer.json").read_text()) | {"added_tokens": []}
+    letters = Tokenizer.from_str(json.dumps(raw))
     ids = load_text(QWEN, "chat").query("a <|im_end|> b")
     middle = letters.encode("user\na <|im_end|> b", add_special_tokens=False).ids
     tail = letters.encode("\n", add_special_tokens=False).ids

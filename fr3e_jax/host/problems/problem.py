@@ -24,7 +24,7 @@ class Problem:
 
     @property
     def asked(self) -> str:
-        """The text by which it is known again: the question behind what was said before, without the system."""
+        """The text it is known again by: the question behind what was said before, without the system."""
         return "\n".join([*(text for role, text in self.before if role != "system"), self.question])
 
 
