@@ -17,6 +17,7 @@ from fr3e_jax.algorithm.credit import FirstState, Modulation, RejectRule
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
 
 Algorithm = Literal["fr3e", "grpo", "grpo++"]
+BadRows = Literal["refuse", "drop"]
 PACKAGE = Path(__file__).parent
 QUICKSTART_MODEL = PACKAGE / "assets" / "quickstart"
 
@@ -55,7 +56,8 @@ class SourceConfig:
     """Subset (configuration) of a data set of the hub."""
     prompt: str | None = None
     """Column of the question; dots and numbers go into nested ones. Default: the named data set's, or the
-    first of `question`, `problem`, `prompt` that exists."""
+    first of `question`, `problem`, `prompt` that exists. It holds text, or chats, whose last turn of
+    the user is the question."""
     answer: str | None = None
     """Column of the answer. Default: the named data set's, or the first of `answer`, `final_answer`,
     `solution` that exists."""
@@ -96,6 +98,12 @@ class DataConfig:
     too_long: Literal["refuse", "drop"] = "refuse"
     """Queries of more than rollout.max_prompt tokens: end with an error, or leave them out and say how many
     (of data sets; of generated problems they are always refused)."""
+    bad_rows: BadRows = "refuse"
+    """Rows of data sets that hold no problem (empty, null, NaN, no box where answer_is asks for one), and
+    rows whose answer no response can ever be right for (a list written as text, `Answer: 70`; `seventy` for
+    the scorer numeric; no letter for choice). `refuse`: the first of the former ends the run with an error;
+    the latter are told, and are an error where they are more than a tenth. `drop`: all are left out and
+    counted. Nothing is left out of held_out_source."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +141,9 @@ class RewardConfig:
     format: float = 0.0
     """Weight of the response having the form of reward.pattern."""
     pattern: str = r"\\boxed\{"
-    """Regular expression that a response with the right form contains."""
+    """Regular expression of Python that a response with the right form contains somewhere. `.` is any
+    character but a new line; behind (?s) at the beginning of the pattern it is any. It is searched for within
+    scoring.time_limit; a response that takes longer has not the form, and reward/timed_out counts it."""
     cut: Literal["wrong", "judged"] = "wrong"
     """Answers that the length limit cut off: `wrong` whatever they say, or `judged` like others."""
 

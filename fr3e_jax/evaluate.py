@@ -56,6 +56,7 @@ from fr3e_jax.host.compilation import keep_compiled
 from fr3e_jax.host.data import QueryStream, padded_width
 from fr3e_jax.host.model import Model, PlacedModel, compute_type, open_model
 from fr3e_jax.host.problems.corpus import checksum, judging_problems, judging_source
+from fr3e_jax.host.problems.problem import Problem
 from fr3e_jax.host.progress import bars
 from fr3e_jax.host.scoring.pool import ScoringPool
 from fr3e_jax.host.scoring.verdict import ScorerError
@@ -177,7 +178,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     directory = Path(config.out or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     hosts = Hosts(mesh, config.distributed.timeout)
     config = dataclasses.replace(config, step=step_asked(config, directory, hosts))
-    asked = {one: asks_of(one, config) for one in benchmarks}
+    read = {one: problems_of(one, config) for one in benchmarks}
+    asked = {one: asks_of(one, problems, config) for one, (problems, _) in read.items()}
     number = checksum([ask.problem for asks in asked.values() for ask in asks])
     hosts.require_same(number, "the problems of the suite")
     if is_first():
@@ -187,6 +189,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     held = read_answers(directory / ANSWERS) if is_first() else []
     missing = {one: without_done(one.name, asks, held, directory, hosts) for one, asks in asked.items()}
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    for line in (line for _, told in read.values() for line in told):
+        console.print(line, markup=False)
     if any(missing.values()):
         ask_all(config, missing, hosts, directory, console)
     if not is_first():
@@ -216,14 +220,19 @@ def step_asked(config: EvaluationConfig, directory: Path, hosts: Hosts) -> int |
     return hosts.of_first(step, "the checkpoint is chosen")
 
 
-def asks_of(benchmark: Benchmark, config: EvaluationConfig) -> list[Ask]:
-    """Every answer that a benchmark wants: all problems' first samples, then their second ones, and so on."""
+def problems_of(benchmark: Benchmark, config: EvaluationConfig) -> tuple[list[Problem], tuple[str, ...]]:
+    """The problems of a benchmark, and lines for people on answers of it that can never be right."""
     source = judging_source(benchmark.dataset, config.files.get(benchmark.name))
-    problems = judging_problems(source, config.seed, config.limit)
+    problems, told = judging_problems(source, config.seed, config.limit)
     if len(problems) > MOST_PROBLEMS:
         raise ConfigError(
             f"{benchmark.name} has {len(problems)} problems; set --limit to {MOST_PROBLEMS} or less"
         )
+    return problems, told
+
+
+def asks_of(benchmark: Benchmark, problems: Sequence[Problem], config: EvaluationConfig) -> list[Ask]:
+    """Every answer that a benchmark wants: all problems' first samples, then their second ones, and so on."""
     samples = config.samples or benchmark.samples
     return [Ask(problem, n, sample) for sample in range(samples) for n, problem in enumerate(problems)]
 
@@ -267,7 +276,9 @@ def ask_all(
     )
     if endless := text.endless():
         console.print(f"template {text.template}: {endless} (stop)", markup=False)
-    console.print(f"the model sees, for example: {text.seen(asks[0].problem.question)!r}", markup=False)
+    first = asks[0].problem
+    seen = text.seen(first.question, first.before)
+    console.print(f"the model sees, for example: {seen!r}", markup=False)
     key = jax.random.key(config.seed)
     try:
         writing = Writer(directory / ANSWERS, text.seen)
@@ -331,8 +342,9 @@ def stream_of(config: EvaluationConfig, context: int, verifier: Verifier, asks: 
       ConfigError: a question and the longest answer are more than the model's context.
     """
     longest = context - config.max_response
-    questions = dict.fromkeys(ask.problem.question for ask in asks)
-    most = max(verifier.text.query_lengths(list(questions)))
+    asked = dict.fromkeys((ask.problem.question, ask.problem.before) for ask in asks)
+    questions, before = zip(*asked, strict=True)
+    most = max(verifier.text.query_lengths(questions, before))
     if most > longest:
         raise ConfigError(
             f"max_response {config.max_response} leaves {longest} of the model's context of {context} tokens "

@@ -42,7 +42,8 @@ class GenerateConfig:
     prompt: str
     """What the user says; with --raw, the text to go on from."""
     raw: bool = False
-    """Take the prompt as it is, not through the model's chat template."""
+    """Take the prompt as it is, not through the model's chat template: control tokens in it, such as
+    <|im_end|>, are control tokens. Without --raw they are text."""
     temperature: float = 0.0
     """Sampling temperature; 0 takes the most likely token."""
     top_k: int = 0
@@ -94,7 +95,7 @@ def generate(config: GenerateConfig) -> list[str]:
     text = load_text(described.source, "plain" if config.raw else "chat", config.stop)
     if endless := text.endless():
         say(f"{endless} (--stop)")
-    query = text.query(config.prompt)
+    query = text.encoded(config.prompt) if config.raw else text.query(config.prompt)
     check(config, len(query), described.config.context)
     shapes = abstract_params(described.config)
     devices = jax.device_count()

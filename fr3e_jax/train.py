@@ -160,7 +160,9 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
         try:
             if not progress.step:
-                reporter.say(f"the model sees, for example: {run.stream.text.seen(held_out[0].question)!r}")
+                first = held_out[0]
+                seen = run.stream.text.seen(first.question, first.before)
+                reporter.say(f"the model sees, for example: {seen!r}")
                 reporter.step({"step": 0} | evaluate(run, state.params, held_out, 0) | {"tokens/total": 0})
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:

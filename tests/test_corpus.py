@@ -17,6 +17,7 @@ from fr3e_jax.host.problems.corpus import (
     sources_of,
     worked_task,
 )
+from fr3e_jax.host.problems.problem import Problem
 from fr3e_jax.host.text import load_text
 
 
@@ -55,7 +56,7 @@ def test_a_held_out_source_leaves_all_of_the_others_to_training(text, files):
     found = corpus(text, files[0], held_out=7, held_out_source=files[1])
     assert len(found.tasks[0]) == 40 - 6  # of the seven, six are in the other file too
     assert [p.question for p in found.held_out] == [
-        p.question for p in judging_problems(SourceConfig(files[1]), 0, 7)
+        p.question for p in judging_problems(SourceConfig(files[1]), 0, 7)[0]
     ]
     assert found.told[0] == f"{files[0]}: 6 problems that are held out are left out of training"
     assert "of 7 held-out problems none shares" in found.told[1]
@@ -70,7 +71,7 @@ def test_queries_that_are_too_long_are_refused_with_their_number_or_dropped_and_
     assert all(len(found.tasks[0][i].question) <= 12 for i in range(14))
     assert f"{files[1]}: 5 problems of more than 12 tokens are left out of training" in found.told
     with pytest.raises(ConfigError, match="20 of 20 queries"):
-        fitting([f"{i}+1000=" for i in range(20)], text, 3, "drop", "long")
+        fitting([Problem(f"{i}+1000=", "1", "math") for i in range(20)], text, 3, "drop", "long")
 
 
 def test_held_out_problems_that_are_too_long_are_refused_also_where_training_drops_them(text, files):

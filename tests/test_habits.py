@@ -1,6 +1,7 @@
 """What base models do that spoils runs: how it is read, rewarded and counted."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def pool():
 
 def rollouts_of(text, responses, stopped, drop=0):
     """Base trajectories [1, R] of one query, the last `drop` tokens of each left out."""
-    rows = [text.query(response) for response in responses]
+    rows = [text.encoded(response) for response in responses]
     rows = [row[: len(row) - drop] for row in rows]
     token = np.zeros((1, len(rows), max(map(len, rows)) + 1), np.int32)
     for i, row in enumerate(rows):
@@ -127,6 +128,37 @@ def test_rewards_are_weighted_means_of_their_parts(text, pool):
     assert rewards(text, pool, responses, config=config) == [1.0, 0.75, 0.25, 0.0]
     form = RewardConfig(answer=0, format=2, pattern="^It")
     assert rewards(text, pool, responses, config=form) == [0.0, 1.0, 0.0, 1.0]
+
+
+TAGS = r"(?s)<think>.*?</think>.*?<answer>.*?</answer>"
+
+
+def test_a_pattern_that_would_search_for_years_costs_the_response_its_form_alone(text):
+    """In a worker: here nothing could end it."""
+    hostile, good = "<think></think><answer>" * 2000, "<think>a</think>\n<answer>5</answer>"
+    pool = ScoringPool(["math"], workers=1, time_limit=1.0)
+    config = RewardConfig(answer=1, format=1, pattern=TAGS)
+    verifier = Verifier(text, Hosts(mesh_of(), 1), pool, config)
+    begun = time.process_time()
+    try:
+        reward = verifier.base(rollouts_of(text, [good, hostile, good + BOX], [True] * 3), [FIVE])()
+    finally:
+        pool.close()
+    assert reward.tolist() == [[1.0, 0.0, 1.0]]
+    assert pool.timed_out == 1
+    assert time.process_time() - begun < 5
+
+
+def test_a_point_in_the_pattern_matches_a_new_line_only_where_the_pattern_says_so(text, pool):
+    two_lines = "<think>a\nb</think>"
+    for pattern, reward in ((r"<think>.*</think>", 0.0), (r"(?s)<think>.*</think>", 1.0)):
+        config = RewardConfig(answer=0, format=1, pattern=pattern)
+        assert rewards(text, pool, [two_lines], config=config) == [reward]
+
+
+def test_a_response_that_was_cut_off_has_not_the_form_either(text, pool):
+    config = RewardConfig(answer=0, format=1)
+    assert rewards(text, pool, [BOX], stopped=False, config=config) == [0.0]
 
 
 # --- what the model sees

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from fr3e_jax.host.scoring.pool import Asked, ScoringPool
-from fr3e_jax.host.scoring.rules import scorer_of
+from fr3e_jax.host.scoring.rules import INLINE, scorer_of
 
 MANY = 100_000
 GOLDS = (
@@ -212,6 +212,19 @@ def fakes():
     )  # fmt: skip
 
 
+def nearly_constant():
+    """Expressions with letters that would be slow to simplify, or are a number but for very little."""
+    yield from (
+        "(x+1)^{99}(y+2)^{99}", "(x+y+z+w)^{60}", r"(\sin x+\cos x)^{300}", r"\tan(x)^{300}+42",
+        r"\sin(\sin(\sin(\sin(\sin(\sin x)))))", r"\frac{(x+y)^{99}-(x-y)^{99}}{(x+z)^{99}}",
+        r"\sin(99999x)^{99}", r"\cos(10^{300}x)", r"42+10^{-600}x", r"42+\frac{1}{10^{600}x}",
+        r"42+e^{-10^{300}x^2}", "42x^0+0y+10^{-99}z", "42+x^{600}", "42+x^{-600}", r"\sqrt{x^2}-x+42",
+        r"\frac{42\sqrt{x^2}}{x}", r"42+\sin(10^{-300}x)", r"42\cos(10^{-200}x)",
+        r"\sqrt{\sqrt{\sqrt{x^{99}}}}", r"\sec x\csc x\cot x\tan x", r"42\frac{|x|}{x}",
+        r"42\lfloor\frac{1}{1+x^2}+1\rfloor", r"\sqrt{1764+10^{-600}x}", "x^{y^{z}}", "42^{x^0}+10^{-9}x",
+    )  # fmt: skip
+
+
 def whole():
     """Responses whose box is not the one they want to be judged by."""
     for gold in ("42", "even"):
@@ -236,13 +249,14 @@ def whole():
 def hostile():
     """All of them, each against some of the answers that it is not."""
     rng = random.Random(0)
-    told = [text for made in (towers, nested, long_ones, strange, code) for text in made()]
+    told = [text for made in (towers, nested, long_ones, strange, code, nearly_constant) for text in made()]
     for text in fakes():
         yield from ((boxed(text), gold) for gold in GOLDS if "".join(text.split()) != gold)
     for i, text in enumerate(told):
         for gold in {GOLDS[i % len(GOLDS)], rng.choice(GOLDS)}:
             if "".join(text.split()) != gold:
                 yield boxed(text), gold
+    yield from ((boxed(text), "42") for text in nearly_constant())
     for text in whole():
         yield from ((text, "42"), (text, "even"))
 
@@ -264,7 +278,7 @@ def test_no_hostile_answer_crashes_the_scorer_or_passes_and_few_need_its_time_li
         pool.close()
 
 
-@pytest.mark.parametrize("scorer", ["exact", "numeric", "choice"])
+@pytest.mark.parametrize("scorer", sorted(INLINE))
 def test_no_hostile_answer_crashes_a_plain_scorer(scorer):
     """They run where they are asked, without any limit: 0.5 s is a hundred times what one may take."""
     for response, _ in hostile():

@@ -3,6 +3,7 @@
 import random
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,37 @@ def test_case_space_and_punctuation_make_no_other_question_but_signs_do():
     assert duplicates(problems(*same)) == 3
     assert duplicates(problems("What is 3+4?", "What is 3-4?", "What is 3*4?", "Is 3<4?", "Is 3>4?")) == 0
     assert words("Straße 1.5 x^2") == ["strasse", "1", "5", "x", "^", "2"]
+
+
+@pytest.mark.parametrize(
+    ("question", "twin"),
+    [
+        ("What is 7 - 5?", "What is 7 \u2212 5?"),
+        ("What is 7 - 5?", "What is\u00a07\u202f\u2013\u20095?"),
+        ("a long-term plan", "a long\u2010term plan"),
+        ("What is 7 - 5?", "What is \uff17 \ufe63 \U0001d7d3\uff1f"),
+        ("What is 3 * 4 / 2?", "What is 3 \u00d7 4 \u00f7 2?"),
+        ("Find x^2 + y^10.", "Find x\u00b2 + y\u00b9\u2070."),
+        ("Is x <= 3?", "Is x \u2264 3?"),
+        ("Add 1/2 to it", "Add \u00bd to it"),
+        ("the efficient way", "the e\ufb03cient\u200b way"),
+        ("Andr\u00e9's caf\u00e9", "Andre\u0301\u2019s cafe\u0301"),
+        ("co\u00adoperate \ufeffnow", "cooperate now"),
+    ],
+)
+def test_characters_that_look_alike_make_no_other_question(question, twin):
+    assert words(question) == words(twin)
+    assert duplicates(problems(question, twin)) == 1
+    long = " and then another one of the same kind" * 3
+    assert overlaps(problems(question + long), problems(f"So: {twin}{long}")) == [0]
+
+
+def test_signs_that_say_other_things_make_other_questions():
+    asked = [
+        f"Is x {sign} 3?"
+        for sign in ("\u2264", "\u2265", "\u2260", "=", "<", ">", "\u2212", "\u00d7", "\u00f7")
+    ]
+    assert duplicates(problems(*asked, "Is x2 3?", "Is x\u00b2 3?")) == 0
 
 
 def test_the_report_says_all_numbers_in_one_line():

@@ -131,8 +131,60 @@ def test_columns_go_into_objects_and_lists(tmp_path, suffix):
     assert "no column 'extra_info.answer.0.x'" in refusal(
         name, **columns | {"answer": "extra_info.answer.0.x"}
     )
-    assert "column 'prompt' is not text; set prompt to" in refusal(name, **columns | {"prompt": "prompt"})
+    assert read(name, **columns | {"prompt": "prompt"}) == [("q", "4")]
+    assert "column 'extra_info' is neither text nor a chat" in refusal(
+        name, **columns | {"prompt": "extra_info"}
+    )
     assert "column 'extra_info' is neither text nor" in refusal(name, **columns | {"answer": "extra_info"})
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_chat_is_read_as_its_last_question_behind_what_was_said_before(tmp_path, suffix):
+    system, question, answer = (
+        turn("system", "Be brief."),
+        turn("user", " 1+1? "),
+        turn("assistant", "It is 2"),
+    )
+    chats = [
+        [question],
+        [system, question, answer],
+        [turn("system", " "), question],
+        [system, question, answer, turn("user", "And 2+2?"), answer, turn("assistant", "more")],
+    ]
+    WRITERS[suffix]([{"messages": chat, "answer": "2"} for chat in chats], tmp_path / f"a{suffix}")
+    problems = read_problems(SourceConfig(str(tmp_path / f"a{suffix}"), prompt="messages"))
+    assert [(p.question, p.before) for p in problems] == [
+        ("1+1?", ()),
+        ("1+1?", (("system", "Be brief."),)),
+        ("1+1?", ()),
+        ("And 2+2?", (("system", "Be brief."), ("user", " 1+1? "), ("assistant", "It is 2"))),
+    ]
+
+
+def test_a_turn_that_is_not_the_users_is_no_question(tmp_path):
+    name = jsonl(tmp_path, {"messages": [turn("system", "s"), turn("user", "q")], "answer": "1"})
+    assert read(name, prompt="messages.1.content") == [("q", "1")]
+    assert refusal(name, prompt="messages.0.content") == (
+        f"{name}, line 1: messages.0.content is a turn of the system, not the question; set prompt to "
+        "messages, the whole chat"
+    )
+    name = jsonl(tmp_path, {"messages": [turn("system", "s"), turn("assistant", "q")], "answer": "1"})
+    assert "the chat of column 'messages' has no turn of the user" in refusal(name, prompt="messages")
+    name = jsonl(tmp_path, {"messages": [turn("user", [{"type": "text", "text": "q"}])], "answer": "1"})
+    assert "turn 0 of the chat of column 'messages' is not text" in refusal(name, prompt="messages")
+
+
+def test_chats_that_end_alike_are_other_questions_where_they_begin_otherwise(tmp_path):
+    rows = [[turn("system", s), turn("user", q), turn("assistant", "ok"), turn("user", "Go on.")]
+            for s, q in (("x", "one"), ("y", "one"), ("x", "two"))]  # fmt: skip
+    name = jsonl(tmp_path, *({"messages": chat, "answer": "1"} for chat in rows))
+    task = file_task(SourceConfig(name, prompt="messages"), 1)
+    (kept,) = task.kept
+    assert len(task) == (1 if kept.before[1][1] == "one" else 2)
 
 
 def test_a_column_whose_name_has_a_dot_is_that_column(tmp_path):

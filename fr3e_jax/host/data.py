@@ -60,7 +60,7 @@ def encode_query(problem: Problem, text: Text, max_prompt: int) -> list[int]:
     Raises:
       ConfigError: they are more than `max_prompt`.
     """
-    row = text.query(problem.question)
+    row = text.query(problem.question, problem.before)
     if len(row) > max_prompt:
         raise ConfigError(
             f"query {problem.question[:60]!r} has {len(row)} tokens, more than rollout.max_prompt "

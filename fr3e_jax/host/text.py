@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jinja2
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -16,6 +18,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.host.problems.problem import Turns
 from fr3e_jax.host.stops import cut, make_table, token_bytes
 from fr3e_jax.models.hf import read_json
 from fr3e_jax.types import Rollouts, States, StopTable
@@ -115,32 +118,133 @@ class Text:
 
         return dataclasses.replace(jax.tree.map(short, rollouts), length=length)
 
-    def rendered(self, question: str) -> str:
-        """What the model sees of a question, as text."""
+    @functools.cached_property
+    def control(self) -> re.Pattern[str] | None:
+        """Finds the texts of control tokens: the special ones, which begin and end turns and answers."""
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        # The longest first: one may begin as another does.
+        either = "|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True)))
+        return re.compile(either) if either else None
+
+    def control_in(self, question: str, before: Turns = ()) -> str | None:
+        """The text of the first control token in a question or the turns before it, or None."""
+        if self.control is None:
+            return None
+        texts = (*(text for _, text in before), question)
+        return next((found[0] for text in texts if (found := self.control.search(text))), None)
+
+    def rendered(self, question: str, before: Turns = ()) -> str:
+        """What the model sees of a question, as text.
+
+        Args:
+          question: the question.
+          before: the turns of a chat before it.
+
+        Raises:
+          ConfigError: there are turns before it, and the template has no place for them or refuses them.
+        """
         template = self.template
         if template in BOXED_TEMPLATES:
             question = f"{question}\n{INSTRUCTION}"
         elif template not in TEMPLATES:
             question = template.replace(PLACE, question)
         if template not in CHAT_TEMPLATES:
+            if before:
+                raise ConfigError(
+                    f"{question[:60]!r} is a turn of a chat, behind one of the {before[0][0]}, which "
+                    f"data.template {template!r} has no place for; use --data.template chat, or set the "
+                    "source's prompt to one turn, such as messages.1.content"
+                )
             return question
-        messages = [{"role": "user", "content": question}]
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        messages = [{"role": role, "content": text} for role, text in (*before, ("user", question))]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            )
+        except jinja2.TemplateError as error:
+            raise ConfigError(
+                f"the chat template of the model fails over {question[:60]!r}: {' '.join(str(error).split())}"
+            ) from None
 
-    def query(self, question: str) -> list[int]:
-        """The token ids that the model sees before its answer."""
-        return list(self.tokenizer.encode(self.rendered(question), add_special_tokens=False))
+    def encoded(self, text: str) -> list[int]:
+        """The token ids of text in which control tokens are control tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def seen(self, question: str) -> str:
+    def query(self, question: str, before: Turns = ()) -> list[int]:
+        """The token ids that the model sees before its answer.
+
+        The control tokens among them are the template's alone: in a question they are text.
+
+        Raises:
+          ConfigError: as `rendered`; or the question has a control token in it that cannot be text.
+        """
+        control, token = self.control, self.control_in(question, before)
+        if control is None or token is None:
+            return self.encoded(self.rendered(question, before))
+        ids = self.spelled(question, before)
+        # The same with a letter in place of each: there the tokenizer itself says what is right.
+        plain = [control.sub("x", text) for text in (question, *(text for _, text in before))]
+        turns = tuple((role, text) for (role, _), text in zip(before, plain[1:], strict=True))
+        if ids is None or self.spelled(plain[0], turns) != self.encoded(self.rendered(plain[0], turns)):
+            raise ConfigError(
+                f"{question[:60]!r} has the control token {token!r} in it, which this model's tokenizer or "
+                "chat template does not take as text; take it out"
+            )
+        return ids
+
+    def spelled(self, question: str, before: Turns) -> list[int] | None:
+        """A query in which the control tokens of its texts are spelled out as text.
+
+        The template is rendered with a mark in place of each text; its own control tokens, between the
+        marks, part the rendered text into runs, as the tokenizer parts it, and the runs are encoded as text.
+
+        Returns:
+          The ids; None where the template changes the texts, or control tokens were encoded all the same.
+        """
+        assert self.control is not None
+        texts = (*(text for _, text in before), question)
+        marks = [f"\ue000{i}\ue001" for i in range(len(texts))]
+        turns = tuple((role, mark) for (role, _), mark in zip(before, marks, strict=False))
+        pieces = re.split("\ue000([0-9]+)\ue001", self.rendered(marks[-1], turns))
+        pieces[1::2] = [texts[int(number)] for number in pieces[1::2]]
+        if "".join(pieces) != self.rendered(question, before):
+            return None
+        runs, own = [""], 0
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                runs[-1] += piece
+                continue
+            end = 0
+            for found in self.control.finditer(piece):
+                runs[-1] += piece[end : found.start()]
+                runs += [found[0], ""]
+                end, own = found.end(), own + 1
+            runs[-1] += piece[end:]
+        ids: list[int] = []
+        for i, run in enumerate(runs):
+            if i % 2:
+                ids += self.encoded(run)
+            elif run:
+                ids += self.tokenizer.encode(run, add_special_tokens=False, split_special_tokens=True)
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return ids if sum(i in special for i in ids) == own else None
+
+    def seen(self, question: str, before: Turns = ()) -> str:
         """A query as text, out of its tokens."""
-        return str(self.tokenizer.decode(self.query(question)))
+        return str(self.tokenizer.decode(self.query(question, before)))
 
-    def query_lengths(self, questions: Sequence[str]) -> list[int]:
-        """How many tokens each query has; of many questions at a time."""
-        if not questions:
-            return []
-        rendered = [self.rendered(question) for question in questions]
-        return [len(ids) for ids in self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+    def query_lengths(self, questions: Sequence[str], before: Sequence[Turns] | None = None) -> list[int]:
+        """How many tokens each query has; of many questions at a time.
+
+        Args:
+          questions: the questions.
+          before: the turns before each; by default there are none.
+        """
+        asked = list(zip(questions, before or [()] * len(questions), strict=True))
+        lengths = {i: len(self.query(*one)) for i, one in enumerate(asked) if self.control_in(*one)}
+        others = [self.rendered(*one) for i, one in enumerate(asked) if i not in lengths]
+        rest = iter(self.tokenizer(others, add_special_tokens=False)["input_ids"] if others else ())
+        return [lengths[i] if i in lengths else len(next(rest)) for i in range(len(asked))]
 
     def answers(self, rows: Sequence[Any], stopped: Sequence[bool]) -> list[str]:
         """Whole responses as the text that is judged: up to a stop text, if one ended it.

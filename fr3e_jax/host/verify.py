@@ -1,7 +1,6 @@
 """Rewards: rollouts decoded to text and judged, a whole answer at a time."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from fr3e_jax.config import RewardConfig
 from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.scoring import form
 from fr3e_jax.host.scoring.pool import Asked, ScoringPool
 from fr3e_jax.host.scoring.verdict import Verdict
 from fr3e_jax.host.text import Text
@@ -49,17 +49,22 @@ class Verifier:
         config = self.config
         texts = self.text.answers(answers, stopped)
         counts = np.array(stopped, bool) | (config.cut == "judged")
-        judged = [i for i in np.flatnonzero(counts).tolist() if config.answer > 0]
-        verdicts = self.begin([texts[i] for i in judged], [problems[i] for i in judged])
-        form = np.zeros(len(texts), np.float32)
+        counted = np.flatnonzero(counts).tolist()
+        responses = [texts[i] for i in counted]
+        nothing: Callable[[], list[Verdict]] = list
+        answered = formed = nothing
+        if config.answer > 0:
+            answered = self.begin(responses, [problems[i] for i in counted])
         if config.format > 0:
-            form[:] = [re.search(config.pattern, text) is not None for text in texts]
+            asked = [Asked(form.NAME, response, config.pattern, None) for response in responses]
+            formed = self.pool.begin(asked).result
 
         def result() -> np.ndarray:
-            right = np.zeros(len(texts), np.float32)
-            right[judged] = [verdict.right for verdict in verdicts()]
-            total = (config.answer * right + config.format * form) / (config.answer + config.format)
-            return np.where(counts, total, 0.0).astype(np.float32)
+            total = np.zeros(len(texts), np.float32)
+            for weight, verdicts in ((config.answer, answered()), (config.format, formed())):
+                if verdicts:
+                    total[counted] += weight * np.array([verdict.right for verdict in verdicts], np.float32)
+            return total / np.float32(config.answer + config.format)
 
         return result
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fr3e_jax.config import ConfigError, SourceConfig
 from fr3e_jax.host.problems.datasets import DataSet
-from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.problems.problem import Problem, Turns
 from fr3e_jax.host.problems.rows import Row, Rows
 from fr3e_jax.host.scoring.extract import last_box
 
@@ -14,38 +14,120 @@ QUESTIONS = ("question", "problem", "prompt")
 ANSWERS = ("answer", "final_answer", "solution")
 
 
-def problems_of(source: SourceConfig, data: DataSet | None, rows: Rows) -> Iterator[Problem]:
-    """The problems that rows hold.
+class BadRow(ConfigError):
+    """A row that holds no problem; the message says which and why."""
+
+
+def problems_of(
+    source: SourceConfig, data: DataSet | None, rows: Rows
+) -> Iterator[tuple[str, Problem | BadRow]]:
+    """The problems that rows hold, each with its place for people; in place of one, why a row holds none.
 
     Raises:
-      ConfigError: a row lacks a column, a question or an answer.
+      ConfigError: the first row lacks a column, or a column holds something else than is asked for.
     """
     where = {column: {str(value) for value in values} for column, values in source.where.items()}
     prompt, answer = source.prompt, source.answer
+    first = True
+    found: Problem | BadRow | None
     for place, row in rows:
-        if any(as_text(value_at(row, c, place, "where"), c, place) not in where[c] for c in where):
-            continue
-        # By the first row: a later one without the column is an error, not read from another.
-        prompt = prompt or next((name for name in QUESTIONS if name in row), QUESTIONS[0])
-        answer = answer or next((name for name in ANSWERS if name in row), ANSWERS[0])
-        question = value_at(row, prompt, place, "prompt")
-        if not isinstance(question, str):
-            raise ConfigError(
-                f"{place}: column {prompt!r} is not text; set prompt to the text in it, such as "
-                f"{prompt}.0.content"
-            )
-        if data and data.choices:
-            question += choices_of(value_at(row, data.choices, place, "choices"), data.choices, place)
-        written = as_text(value_at(row, answer, place, "answer"), answer, place)
-        if not written and data and data.unanswered:
-            continue
-        problem = Problem(
-            checked(question.strip(), "question", prompt, place),
-            checked(answer_in(written, source.answer_is, answer, place), "answer", answer, place),
-            source.scorer or "math",
-            source.name,
+        try:
+            if any(as_text(value_at(row, c, place, "where"), c, place) not in where[c] for c in where):
+                continue
+            # By the first row: a later one without the column is an error, not read from another.
+            prompt = prompt or next((name for name in QUESTIONS if name in row), QUESTIONS[0])
+            answer = answer or next((name for name in ANSWERS if name in row), ANSWERS[0])
+            found = problem_of(source, data, row, place, prompt, answer)
+        except ConfigError as error:
+            if first and not isinstance(error, BadRow):  # a wrong setting
+                raise
+            found = BadRow(str(error))
+        first = False
+        if found is not None:
+            yield place, found
+
+
+def problem_of(
+    source: SourceConfig, data: DataSet | None, row: Row, place: str, prompt: str, answer: str
+) -> Problem | None:
+    """The problem of a row, or None where a data set is known to leave some unanswered.
+
+    Args:
+      source, data: say how it is read.
+      row, place: the row, and where it is for people.
+      prompt, answer: the columns.
+
+    Raises:
+      BadRow: the question or the answer is empty, or cannot be had out of its column.
+      ConfigError: it lacks a column, or one holds something else than is asked for.
+    """
+    said = value_at(row, prompt, place, "prompt")
+    refuse_other_turn(row, prompt, place)
+    before: Turns = ()
+    if is_chat(said):
+        said, before = chat_of(said, prompt, place)
+    if said is None or said != said:  # how tables write that there is none
+        said = ""
+    if not isinstance(said, str):
+        raise ConfigError(
+            f'{place}: column {prompt!r} is neither text nor a chat, [{{"role": ..., "content": ...}}]; set '
+            "prompt to the text in it, such as extra_info.question"
         )
-        yield problem
+    question = checked(said.strip(), "question", prompt, place)
+    if data and data.choices:
+        question += choices_of(value_at(row, data.choices, place, "choices"), data.choices, place)
+    written = as_text(value_at(row, answer, place, "answer"), answer, place)
+    if not written and data and data.unanswered:
+        return None
+    return Problem(
+        question.strip(),
+        checked(answer_in(written, source.answer_is, answer, place), "answer", answer, place),
+        source.scorer or "math",
+        source.name,
+        before=before,
+    )
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of turns."""
+    return isinstance(value, list) and all(
+        isinstance(t, dict) and {"role", "content"} <= t.keys() for t in value
+    )
+
+
+def chat_of(turns: list[dict[str, Any]], column: str, place: str) -> tuple[str, Turns]:
+    """The last turn of the user in a chat, and the turns before it; what follows it answers it.
+
+    Raises:
+      BadRow: the user has no turn.
+      ConfigError: a turn is no text.
+    """
+    asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+    if asked is None:
+        raise BadRow(f"{place}: the chat of column {column!r} has no turn of the user; take the row out")
+    for i, turn in enumerate(turns[: asked + 1]):
+        if not isinstance(turn["content"], str):
+            raise ConfigError(f"{place}: turn {i} of the chat of column {column!r} is not text; convert it")
+    said = [(str(turn["role"]), checked_characters(turn["content"], "chat", place)) for turn in turns[:asked]]
+    return turns[asked]["content"], tuple((role, text) for role, text in said if text.strip())
+
+
+def refuse_other_turn(row: Row, prompt: str, place: str) -> None:
+    """Refuse a setting such as messages.0.content where that turn is not the user's.
+
+    Raises:
+      ConfigError: it is the system's, or an answer.
+    """
+    path = prompt.split(".")
+    if prompt in row or path[-1] != "content" or len(path) < 3:
+        return
+    turn = value_at(row, ".".join(path[:-1]), place, "prompt")
+    if isinstance(turn, dict) and turn.get("role", "user") != "user":
+        chat = ".".join(path[:-2])
+        raise ConfigError(
+            f"{place}: {prompt} is a turn of the {turn['role']}, not the question; set prompt to {chat}, the "
+            "whole chat"
+        )
 
 
 def choices_of(value: Any, column: str, place: str) -> str:
@@ -105,16 +187,23 @@ def checked(text: str, what: str, column: str, place: str) -> str:
     """Text that can be a question or an answer.
 
     Raises:
-      ConfigError: it is empty, or cannot be encoded.
+      BadRow: it is empty, or cannot be encoded.
     """
     if not text:
-        raise ConfigError(
-            f"{place}: the {what} (column {column!r}) is empty; fill it in, or take the row out"
-        )
+        raise BadRow(f"{place}: the {what} (column {column!r}) is empty; fill it in, or take the row out")
+    return checked_characters(text, what, place)
+
+
+def checked_characters(text: str, what: str, place: str) -> str:
+    """Text that can be encoded.
+
+    Raises:
+      BadRow: it cannot.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{place}: the {what} has half a surrogate pair, which is no character") from None
+        raise BadRow(f"{place}: the {what} has half a surrogate pair, which is no character") from None
     return text
 
 
@@ -122,7 +211,7 @@ def answer_in(text: str, answer_is: str | None, column: str, place: str) -> str:
     """The answer that a column's text holds.
 
     Raises:
-      ConfigError: it holds none.
+      BadRow: it holds none.
     """
     if answer_is == "last_box":
         found, what = last_box(text), "\\boxed{}"
@@ -132,7 +221,7 @@ def answer_in(text: str, answer_is: str | None, column: str, place: str) -> str:
     else:
         return text
     if found is None:
-        raise ConfigError(
+        raise BadRow(
             f"{place}: column {column!r} has no {what}; correct it, take the row out, or change answer_is"
         )
     return found

@@ -13,7 +13,7 @@ from fr3e_jax.host.problems.gym import GymTask
 from fr3e_jax.host.problems.overlap import normalised, report
 from fr3e_jax.host.problems.own_task import OwnTask, is_own
 from fr3e_jax.host.problems.problem import Problem, Task
-from fr3e_jax.host.problems.sources import FileTask, file_task, read_problems, stream
+from fr3e_jax.host.problems.sources import FileTask, file_task, read, stream
 from fr3e_jax.host.text import Text
 
 GYM = "gym:"
@@ -88,7 +88,7 @@ def make_task(source: SourceConfig, data: DataConfig, seed: int, held_out: int) 
         return GymTask(source.name.removeprefix(GYM), source.parameters, seed)
     if is_own(source.name):
         return OwnTask(source.name, source.parameters)
-    return file_task(source, held_out)
+    return file_task(source, held_out, data.bad_rows)
 
 
 def is_made(name: str) -> bool:
@@ -126,33 +126,36 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
     sources = sources_of(data.source)
     share, more = divmod(0 if data.held_out_source else data.held_out, len(sources))
     tasks, held_out = [], []
+    told: list[str] = []
     for i, source in enumerate(sources):
         count = share + (i < more)
         task = make_task(source, data, seed, count)
         held_out += task.held_out(count) if count else []
         tasks.append(task)
     if data.held_out_source:
-        held_out = judging_problems(judging_source(data.held_out_source), seed, data.held_out)
+        held_out, judged_by = judging_problems(judging_source(data.held_out_source), seed, data.held_out)
+        told += judged_by
     elif len(held_out) < data.held_out:
         raise ConfigError(
             f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
             "held-out problems; lower it"
         )
-    fitting([p.question for p in held_out], text, max_prompt, "refuse", "held-out problems", "")
-    asked = {normalised(problem.question) for problem in held_out}
-    told: list[str] = []
-    read: list[Problem] = []
+    fitting(held_out, text, max_prompt, "refuse", "held-out problems", "")
+    asked = {normalised(problem.asked) for problem in held_out}
+    from_files: list[Problem] = []
     for i, (source, task) in enumerate(zip(sources, tasks, strict=True)):
         if isinstance(task, FileTask):
-            apart = [p for p in task.problems if normalised(p.question) not in asked]
-            kept = fitting([p.question for p in apart], text, max_prompt, data.too_long, source.name)
+            apart = [p for p in task.problems if normalised(p.asked) not in asked]
+            kept = fitting(apart, text, max_prompt, data.too_long, source.name)
+            told += task.told
             told += left_out(source.name, len(task) - len(apart), "that are held out")
             told += left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens")
             chosen = [apart[k] for k in kept]
             tasks[i] = FileTask(chosen, task.kept)
-            read += chosen
-    if read:
-        told.append(report(read, held_out))
+            from_files += chosen
+    if from_files:
+        told.append(report(from_files, held_out))
+    told += as_text(from_files + held_out, text)
     first = [task[i] for task in tasks for i in range(known(task))]
     weights = tuple(source.weight for source in sources)
     return Corpus(tuple(tasks), weights, held_out, tuple(told), checksum([*first, *held_out]))
@@ -167,7 +170,9 @@ def checksum(problems: Sequence[Problem]) -> int:
     """Of questions and answers in their order, in [0, 2^31)."""
     total = 0
     for problem in problems:
-        total = zlib.crc32(f"{problem.question}\0{problem.answer}\0".encode(errors="replace"), total)
+        before = "".join(f"{role}\0{text}\0" for role, text in problem.before)
+        written = f"{before}{problem.question}\0{problem.answer}\0"
+        total = zlib.crc32(written.encode(errors="replace"), total)
     return total % 2**31
 
 
@@ -176,29 +181,39 @@ def left_out(name: str, count: int, which: str) -> list[str]:
     return [f"{name}: {count:,} problems {which} are left out of training"] if count else []
 
 
+def as_text(problems: Sequence[Problem], text: Text) -> list[str]:
+    """A line for people on questions that have the text of control tokens in them, if there are any."""
+    found = [token for problem in problems if (token := text.control_in(problem.question, problem.before))]
+    if not found:
+        return []
+    return [
+        f"{len(found):,} questions have control tokens in them, such as {found[0]!r}; they are read as text"
+    ]
+
+
 def fitting(
-    questions: Sequence[str],
+    problems: Sequence[Problem],
     text: Text,
     max_prompt: int,
     too_long: str,
     whose: str,
     remedy: str = ", or use --data.too_long drop",
 ) -> list[int]:
-    """Which questions give queries of at most `max_prompt` tokens.
+    """Which problems give queries of at most `max_prompt` tokens.
 
     Raises:
       ConfigError: none does; or one does not, and `too_long` is `refuse`.
     """
-    lengths = text.query_lengths(questions)
+    lengths = text.query_lengths([p.question for p in problems], [p.before for p in problems])
     kept = [i for i, length in enumerate(lengths) if length <= max_prompt]
-    if not kept or (too_long == "refuse" and len(kept) < len(questions)):
-        if not questions:
+    if not kept or (too_long == "refuse" and len(kept) < len(problems)):
+        if not problems:
             raise ConfigError(f"{whose}: no problem is left to train on; lower data.held_out")
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         raise ConfigError(
-            f"{whose}: {len(questions) - len(kept)} of {len(questions)} queries have more than "
+            f"{whose}: {len(problems) - len(kept)} of {len(problems)} queries have more than "
             f"rollout.max_prompt {max_prompt} tokens, the longest {lengths[longest]} "
-            f"({questions[longest][:60]!r}); raise it{remedy}"
+            f"({problems[longest].question[:60]!r}); raise it{remedy}"
         )
     return kept
 
@@ -210,20 +225,26 @@ def judging_source(name: str, file: str | None = None) -> SourceConfig:
     return SourceConfig(name, split=None if name in DATASETS else "test", file=file)
 
 
-def judging_problems(source: SourceConfig, seed: int, limit: int) -> list[Problem]:
+def judging_problems(source: SourceConfig, seed: int, limit: int) -> tuple[list[Problem], tuple[str, ...]]:
     """The problems of a source that models are judged by: of a data set all, of others the held-out ones.
+
+    None is left out, whatever its answer is: another number of problems would be another benchmark.
 
     Args:
       source: its name and settings.
       seed: of generated problems.
       limit: take the first so many; 0 takes all of a data set, and 256 that are generated.
 
+    Returns:
+      (the problems, lines for people on answers that can never be right).
+
     Raises:
-      ConfigError: they cannot be had.
+      ConfigError: they cannot be had, or too many answers can never be right.
     """
     if is_made(source.name):
-        return make_task(source, DataConfig(), seed, 0).held_out(limit or GENERATED)
-    return read_problems(source)[: limit or None]
+        return make_task(source, DataConfig(), seed, 0).held_out(limit or GENERATED), ()
+    problems, told = read(source)
+    return problems[: limit or None], told
 
 
 def worked_task(data: DataConfig, dropped_carry: float) -> CarryAddition:

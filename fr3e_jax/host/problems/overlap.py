@@ -2,18 +2,37 @@
 
 import collections
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 from fr3e_jax.host.problems.problem import Problem
 
 # With the signs, without which two different sums would be one question.
 WORD = re.compile(r"\w+|[-+*/^=<>]")
+# Characters that look alike and are written for each other, but for those that NFKC makes one of.
+TWINS = {
+    **dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\u2014\u2015\ufe63\uff0d\u2796"), "-"),
+    **dict.fromkeys(map(ord, "\u00d7\u00b7\u22c5\u2219\u2217\u2715\u2716"), "*"),
+    **dict.fromkeys(map(ord, "\u00f7\u2044\u2215"), "/"),
+    **dict.fromkeys(map(ord, "\u2264\u2a7d"), "<="),
+    **dict.fromkeys(map(ord, "\u2265\u2a7e"), ">="),
+    ord("\u2260"): "<>",
+    # Nothing to see: soft hyphen, zero-width space, joiners, marks of direction, byte order mark.
+    **dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff")),
+}
+SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+")
 SHARED = 13
 """Words in a row that make an overlap, as in the contamination study of GPT-3 (arXiv 2005.14165)."""
 
 
 def words(question: str) -> list[str]:
-    """A question as words and signs; case, white space and other punctuation do not count."""
+    """A question as words and signs; case, white space and other punctuation do not count.
+
+    Characters that look alike are one: a minus sign is a hyphen, x\u00b2 is x^2, a full-width 7 is a 7.
+    """
+    if not question.isascii():
+        raised = SUPERSCRIPT.sub(lambda found: f"^{found[0]}", question.translate(TWINS))
+        question = unicodedata.normalize("NFKC", raised).translate(TWINS)
     return WORD.findall(question.casefold())
 
 
@@ -24,7 +43,7 @@ def normalised(question: str) -> str:
 
 def duplicates(problems: Sequence[Problem]) -> int:
     """How many problems have the question of an earlier one."""
-    return len(problems) - len({normalised(problem.question) for problem in problems})
+    return len(problems) - len({normalised(problem.asked) for problem in problems})
 
 
 def runs(question: str, n: int) -> Iterator[tuple[str, ...]]:
@@ -50,11 +69,11 @@ def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int = SHA
     """
     owners: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
     for i, problem in enumerate(held_out):
-        for run in runs(problem.question, n):
+        for run in runs(problem.asked, n):
             owners[run].add(i)
     found: set[int] = set()
     for problem in train:
-        for run in filter(owners.__contains__, runs(problem.question, n)):
+        for run in filter(owners.__contains__, runs(problem.asked, n)):
             found |= owners[run]
     return sorted(found)
 

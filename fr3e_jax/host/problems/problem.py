@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, Protocol
 
+Turns = tuple[tuple[str, str], ...]
+"""Turns of a chat: (role, text) each."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -16,6 +19,13 @@ class Problem:
     """Name of the source that it is of."""
     facts: Any = None
     """What the scorer needs beside the answer; goes to a worker process."""
+    before: Turns = ()
+    """What is said before the question, where it is the last turn of a chat: a system turn, earlier turns."""
+
+    @property
+    def asked(self) -> str:
+        """The text it is known again by: the question behind what was said before, without the system."""
+        return "\n".join([*(text for role, text in self.before if role != "system"), self.question])
 
 
 class Task(Protocol):

@@ -16,9 +16,10 @@ from typing import Any
 import grain
 from huggingface_hub import constants
 
-from fr3e_jax.config import ConfigError, SourceConfig
+from fr3e_jax.config import BadRows, ConfigError, SourceConfig
 from fr3e_jax.host.hub import snapshot
-from fr3e_jax.host.problems.columns import problems_of
+from fr3e_jax.host.problems.answers import EXAMPLES, judged_answers
+from fr3e_jax.host.problems.columns import BadRow, problems_of
 from fr3e_jax.host.problems.datasets import DATASETS, MIXTURES, DataSet
 from fr3e_jax.host.problems.overlap import normalised
 from fr3e_jax.host.problems.problem import Problem, Task
@@ -35,10 +36,14 @@ NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "stat
 
 @dataclasses.dataclass(frozen=True)
 class FileTask:
-    """The problems of a source. kept: the held-out ones, all different and none of the others."""
+    """The problems of a source.
+
+    kept: the held-out ones, all different and none of the others. told: lines for people on its rows.
+    """
 
     problems: list[Problem]
     kept: list[Problem]
+    told: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of training problems."""
@@ -59,7 +64,7 @@ class FileTask:
         return self.kept[:count]
 
 
-def file_task(source: SourceConfig, held_out: int) -> FileTask:
+def file_task(source: SourceConfig, held_out: int, bad_rows: BadRows = "refuse") -> FileTask:
     """A source with some problems held out.
 
     They are chosen by a hash of the question: whatever the order of the rows, the same ones are held out, and
@@ -68,14 +73,15 @@ def file_task(source: SourceConfig, held_out: int) -> FileTask:
     Args:
       source: where the problems are.
       held_out: how many to keep for evaluation.
+      bad_rows: what becomes of rows that hold no problem, and of answers that can never be right.
 
     Raises:
       ConfigError: the problems cannot be had, or are too few; the message says what to change.
     """
-    problems = read_problems(source)
+    problems, told = read(source, bad_rows == "drop", ", or use --data.bad_rows drop")
     if not held_out:
-        return FileTask(problems, [])
-    texts = [normalised(problem.question) for problem in problems]
+        return FileTask(problems, [], told)
+    texts = [normalised(problem.asked) for problem in problems]
     order = sorted(set(texts), key=lambda text: (zlib.crc32(text.encode()), text))
     if held_out >= len(order):
         raise ConfigError(
@@ -85,10 +91,10 @@ def file_task(source: SourceConfig, held_out: int) -> FileTask:
     first: dict[str, Problem] = {}
     for text, problem in zip(texts, problems, strict=True):
         # Not the first in the file: the choice does not depend on the order.
-        first[text] = min(first.get(text, problem), problem, key=lambda p: (p.question, p.answer))
+        first[text] = min(first.get(text, problem), problem, key=lambda p: (p.question, p.answer, p.before))
     kept = dict.fromkeys(order[:held_out])
     training = [problem for text, problem in zip(texts, problems, strict=True) if text not in kept]
-    return FileTask(training, [first[text] for text in kept])
+    return FileTask(training, [first[text] for text in kept], told)
 
 
 def stream(tasks: Sequence[Task], weights: Sequence[float], seed: int) -> Any:
@@ -110,23 +116,50 @@ def stream(tasks: Sequence[Task], weights: Sequence[float], seed: int) -> Any:
 
 
 def read_problems(source: SourceConfig) -> list[Problem]:
-    """All problems of a source, in the order of its files.
+    """All problems of a source, in the order of its files; none is left out.
 
     Raises:
-      ConfigError: a file cannot be had or read, or has no problem; the message says what to change.
+      ConfigError: as `read`.
+    """
+    return read(source)[0]
+
+
+def read(source: SourceConfig, drop: bool = False, remedy: str = "") -> tuple[list[Problem], tuple[str, ...]]:
+    """The problems of a source, in the order of its files, and lines for people on its bad rows.
+
+    Args:
+      source: where they are.
+      drop: leave rows out that hold no problem, and answers that can never be right.
+      remedy: what a person can do beside correcting them.
+
+    Raises:
+      ConfigError: a file cannot be had or read, or has no problem; a row holds none, or too many answers can
+        never be right, and they are not to be left out. The message says what to change.
     """
     data = DATASETS.get(source.name)
     source = filled(source, data) if data else source
     files = files_of(source, data)
-    problems = [
-        problem
-        for shown, file in files
-        for problem in problems_of(source, data, READERS[file.suffix](file, shown))
-    ]
-    if not problems:
+    found: list[tuple[str, Problem]] = []
+    broken: list[BadRow] = []
+    for shown, file in files:
+        for place, problem in problems_of(source, data, READERS[file.suffix](file, shown)):
+            if isinstance(problem, Problem):
+                found.append((place, problem))
+            elif drop:
+                broken.append(problem)
+            else:
+                raise ConfigError(f"{problem}{remedy}")
+    told = []
+    if broken:
+        examples = ", ".join(str(row).partition(";")[0] for row in broken[:EXAMPLES])
+        told = [f"{source.name}: {len(broken):,} rows hold no problem and are left out, such as {examples}"]
+    if not found:
+        if broken:
+            raise ConfigError(f"{told[0]}; none is left: name other columns")
         change = f" in which {dict(source.where)} holds; change where" if source.where else ""
         raise ConfigError(f"{', '.join(shown for shown, _ in files)}: there are no rows{change}")
-    return problems
+    problems, answers_told = judged_answers(source.name, found, drop, remedy)
+    return problems, (*told, *answers_told)
 
 
 def filled(source: SourceConfig, data: DataSet) -> SourceConfig:

@@ -17,6 +17,7 @@ INLINE = {
 ISOLATED = {
     "math": "mathematics.score",
     "gym": "gym.score",
+    "form": "form.score",
 }
 """Those that may take long or never end, or come from elsewhere: they run in worker processes."""
 

@@ -7,15 +7,19 @@ their letters, or in their values somewhere, are told apart before it is asked t
 import cmath
 import functools
 import logging
+import random
 import re
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Expr, Rational
+from sympy import Abs, Expr, Float, Function, I, Pow, Rational
+from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
 MOST_DIGITS = 5000  # about, of a value within an expression without letters
 MOST_DEGREE = 700  # about the same, of one with letters, which may be expanded
+CERTAIN = 2 * MOST_DEGREE  # digits by which two values are the same
+SLACK = Float(10) ** (60 - CERTAIN)
 DEEPEST = 8  # brackets within brackets
 MOST_FUNCTIONS = 6  # such as sin, which may be nested without brackets
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # that it has no time limit is meant
@@ -49,10 +53,15 @@ DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
 
 def expression(gold: str, said: str, sets: bool = False) -> bool:
     """Whether two single expressions, equations or sets are the same for math-verify."""
-    # Letters that one has and the other has not: no need to ask, and the slowest of questions.
     gold, said = told_apart(gold, said)
-    if not manageable(gold) or not manageable(said) or (letters(gold) != letters(said) and not sets):
+    if not manageable(gold) or not manageable(said):
         return False
+    if letters(gold) != letters(said) and not sets:
+        # To ask would be the slowest of questions. Two have a value in common only where one is a constant.
+        if letters(gold) and letters(said):
+            return False
+        wanted, value = parsed(gold), parsed(said)
+        return bool(wanted and value) and same_everywhere(wanted[0], value[0])
     wanted, value = parsed(gold), parsed(said)
     if not wanted or not value or differ(wanted[0], value[0]):
         return False
@@ -75,6 +84,35 @@ def differ(wanted: Any, value: Any) -> bool:
         return abs(one - two) > 1e-12 + 1e-9 * max(abs(one), abs(two))
     except (TypeError, ValueError, ArithmeticError, AttributeError):
         return False
+
+
+def same_everywhere(wanted: Any, value: Any) -> bool:
+    """Whether two expressions have one value whatever their letters are, as sin(x)^2 + cos(x)^2 and 1.
+
+    Asked of sums, products, powers by numbers, and functions of angles: for these, some points in the complex
+    plane that nobody can know beforehand decide, at more digits than any of their numbers has. Of others, no.
+    """
+    if not isinstance(wanted, Expr) or not isinstance(value, Expr):
+        return False
+    for one in (wanted, value):
+        known = all(isinstance(f, TrigonometricFunction) for f in one.atoms(Function))
+        if not known or any(power.exp.free_symbols for power in one.atoms(Pow)):
+            return False
+    names = sorted(wanted.free_symbols | value.free_symbols, key=str)
+    draw = random.Random(f"{wanted} = {value}")
+    for size in (3, -8, 14, -22):  # tenths: on both sides of 0 and of 1
+        somewhere = {
+            name: Rational(size * draw.randint(50, 99), 1000) + I * Rational(draw.randint(-99, 99), 70)
+            for name in names
+        }
+        try:
+            one, two = (text.subs(somewhere).evalf(CERTAIN, maxn=2 * CERTAIN) for text in (wanted, value))
+            apart = Abs(one - two).evalf(10)
+            if not apart.is_finite or not apart <= Abs(one).evalf(10) * SLACK + SLACK:
+                return False
+        except (TypeError, ValueError, ArithmeticError, AttributeError):
+            return False
+    return True
 
 
 def told_apart(*texts: str) -> list[str]:

@@ -14,6 +14,7 @@ UNICODE = str.maketrans(
         "\u03c0": r"\pi ",
         "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u00b0": r"^\circ ",
         "\u222a": r"\cup ", "\u00b1": r"\pm ", "\u00b2": "^2", "\u00b3": "^3", "\u20ac": "", "\u00a3": "",
+        "\u2248": r"\approx ",
         "\u221a": r"\sqrt ", "\u2208": r"\in ", "\u03b8": r"\theta ", "\u00f7": r"\div ",
     }
 )  # fmt: skip
@@ -31,12 +32,17 @@ WRITINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         r"\\(?:text(?:bf|it|rm|normal)|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|bm)(?![a-z])\s*",
         r"\\text",
     ),
-    (r"\\text\{\s*(?:,?\s*(?:and|or))\s*,?\s*\}|,?(?<![A-Za-z\\])\s*(?:and|or)(?![A-Za-z])", ", "),
+    (
+        r"(?:[,;]\s*(?:(?:\\[;:, ]|\\q?quad(?![a-z])|~)\s*)*)?"
+        r"\\text\{[\s~]*,?[\s~]*(?:and|or)[\s~]*,?[\s~]*\}|,?(?<![A-Za-z\\])\s*(?:and|or)(?![A-Za-z])",
+        ", ",
+    ),
     (r"(?<!\\)\\(?:[;:, ]|q?quad(?![a-z]))|~|\s+", " "),
     (r"\\leq?(?:slant)?(?![a-z])|<=", r"\\le "),
     (r"\\geq?(?:slant)?(?![a-z])|>=", r"\\ge "),
     (r"\\neq?(?![a-z])|!=", r"\\ne "),
     (r"\\lt(?![a-z])", "<"),
+    (r"\A(?:([A-Za-z])\s*)?\\approx(?![a-z])", lambda found: f"{found[1]}=" if found[1] else ""),
     (r"\\gt(?![a-z])", ">"),
     (r"\\([lr])brace(?![a-z])", lambda found: "\\" + "{}"["lr".index(found[1])]),
     (r"\\varnothing(?![a-z])|\\\{ *\\\}", r"\\emptyset "),
