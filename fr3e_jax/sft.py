@@ -27,7 +27,8 @@ from fr3e_jax.host.export import check_out, export_model
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.problems.additions import CarryAddition
 from fr3e_jax.host.problems.corpus import worked_task
-from fr3e_jax.host.text import Text, character_tokenizer, load_text
+from fr3e_jax.host.text import Text, load_text
+from fr3e_jax.host.tokenizer import character_tokenizer
 from fr3e_jax.learner.state import TrainState, decayed, init_state
 from fr3e_jax.learner.update import Learner, row_statistics, trained
 from fr3e_jax.models.hf import CheckpointError, config_json

@@ -15,7 +15,8 @@ from texts import TEXTS
 
 from fr3e_jax.host.export import copy_description, export_model
 from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.text import end_tokens, load_text
+from fr3e_jax.host.text import load_text
+from fr3e_jax.host.tokenizer import end_tokens
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import Qwen2Config
 

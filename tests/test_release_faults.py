@@ -34,7 +34,8 @@ from fr3e_jax.host.problems.additions import CarryAddition
 from fr3e_jax.host.problems.problem import Problem
 from fr3e_jax.host.scoring.pool import ScoringPool
 from fr3e_jax.host.scoring.verdict import Verdict
-from fr3e_jax.host.text import Text, character_tokenizer
+from fr3e_jax.host.text import Text
+from fr3e_jax.host.tokenizer import character_tokenizer
 from fr3e_jax.host.verify import Verifier, whole_answer
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.step import Round, close_round, open_round, train_step

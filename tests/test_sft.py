@@ -14,7 +14,8 @@ from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.problems.additions import make_addition
-from fr3e_jax.host.text import end_tokens, load_text
+from fr3e_jax.host.text import load_text
+from fr3e_jax.host.tokenizer import end_tokens
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.hosts import Hosts

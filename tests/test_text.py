@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.text import end_tokens, load_text, pad_token
+from fr3e_jax.host.text import load_text
+from fr3e_jax.host.tokenizer import end_tokens, pad_token
 
 QWEN = REPOSITORY / "tests" / "qwen2.5_tokenizer_cut"  # made by cut_tokenizer.py, with the ids of the whole
 END_OF_TEXT, START, END = 151643, 151644, 151645

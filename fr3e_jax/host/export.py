@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.host.hub import DESCRIPTION_FILES
-from fr3e_jax.host.text import (
+from fr3e_jax.host.tokenizer import (
     GENERATION_FILE,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,

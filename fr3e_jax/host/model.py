@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fr3e_jax.host.hub import find_model, pinned
-from fr3e_jax.host.text import known_ids
+from fr3e_jax.host.tokenizer import known_ids
 from fr3e_jax.host.weights import read_params
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, abstract_params, graph_of, logical_axes

@@ -1,8 +1,7 @@
-"""Tokens <-> text: the tokenizer of a checkpoint, its end tokens, and prompt templates."""
+"""Questions as the tokens that a model sees, and its answers as text."""
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +10,13 @@ from typing import Any
 import jax
 import jinja2
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-# Its advice that there is no torch is not for our users: only tokenizers are used of it.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-from transformers import PreTrainedTokenizerFast
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.host.problems.problem import Turns
 from fr3e_jax.host.stops import cut, make_table, token_bytes
-from fr3e_jax.models.hf import read_json
+from fr3e_jax.host.tokenizer import end_tokens, read_tokenizer
 from fr3e_jax.types import Rollouts, States, StopTable
 
-GENERATION_FILE = "generation_config.json"
-TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATES = ("chat", "boxed_chat")
 BOXED_TEMPLATES = ("boxed", "boxed_chat")
 TEMPLATES = ("plain", "chat", *BOXED_TEMPLATES)
@@ -293,136 +285,3 @@ def load_text(directory: Path, template: str, stop: Sequence[str] = ()) -> Text:
             f"the tokenizer of {directory} has no chat template; use --data.template plain, or generate --raw"
         )
     return Text(tokenizer, end_tokens(directory), template, tuple(stop))
-
-
-def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint directory.
-
-    Raises:
-      ConfigError: there is none, or it cannot be read.
-    """
-    if not (directory / TOKENIZER_FILE).is_file():
-        raise ConfigError(f"{directory} holds no {TOKENIZER_FILE}")
-    # Not AutoTokenizer: for model_type qwen2 it would force Qwen's own pre-tokenizer on every file.
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
-    except Exception as error:  # the library's own, of no common class
-        raise ConfigError(f"the tokenizer of {directory} cannot be read: {error}") from None
-
-
-def known_ids(directory: Path, vocabulary: int) -> tuple[tuple[int, int], ...]:
-    """The ids of a checkpoint's tokenizer, as the decoder takes them: empty where it has all.
-
-    Args:
-      directory: of the checkpoint.
-      vocabulary: rows of the embedding.
-
-    Returns:
-      Ranges [first, end). None of a directory without tokenizer, with which text cannot be read anyway.
-
-    Raises:
-      ConfigError: the embedding lacks ids of the tokenizer, or the padding token; or an end token is none
-        of the tokenizer's.
-    """
-    if not (directory / TOKENIZER_FILE).is_file():
-        return ()
-    names = {id: name for name, id in read_tokenizer(directory).get_vocab().items()}
-    ids = np.array(sorted(names))
-    if beyond := [f"{names[id]!r} ({id})" for id in ids[ids >= vocabulary].tolist()]:
-        raise ConfigError(
-            f"{directory}: the tokenizer has {len(beyond)} id(s) that the embedding's {vocabulary} rows "
-            f"(vocab_size in config.json) lack, such as {', '.join(beyond[:3])}; use the tokenizer that the "
-            "model was trained with, or resize the embedding"
-        )
-    unknown = [str(id) for id in end_tokens(directory) if id not in names]
-    if unknown:
-        raise ConfigError(
-            f"{directory}: the end token {' and '.join(unknown)} is none of the tokenizer's {len(names)} "
-            f"ids, so that it would end no answer; correct eos_token_id in {GENERATION_FILE} or config.json"
-        )
-    pad = pad_token(directory)
-    if pad is not None and pad >= vocabulary:
-        raise ConfigError(
-            f"{directory}: pad_token_id {pad} is beyond the embedding's {vocabulary} rows; correct it in "
-            f"{GENERATION_FILE} or config.json"
-        )
-    if len(ids) == vocabulary:
-        return ()
-    pieces = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
-    return tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces)
-
-
-def end_tokens(directory: Path) -> tuple[int, ...]:
-    """The ids that end an answer: eos_token_id, one or several, as the checkpoint's files say.
-
-    generation_config.json goes before config.json, as in transformers, and both before the tokenizer's
-    eos_token.
-
-    Raises:
-      ConfigError: none of them names one, or it is no id.
-    """
-    found = token_id(directory, "eos_token_id", "eos_token")
-    if found is None:
-        raise ConfigError(
-            f"{directory} names no end token: eos_token_id is in neither {GENERATION_FILE} nor config.json, "
-            "and tokenizer_config.json has no eos_token"
-        )
-    ids = found if isinstance(found, list) else [found]
-    if not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise ConfigError(f"eos_token_id of {directory} is {found!r}, must be an id or a list of ids")
-    return tuple(ids)
-
-
-def pad_token(directory: Path) -> int | None:
-    """The id that pads, as the checkpoint's files say, or None where they say nothing.
-
-    Nothing here is padded with it: masks come from lengths. It is what others read of an export.
-    """
-    return one_id(directory, "pad_token_id", "pad_token")
-
-
-def begin_token(directory: Path) -> int | None:
-    """The id that begins a text, as the checkpoint's files say, or None where they say nothing.
-
-    Nothing here begins with it, but what others read of an export.
-    """
-    return one_id(directory, "bos_token_id", "bos_token")
-
-
-def one_id(directory: Path, id_field: str, token_field: str) -> int | None:
-    """An id that the checkpoint's files name, or None where they name none, or no id."""
-    found = token_id(directory, id_field, token_field)
-    return found if type(found) is int and found >= 0 else None  # -1 says that there is none
-
-
-def token_id(directory: Path, id_field: str, token_field: str) -> Any:
-    """An id of the first file that names it; the tokenizer's own is looked up in its vocabulary."""
-    for name in (GENERATION_FILE, "config.json"):
-        if (directory / name).is_file() and (found := read_json(directory / name).get(id_field)) is not None:
-            return found
-    token = read_tokenizer_config(directory).get(token_field)
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is None:
-        return None
-    return Tokenizer.from_file(str(directory / TOKENIZER_FILE)).token_to_id(token)
-
-
-def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json of a checkpoint; nothing where there is none."""
-    file = directory / TOKENIZER_CONFIG
-    return read_json(file) if file.is_file() else {}
-
-
-def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character; ids 0 and 1 are `<pad>` and `<eos>`."""
-    special = ["<pad>", "<eos>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=special[0],
-        eos_token=special[1],
-        clean_up_tokenization_spaces=False,
-    )
