@@ -139,6 +139,7 @@ def test_the_last_number_is_found_as_it_is_written(text, number):
         ("B.", "B"),
         ("We compare.\n\nB", "B"),
         ("I choose (C), not (A), and so (C)", "C"),
+        ("Is it (A)? No, it must be (B) then", "B"),
         ("I think so.", None),
         ("Apples", None),
         (r"\boxed{AB}", None),
