@@ -5,9 +5,11 @@ from collections import Counter
 
 import pytest
 import yaml
+from support import mesh_of
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, DataConfig, SourceConfig, dump
+from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.problems.corpus import (
     fitting,
@@ -19,6 +21,7 @@ from fr3e_jax.host.problems.corpus import (
 )
 from fr3e_jax.host.problems.problem import Problem
 from fr3e_jax.host.text import load_text
+from fr3e_jax.parallel.hosts import Hosts
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,15 @@ def test_a_held_out_source_leaves_all_of_the_others_to_training(text, files):
     ]
     assert found.told[0] == f"{files[0]}: 6 problems that are held out are left out of training"
     assert "of 7 held-out problems none shares" in found.told[1]
+
+
+def test_a_query_may_fill_its_width_and_no_more(text):
+    """Of a stream, whose problems a task makes and nobody has measured before."""
+    stream = QueryStream(None, text, 8, Hosts(mesh_of(), 1))
+    queries = stream.encode([Problem("123+456=", "579", "exact"), Problem("1+2=", "3", "exact")])
+    assert queries.length.tolist() == [8, 4] and text.query("123+456=") == queries.token[0].tolist()
+    with pytest.raises(ConfigError, match=r"'123\+4567=' has 9 tokens, more than rollout.max_prompt 8"):
+        stream.encode([Problem("123+4567=", "4690", "exact")])
 
 
 def test_queries_that_are_too_long_are_refused_with_their_number_or_dropped_and_told(text, files):
