@@ -13,7 +13,7 @@ from support import run, two_processes
 from fr3e_jax.cli import parse
 from fr3e_jax.config import ConfigError, DataConfig, MeshConfig
 from fr3e_jax.evaluate import EvaluationConfig, evaluate
-from fr3e_jax.evaluation.record import ANSWERS, SETTINGS, SUMMARY
+from fr3e_jax.evaluation.record import ANSWERS, SETTINGS, SUMMARY, open_directory
 from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.problems.additions import make_addition
 
@@ -164,11 +164,15 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(done, suite, tmp_path,
     assert sorted(map(json.dumps, answers(out))) == sorted(map(json.dumps, answers(done[0])))
 
 
-def test_a_directory_of_another_evaluation_is_refused_with_what_differs(done, suite):
+def test_a_directory_of_another_evaluation_is_refused_with_what_differs(done, suite, tmp_path):
     before = (done[0] / ANSWERS).read_bytes()
     with pytest.raises(ConfigError, match="other settings of samples, seed"):
         evaluate(settings(suite, done[0], seed=3, samples=4))
     assert (done[0] / ANSWERS).read_bytes() == before
+    # One that was ended before its model was found: nothing is what `auto` came to.
+    (tmp_path / SETTINGS).write_text(yaml.safe_dump({"stop": ["x"], "model": "quickstart"}))
+    with pytest.raises(ConfigError, match="other settings of seed, stop"):
+        open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0})
 
 
 def test_the_same_model_twice_is_not_better_and_the_comparison_is_paired(done, suite, tmp_path):

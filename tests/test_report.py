@@ -208,6 +208,7 @@ ASKED = {
     "step": 3,
     "source": "Org/Name@0f3",
     "template": "boxed",
+    "stop": ["###"],
     "compute_dtype": "float32",
 }
 

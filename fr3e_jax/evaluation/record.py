@@ -40,7 +40,7 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> None:
             raise ConfigError(f"--out {directory} cannot be written: {error}") from None
         return
     # What `auto` and a branch of the hub came to may also be said.
-    resolved = held.get(RESOLVED) or {}
+    resolved = held | (held.get(RESOLVED) or {})
     changed = [name for name in settings if settings[name] not in (held.get(name), resolved.get(name))]
     if changed:
         refuse(directory, changed)
