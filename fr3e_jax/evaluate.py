@@ -56,9 +56,9 @@ from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
-from fr3e_jax.parallel.hosts import HostError, Hosts, initialize, is_first, leaving_at_once
+from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
-from fr3e_jax.parallel.waiting import waiting
+from fr3e_jax.parallel.waiting import HostError, waiting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,9 +44,9 @@ from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
-from fr3e_jax.parallel.hosts import HostError, Hosts, initialize, is_first, leaving_at_once
+from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
-from fr3e_jax.parallel.waiting import waiting
+from fr3e_jax.parallel.waiting import HostError, waiting
 from fr3e_jax.step import Metrics, Run, SamplingError, SkippedError, train_step
 
 MODEL = "model"  # the directory of the final one, in the run directory

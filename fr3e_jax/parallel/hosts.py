@@ -67,8 +67,8 @@ def initialize(config: DistributedConfig) -> None:
             )
         except ValueError as error:
             raise ConfigError(
-                f"--distributed.initialize: the other processes are not found ({error}); on machines that jax "
-                f"does not know, set {ADDRESS} (host:port of the first), {PROCESSES} and {NUMBER}"
+                f"--distributed.initialize: the other processes are not found ({error}); on machines that "
+                f"jax does not know, set {ADDRESS} (host:port of the first), {PROCESSES} and {NUMBER}"
             ) from None
         except RuntimeError as error:
             if not jax.distributed.is_initialized():

@@ -9,24 +9,22 @@ import ctypes
 import functools
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed
-from jax._src.lib import _jax
+from jaxlib import _jax
 
 GRACE = 3.0  # seconds that an abort leaves to the main thread, if that is about to end the process itself
 
-# How transports and jax's coordinator say that a process does not answer, on CPU, GPU and TPU.
+# How jax says, on CPU, GPU and TPU, that a process does not answer.
 SIGNS = re.compile(
-    r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|coordination service|barrier|heartbeat"
-    r"|connection (closed|reset|refused)|broken pipe",
+    r"gloo|nccl|coordination service|barrier|heartbeat|connection (closed|reset|refused)|socket closed"
+    r"|(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED):",
     re.IGNORECASE,
 )
-KINDS = (RuntimeError, ValueError, OSError)  # jax's own errors are RuntimeErrors
 
 
 class HostError(RuntimeError):
@@ -36,9 +34,12 @@ class HostError(RuntimeError):
 class Whereabouts:
     """Where this process is, and whether it is ending.
 
-    command: what the line begins with. timeout: seconds, as configured. places: (name, when it was entered) of
-    the blocks that it is in, innermost last; the first is the command. ending: the main thread has the news. code: exit code, once the
-    main thread has said why it ends.
+    Attributes:
+      command: what the line begins with.
+      timeout: seconds, as configured.
+      places: (name, when it was entered) of the blocks that it is in, the innermost last, the command first.
+      ending: whether the main thread has the news.
+      code: the exit code, once the main thread has said why it ends.
     """
 
     def __init__(self) -> None:
@@ -96,8 +97,8 @@ def waiting(place: str) -> Iterator[None]:
         yield
     except HostError:
         raise
-    except KINDS as error:
-        if rank()[1] == 1 or not SIGNS.search(f"{type(error).__name__} {error}"):
+    except jax.errors.JaxRuntimeError as error:
+        if rank()[1] == 1 or not SIGNS.search(str(error)):
             raise  # a fault of its own
         HERE.ending = True
         raise HERE.lost(error) from error
@@ -109,8 +110,7 @@ def waiting(place: str) -> Iterator[None]:
 def told_of_losses() -> Iterator[None]:
     """Have the runtime that jax starts in this block end the process with the line, not with a C++ stack.
 
-    It calls back when the coordinator is gone, or tells of a process that is. jaxlib (0.10 to 0.12) cannot
-    hand what it says to Python and aborts in trying to, without a stack; so aborts are listened to as well.
+    It calls back when the coordinator is gone, or tells of a process that is.
     """
     # No public interface has it. With a jax that has it no longer, processes end as jax ends them.
     name, option = "get_distributed_runtime_client", "missed_heartbeat_callback"
@@ -118,7 +118,7 @@ def told_of_losses() -> Iterator[None]:
     if make is None or option not in (make.__doc__ or ""):
         yield
         return
-    on_abort(HERE.last_words)
+    on_bad_cast(HERE.last_words)
     setattr(_jax, name, functools.partial(make, **{option: HERE.last_words}))
     try:
         yield
@@ -126,12 +126,29 @@ def told_of_losses() -> Iterator[None]:
         setattr(_jax, name, make)
 
 
-HELD: list[Any] = []  # what C points to must not be collected
+HELD: list[Any] = []  # what C++ points to must not be collected
 
 
-def on_abort(handler: Callable[[int], Any]) -> None:
-    """Call a function in the thread that aborts. Python's own handlers run later, in the main thread."""
-    HELD.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handler))
-    libc = ctypes.CDLL(None)
-    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    libc.signal(signal.SIGABRT, ctypes.cast(HELD[-1], ctypes.c_void_p))
+def on_bad_cast(handler: Callable[[], Any]) -> None:
+    """Call a function where a thread of C++ would end the process with an uncaught std::bad_cast.
+
+    jaxlib (0.10 to 0.12) throws one instead of calling back, as it cannot hand its status to Python. Every
+    other exception ends the process as before.
+    """
+    try:
+        library = ctypes.CDLL("libstdc++.so.6")
+        set_terminate, current_type = library._ZSt13set_terminatePFvvE, library.__cxa_current_exception_type
+    except (OSError, AttributeError):  # not a Linux with this C++
+        return
+    kind = ctypes.CFUNCTYPE(None)
+    set_terminate.restype, set_terminate.argtypes = kind, (kind,)
+    current_type.restype = ctypes.POINTER(ctypes.c_char_p)  # a std::type_info: (its methods, its name)
+
+    def end() -> None:
+        thrown = current_type()
+        if thrown and thrown[1] == b"St8bad_cast":
+            handler()
+        before()
+
+    HELD.append(kind(end))
+    before = set_terminate(HELD[-1])
