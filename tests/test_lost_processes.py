@@ -37,7 +37,8 @@ if os.environ["JAX_PROCESS_ID"] == number:
 from fr3e_jax.train import main
 main()
 """
-PLACES = {"first_return": 2, "update": 2, "a save": 2, "an evaluation": 3}  # in or after the second step
+# In or after the third step: the checkpoint of the first is whole, since a save waits for the one before.
+PLACES = {"first_return": 3, "update": 3, "a save": 3, "an evaluation": 4}
 
 
 def start(number, port, *program):
