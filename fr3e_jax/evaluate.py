@@ -67,8 +67,9 @@ from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
-from fr3e_jax.parallel.hosts import HostError, Hosts, initialize, is_first, leaving_at_once
+from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.waiting import HostError, waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,10 +296,11 @@ def ask_all(
                 }
                 bar = progress.add_task(benchmark.name, total=len(wanted))
                 begun, at = time.perf_counter(), 0
-                for answers in respondent.answers(params, wanted, key, sampling):
-                    writer.write(benchmark.name, wanted[at : at + len(answers)], answers, settings)
-                    at += len(answers)
-                    progress.update(bar, completed=at)
+                with waiting(benchmark.name):
+                    for answers in respondent.answers(params, wanted, key, sampling):
+                        writer.write(benchmark.name, wanted[at : at + len(answers)], answers, settings)
+                        at += len(answers)
+                        progress.update(bar, completed=at)
                 seconds = time.perf_counter() - begun
                 console.print(f"{benchmark.name}: {at} answers in {seconds:.0f} s", markup=False)
     finally:
@@ -381,7 +383,7 @@ def tell(config: EvaluationConfig, directory: Path, console: Console) -> dict[st
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(EvaluationConfig, "evaluate", None)
-    with leaving_at_once():
+    with leaving_at_once("evaluate"):
         try:
             initialize(config.distributed)
             keep_compiled(config.compilation_cache, None)

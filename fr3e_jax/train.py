@@ -45,8 +45,9 @@ from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
-from fr3e_jax.parallel.hosts import HostError, Hosts, initialize, is_first, leaving_at_once
+from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.waiting import HostError, waiting
 from fr3e_jax.step import Metrics, Run, SamplingError, SkippedError, train_step
 
 MODEL = "model"  # the directory of the final one, in the run directory
@@ -107,8 +108,9 @@ def evaluate(run: Run, params: Params, held_out: list[Problem], step: int) -> Me
     begun, where = time.perf_counter(), f"evaluation after step {step}"
     respondent = Respondent(run.engine, run.stream, run.verifier, run.config.evaluate.rows, where)
     asks = [Ask(problem, number) for number, problem in enumerate(held_out)]
-    batches = respondent.answers(run.sampling_params(params), asks, run.key(0), GREEDY)
-    answers = [answer for batch in batches for answer in batch]
+    with waiting("an evaluation"):
+        batches = respondent.answers(run.sampling_params(params), asks, run.key(0), GREEDY)
+        answers = [answer for batch in batches for answer in batch]
     return {
         "eval/accuracy": float(np.mean([answer.right for answer in answers])),
         "eval/cut": float(np.mean([answer.truncated for answer in answers])),
@@ -166,7 +168,8 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
                 reporter.step({"step": 0} | evaluate(run, state.params, held_out, 0) | {"tokens/total": 0})
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
-                    state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
+                    with waiting(f"step {progress.step + 1}"):
+                        state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
                     told = {"metrics": metrics, "sample": sample}
                     progress = dataclasses.replace(progress, unreported=told)
                 else:
@@ -199,7 +202,8 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
         finally:
             run.verifier.pool.close()
         checkpoints.close()
-        export_run(directory / MODEL, model.source, state.params, jnp.dtype(config.model.export_dtype))
+        with waiting("the export"):
+            export_run(directory / MODEL, model.source, state.params, jnp.dtype(config.model.export_dtype))
         return finish(reporter, directory, progress)
 
 
@@ -255,7 +259,7 @@ def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progres
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, name = parse(Config, "train", "configs/quickstart.yaml")
-    with leaving_at_once():
+    with leaving_at_once("train"):
         try:
             initialize(config.distributed)
             keep_compiled(config.compilation_cache, config.run_dir)

@@ -15,6 +15,7 @@ from fr3e_jax.host.groups import as_dict, from_dict
 from fr3e_jax.host.storage import absolute, writing
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.parallel.waiting import waiting
 from fr3e_jax.types import StateGroups
 
 CHECKPOINTS = "checkpoints"
@@ -76,7 +77,7 @@ class Checkpoints:
             carried=ocp.args.StandardSave(as_dict(carried)),
             progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         )
-        with writing(self.manager.directory):
+        with writing(self.manager.directory), waiting("a save"):
             self.manager.save(progress.step, args=args)
 
     def save_last(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
@@ -118,7 +119,7 @@ class Checkpoints:
         Raises:
           StorageError: the bucket did not take it.
         """
-        with writing(self.manager.directory):
+        with writing(self.manager.directory), waiting("a save"):
             self.manager.wait_until_finished()
             self.manager.close()
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from fr3e_jax.host.progress import bars
 from fr3e_jax.host.storage import in_bucket, upload, write_atomically
 from fr3e_jax.parallel.hosts import is_first
+from fr3e_jax.parallel.waiting import waiting
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 SUMMARY_FILE, LOG_FILE = "summary.json", "log.txt"
@@ -35,7 +36,8 @@ class Stopwatch:
         """Add the time of the block to a stage; the block ends with its results on the host."""
         start = time.perf_counter()
         try:
-            yield
+            with waiting(name):
+                yield
         finally:
             self.seconds[name] += time.perf_counter() - start
 

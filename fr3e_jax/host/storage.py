@@ -9,6 +9,7 @@ from pathlib import Path
 from etils import epath
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.parallel.waiting import HostError
 
 BUCKET = "gs://"
 
@@ -83,7 +84,7 @@ def writing(place: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # gcsfs, tensorstore, aiohttp and google.auth each have their own
-        if not in_bucket(place) or isinstance(error, StorageError):
+        if not in_bucket(place) or isinstance(error, StorageError | HostError):
             raise
         raise StorageError(
             f"{place} could not be written; when the bucket takes files again, the same command goes on from "

@@ -21,16 +21,13 @@ from orbax.checkpoint import multihost
 
 from fr3e_jax.config import ConfigError, DistributedConfig
 from fr3e_jax.parallel.mesh import MESH_AXES
+from fr3e_jax.parallel.waiting import HERE, HostError, rank, told_of_losses, waiting
 
 INITIALIZE = "FR3E_DISTRIBUTED"
 ADDRESS, PROCESSES, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 SERVED = 3.0  # seconds for which the first process still serves the others when it ends
-
-
-class HostError(RuntimeError):
-    """Another process is gone or late; the message says which, and where."""
 
 
 def initialize(config: DistributedConfig) -> None:
@@ -59,22 +56,24 @@ def initialize(config: DistributedConfig) -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # jax's own notice of SIGTERM counts calls that both a run and orbax would make, each by its own numbers.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(
-            **told,
-            initialization_timeout=config.timeout,
-            heartbeat_timeout_seconds=config.timeout,
-            shutdown_timeout_seconds=config.timeout,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"--distributed.initialize: the other processes are not found ({error}); on machines that jax "
-            f"does not know, set {ADDRESS} (host:port of the first), {PROCESSES} and {NUMBER}"
-        ) from None
-    except RuntimeError as error:
-        raise HostError(
-            f"the other processes did not come within --distributed.timeout {config.timeout} s: {error}"
-        ) from None
+    HERE.timeout = config.timeout
+    with waiting("the start"), told_of_losses():
+        try:
+            jax.distributed.initialize(
+                **told,
+                initialization_timeout=config.timeout,
+                heartbeat_timeout_seconds=config.timeout,
+                shutdown_timeout_seconds=config.timeout,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"--distributed.initialize: the other processes are not found ({error}); on machines that "
+                f"jax does not know, set {ADDRESS} (host:port of the first), {PROCESSES} and {NUMBER}"
+            ) from None
+        except RuntimeError as error:
+            if not jax.distributed.is_initialized():
+                raise ConfigError(f"the first process cannot serve the others: {error}") from None
+            raise HERE.lost("they did not all come") from error
 
 
 def is_first() -> bool:
@@ -104,17 +103,11 @@ class Hosts:
         """
         if jax.process_count() == 1:
             return
-        began = time.monotonic()
-        try:
-            # Where processes are named orbax waits at the coordinator, with a time-out, not in a collective.
-            everyone = set(range(jax.process_count()))
+        # Where processes are named orbax waits at the coordinator, with a time-out, not in a collective.
+        everyone = set(range(jax.process_count()))
+        HERE.timeout = self.timeout
+        with waiting(where):
             multihost.sync_global_processes(where, timeout=self.timeout, processes=everyone)
-        except Exception as error:
-            raise HostError(
-                f"process {jax.process_index()} waited {time.monotonic() - began:.0f} s at {where!r} for the "
-                f"others (--distributed.timeout {self.timeout}); one of them is gone or late: "
-                f"{' '.join(str(error).split())[:400]}"
-            ) from error
 
     def rows_here(self, rows: int) -> np.ndarray:
         """Which rows of a batch this process answers for, bool [rows].
@@ -136,7 +129,8 @@ class Hosts:
         if jax.process_count() == 1:
             return x
         self.meet(where)
-        return np.asarray(multihost_utils.process_allgather(x)).sum(axis=0).astype(x.dtype)
+        with waiting(where):
+            return np.asarray(multihost_utils.process_allgather(x)).sum(axis=0).astype(x.dtype)
 
     def of_first(self, number: int, where: str) -> int:
         """The first process's number, in [0, 2^31), on all of them."""
@@ -153,17 +147,28 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
+def leaving_at_once(command: str) -> Iterator[None]:
     """Where there are several processes, end one that fails at once.
 
     jax's farewell at the end of a process waits for the others, who wait for this one in the midst of a step.
+
+    Args:
+      command: name of the module that is run.
     """
+    HERE.command = command
     try:
-        yield
+        with waiting(command):
+            yield
+            if jax.distributed.is_initialized():
+                with waiting("the end"):  # not where Python ends, which shows a traceback
+                    jax.distributed.shutdown()
     except SystemExit as ending:
         if jax.distributed.is_initialized() and ending.code not in (0, None):
             leave(ending.code if isinstance(ending.code, int) else 1)
         raise
+    except HostError as error:  # from where no command looks for it
+        print(f"fr3e_jax.{command}: error: {error}", file=sys.stderr)
+        leave(1)
     except BaseException:
         if jax.distributed.is_initialized():
             traceback.print_exc()
@@ -174,10 +179,11 @@ def leaving_at_once() -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """Exit without a farewell; the first process after those that leave for the same reason.
 
-    It serves the others, and jax aborts a process whose server is gone before it has said why it ends.
+    It serves the others, who are to say for themselves why they end.
     """
+    HERE.code = code
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_first():
+    if rank()[0] == 0:
         time.sleep(SERVED)
     os._exit(code)

@@ -1,0 +1,189 @@
+"""One of two real processes never comes, or is killed: the other ends with a line that says where it was."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+from support import SMALL, command, ends_of, free_port, start_pair
+
+from fr3e_jax.host.metrics import read_metrics
+from fr3e_jax.host.storage import StorageError, writing
+from fr3e_jax.parallel import waiting
+
+TIMEOUT = 10
+OFTEN = [*SMALL, "--checkpoint.every=1", "--evaluate.every=1"]
+LINE = re.compile(
+    r"fr3e_jax\.train: error: process (?P<number>\d) of 2 waited (?P<seconds>\d+) s for the others at "
+    r"(?P<place>.+) \(--distributed\.timeout (?P<timeout>\d+)\); one of them is gone or late: .+"
+)
+
+# A run whose process `number` is killed `delay` seconds after it has come to a place for the `count`-th time.
+KILLED = """
+import os, signal, sys, threading
+from fr3e_jax.parallel import waiting
+number, place, count, delay, *sys.argv[1:] = sys.argv[1:]
+class Trap(list):
+    came = 0
+    def append(self, entry):
+        super().append(entry)
+        self.came += entry[0] == place
+        if self.came == int(count) and entry[0] == place:
+            threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
+if os.environ["JAX_PROCESS_ID"] == number:
+    waiting.HERE.places = Trap()
+from fr3e_jax.train import main
+main()
+"""
+# In or after the third step: the checkpoint of the first is whole, since a save waits for the one before.
+PLACES = {"first_return": 3, "update": 3, "a save": 3, "an evaluation": 4}
+
+
+def start(number, port, *program):
+    """One of two processes that train."""
+    place = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    told = command("train", devices=4, JAX_PROCESS_ID=str(number), FR3E_DISTRIBUTED="1", **place)
+    return subprocess.Popen(**told | {"args": [sys.executable, *map(str, program)]})
+
+
+def assert_says_where(ended, number, places, timeout):
+    """Exit code 1 and, last on stderr, the line; neither a traceback nor a stack of C++."""
+    code, _, said = ended
+    assert code == 1, said
+    assert "Traceback" not in said and "stack trace" not in said and "terminate" not in said, said
+    lines = said.splitlines()
+    assert [line for line in lines if "fr3e_jax.train: error:" in line] == lines[-1:], said
+    found = LINE.fullmatch(lines[-1])
+    assert found is not None, said
+    assert (int(found["number"]), int(found["timeout"])) == (number, timeout), said
+    assert int(found["seconds"]) <= timeout + 10, said
+    assert all(place in found["place"] for place in places), said
+
+
+def lose(directory, place, count, dies):
+    """Train in two processes, of which one is killed; the other says where it was."""
+    options = [*OFTEN, "--run_dir", directory, "--distributed.timeout", TIMEOUT]
+    port = free_port()
+    program = ["-c", KILLED, dies, place, count, 0.05, *options]
+    killed, other = ends_of([start(number, port, *program) for number in (dies, 1 - dies)])
+    assert killed[0] == -signal.SIGKILL, killed
+    # The other may be a little behind or, as saves go on behind the next step, ahead.
+    assert_says_where(other, 1 - dies, [place] if place != "a save" else [], TIMEOUT)
+
+
+def test_a_process_that_waits_for_one_that_never_comes_says_so(tmp_path):
+    program = ["-m", "fr3e_jax.train", *OFTEN, "--run_dir", tmp_path, "--distributed.timeout", 1]
+    alone = [start(number, free_port(), *program) for number in (0, 1)]  # at two ports: they do not meet
+    for number, ended in enumerate(ends_of(alone, 100)):
+        assert_says_where(ended, number, ["'the start' of 'train'"], 1)
+        assert ended[2].count("\n") == 1
+
+
+def test_a_process_that_loses_the_first_while_sampling_says_so(tmp_path):
+    lose(tmp_path / "run", "first_return", 1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_process_that_loses_another_says_where_and_the_run_goes_on(tmp_path, place, dies):
+    directory = tmp_path / "run"
+    lose(directory, place, PLACES[place], dies)
+    saved = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+    again = ends_of(start_pair("train", *OFTEN, "--run_dir", directory))
+    assert [code for code, _, _ in again] == [0, 0], again
+    assert f"resumed from the checkpoint of step {max(saved)}" in again[0][1]
+    assert [line["step"] for line in read_metrics(directory)] == [0, 1, 2, 3, 4]
+
+
+GLOO = "UNKNOWN: Gloo all-gather failed: Connection closed by peer [127.0.0.1]:41217"
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """This process takes itself for the second of two."""
+    monkeypatch.setattr(waiting, "rank", lambda: (1, 2))
+    monkeypatch.setattr(waiting, "HERE", waiting.Whereabouts())
+    waiting.HERE.timeout = 7
+
+
+def test_places_are_told_from_the_innermost_and_left_again(two):
+    with pytest.raises(waiting.HostError) as lost, waiting.waiting("b"):
+        with waiting.waiting("before"):
+            pass
+        with waiting.waiting("a"):
+            raise jax.errors.JaxRuntimeError(GLOO)
+    assert str(lost.value) == (
+        "process 1 of 2 waited 0 s for the others at 'a' of 'b' (--distributed.timeout 7); one of them is "
+        f"gone or late: {GLOO}"
+    )
+    assert waiting.HERE.places == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."),
+        ValueError("UNAVAILABLE: tensorstore could not reach the bucket"),
+        BrokenPipeError("the reader of stdout had enough"),
+    ],
+)
+def test_faults_of_a_process_itself_stay_what_they_are(two, error):
+    with pytest.raises(type(error)) as raised, waiting.waiting("a"):
+        raise error
+    assert raised.value is error
+
+
+def test_an_error_of_the_transport_is_one_of_its_own_where_there_is_one_process():
+    with pytest.raises(jax.errors.JaxRuntimeError), waiting.waiting("a"):
+        raise jax.errors.JaxRuntimeError(GLOO)
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (jax.errors.JaxRuntimeError(GLOO), waiting.HostError),
+        (ValueError("UNAVAILABLE: no bucket"), StorageError),
+    ],
+)
+def test_a_save_into_a_bucket_tells_a_lost_process_from_a_lost_bucket(two, error, becomes):
+    with pytest.raises(becomes), writing("gs://bucket/run"), waiting.waiting("a save"):
+        raise error
+
+
+ENDED = """
+import sys, threading, time
+from fr3e_jax.parallel import waiting
+waiting.rank = lambda: (1, 2)
+waiting.HERE.timeout, waiting.GRACE = 7, 0.2
+waiting.HERE.{set}
+with waiting.waiting("update"):
+    threading.Thread(target=waiting.HERE.last_words, args=("a status",)).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("set", "code", "line"),
+    [("ending = False", 1, True), ("ending = True", 1, True), ("code = 2", 2, False)],
+    ids=["unaware", "stuck", "has said why"],
+)
+def test_the_line_is_said_once_whichever_thread_has_the_news(set, code, line):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDED.format(set=set)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert done.stderr.count("\n") == line and ("process 1 of 2 waited" in done.stderr) == line
+
+
+def test_jax_has_what_ends_processes_with_the_line():
+    from jaxlib import _jax
+
+    make = _jax.get_distributed_runtime_client
+    with waiting.told_of_losses():
+        assert _jax.get_distributed_runtime_client.keywords == {
+            "missed_heartbeat_callback": waiting.HERE.last_words
+        }
+    assert _jax.get_distributed_runtime_client is make
