@@ -179,7 +179,11 @@ def written_run(**settings):
     }
     mesh = SimpleNamespace(shape={"data": 1, "fsdp": 2})
     at_home = SimpleNamespace(place=lambda x: x, place_rows=lambda tree, row_axis=0: tree, mesh=mesh)
-    text = SimpleNamespace(decode=lambda rows: [" ".join(map(str, row)) for row in rows])
+
+    def written(rows, stopped=None):
+        return [" ".join(map(str, row)) for row in rows]
+
+    text = SimpleNamespace(decode=written, answers=written, trimmed=lambda rollouts, states=None: rollouts)
     hosts = Hosts(mesh_of(), 1)
     return SimpleNamespace(
         config=Config(**sections),
@@ -197,7 +201,7 @@ def written_run(**settings):
         sampling_params=lambda params: params,
         verifier=Verifier(text, hosts, SimpleNamespace(begin=begin, timed_out=0)),
         hosts=hosts,
-        stream=SimpleNamespace(take=take),
+        stream=SimpleNamespace(take=take, text=text),
         interruption=SimpleNamespace(check=lambda: None),
     )
 
