@@ -383,13 +383,18 @@ def state_metrics(
     token = rollouts.token.reshape(*reward.shape, -1)
     same = (token == token[:, :, :1]).all(axis=(2, 3))
     taken = advantage[accepted]
-    nothing = float("nan")  # left out of the step's mean
-    return {
+    of_accepted = (
+        {
+            "value/accepted_mean": float(value[accepted].mean()),
+            "advantage/accepted_mean": float(taken.mean()),
+            "advantage/accepted_std": float(taken.std()),
+        }
+        if taken.size
+        else {}
+    )
+    return of_accepted | {
         "reward/root_mean": root_mean(states, value),
         "value/mean": float(value[valid].mean()),
-        "value/accepted_mean": float(value[accepted].mean()) if taken.size else nothing,
-        "advantage/accepted_mean": float(taken.mean()) if taken.size else nothing,
-        "advantage/accepted_std": float(taken.std()) if taken.size else nothing,
         "states/accepted": int(accepted.sum()),
         "states/rejected": int((valid & ~accepted).sum()),
         "states/all_wrong": int((valid & (reward <= 0.0).all(axis=2)).sum()),
@@ -427,16 +432,14 @@ def cost_metrics(costs: dict[str, Cost]) -> Metrics:
 
 
 def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
-    """One number per metric: counts are added up, the rest averaged.
+    """One number per metric: counts are added up, the rest averaged over the rounds that have them.
 
     A step that the carried states fill has no rounds, and none of their metrics. Of skipped updates only the
     number is told.
     """
     metrics: Metrics = {}
-    for name in rounds[0] if rounds else ():
-        values = [r[name] for r in rounds if not np.isnan(r[name])]
-        if not values:
-            continue
+    for name in dict.fromkeys(name for r in rounds for name in r):
+        values = [r[name] for r in rounds if name in r]
         counted = name.startswith(("states/", "tokens/", "rows/", "flops/"))
         metrics[name] = sum(values) if counted else float(np.mean(values))
     reduce = {"ratio_max": np.max, "ratio_min": np.min, "abs_log_ratio_max": np.max}
