@@ -131,3 +131,8 @@ def fail(command: str, error: Exception | str, code: int = 2) -> NoReturn:
     message = " ".join(str(error).split())
     print(f"fr3e_jax.{command}: error: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def warn(command: str, message: str) -> None:
+    """A line on stderr of a command that goes on."""
+    print(f"fr3e_jax.{command}: {message}", file=sys.stderr)

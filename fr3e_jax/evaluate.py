@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
-from fr3e_jax.cli import fail, parse
+from fr3e_jax.cli import fail, parse, warn
 from fr3e_jax.config import (
     ConfigError,
     DistributedConfig,
@@ -58,11 +57,12 @@ from fr3e_jax.host.model import Model, PlacedModel, compute_type, open_model
 from fr3e_jax.host.problems.corpus import checksum, judging_problems, judging_source
 from fr3e_jax.host.problems.problem import Problem
 from fr3e_jax.host.progress import bars
+from fr3e_jax.host.run_dir import holds_run
 from fr3e_jax.host.scoring.pool import ScoringPool
 from fr3e_jax.host.scoring.verdict import ScorerError
-from fr3e_jax.host.storage import in_bucket, location, write_atomically
+from fr3e_jax.host.storage import StorageError, in_bucket, location, write_atomically
 from fr3e_jax.host.text import Text, load_text
-from fr3e_jax.host.trained import is_run, read_trained, setting, step_of
+from fr3e_jax.host.trained import read_trained, setting, steps_of
 from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.models.hf import CheckpointError
@@ -77,7 +77,7 @@ class EvaluationConfig:
     """Ask a model the problems of benchmarks, and tell what share it answers right."""
 
     model: str
-    """Run directory of train (its last checkpoint), Hugging Face directory, name on the hub, or
+    """Run directory of train (its last whole checkpoint), Hugging Face directory, name on the hub, or
     `quickstart`."""
     suite: str = "math"
     """`math`, or names of benchmarks with commas between (README, "Evaluation"), or sources of problems as
@@ -205,20 +205,29 @@ def step_asked(config: EvaluationConfig, directory: Path, hosts: Hosts) -> int |
     Without a step an evaluation that goes on asks the one that it began with, whatever was saved since.
 
     Raises:
-      ConfigError: the run has no such checkpoint, or it is no run.
+      ConfigError: the run has no such checkpoint, none of it is whole, or it is no run.
     """
     run = location(config.model)
-    if not is_run(run):
+    if not holds_run(run):
         if config.step is not None:
             raise ConfigError(
                 f"{config.model} is not a run directory, so there is no --step {config.step} of it"
             )
         return None
-    step = 0
+    step = -1
     if is_first():
         began = held_settings(directory).get("step") if config.step is None else config.step
-        step = step_of(run, began)
-    return hosts.of_first(step, "the checkpoint is chosen")
+        step = -1 if began is None else steps_of(run, began)[0]
+    step = hosts.of_first(step + 1, "the checkpoint is chosen") - 1
+    if step >= 0:
+        return step
+    # Which is whole is known when it is read. It is read again when the model is loaded: an evaluation that
+    # goes on must know its step before, and may have nothing left to ask.
+    trained = read_trained(run, None, None, hosts)
+    if is_first():
+        for line in trained.told:
+            warn("evaluate", line)
+    return trained.step
 
 
 def problems_of(benchmark: Benchmark, config: EvaluationConfig) -> tuple[list[Problem], tuple[str, ...]]:
@@ -248,7 +257,7 @@ def ask_all(
     """Load the model, and append its answers as they come."""
     found, text = find_asked(config)
     resolved = {
-        "model": config.model if is_run(location(config.model)) else found.name,
+        "model": config.model if holds_run(location(config.model)) else found.name,
         "source": found.name,
         "template": text.template,
         "stop": list(text.stop),
@@ -256,7 +265,7 @@ def ask_all(
     }
     if is_first():
         note_resolved(directory, resolved)
-    model, params = load(config, found, hosts.mesh)
+    model, params = load(config, found, hosts)
     asks = [ask for some in missing.values() for ask in some]
     scorers = sorted({ask.problem.scorer for ask in asks})
     pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))
@@ -311,9 +320,9 @@ def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
     """The model that is asked, of a run the one that it began from, without weights; and its text."""
     run = location(config.model)
     template = None if config.template == "auto" else config.template
-    if is_run(run):
+    if holds_run(run):
         model = open_model(setting(run, "model", "path"))
-        stop = config.stop if config.stop is not None else setting(run, "rollout", "stop")
+        stop = config.stop if config.stop is not None else setting(run, "rollout", "stop", [])
         return model, load_text(model.source, template or setting(run, "data", "template"), stop)
     model = open_model(config.model)
     text = load_text(model.source, template or "plain", config.stop or ())
@@ -322,7 +331,7 @@ def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
     return model, text
 
 
-def load(config: EvaluationConfig, found: Model, mesh: Mesh) -> tuple[PlacedModel, Params]:
+def load(config: EvaluationConfig, found: Model, hosts: Hosts) -> tuple[PlacedModel, Params]:
     """The weights that are asked: a run's checkpoint, or those of the model that was found.
 
     Returns:
@@ -330,10 +339,11 @@ def load(config: EvaluationConfig, found: Model, mesh: Mesh) -> tuple[PlacedMode
     """
     dtype = compute_type(config.compute_dtype)
     run = location(config.model)
-    if is_run(run):
-        model, trained, _ = read_trained(run, config.step, found.name, mesh)
-        return model, sampling_cast(model.sampling, model.axes, trained, dtype)(trained)
-    model = found.place(mesh)
+    if holds_run(run):
+        trained = read_trained(run, config.step, found.name, hosts)
+        model = trained.model
+        return model, sampling_cast(model.sampling, model.axes, trained.params, dtype)(trained.params)
+    model = found.place(hosts.mesh)
     return model, model.read_params(model.sampling, dtype)
 
 
@@ -390,7 +400,7 @@ def main() -> None:
             evaluate(config)
         except (ConfigError, CheckpointError, PlacementError) as error:
             fail("evaluate", error)
-        except (HostError, NotFiniteError, ScorerError) as error:
+        except (HostError, NotFiniteError, ScorerError, StorageError) as error:
             fail("evaluate", error, 1)
         except KeyboardInterrupt:
             fail("evaluate", f"interrupted; the same command with --out {config.out or 'DIR'} goes on", 130)

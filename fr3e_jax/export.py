@@ -10,12 +10,13 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import ConfigError, MeshConfig
+from fr3e_jax.cli import fail, parse, warn
+from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig
 from fr3e_jax.host.export import check_out, export_model
-from fr3e_jax.host.storage import in_bucket, location
+from fr3e_jax.host.storage import StorageError, in_bucket, location, writing
 from fr3e_jax.host.trained import read_trained
 from fr3e_jax.models.hf import CheckpointError
+from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh
 
 
@@ -31,7 +32,7 @@ class ExportConfig:
     """The model that the run started from, for configuration and tokenizer; by default where the run's
     config.yaml says."""
     step: int | None = None
-    """Checkpoint to write; by default the last one."""
+    """Checkpoint to write; by default the last one that is whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Training holds float32; bfloat16 halves the size and rounds to the nearest."""
     max_file_gb: float = 5.0
@@ -47,7 +48,8 @@ def export(config: ExportConfig) -> Path:
       The directory.
 
     Raises:
-      ConfigError: the run directory holds no such checkpoint, or `out` holds files.
+      ConfigError: the run directory holds no such checkpoint, or it is damaged, or `out` holds files.
+      StorageError: the disk is full, or the checkpoint cannot be read now.
     """
     run, out = location(config.run), Path(config.out)
     if in_bucket(config.out):
@@ -58,9 +60,13 @@ def export(config: ExportConfig) -> Path:
     if not config.max_file_gb > 0:
         raise ConfigError(f"max_file_gb is {config.max_file_gb}, must be above 0")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model, params, step = read_trained(run, config.step, config.model, mesh)
-    export_model(model.source, out, params, jnp.dtype(config.dtype), int(config.max_file_gb * 10**9))
-    print(f"step {step} of {run}, {config.dtype}: model in {out}")
+    trained = read_trained(run, config.step, config.model, Hosts(mesh, DistributedConfig().timeout))
+    for line in trained.told:
+        warn("export", line)
+    size = int(config.max_file_gb * 10**9)
+    with writing(location(config.out)):
+        export_model(trained.model.source, out, trained.params, jnp.dtype(config.dtype), size)
+    print(f"step {trained.step} of {run}, {config.dtype}: model in {out}")
     return out
 
 
@@ -71,7 +77,7 @@ def main() -> None:
         export(config)
     except (ConfigError, PlacementError, CheckpointError) as error:
         fail("export", error)
-    except OSError as error:  # such as a full disk
+    except (OSError, StorageError) as error:  # such as a full disk
         fail("export", error, 1)
     except KeyboardInterrupt:
         fail("export", "interrupted; --out was not written", 130)

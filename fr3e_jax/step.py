@@ -36,13 +36,13 @@ from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.host import groups
-from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.diagnosis import no_signal
 from fr3e_jax.host.interruption import Interruption
 from fr3e_jax.host.layout import bundles_of, token_counts
 from fr3e_jax.host.metrics import Stopwatch
 from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.saved import Progress
 from fr3e_jax.host.verify import Rewards, Verifier
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner

@@ -17,14 +17,14 @@ import numpy as np
 from etils import epath
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import Config, ConfigError, check, resolve, updates_of, without_effect
+from fr3e_jax.config import Config, ConfigError, check, dump, resolve, updates_of, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.host import groups
-from fr3e_jax.host.checkpoints import Checkpoints, Progress
+from fr3e_jax.host.checkpoints import Checkpoints
 from fr3e_jax.host.compilation import keep_compiled
 from fr3e_jax.host.data import QueryStream
 from fr3e_jax.host.export import export_model
@@ -33,10 +33,12 @@ from fr3e_jax.host.metrics import Reporter, Silent, open_reporter, read_metrics
 from fr3e_jax.host.model import PlacedModel, open_model
 from fr3e_jax.host.problems.corpus import Corpus, make_corpus, names_of
 from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.resume import Resumed, resume, set_aside
 from fr3e_jax.host.run_dir import differing, open_run_dir, refuse_other_settings
+from fr3e_jax.host.saved import Progress
 from fr3e_jax.host.scoring.pool import ScoringPool
 from fr3e_jax.host.scoring.verdict import ScorerError
-from fr3e_jax.host.storage import StorageError, in_bucket, upload
+from fr3e_jax.host.storage import StorageError, in_bucket, location, upload, writing
 from fr3e_jax.host.text import load_text
 from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.attention import make_splash
@@ -127,24 +129,24 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
     """
     started = time.perf_counter()
     given, config = config, resolve(config)
-    refuse_other_settings(config)
+    lost = refuse_other_settings(config)
     run, model, state, corpus = setup(config)
     held_out = corpus.held_out
-    run.hosts.meet("the run directory is read, and not written yet")
-    directory = open_run_dir(config, name)
-    run.hosts.meet("the run directory is there")
-    checkpoints = Checkpoints(directory, config.checkpoint.keep, config.checkpoint.keep_every)
-    progress = Progress(seed=config.seed, problems=corpus.checksum)
     carried = groups.empty_groups(
         config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
     )
-    if (latest := checkpoints.latest()) is not None:
-        state, carried, progress = checkpoints.restore(latest, state)
-        if progress.problems != corpus.checksum:
-            raise ConfigError(
-                f"the problems of data.source are not those that {directory} was started with; restore them, "
-                "or choose another --run_dir"
-            )
+    progress = Progress(seed=config.seed, problems=corpus.checksum)
+    resumed = Resumed(state, carried, progress, [], [])
+    if config.run_dir is not None:
+        fresh = (state, carried, progress)
+        resumed = resume(location(config.run_dir), config, fresh, run.hosts, lost)
+    state, carried, progress = resumed.state, resumed.carried, resumed.progress
+    run.hosts.meet("the run directory is read, and not written yet")
+    directory = open_run_dir(config, name)
+    set_aside(directory, resumed.damaged)
+    run.hosts.meet("the run directory is there")
+    keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+    checkpoints = Checkpoints(directory, keep, keep_every, dump(config))
     started -= progress.seconds
 
     with open_reporter(directory, config.steps, progress.step) as reporter:
@@ -154,9 +156,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
         )
         if implied := differing(asdict(given), asdict(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
-        for line in without_effect(given):
-            reporter.say(line)
-        for line in corpus.told:
+        for line in (*without_effect(given), *corpus.told, *resumed.told):
             reporter.say(line)
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
@@ -168,6 +168,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
                 reporter.step({"step": 0} | evaluate(run, state.params, held_out, 0) | {"tokens/total": 0})
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
+                    checkpoints.check()
                     with waiting(f"step {progress.step + 1}"):
                         state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
                     told = {"metrics": metrics, "sample": sample}
@@ -210,10 +211,12 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
 def export_run(out: epath.Path, source: Path, params: Params, dtype: Any) -> None:
     """Write the final model; to a bucket from a folder here."""
     if not in_bucket(out):
-        export_model(source, Path(out), params, dtype)
+        with writing(out):
+            export_model(source, Path(out), params, dtype)
         return
     with tempfile.TemporaryDirectory() as folder:
-        export_model(source, Path(folder) / out.name, params, dtype)
+        with writing(folder):
+            export_model(source, Path(folder) / out.name, params, dtype)
         if is_first():
             upload(Path(folder) / out.name, out)
 
@@ -230,10 +233,11 @@ def skipped_message(progress: Progress) -> str:
 
 def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progress) -> dict[str, Any]:
     """Write and show the summary."""
-    accuracies = [m["eval/accuracy"] for m in read_metrics(directory) if "eval/accuracy" in m]
+    accuracy = {m["step"]: m["eval/accuracy"] for m in read_metrics(directory) if "eval/accuracy" in m}
+    before, after = accuracy.get(0), accuracy.get(progress.step)  # None where the line is lost
     summary = {
-        "accuracy_before": accuracies[0],
-        "accuracy_after": accuracies[-1],
+        "accuracy_before": before,
+        "accuracy_after": after,
         "steps": progress.step,
         "seconds": round(progress.seconds, 1),
         "tokens_generated": progress.tokens_generated,
@@ -242,8 +246,8 @@ def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progres
     reporter.summary(
         summary,
         {
-            "held-out accuracy before": f"{accuracies[0]:.1%}",
-            "held-out accuracy after": f"{accuracies[-1]:.1%}",
+            "held-out accuracy before": share(before),
+            "held-out accuracy after": share(after),
             "steps": f"{progress.step} in {progress.seconds:.0f} s",
             "tokens generated": f"{progress.tokens_generated:,}",
             "model": str(directory / MODEL),
@@ -254,6 +258,11 @@ def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progres
         },
     )
     return summary
+
+
+def share(accuracy: float | None) -> str:
+    """An accuracy for people."""
+    return "not recorded" if accuracy is None else f"{accuracy:.1%}"
 
 
 def main() -> None:

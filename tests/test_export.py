@@ -15,11 +15,12 @@ from support import TINY, call, logits, placed, read, tiny_params, write
 
 from fr3e_jax.export import main
 from fr3e_jax.host import export, weights
-from fr3e_jax.host.checkpoints import Checkpoints, Progress
+from fr3e_jax.host.checkpoints import Checkpoints
 from fr3e_jax.host.export import export_model
 from fr3e_jax.host.groups import empty_groups
 from fr3e_jax.host.hub import find_model
 from fr3e_jax.host.model import open_model
+from fr3e_jax.host.saved import Progress
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.parallel.mesh import make_mesh

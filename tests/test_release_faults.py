@@ -27,11 +27,11 @@ from fr3e_jax.config import (
 )
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.host import groups
-from fr3e_jax.host.checkpoints import Progress
 from fr3e_jax.host.layout import bundles_of
 from fr3e_jax.host.metrics import Stopwatch
 from fr3e_jax.host.problems.additions import CarryAddition
 from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.host.saved import Progress
 from fr3e_jax.host.scoring.pool import ScoringPool
 from fr3e_jax.host.scoring.verdict import Verdict
 from fr3e_jax.host.text import Text

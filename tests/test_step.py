@@ -10,7 +10,7 @@ from support import SMALL
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ExploreConfig, resolve
 from fr3e_jax.host import groups
-from fr3e_jax.host.checkpoints import Progress
+from fr3e_jax.host.saved import Progress
 from fr3e_jax.step import choose_states, train_step
 from fr3e_jax.train import setup
 

@@ -17,7 +17,7 @@ from support import SMALL, call, command, metrics, run
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.host import storage
-from fr3e_jax.host.checkpoints import CHECKPOINTS
+from fr3e_jax.host.run_dir import CHECKPOINTS
 from fr3e_jax.host.storage import StorageError, location, writing
 
 RUN = "gs://bucket/runs/a"
@@ -278,8 +278,10 @@ def test_a_listing_of_several_pages_is_read_to_its_end(here):
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "120\n"
 
 
-def test_only_what_a_bucket_did_not_take_is_an_error_of_it(tmp_path):
-    with pytest.raises(OSError), writing(tmp_path / "x"):
+def test_only_what_was_not_taken_is_an_error_of_storage(tmp_path):
+    with pytest.raises(ValueError, match="a fault"), writing(tmp_path / "x"):
+        raise ValueError("a fault of the program")
+    with pytest.raises(StorageError, match=r"x could not be written.*full"), writing(tmp_path / "x"):
         raise OSError("disk full")
     told = pytest.raises(StorageError, match=r"gs://bucket/x could not be written.*refused")
     with told, writing("gs://bucket/x"):
@@ -289,7 +291,8 @@ def test_only_what_a_bucket_did_not_take_is_an_error_of_it(tmp_path):
 def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
     program = (
         "import sys\nimport jax.numpy as jnp\n"
-        "from fr3e_jax.host.checkpoints import Checkpoints, Progress\n"
+        "from fr3e_jax.host.checkpoints import Checkpoints\n"
+        "from fr3e_jax.host.saved import Progress\n"
         "from fr3e_jax.host.groups import empty_groups\n"
         "from fr3e_jax.host.storage import StorageError, location\n"
         "from fr3e_jax.learner.state import TrainState\n"
@@ -326,6 +329,46 @@ def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
     assert save() == "after 1"
     assert save() == "after 2"
     process.communicate()
+
+
+def test_a_damaged_checkpoint_of_a_bucket_is_told_and_moved_aside(here):
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from fr3e_jax.host.checkpoints import Checkpoints, abstract_leaves\n"
+        "from fr3e_jax.host.resume import newest_whole, set_aside\n"
+        "from fr3e_jax.host.groups import empty_groups\n"
+        "from fr3e_jax.host.saved import Progress\n"
+        "from fr3e_jax.host.storage import location\n"
+        "from fr3e_jax.learner.state import TrainState\n"
+        "from fr3e_jax.parallel.hosts import Hosts\n"
+        "run = location('gs://bucket/run')\n"
+        "checkpoints = Checkpoints(run, keep=3)\n"
+        "for step in (1, 2):\n"
+        "    noise = jax.random.normal(jax.random.key(step), (999,))\n"
+        "    state = TrainState({'w': noise}, {'m': jnp.zeros(9)})\n"
+        "    checkpoints.save(state, empty_groups(2, 4, 4), Progress(step))\n"
+        "checkpoints.close()\n"
+        "input()\n"
+        "read = lambda saved: {'params': saved.read('params', abstract_leaves(state.params))}\n"
+        "whole = newest_whole(run, [1, 2], read, Hosts(None, 9))\n"
+        "set_aside(run, list(whole.damaged))\n"
+        "print(whole.step, whole.damaged, Checkpoints(run, keep=3).steps())\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    deadline = time.monotonic() + 60
+    while f"{CHECKPOINTS}/2/commit_success.txt" not in here.files("gs://bucket/run"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    before = here.files("gs://bucket/run")
+    arrays = {name: x for name, x in before.items() if f"{CHECKPOINTS}/2/params/ocdbt.process_0/d/" in name}
+    name = max(arrays, key=lambda name: len(arrays[name]))
+    content = arrays[name][:2000] + bytes(64) + arrays[name][2064:]
+    here.put("bucket", f"run/{name}", content, {})
+    told, _ = process.communicate("\n", timeout=100)
+    assert told.startswith("1 {2: ") and "params" in told and told.endswith("} [1]\n")
+    moved = {n.replace(f"{CHECKPOINTS}/2/", "damaged/2/"): x for n, x in (before | {name: content}).items()}
+    assert here.files("gs://bucket/run") == moved
 
 
 def test_files_and_directories_are_replaced_in_a_bucket(here, tmp_path):

@@ -1,127 +1,158 @@
 """Checkpoints: what a run needs to go on as if nothing had happened.
 
 A checkpoint is written beside the old ones and becomes visible in one rename, so a kill at any moment
-leaves the last whole one.
+leaves the last whole one. `saved` reads one, and `resume` chooses which.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from fr3e_jax.host.groups import as_dict, from_dict
-from fr3e_jax.host.storage import absolute, writing
+from fr3e_jax.host.checksums import entries_of
+from fr3e_jax.host.groups import as_dict, empty_groups, from_dict
+from fr3e_jax.host.quiet import quiet_orbax
+from fr3e_jax.host.run_dir import CHECKPOINTS
+from fr3e_jax.host.saved import RECORD, DamagedError, Progress, Record, Saved
+from fr3e_jax.host.storage import StorageError, absolute, writing
 from fr3e_jax.learner.state import TrainState
-from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.waiting import waiting
 from fr3e_jax.types import StateGroups
-
-CHECKPOINTS = "checkpoints"
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where a run stands, beside its arrays.
-
-    Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
-    the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
-    were skipped in a row up to here. `problems` is the checksum of the files that `data_position` counts in.
-    `unreported` holds the metrics of `step` and a state to read until they are written: a run can be stopped
-    in the evaluation that follows a step.
-    """
-
-    step: int = 0
-    data_position: int = 0
-    tokens_generated: int = 0
-    seconds: float = 0.0
-    seed: int = 0
-    skipped: int = 0
-    problems: int = 0
-    unreported: dict[str, Any] | None = None
 
 
 class Checkpoints:
     """The checkpoints of a run directory.
 
     The last `keep` are kept, and those of steps that `keep_every` divides. With None they are only read: none
-    is deleted, and no directory is made.
+    is deleted, and no directory is made. `settings`, the text of the run's config.yaml, is saved in each.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int | None, keep_every: int = 0) -> None:
-        self.manager = ocp.CheckpointManager(
-            absolute(directory) / CHECKPOINTS,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, keep_period=keep_every or None, create=keep is not None
-            ),
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep: int | None,
+        keep_every: int = 0,
+        settings: str | None = None,
+    ) -> None:
+        """Raises:
+        StorageError: the directory cannot be made.
+        """
+        quiet_orbax()
+        self.settings = settings
+        place = absolute(directory) / CHECKPOINTS
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            create=keep is not None,
+            lightweight_initialize=True,  # without orbax's notes on a checkpoint, which may be damaged
         )
+        with writing(place):
+            self.manager = ocp.CheckpointManager(place, options=options)
 
     def latest(self) -> int | None:
-        """The step of the last whole checkpoint."""
-        return self.manager.latest_step()
+        """The step of the last checkpoint that was written to its end."""
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """The steps of all whole checkpoints, ascending."""
+        """The steps of all checkpoints that were written to their ends, ascending."""
         return sorted(self.manager.all_steps())
+
+    def saved(self, step: int) -> Saved:
+        """A checkpoint, to be read.
+
+        Raises:
+          DamagedError: it is damaged.
+        """
+        return Saved(self.manager.directory / str(step))
 
     def save(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
         """Start to save; returns when the arrays are copied, and writes in the background.
 
         Raises:
-          StorageError: the bucket did not take this checkpoint, or the one before.
+          StorageError: this checkpoint could not be written, or the one before.
         """
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(as_leaves(state.params)),
-            optimizer=ocp.args.StandardSave(as_leaves(state.optimizer)),
-            carried=ocp.args.StandardSave(as_dict(carried)),
-            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-        )
+        items = {
+            "params": as_leaves(state.params),
+            "optimizer": as_leaves(state.optimizer),
+            "carried": as_dict(carried),
+        }
+        sums = {item: entries_of(leaves) for item, leaves in items.items()}
+        args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
+        args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums).as_json())
         with writing(self.manager.directory), waiting("a save"):
-            self.manager.save(progress.step, args=args)
+            if not self.manager.save(progress.step, args=ocp.args.Composite(**args)):
+                raise StorageError(
+                    f"{self.manager.directory} holds a checkpoint of a later step than {progress.step}, "
+                    "so that this one is not saved; move it away"
+                )
+
+    def check(self) -> None:
+        """Tell of a checkpoint that could not be written in the background, as soon as that is known.
+
+        Raises:
+          StorageError: it could not be written.
+        """
+        if not self.manager.is_saving_in_progress():
+            with writing(self.manager.directory), waiting("a save"):
+                self.manager.wait_until_finished()
 
     def save_last(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
-        """Save where a run ends early, if that step is not saved yet, and wait for it."""
+        """Save where a run ends early, if that step is not saved yet, and wait for it.
+
+        Raises:
+          StorageError: it could not be written.
+        """
         if progress.step and progress.step != self.latest():
             self.save(state, carried, progress)
         self.close()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, StateGroups, Progress]:
-        """Read a checkpoint into the layout of `like`, whatever mesh it was written from."""
-        found = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_leaves(like.params)),
-                optimizer=ocp.args.StandardRestore(abstract_leaves(like.optimizer)),
-                carried=ocp.args.StandardRestore(),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        state = TrainState(
-            from_leaves(found.params, like.params), from_leaves(found.optimizer, like.optimizer)
-        )
-        return state, from_dict(found.carried), Progress(**found.progress)
+        """Read a checkpoint into the layout of `like`, whatever mesh it was written from.
 
-    def parameter_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Path -> shape of the parameters of a checkpoint."""
-        # Not the manager's item_metadata, which knows only of items that it has saved or restored before.
-        held = ocp.StandardCheckpointHandler().metadata(self.manager.directory / str(step) / "params")
-        return {name: tuple(leaf.shape) for name, leaf in held.items()}
-
-    def restore_params(self, step: int, like: Params) -> Params:
-        """Read the parameters alone, into the shapes, types and shardings of `like`."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_leaves(like)))
-        return from_leaves(self.manager.restore(step, args=args).params, like)
+        Raises:
+          DamagedError: it is damaged.
+        """
+        saved = self.saved(step)
+        items = read_items(saved, like)
+        saved.verify(items)
+        return *assemble(items, like), saved.record.progress
 
     def close(self) -> None:
         """Wait until everything is on disk.
 
         Raises:
-          StorageError: the bucket did not take it.
+          StorageError: it could not be written.
         """
         with writing(self.manager.directory), waiting("a save"):
             self.manager.wait_until_finished()
             self.manager.close()
+
+
+def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
+    """Item -> path -> array of a checkpoint, in the layout of `like`, not verified yet.
+
+    Raises:
+      DamagedError: it is damaged.
+      StorageError: it cannot be read now.
+    """
+    types = {name: x.dtype for name, x in as_dict(empty_groups(1, 1, 1)).items()}
+    shapes = saved.shapes("carried", types)
+    if shapes.keys() != types.keys():
+        raise DamagedError("carried has other arrays than states have")
+    carried = {name: jax.ShapeDtypeStruct(shapes[name], each) for name, each in types.items()}
+    return {
+        "params": saved.read("params", abstract_leaves(like.params)),
+        "optimizer": saved.read("optimizer", abstract_leaves(like.optimizer)),
+        "carried": saved.read("carried", carried),
+    }
+
+
+def assemble(items: dict[str, dict[str, Any]], like: TrainState) -> tuple[TrainState, StateGroups]:
+    """What was saved, out of what `read_items` read."""
+    params = from_leaves(items["params"], like.params)
+    optimizer = from_leaves(items["optimizer"], like.optimizer)
+    return TrainState(params, optimizer), from_dict(items["carried"])
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run tells: JSON lines for machines, a progress bar, lines and a summary for people."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fr3e_jax.host.progress import bars
-from fr3e_jax.host.storage import in_bucket, upload, write_atomically
+from fr3e_jax.host.storage import StorageError, in_bucket, upload, write_atomically, writing
 from fr3e_jax.parallel.hosts import is_first
 from fr3e_jax.parallel.waiting import waiting
 
@@ -47,20 +48,57 @@ class Stopwatch:
 
 
 def read_metrics(directory: epath.PathLike, name: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """The lines of a run's metrics (or samples); a last line that a kill cut short is left out."""
-    file = epath.Path(directory) / name
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a run's metrics (or samples), by step; one that is cut short or damaged is left out."""
+    return read_lines(epath.Path(directory) / name)[0]
 
 
-def reopen(directory: epath.Path, folder: Path, name: str, start: int) -> TextIO:
+def read_lines(file: epath.Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The JSON lines of a file, by step, and the numbers from 1 of those that are cut short or damaged.
+
+    Of several lines of a step, the last is taken.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    found, damaged = {}, []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and type(step := value.get("step")) is int:
+            found[step] = value
+        else:
+            damaged.append(number)
+    return [found[step] for step in sorted(found)], damaged
+
+
+def reopen(directory: epath.Path, folder: Path, name: str, start: int) -> tuple[TextIO, list[str]]:
     """Open a file of JSON lines to append to at step `start`: what came after it is dropped.
 
     It is read from `directory`, and written in `folder`.
+
+    Returns:
+      (the file, lines on what of it is lost).
     """
-    kept = [line for line in read_metrics(directory, name) if start and line["step"] <= start]
+    found, damaged = read_lines(directory / name)
+    kept = [line for line in found if start and line["step"] <= start]
+    told = []
+    if damaged and start:
+        several = f"lines {', '.join(map(str, damaged))} are" if len(damaged) > 1 else f"line {damaged[0]} is"
+        told.append(f"warning: {directory / name}: {several} cut short or damaged, and left out")
+    missing = sorted(set(range(start + 1)) - {line["step"] for line in kept})
+    if missing and start and name == METRICS_FILE:
+        steps = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        told.append(f"warning: {directory / name} has no line of step {steps}")
     write_atomically(folder / name, "".join(map(to_json_line, kept)))
-    return (folder / name).open("a")
+    return (folder / name).open("a"), told
+
+
+class LogFile(logging.FileHandler):
+    """A log whose errors are raised, where logging would print them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what went wrong."""
+        raise
 
 
 def open_reporter(directory: epath.PathLike, total: int, start: int) -> "Reporter | Silent":
@@ -95,27 +133,35 @@ class Reporter:
     """
 
     def __init__(self, directory: epath.Path, total: int, start: int) -> None:
-        """Open the files of `directory` at step `start`."""
+        """Open the files of `directory` at step `start`.
+
+        Raises:
+          StorageError: they cannot be written.
+        """
         self.directory = directory
         self.folder = Path(tempfile.mkdtemp(prefix="fr3e_jax-") if in_bucket(directory) else directory)
-        self.metrics_file = reopen(directory, self.folder, METRICS_FILE, start)
-        self.samples_file = reopen(directory, self.folder, SAMPLES_FILE, start)
-        if start < total:  # the mark of a run that is complete, perhaps of one with fewer steps
-            (directory / SUMMARY_FILE).unlink(missing_ok=True)
-        if in_bucket(directory) and (directory / LOG_FILE).exists():
-            (self.folder / LOG_FILE).write_text((directory / LOG_FILE).read_text())
+        with writing(directory):
+            self.metrics_file, lost_metrics = reopen(directory, self.folder, METRICS_FILE, start)
+            self.samples_file, lost_samples = reopen(directory, self.folder, SAMPLES_FILE, start)
+            if start < total:  # the mark of a run that is complete, perhaps of one with fewer steps
+                (directory / SUMMARY_FILE).unlink(missing_ok=True)
+            if in_bucket(directory) and (directory / LOG_FILE).exists():
+                (self.folder / LOG_FILE).write_bytes((directory / LOG_FILE).read_bytes())
+            handler = LogFile(self.folder / LOG_FILE)
         self.log = logging.getLogger(f"fr3e_jax.{directory}")
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
-        handler = logging.FileHandler(self.folder / LOG_FILE)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.handlers = [handler]
         self.console = Console(highlight=False, soft_wrap=True)
         self.progress = bars(self.console, transient=True)
         self.bar = self.progress.add_task("training", total=total, completed=start)
+        self.lost = [*lost_metrics, *lost_samples]
 
     def __enter__(self) -> "Reporter":
         self.progress.start()
+        for line in self.lost:
+            self.say(line)
         return self
 
     def __exit__(
@@ -125,14 +171,24 @@ class Reporter:
         trace: TracebackType | None,
     ) -> None:
         self.progress.stop()
-        if error is not None:
-            self.log.error("ended by %s: %s", type(error).__name__, error)
-        self.metrics_file.close()
-        self.samples_file.close()
-        self.log.handlers[0].close()
-        self.publish()
-        if in_bucket(self.directory):
-            shutil.rmtree(self.folder)
+        try:
+            with writing(self.directory):
+                self.close(error)
+        except StorageError:
+            if error is None:
+                raise  # else it is told why the run ended, which may be the same full disk
+
+    def close(self, error: BaseException | None) -> None:
+        """Write to the end, with the error that the run ended by."""
+        with contextlib.ExitStack() as stack:
+            if in_bucket(self.directory):
+                stack.callback(shutil.rmtree, self.folder)
+            stack.callback(self.publish)
+            stack.callback(self.log.handlers[0].close)
+            stack.callback(self.samples_file.close)
+            stack.callback(self.metrics_file.close)
+            if error is not None:
+                self.log.error("ended by %s: %s", type(error).__name__, error)
 
     def publish(self) -> None:
         """Copy what was written to the bucket, if the run is in one."""
@@ -143,15 +199,17 @@ class Reporter:
     def say(self, message: str) -> None:
         """A line to the terminal and the log."""
         self.console.print(message, markup=False)
-        self.log.info(message)
+        with writing(self.directory):
+            self.log.info(message)
 
     def step(self, metrics: Mapping[str, Any], sample: Mapping[str, Any] | None = None) -> None:
         """Write the metrics of a step and a state to read, and show the step's line."""
-        if sample is not None:
-            self.samples_file.write(to_json_line({"step": metrics["step"], **sample}))
-            self.samples_file.flush()
-        self.metrics_file.write(to_json_line(metrics))
-        self.metrics_file.flush()
+        with writing(self.directory):
+            if sample is not None:
+                self.samples_file.write(to_json_line({"step": metrics["step"], **sample}))
+                self.samples_file.flush()
+            self.metrics_file.write(to_json_line(metrics))
+            self.metrics_file.flush()
         self.say(step_line(metrics))
         self.progress.update(self.bar, completed=metrics["step"])
         self.publish()
@@ -162,10 +220,12 @@ class Reporter:
         table = Table(title="summary", show_header=False, title_justify="left")
         for name, value in rows.items():
             table.add_row(name, value)
-            self.log.info("%s: %s", name, value)
         self.console.print(table)
-        self.publish()
-        write_atomically(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        with writing(self.directory):
+            for name, value in rows.items():
+                self.log.info("%s: %s", name, value)
+            self.publish()
+            write_atomically(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def step_line(metrics: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """Files of a run in a directory, or in a bucket (`gs://BUCKET/PATH`)."""
 
+import errno
 import functools
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +16,15 @@ from fr3e_jax.parallel.waiting import HostError
 BUCKET = "gs://"
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As tensorstore and safetensors tell of an error of the operating system.
+FROM_SYSTEM = re.compile(r"\[os_error_code=|\[OS error|Os \{ code")
+DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec)=.*", re.DOTALL)
+
+
 class StorageError(RuntimeError):
-    """A bucket did not take what was to be written; the message says what and why."""
+    """A disk or a bucket did not take what was to be written, or cannot be read now; the message says what
+    and why."""
 
 
 def location(path: str) -> epath.Path:
@@ -79,17 +88,39 @@ def writing(place: epath.PathLike) -> Iterator[None]:
     """Around what writes at a place.
 
     Raises:
-      StorageError: it is in a bucket, and was not written.
+      StorageError: it was not written, such as where a disk is full.
     """
     try:
         yield
-    except Exception as error:  # gcsfs, tensorstore, aiohttp and google.auth each have their own
-        if not in_bucket(place) or isinstance(error, StorageError | HostError):
+    except Exception as error:
+        if isinstance(error, StorageError | HostError):
+            raise
+        # Of buckets, gcsfs, tensorstore, aiohttp and google.auth each have their own errors.
+        if not in_bucket(place) and not of_system(error):
             raise
         raise StorageError(
-            f"{place} could not be written; when the bucket takes files again, the same command goes on from "
-            f"the last checkpoint ({type(error).__name__}: {error})"
+            f"{place} could not be written; when {'the bucket' if in_bucket(place) else 'the disk'} takes "
+            f"files again, the same command goes on from the last checkpoint ({brief(innermost(error))})"
         ) from error
+
+
+def of_system(error: BaseException) -> bool:
+    """Whether the operating system refused what an error tells of, such as where a disk is full."""
+    root = innermost(error)
+    return isinstance(root, OSError) or FROM_SYSTEM.search(str(root)) is not None
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What an error was raised from, in the end."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line, without what libraries say of themselves."""
+    text = " ".join(DETAILS.sub("", str(error)).split())
+    return f"{type(error).__name__}: {text[:400]}"
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -124,3 +155,23 @@ def upload(source: Path, target: epath.Path) -> None:
         return
     with writing(target), source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(read, write, 1 << 24)
+
+
+def move(source: epath.Path, target: epath.Path) -> None:
+    """Move a directory, in one rename; in a bucket file by file, and what is moved is deleted at the end."""
+    if not in_bucket(source):
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+        return
+    with writing(target):
+        copy_folder(source, target)
+        source.rmtree()
+
+
+def copy_folder(source: epath.Path, target: epath.Path) -> None:
+    """Copy all files of a folder of a bucket, which the bucket does by itself."""
+    for each in source.iterdir():
+        if each.is_dir():
+            copy_folder(each, target / each.name)
+        else:
+            each.copy(target / each.name)

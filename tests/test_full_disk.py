@@ -1,0 +1,97 @@
+"""A disk that is full: one line, at the step where it is, and the last checkpoint stands."""
+
+import contextlib
+import resource
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from support import SMALL, command, metrics, placement, run
+
+from fr3e_jax.host import groups
+from fr3e_jax.host.checkpoints import Checkpoints
+from fr3e_jax.host.metrics import Reporter, read_metrics
+from fr3e_jax.host.saved import Progress
+from fr3e_jax.host.storage import StorageError
+from fr3e_jax.learner.state import TrainState
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """No file grows beyond so many bytes, as `ulimit -f` has it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def state():
+    """A state of a megabyte that does not compress."""
+    noise = np.random.default_rng(0).standard_normal((64, 4096)).astype(np.float32)
+    leaf = placement(2, 2, 1).place(noise, "embed", None)
+    return TrainState({"w": leaf}, {"m": leaf})
+
+
+def test_a_save_that_a_full_disk_refuses_is_told_while_the_run_goes_on(state, tmp_path, capfd):
+    carried, writer = groups.empty_groups(2, 3, 4), Checkpoints(tmp_path, keep=2)
+    writer.save(state, carried, Progress(step=1))
+    writer.manager.wait_until_finished()
+    with files_of_at_most(100_000), pytest.raises(StorageError) as error:
+        writer.save(state, carried, Progress(step=2))
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:  # as training does before every step
+            writer.check()
+    said = str(error.value)
+    assert "could not be written" in said and "goes on from the last checkpoint" in said
+    assert "tensorstore" not in said and len(said) < 1000
+    with contextlib.suppress(StorageError):
+        writer.close()
+    assert capfd.readouterr().err == ""
+    # What it left does not hinder the next start.
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.steps() == [1]
+    assert again.restore(1, state)[2] == Progress(step=1)
+    again.save(state, carried, Progress(step=2))
+    again.close()
+    found, _, _ = Checkpoints(tmp_path, keep=None).restore(2, state)
+    np.testing.assert_array_equal(jax.device_get(found.params["w"]), jax.device_get(state.params["w"]))
+
+
+@pytest.mark.parametrize("what", ["metrics", "log", "summary"])
+def test_what_a_run_tells_is_an_error_of_storage_where_it_cannot_be_written(tmp_path, capfd, what):
+    reporter = Reporter(epath.Path(tmp_path), total=4, start=0)
+    reporter.step({"step": 0, "x": "y" * 100})
+    told = pytest.raises(StorageError, match=r"could not be written.*File too large")
+    with told, reporter, files_of_at_most(200):
+        if what == "metrics":
+            reporter.step({"step": 1, "x": "y" * 200})
+        elif what == "log":
+            reporter.say("x" * 300)
+        else:
+            reporter.summary({"x": "y" * 300}, {})
+    assert "Error" not in capfd.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path)][:1] == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4_000, 2])
+def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(whole_run, tmp_path, size):
+    """At the arrays of the second checkpoint, or at a line of metrics. size: kilobytes, as of `ulimit -f`."""
+    directory = tmp_path / "run"
+    first = run("train", *SMALL, "--steps=2", "--run_dir", directory)
+    assert first.returncode == 0, first.stderr
+    told = command("train", *SMALL, "--run_dir", directory)
+    told["args"] = ["bash", "-c", f'ulimit -f {size} && exec "$@"', "bash", *told["args"]]
+    ended = subprocess.run(**told, timeout=600)
+    assert ended.returncode == 1, ended.stdout
+    assert len(ended.stderr.splitlines()) == 1 and "could not be written" in ended.stderr
+    again = run("train", *SMALL, "--run_dir", directory)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from the checkpoint of step 2" in again.stdout
+    assert metrics(directory)[3:] == metrics(whole_run[0])[3:]
