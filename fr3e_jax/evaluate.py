@@ -51,25 +51,25 @@ from fr3e_jax.evaluation.report import (
     table,
 )
 from fr3e_jax.evaluation.suites import Benchmark, benchmarks_of
-from fr3e_jax.host.compilation import keep_compiled
-from fr3e_jax.host.data import QueryStream, padded_width
-from fr3e_jax.host.model import Model, PlacedModel, compute_type, open_model
-from fr3e_jax.host.problems.corpus import checksum, judging_problems, judging_source
-from fr3e_jax.host.problems.problem import Problem
-from fr3e_jax.host.progress import bars
-from fr3e_jax.host.run_dir import holds_run
-from fr3e_jax.host.scoring.pool import ScoringPool
-from fr3e_jax.host.scoring.verdict import ScorerError
-from fr3e_jax.host.storage import StorageError, in_bucket, location, write_atomically
-from fr3e_jax.host.text import Text, load_text
-from fr3e_jax.host.trained import read_trained, setting, steps_of
-from fr3e_jax.host.verify import Verifier
 from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
 from fr3e_jax.parallel.waiting import HostError, waiting
+from fr3e_jax.pretrained.model import Model, PlacedModel, compute_type, open_model
+from fr3e_jax.pretrained.text import Text, load_text
+from fr3e_jax.problems.corpus import checksum, judging_problems, judging_source
+from fr3e_jax.problems.stream import QueryStream, padded_width
+from fr3e_jax.progress import bars
+from fr3e_jax.rewards.pool import ScoringPool
+from fr3e_jax.rewards.verdict import ScorerError
+from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.run.compilation import keep_compiled
+from fr3e_jax.run.run_dir import holds_run
+from fr3e_jax.run.storage import StorageError, in_bucket, location, write_atomically
+from fr3e_jax.run.trained import read_trained, setting, steps_of
+from fr3e_jax.types import Problem
 
 
 @dataclasses.dataclass(frozen=True)

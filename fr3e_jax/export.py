@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from fr3e_jax.cli import fail, parse, warn
 from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig
-from fr3e_jax.host.export import check_out, export_model
-from fr3e_jax.host.storage import StorageError, in_bucket, location, writing
-from fr3e_jax.host.trained import read_trained
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh
+from fr3e_jax.pretrained.export import check_out, export_model
+from fr3e_jax.run.storage import StorageError, in_bucket, location, writing
+from fr3e_jax.run.trained import read_trained
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import Config, ConfigError, check, resolve
-from fr3e_jax.host.hub import local_model
 from fr3e_jax.models.hf import CheckpointError, read_config
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.models.qwen2 import Qwen2Config
@@ -26,6 +25,7 @@ from fr3e_jax.planning.programs import Setup, Stage, compile_step
 from fr3e_jax.planning.report import MARKDOWN, Plan, Rates, as_json, markdown_row, phases_of, show
 from fr3e_jax.planning.topology import find_slice, run_mesh
 from fr3e_jax.planning.workload import Assumptions, work_of
+from fr3e_jax.pretrained.hub import local_model
 
 PLANS = {
     "qwen2.5_0.5b_v5e1": "v5e-1",

@@ -23,17 +23,17 @@ from fr3e_jax.algorithm.loss import masked_sum
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig
 from fr3e_jax.engine.finite import NotFiniteError
-from fr3e_jax.host.export import check_out, export_model
-from fr3e_jax.host.model import PlacedModel, open_model
-from fr3e_jax.host.problems.additions import CarryAddition
-from fr3e_jax.host.problems.corpus import worked_task
-from fr3e_jax.host.text import Text, load_text
-from fr3e_jax.host.tokenizer import character_tokenizer
 from fr3e_jax.learner.state import TrainState, decayed, init_state
 from fr3e_jax.learner.update import Learner, row_statistics, trained
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, init_params
 from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
+from fr3e_jax.pretrained.export import check_out, export_model
+from fr3e_jax.pretrained.model import PlacedModel, open_model
+from fr3e_jax.pretrained.text import Text, load_text
+from fr3e_jax.pretrained.tokenizer import character_tokenizer
+from fr3e_jax.problems.additions import CarryAddition
+from fr3e_jax.problems.corpus import worked_task
 from fr3e_jax.types import Batch
 
 POSITIVE = (

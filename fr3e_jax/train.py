@@ -1,7 +1,7 @@
 """FR3E and its baselines: `python -m fr3e_jax.train --config configs/quickstart.yaml`.
 
-Sets a run up, goes through its steps (the pipeline is in step.py), evaluates, saves, reports, and exports
-the model at the end. A run directory that holds a checkpoint is resumed.
+Sets a run up, goes through its steps (the pipeline is in step/rounds.py), evaluates, saves, reports, and
+exports the model at the end. A run directory that holds a checkpoint is resumed.
 """
 
 import dataclasses
@@ -23,25 +23,8 @@ from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.evaluation.answers import Ask, Respondent
-from fr3e_jax.host import groups
-from fr3e_jax.host.checkpoints import Checkpoints
-from fr3e_jax.host.compilation import keep_compiled
-from fr3e_jax.host.data import QueryStream
-from fr3e_jax.host.export import export_model
-from fr3e_jax.host.interruption import Interrupted, Interruption
-from fr3e_jax.host.metrics import Reporter, Silent, open_reporter, read_metrics
-from fr3e_jax.host.model import PlacedModel, open_model
-from fr3e_jax.host.problems.corpus import Corpus, make_corpus, names_of
-from fr3e_jax.host.problems.problem import Problem
-from fr3e_jax.host.resume import Resumed, resume, set_aside
-from fr3e_jax.host.run_dir import differing, open_run_dir, refuse_other_settings
-from fr3e_jax.host.saved import Progress
-from fr3e_jax.host.scoring.pool import ScoringPool
-from fr3e_jax.host.scoring.verdict import ScorerError
-from fr3e_jax.host.storage import StorageError, in_bucket, location, upload, writing
-from fr3e_jax.host.text import load_text
-from fr3e_jax.host.verify import Verifier
-from fr3e_jax.learner.attention import make_splash
+from fr3e_jax.learner import groups
+from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import TrainState, init_state, make_optimizer, sampling_cast
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
@@ -50,7 +33,26 @@ from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
 from fr3e_jax.parallel.waiting import HostError, waiting
-from fr3e_jax.step import Metrics, Run, SamplingError, SkippedError, train_step
+from fr3e_jax.pretrained.export import export_model
+from fr3e_jax.pretrained.model import PlacedModel, open_model
+from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.problems.corpus import Corpus, make_corpus, names_of
+from fr3e_jax.problems.stream import QueryStream
+from fr3e_jax.rewards.pool import ScoringPool
+from fr3e_jax.rewards.verdict import ScorerError
+from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.compilation import keep_compiled
+from fr3e_jax.run.interruption import Interrupted, Interruption
+from fr3e_jax.run.reporter import Reporter, Silent, open_reporter, read_metrics
+from fr3e_jax.run.resume import Resumed, resume, set_aside
+from fr3e_jax.run.run_dir import differing, open_run_dir, refuse_other_settings
+from fr3e_jax.run.saved import Progress
+from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
+from fr3e_jax.step.metrics import Metrics
+from fr3e_jax.step.rounds import Run
+from fr3e_jax.step.update import SamplingError, SkippedError, train_step
+from fr3e_jax.types import Problem
 
 MODEL = "model"  # the directory of the final one, in the run directory
 

@@ -25,6 +25,31 @@ Leaf = Any
 """A jax.Array on the devices, a numpy array on the host; the docstrings give shape and dtype."""
 
 
+Turns = tuple[tuple[str, str], ...]
+"""Turns of a chat: (role, text) each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question as the model is asked it, and what its answer is judged by."""
+
+    question: str
+    answer: str
+    scorer: str
+    """Name of what judges an answer (rewards/rules.py)."""
+    source: str = ""
+    """Name of the source that it is of."""
+    facts: Any = None
+    """What the scorer needs beside the answer; goes to a worker process."""
+    before: Turns = ()
+    """What is said before the question, where it is the last turn of a chat: a system turn, earlier turns."""
+
+    @property
+    def asked(self) -> str:
+        """The text it is known again by: the question behind what was said before, without the system."""
+        return "\n".join([*(text for role, text in self.before if role != "system"), self.question])
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queries:

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints: what config.json says, and how a parameter lies in safetensors files.
 
-Read and written here are names, shapes and settings; `fr3e_jax.host.weights` moves the numbers. Nothing
+Read and written here are names, shapes and settings; `fr3e_jax.pretrained.weights` moves the numbers. Nothing
 is unpickled and no code of a checkpoint is run.
 """
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fr3e_jax.config import ConfigError, DataConfig
-from fr3e_jax.host.problems.additions import make_addition
-from fr3e_jax.host.scoring.rules import scorer_of
+from fr3e_jax.problems.additions import make_addition
+from fr3e_jax.rewards.rules import scorer_of
 
 TASKS = ["carry_addition", "word_addition"]
 LINE = re.compile(r"(\d)\+(\d)\+(\d)=(\d+),(\d)")

@@ -6,13 +6,13 @@ import time
 import pytest
 
 from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.problems.answers import MOST_BAD, unanswerable
-from fr3e_jax.host.problems.corpus import judging_problems, make_corpus
-from fr3e_jax.host.problems.problem import Problem
-from fr3e_jax.host.problems.sources import read, read_problems
-from fr3e_jax.host.scoring.rules import scorer_of
-from fr3e_jax.host.text import load_text
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.problems.answers import MOST_BAD, unanswerable
+from fr3e_jax.problems.corpus import judging_problems, make_corpus
+from fr3e_jax.problems.sources import read, read_problems
+from fr3e_jax.rewards.rules import scorer_of
+from fr3e_jax.types import Problem
 
 NEVER = {
     "math": {

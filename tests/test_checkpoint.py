@@ -15,11 +15,11 @@ import pytest
 from support import TINY, placement, tiny_params
 
 from fr3e_jax.config import OptimizerConfig
-from fr3e_jax.host import groups
-from fr3e_jax.host.checkpoints import Checkpoints
-from fr3e_jax.host.saved import Progress
+from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState, init_state, make_optimizer
 from fr3e_jax.models.qwen2 import logical_axes
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.saved import Progress
 from fr3e_jax.types import StateGroups
 
 AXES = logical_axes(TINY)
@@ -139,8 +139,8 @@ def test_saving_goes_on_while_the_run_does(tmp_path, monkeypatch):
 SAVING = """
 import sys
 from pathlib import Path
-from fr3e_jax.host.checkpoints import Checkpoints
-from fr3e_jax.host.saved import Progress
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.saved import Progress
 from test_checkpoint import torn_state, some_groups
 
 directory, first = Path(sys.argv[1]), int(sys.argv[2])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from support import placement
 
-from fr3e_jax.host.checksums import element_sum, entries_of, host_sum
+from fr3e_jax.run.checksums import element_sum, entries_of, host_sum
 
 
 def test_a_checksum_is_that_of_its_definition():

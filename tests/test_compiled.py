@@ -9,7 +9,7 @@ import pytest
 from support import TINY, needs_compiler
 
 from fr3e_jax.bench.compiled import Shape, compile_decoding
-from fr3e_jax.hlo import Program, shapes_of
+from fr3e_jax.planning.hlo import Program, shapes_of
 
 SMALL = dataclasses.replace(
     TINY,

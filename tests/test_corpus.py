@@ -9,9 +9,10 @@ from support import mesh_of
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, DataConfig, SourceConfig, dump
-from fr3e_jax.host.data import QueryStream
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.problems.corpus import (
+from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.problems.corpus import (
     fitting,
     judging_problems,
     make_corpus,
@@ -19,9 +20,8 @@ from fr3e_jax.host.problems.corpus import (
     sources_of,
     worked_task,
 )
-from fr3e_jax.host.problems.problem import Problem
-from fr3e_jax.host.text import load_text
-from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.problems.stream import QueryStream
+from fr3e_jax.types import Problem
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from support import SMALL, call, metrics, run
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, resolve
-from fr3e_jax.host import groups
-from fr3e_jax.host.resume import resume
-from fr3e_jax.host.run_dir import refuse_other_settings
-from fr3e_jax.host.saved import Progress
-from fr3e_jax.host.storage import StorageError
+from fr3e_jax.learner import groups
+from fr3e_jax.run.resume import resume
+from fr3e_jax.run.run_dir import refuse_other_settings
+from fr3e_jax.run.saved import Progress
+from fr3e_jax.run.storage import StorageError
 from fr3e_jax.train import setup
 
 

@@ -8,8 +8,8 @@ import pytest
 from environment import REPOSITORY
 
 from fr3e_jax.config import ConfigError, SourceConfig
-from fr3e_jax.host.problems.datasets import DATASETS, MIXTURES, markdown
-from fr3e_jax.host.problems.sources import read_problems
+from fr3e_jax.problems.datasets import DATASETS, MIXTURES, markdown
+from fr3e_jax.problems.sources import read_problems
 
 # Rows as the data sets have them, cut down to what matters, and the problem that each is.
 ROWS = {

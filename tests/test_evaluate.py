@@ -14,8 +14,8 @@ from fr3e_jax.cli import parse
 from fr3e_jax.config import ConfigError, DataConfig, MeshConfig
 from fr3e_jax.evaluate import EvaluationConfig, evaluate
 from fr3e_jax.evaluation.record import ANSWERS, SETTINGS, SUMMARY, open_directory
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.problems.additions import make_addition
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.problems.additions import make_addition
 
 PROBLEMS, SAMPLES = 11, 3  # which no number of rows divides
 

@@ -14,16 +14,16 @@ from safetensors.numpy import load_file
 from support import TINY, call, logits, placed, read, tiny_params, write
 
 from fr3e_jax.export import main
-from fr3e_jax.host import export, weights
-from fr3e_jax.host.checkpoints import Checkpoints
-from fr3e_jax.host.export import export_model
-from fr3e_jax.host.groups import empty_groups
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.model import open_model
-from fr3e_jax.host.saved import Progress
+from fr3e_jax.learner.groups import empty_groups
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.parallel.mesh import make_mesh
+from fr3e_jax.pretrained import export, weights
+from fr3e_jax.pretrained.export import export_model
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.pretrained.model import open_model
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.saved import Progress
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from environment import REPOSITORY
 from support import logits, read, tiny_params, write
 from texts import TEXTS
 
-from fr3e_jax.host.export import copy_description, export_model
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.text import load_text
-from fr3e_jax.host.tokenizer import end_tokens
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import Qwen2Config
+from fr3e_jax.pretrained.export import copy_description, export_model
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.pretrained.tokenizer import end_tokens
 
 OLD = "4.57.6"  # the last transformers before 5
 QWEN = REPOSITORY / "tests" / "qwen2.5_tokenizer_cut"

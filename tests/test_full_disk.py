@@ -11,12 +11,12 @@ import pytest
 from etils import epath
 from support import SMALL, command, metrics, placement, run
 
-from fr3e_jax.host import groups
-from fr3e_jax.host.checkpoints import Checkpoints
-from fr3e_jax.host.metrics import Reporter, read_metrics
-from fr3e_jax.host.saved import Progress
-from fr3e_jax.host.storage import StorageError
+from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.reporter import Reporter, read_metrics
+from fr3e_jax.run.saved import Progress
+from fr3e_jax.run.storage import StorageError
 
 
 @contextlib.contextmanager

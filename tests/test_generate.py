@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.generate import CHUNK, GenerateConfig, generate, main, show
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.text import Text
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.pretrained.text import Text
 from fr3e_jax.types import Rollouts
 
 QUICKSTART = ["--model=quickstart", "--prompt=347+285="]

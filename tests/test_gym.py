@@ -10,16 +10,16 @@ import time
 import pytest
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.host.scoring.countdown import makes
-from fr3e_jax.host.scoring.pool import Asked, ScoringPool
+from fr3e_jax.rewards.countdown import makes
+from fr3e_jax.rewards.pool import Asked, ScoringPool
 
 pytest.importorskip("reasoning_gym", reason="needs reasoning-gym; pip install 'fr3e_jax[gym]'")
 
 from reasoning_gym.factory import DATASETS, create_dataset
 
-from fr3e_jax.host.problems.gym import LENGTH, GymTask, is_held_out
-from fr3e_jax.host.scoring.gym import score
-from fr3e_jax.host.scoring.gym_facts import REFUSED, RUNS_TEXT, GymFacts
+from fr3e_jax.problems.gym import LENGTH, GymTask, is_held_out
+from fr3e_jax.rewards.gym import score
+from fr3e_jax.rewards.gym_facts import REFUSED, RUNS_TEXT, GymFacts
 
 ACCEPTED = sorted(DATASETS.keys() - REFUSED.keys())
 NESTED = "[" * 20000
@@ -145,7 +145,7 @@ def test_a_refused_data_set_is_neither_trained_on_nor_judged(name):
 
 DRAW = """
 import sys, zlib
-from fr3e_jax.host.problems.gym import GymTask
+from fr3e_jax.problems.gym import GymTask
 for name in sys.argv[1:]:
     task = GymTask(name, {}, 5)
     print(name, zlib.crc32("".join(task[i * 31].question for i in range(12)).encode()))

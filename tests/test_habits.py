@@ -10,13 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fr3e_jax.config import ConfigError, RewardConfig
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.problems.problem import Problem
-from fr3e_jax.host.scoring.pool import ScoringPool
-from fr3e_jax.host.text import INSTRUCTION, Text, load_text
-from fr3e_jax.host.verify import Verifier
 from fr3e_jax.parallel.hosts import Hosts
-from fr3e_jax.types import Rollouts, States
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.pretrained.text import INSTRUCTION, Text, load_text
+from fr3e_jax.rewards.pool import ScoringPool
+from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.types import Problem, Rollouts, States
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

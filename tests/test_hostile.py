@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from fr3e_jax.host.scoring.pool import Asked, ScoringPool
-from fr3e_jax.host.scoring.rules import INLINE, scorer_of
+from fr3e_jax.rewards.pool import Asked, ScoringPool
+from fr3e_jax.rewards.rules import INLINE, scorer_of
 
 MANY = 100_000
 GOLDS = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support import SMALL, call, ends_of, mesh_of, metrics, run, start_pair, two_processes
 
-from fr3e_jax.host.metrics import read_metrics
 from fr3e_jax.parallel import hosts
+from fr3e_jax.run.reporter import read_metrics
 
 # Of a mesh, so equal on equal ones: rows are padded, and trees cut into pieces with trunks of their own.
 LAYOUT = {"rows/decoded", "rows/occupancy", "tokens/trained", "flops/update", "update/padding"}
@@ -169,12 +169,12 @@ MESHES = [(1, 8, 1), (2, 1, 4), (1, 1, 8), (2, 2, 2)]
 def texts_on(mesh):
     """Which problems a process tokenizes and verifies of a batch, and what all of them know afterwards."""
     from fr3e_jax.config import QUICKSTART_MODEL, DataConfig
-    from fr3e_jax.host.data import QueryStream
-    from fr3e_jax.host.problems.additions import make_addition
-    from fr3e_jax.host.problems.sources import stream
-    from fr3e_jax.host.scoring.pool import ScoringPool
-    from fr3e_jax.host.text import load_text
-    from fr3e_jax.host.verify import Verifier
+    from fr3e_jax.pretrained.text import load_text
+    from fr3e_jax.problems.additions import make_addition
+    from fr3e_jax.problems.sources import stream
+    from fr3e_jax.problems.stream import QueryStream
+    from fr3e_jax.rewards.pool import ScoringPool
+    from fr3e_jax.rewards.verify import Verifier
     from fr3e_jax.types import Rollouts, States
 
     text, pool, read, scored = load_text(QUICKSTART_MODEL, "plain"), ScoringPool(["carry_addition"]), [], []

@@ -7,7 +7,7 @@ import pytest
 from hub_server import FIRST, SECOND, answers_of, serving
 
 from fr3e_jax.config import QUICKSTART_MODEL, ConfigError
-from fr3e_jax.host.hub import find_model
+from fr3e_jax.pretrained.hub import find_model
 
 DESCRIPTION = {"config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
 WEIGHTS = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
@@ -23,7 +23,7 @@ FETCHED: set[str] = set()  # files that were asked for
 ASK = """
 import json, sys
 from fr3e_jax.config import ConfigError
-from fr3e_jax.host.hub import find_model
+from fr3e_jax.pretrained.hub import find_model
 answers = []
 for name, weights in json.loads(sys.argv[1]):
     try:

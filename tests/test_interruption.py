@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from support import SMALL, command, mesh_of, metrics
 
-from fr3e_jax.host.interruption import Interrupted, Interruption
 from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.run.interruption import Interrupted, Interruption
 
 # Training that is asked to stop at one call of a function: before it, or in the midst of a rollout.
 STOPPING = """
 import itertools, os, signal, sys
 import fr3e_jax.train as program
-from fr3e_jax.host.interruption import Interruption
+from fr3e_jax.run.interruption import Interruption
 where, number = sys.argv.pop(1), int(sys.argv.pop(1))
 calls = itertools.count(1)
 owner = {"check": Interruption}.get(where, program)

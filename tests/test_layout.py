@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support import whole_rows
 
 from fr3e_jax.bench.update import padding_waste
-from fr3e_jax.host.layout import OVERHEAD, bucket, bundles_of, cut, token_counts
+from fr3e_jax.learner.layout import OVERHEAD, bucket, bundles_of, cut, token_counts
 from fr3e_jax.types import StateGroups
 
 

@@ -9,9 +9,9 @@ import jax
 import pytest
 from support import SMALL, command, ends_of, free_port, start_pair
 
-from fr3e_jax.host.metrics import read_metrics
-from fr3e_jax.host.storage import StorageError, writing
 from fr3e_jax.parallel import waiting
+from fr3e_jax.run.reporter import read_metrics
+from fr3e_jax.run.storage import StorageError, writing
 
 TIMEOUT = 10
 OFTEN = [*SMALL, "--checkpoint.every=1", "--evaluate.every=1"]

@@ -11,9 +11,9 @@ from support import SMALL, call
 
 from fr3e_jax.config import QUICKSTART_MODEL, Config
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
-from fr3e_jax.host.diagnosis import no_signal
-from fr3e_jax.host.text import load_text
-from fr3e_jax.step import state_metrics, summarize
+from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.step.diagnosis import no_signal
+from fr3e_jax.step.metrics import state_metrics, summarize
 from fr3e_jax.types import Rollouts, States
 
 QWEN = REPOSITORY / "tests" / "qwen2.5_tokenizer_cut"

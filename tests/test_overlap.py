@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fr3e_jax.host.problems.overlap import duplicates, overlaps, report, words
-from fr3e_jax.host.problems.problem import Problem
+from fr3e_jax.problems.overlap import duplicates, overlaps, report, words
+from fr3e_jax.types import Problem
 
 
 def problems(*questions):

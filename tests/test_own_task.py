@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.host.problems.own_task import OwnTask, is_own
-from fr3e_jax.host.scoring.own import load
-from fr3e_jax.host.scoring.pool import Asked, ScoringPool
-from fr3e_jax.host.scoring.verdict import ScorerError
+from fr3e_jax.problems.own_task import OwnTask, is_own
+from fr3e_jax.rewards.own import load
+from fr3e_jax.rewards.pool import Asked, ScoringPool
+from fr3e_jax.rewards.verdict import ScorerError
 
 EXAMPLE = Path(__file__).parent / "own_task_example.py"
 PROBLEMS = """

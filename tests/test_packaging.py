@@ -60,8 +60,8 @@ def test_commands_find_their_config_from_any_directory(installed, tmp_path):
 
 def test_the_shipped_model_is_in_the_wheel_and_small(installed, tmp_path):
     code = (
-        "from fr3e_jax.host.hub import find_model; from fr3e_jax.host.text import load_text;"
-        "from fr3e_jax.host.model import open_model; from fr3e_jax.parallel.mesh import make_mesh;"
+        "from fr3e_jax.pretrained.hub import find_model; from fr3e_jax.pretrained.text import load_text;"
+        "from fr3e_jax.pretrained.model import open_model; from fr3e_jax.parallel.mesh import make_mesh;"
         "import fr3e_jax; model = open_model('quickstart').place(make_mesh(1, -1, 1));"
         "model.read_params(model.training); d = find_model('quickstart'); load_text(d, 'plain');"
         "print(fr3e_jax.__file__, sum(f.stat().st_size for f in d.iterdir()))"

@@ -19,12 +19,12 @@ from fr3e_jax.config import Config, ConfigError, LossConfig, MeshConfig, Optimiz
 from fr3e_jax.cost import forward_flops
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.hlo import Program, group_of, valid_pairs
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE, PlacementError
 from fr3e_jax.plan import PLANS, arguments, model_of
+from fr3e_jax.planning.hlo import Program, group_of, valid_pairs
 from fr3e_jax.planning.programs import Compiled, Costs, Setup, Stage, needed_bytes
 from fr3e_jax.planning.report import RESERVE, Phase, Plan, Rates, Seconds, as_json, parts_of, verdict
 from fr3e_jax.planning.topology import (

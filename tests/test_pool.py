@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from fr3e_jax.host.scoring.pool import PIECE, Asked, ScoringPool
-from fr3e_jax.host.scoring.verdict import ScorerError, Verdict
+from fr3e_jax.rewards.pool import PIECE, Asked, ScoringPool
+from fr3e_jax.rewards.verdict import ScorerError, Verdict
 
 SCORER = """
 import ctypes, os, signal, sys, time
@@ -175,7 +175,7 @@ def test_closing_does_not_wait_for_a_worker_that_hangs(scorer):
 PARENT = """
 import sys, time
 print("imported", flush=True)
-from fr3e_jax.host.scoring.pool import Asked, ScoringPool
+from fr3e_jax.rewards.pool import Asked, ScoringPool
 own = f"own:{sys.argv[1]}"
 pool = ScoringPool([own], workers=1, time_limit=600.0)
 pool.begin([Asked(own, "who", sys.argv[2], None)]).result()

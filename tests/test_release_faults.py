@@ -26,20 +26,20 @@ from fr3e_jax.config import (
     RolloutConfig,
 )
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.host import groups
-from fr3e_jax.host.layout import bundles_of
-from fr3e_jax.host.metrics import Stopwatch
-from fr3e_jax.host.problems.additions import CarryAddition
-from fr3e_jax.host.problems.problem import Problem
-from fr3e_jax.host.saved import Progress
-from fr3e_jax.host.scoring.pool import ScoringPool
-from fr3e_jax.host.scoring.verdict import Verdict
-from fr3e_jax.host.text import Text
-from fr3e_jax.host.tokenizer import character_tokenizer
-from fr3e_jax.host.verify import Verifier, whole_answer
+from fr3e_jax.learner import groups
+from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.parallel.hosts import Hosts
-from fr3e_jax.step import Round, close_round, open_round, train_step
-from fr3e_jax.types import Queries, Rollouts, States
+from fr3e_jax.pretrained.text import Text
+from fr3e_jax.pretrained.tokenizer import character_tokenizer
+from fr3e_jax.problems.additions import CarryAddition
+from fr3e_jax.rewards.pool import ScoringPool
+from fr3e_jax.rewards.verdict import Verdict
+from fr3e_jax.rewards.verify import Verifier, whole_answer
+from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.run.saved import Progress
+from fr3e_jax.step.rounds import Round, close_round, open_round
+from fr3e_jax.step.update import train_step
+from fr3e_jax.types import Problem, Queries, Rollouts, States
 
 B, R, K, M, P, S = 3, 4, 2, 4, 4, 12
 J = K + 1

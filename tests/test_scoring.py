@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import pytest
 
-from fr3e_jax.host.scoring import extract, plain, writing
-from fr3e_jax.host.scoring.mathematics import score
+from fr3e_jax.rewards import extract, plain, writing
+from fr3e_jax.rewards.mathematics import score
 
 VERDICTS = pathlib.Path(__file__).parent / "verdicts.jsonl"
 LINES = [json.loads(line) for line in VERDICTS.read_text().splitlines()]

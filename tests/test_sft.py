@@ -11,15 +11,15 @@ from fr3e_jax.cli import parse
 from fr3e_jax.config import DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
-from fr3e_jax.host.data import QueryStream
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.problems.additions import make_addition
-from fr3e_jax.host.text import load_text
-from fr3e_jax.host.tokenizer import end_tokens
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.pretrained.tokenizer import end_tokens
+from fr3e_jax.problems.additions import make_addition
+from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.sft import new_architecture
 
 PROBLEMS, ROLLOUTS, MAX_RESPONSE, K = 64, 4, 40, 2

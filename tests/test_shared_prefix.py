@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import TINY, examples, placement, tiny_params
 
 from fr3e_jax.config import LossConfig, OptimizerConfig
-from fr3e_jax.host.layout import bundles_of
+from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import init_state, make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models import attention

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fr3e_jax.config import ConfigError, SourceConfig
-from fr3e_jax.host.problems.overlap import normalised
-from fr3e_jax.host.problems.problem import Problem
-from fr3e_jax.host.problems.sources import FileTask, file_task, of_split, read_problems, stream
+from fr3e_jax.problems.overlap import normalised
+from fr3e_jax.problems.sources import FileTask, file_task, of_split, read_problems, stream
+from fr3e_jax.types import Problem
 
 
 def jsonl(folder, *rows, name="a.jsonl"):
@@ -522,7 +522,7 @@ FETCHED = set()
 ASK = """
 import json, sys
 from fr3e_jax.config import ConfigError, SourceConfig
-from fr3e_jax.host.problems.sources import read_problems
+from fr3e_jax.problems.sources import read_problems
 answers = []
 for settings in json.loads(sys.argv[1]):
     try:

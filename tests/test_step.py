@@ -9,9 +9,10 @@ from support import SMALL
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ExploreConfig, resolve
-from fr3e_jax.host import groups
-from fr3e_jax.host.saved import Progress
-from fr3e_jax.step import choose_states, train_step
+from fr3e_jax.learner import groups
+from fr3e_jax.run.saved import Progress
+from fr3e_jax.step.rounds import choose_states
+from fr3e_jax.step.update import train_step
 from fr3e_jax.train import setup
 
 

@@ -16,9 +16,9 @@ from fake_gcs import FakeGCS, Refused
 from support import SMALL, call, command, metrics, run
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.host import storage
-from fr3e_jax.host.run_dir import CHECKPOINTS
-from fr3e_jax.host.storage import StorageError, location, writing
+from fr3e_jax.run import storage
+from fr3e_jax.run.run_dir import CHECKPOINTS
+from fr3e_jax.run.storage import StorageError, location, writing
 
 RUN = "gs://bucket/runs/a"
 CACHE = "--compilation_cache=gs://bucket/compiled"
@@ -145,7 +145,7 @@ def test_compiled_programs_are_taken_from_the_bucket(killed, whole_run, server):
 @pytest.mark.slow
 def test_compiled_programs_are_kept_in_a_bucket(server, machine):
     program = (
-        "import jax\nfrom fr3e_jax.host.compilation import keep_compiled\n"
+        "import jax\nfrom fr3e_jax.run.compilation import keep_compiled\n"
         "print(keep_compiled('auto', 'gs://bucket/others/a'))\njax.jit(lambda x: x * 3)(1.0)"
     )
     environment = {k: v for k, v in {**os.environ, **machine()}.items() if k != "cwd"}
@@ -252,7 +252,7 @@ def test_other_addresses_are_refused(path):
 def test_what_others_write_is_seen_after_a_listing(here):
     """Which gcsfs would keep: then no host saw the checkpoint that another began."""
     program = (
-        "import sys\nfrom fr3e_jax.host.storage import location\n"
+        "import sys\nfrom fr3e_jax.run.storage import location\n"
         "place = location('gs://bucket/run')\n"
         "for _ in sys.stdin:\n"
         "  print(sorted(x.name for x in place.iterdir()), (place / 'b').exists(), flush=True)"
@@ -273,7 +273,7 @@ def test_a_listing_of_several_pages_is_read_to_its_end(here):
     for number in range(120):
         here.put("bucket", f"run/{number:03}", b"x", {})
     program = (
-        "from fr3e_jax.host.storage import location\nprint(len(list(location('gs://bucket/run').iterdir())))"
+        "from fr3e_jax.run.storage import location\nprint(len(list(location('gs://bucket/run').iterdir())))"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "120\n"
 
@@ -291,10 +291,10 @@ def test_only_what_was_not_taken_is_an_error_of_storage(tmp_path):
 def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
     program = (
         "import sys\nimport jax.numpy as jnp\n"
-        "from fr3e_jax.host.checkpoints import Checkpoints\n"
-        "from fr3e_jax.host.saved import Progress\n"
-        "from fr3e_jax.host.groups import empty_groups\n"
-        "from fr3e_jax.host.storage import StorageError, location\n"
+        "from fr3e_jax.run.checkpoints import Checkpoints\n"
+        "from fr3e_jax.run.saved import Progress\n"
+        "from fr3e_jax.learner.groups import empty_groups\n"
+        "from fr3e_jax.run.storage import StorageError, location\n"
         "from fr3e_jax.learner.state import TrainState\n"
         "for _ in sys.stdin:\n"
         "    checkpoints, error = Checkpoints(location('gs://bucket/run'), keep=2), ''\n"
@@ -334,11 +334,11 @@ def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
 def test_a_damaged_checkpoint_of_a_bucket_is_told_and_moved_aside(here):
     program = (
         "import jax, jax.numpy as jnp\n"
-        "from fr3e_jax.host.checkpoints import Checkpoints, abstract_leaves\n"
-        "from fr3e_jax.host.resume import newest_whole, set_aside\n"
-        "from fr3e_jax.host.groups import empty_groups\n"
-        "from fr3e_jax.host.saved import Progress\n"
-        "from fr3e_jax.host.storage import location\n"
+        "from fr3e_jax.run.checkpoints import Checkpoints, abstract_leaves\n"
+        "from fr3e_jax.run.resume import newest_whole, set_aside\n"
+        "from fr3e_jax.learner.groups import empty_groups\n"
+        "from fr3e_jax.run.saved import Progress\n"
+        "from fr3e_jax.run.storage import location\n"
         "from fr3e_jax.learner.state import TrainState\n"
         "from fr3e_jax.parallel.hosts import Hosts\n"
         "run = location('gs://bucket/run')\n"
@@ -378,7 +378,7 @@ def test_files_and_directories_are_replaced_in_a_bucket(here, tmp_path):
     (tmp_path / "model" / "empty").write_bytes(b"")
     program = (
         "import sys\nfrom pathlib import Path\n"
-        "from fr3e_jax.host.storage import location, upload, write_atomically\n"
+        "from fr3e_jax.run.storage import location, upload, write_atomically\n"
         "upload(Path(sys.argv[1]), location('gs://bucket/run/model'))\n"
         "write_atomically(location('gs://bucket/run/text'), 'schön\\n')"
     )

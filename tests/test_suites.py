@@ -5,9 +5,9 @@ from environment import REPOSITORY
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.evaluation.suites import BENCHMARKS, benchmarks_of, markdown
-from fr3e_jax.host.problems.corpus import judging_source
-from fr3e_jax.host.problems.datasets import DATASETS
-from fr3e_jax.host.problems.sources import filled, known_files
+from fr3e_jax.problems.corpus import judging_source
+from fr3e_jax.problems.datasets import DATASETS
+from fr3e_jax.problems.sources import filled, known_files
 
 
 def asked(suite):

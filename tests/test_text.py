@@ -10,9 +10,9 @@ from texts import TEXTS
 from tokenizers import Tokenizer
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.host.hub import find_model
-from fr3e_jax.host.text import load_text
-from fr3e_jax.host.tokenizer import end_tokens, pad_token
+from fr3e_jax.pretrained.hub import find_model
+from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.pretrained.tokenizer import end_tokens, pad_token
 
 QWEN = REPOSITORY / "tests" / "qwen2.5_tokenizer_cut"  # made by cut_tokenizer.py, with the ids of the whole
 END_OF_TEXT, START, END = 151643, 151644, 151645

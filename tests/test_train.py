@@ -16,18 +16,19 @@ from support import SMALL, call, command, metrics, placement, read, run
 from fr3e_jax.config import Config, ConfigError, DataConfig, OptimizerConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
-from fr3e_jax.host import groups
-from fr3e_jax.host.data import QueryStream
-from fr3e_jax.host.metrics import read_metrics, step_line, to_json_line
-from fr3e_jax.host.problems.additions import make_addition
-from fr3e_jax.host.run_dir import open_run_dir, refuse_other_settings
-from fr3e_jax.host.scoring.rules import scorer_of
-from fr3e_jax.host.text import load_text
+from fr3e_jax.learner import groups
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
-from fr3e_jax.step import skipped_in_a_row, summarize
+from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.problems.additions import make_addition
+from fr3e_jax.problems.stream import QueryStream
+from fr3e_jax.rewards.rules import scorer_of
+from fr3e_jax.run.reporter import read_metrics, step_line, to_json_line
+from fr3e_jax.run.run_dir import open_run_dir, refuse_other_settings
+from fr3e_jax.step.metrics import summarize
+from fr3e_jax.step.update import skipped_in_a_row
 
 slow = pytest.mark.slow
 

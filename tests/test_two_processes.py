@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 from support import TINY, tiny_params, two_processes, write
 
-from fr3e_jax.host.weights import INDEX_FILE
+from fr3e_jax.pretrained.weights import INDEX_FILE
 
 CONFIG = dataclasses.replace(TINY, tie_word_embeddings=False)
 
@@ -22,8 +22,8 @@ directory, root, port, number = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
 
-from fr3e_jax.host import weights
-from fr3e_jax.host.export import export_model
+from fr3e_jax.pretrained import weights
+from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import MESH_AXES, place_model

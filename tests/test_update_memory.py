@@ -10,7 +10,7 @@ from support import TINY, needs_compiler, placement, square_arrays, tiny_params
 from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
 from fr3e_jax.bench.update import Tree, groups_of
 from fr3e_jax.config import LossConfig, OptimizerConfig
-from fr3e_jax.host.layout import bundles_of
+from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes

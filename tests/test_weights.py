@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import TINY, mesh_of, placed, read, tiny_params, write
 
-from fr3e_jax.host import weights
-from fr3e_jax.host.model import open_model
-from fr3e_jax.host.weights import CheckpointError, all_finite, read_params, write_params
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.qwen2 import abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import place_model
+from fr3e_jax.pretrained import weights
+from fr3e_jax.pretrained.model import open_model
+from fr3e_jax.pretrained.weights import CheckpointError, all_finite, read_params, write_params
 
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 QWEN3 = dataclasses.replace(UNTIED, qkv_bias=False, qk_norm=True)

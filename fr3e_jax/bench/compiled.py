@@ -14,10 +14,10 @@ from fr3e_jax.engine.branches import CACHE_AXES, Branches, Decoding
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.seats import take_seats
-from fr3e_jax.hlo import Program
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
+from fr3e_jax.planning.hlo import Program
 from fr3e_jax.planning.topology import slice_mesh
 from fr3e_jax.types import Rollouts
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fr3e_jax.config import LossConfig, OptimizerConfig
-from fr3e_jax.learner.attention import make_splash
+from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.host.scoring import mathematics
+from fr3e_jax.rewards import mathematics
 
 PROSE = "Let us go step by step. First we write $f(x) = x^2 - 3x + 1$ and note that $f(2) = -1$. "
 

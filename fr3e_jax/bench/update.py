@@ -11,7 +11,7 @@ from rich.console import Console
 from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
 from fr3e_jax.bench.table import TINY, Told, hugging_face_model, in_turns, line, run
 from fr3e_jax.config import LossConfig, OptimizerConfig
-from fr3e_jax.host.layout import bundles_of, token_counts
+from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import init_state, make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.presets import PRESETS

@@ -12,13 +12,12 @@ from jax import Array
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.host.data import QueryStream
-from fr3e_jax.host.problems.problem import Problem
-from fr3e_jax.host.scoring.verdict import WRONG, Verdict
-from fr3e_jax.host.verify import Verifier
 from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.hosts import gather, is_first
-from fr3e_jax.types import Rollouts
+from fr3e_jax.problems.stream import QueryStream
+from fr3e_jax.rewards.verdict import WRONG, Verdict
+from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.types import Problem, Rollouts
 
 MOST_SAMPLES = 2**12  # of a problem
 MOST_PROBLEMS = 2**31 // MOST_SAMPLES  # an answer has a number, of 31 bits

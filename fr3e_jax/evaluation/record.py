@@ -14,8 +14,8 @@ import yaml
 from fr3e_jax.config import ConfigError
 from fr3e_jax.evaluation.answers import Answer, Ask
 from fr3e_jax.evaluation.report import read_answers
-from fr3e_jax.host.storage import location, write_atomically
 from fr3e_jax.parallel.hosts import Hosts, is_first
+from fr3e_jax.run.storage import location, write_atomically
 
 ANSWERS, SETTINGS, SUMMARY = "answers.jsonl", "evaluation.yaml", "summary.json"
 RESOLVED = "resolved"  # in SETTINGS, what settings came to

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from fr3e_jax.config import Config, updates_of
 from fr3e_jax.engine.rollout import Caches, Engine, roots
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.hlo import Instruction, Program
-from fr3e_jax.learner.attention import make_splash
+from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import TrainState, make_optimizer, sampling_cast, state_shardings
 from fr3e_jax.learner.update import Learner, applying
 from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import MESH_AXES, place_model, row_parts
+from fr3e_jax.planning.hlo import Instruction, Program
 from fr3e_jax.planning.workload import Chunk, Decode, Leg, Work
 from fr3e_jax.types import Batch, Queries, States, Trunks
 

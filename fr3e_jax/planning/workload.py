@@ -10,8 +10,8 @@ import numpy as np
 
 from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.engine.seats import Ladder, Seats, first_slots, take_seats
-from fr3e_jax.host import groups
-from fr3e_jax.host.layout import bucket, bundles_of, most_of
+from fr3e_jax.learner import groups
+from fr3e_jax.learner.layout import bucket, bundles_of, most_of
 from fr3e_jax.types import StateGroups
 
 SPREAD = 0.8  # of the logarithm of answers' lengths

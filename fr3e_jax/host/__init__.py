@@ -1,1 +1,0 @@
-"""What touches text, files and people: data, tasks, checkpoints, metrics."""

@@ -1,1 +1,0 @@
-"""What models are asked: data sets, generated problems, and mixtures of them."""

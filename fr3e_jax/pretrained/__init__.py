@@ -1,0 +1,1 @@
+"""A checkpoint on disk and a model on a mesh, and what turns one into the other."""

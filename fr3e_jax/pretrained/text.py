@@ -1,0 +1,286 @@
+"""Questions as the tokens that a model sees, and its answers as text."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+
+from fr3e_jax.config import ConfigError
+from fr3e_jax.pretrained.stops import cut, make_table, token_bytes
+from fr3e_jax.pretrained.tokenizer import end_tokens, read_tokenizer
+from fr3e_jax.types import Rollouts, States, StopTable, Turns
+
+CHAT_TEMPLATES = ("chat", "boxed_chat")
+BOXED_TEMPLATES = ("boxed", "boxed_chat")
+TEMPLATES = ("plain", "chat", *BOXED_TEMPLATES)
+PLACE = "{question}"
+PROBE, ANSWER_PROBE = "2+2?", "The answer is 4."  # to see what a chat template makes of a conversation
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."  # paper
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A tokenizer with what a run needs of it.
+
+    end_tokens: every token that ends an answer, from the checkpoint's files. stop: texts that end an answer
+    too, and do not belong to it.
+    """
+
+    tokenizer: Any
+    end_tokens: tuple[int, ...]
+    template: str
+    stop: tuple[str, ...] = ()
+
+    @property
+    def chats(self) -> bool:
+        """Whether the tokenizer has a chat template that ends a turn as the model ends an answer.
+
+        Tokenizers of base models have one too, whose turns their model does not end.
+        """
+        after = self.behind_a_turn
+        if after is None:
+            return False
+        ends = set(self.tokenizer.encode(after, add_special_tokens=False)) & set(self.end_tokens)
+        return bool(ends) or any(text in after for text in self.stop)
+
+    @property
+    def behind_a_turn(self) -> str | None:
+        """What the chat template writes behind an answer, or None where it cannot be told."""
+        if not self.tokenizer.chat_template:
+            return None
+        roles = ("user", PROBE), ("assistant", ANSWER_PROBE), ("user", PROBE)
+        messages = [{"role": role, "content": content} for role, content in roles]
+        try:
+            whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # of the template, which may refuse such a conversation
+            return None
+        return whole.rpartition(ANSWER_PROBE)[2] if ANSWER_PROBE in whole else None
+
+    def endless(self) -> str | None:
+        """What is wrong with a chat template whose turns the model does not end, and what to do; or None."""
+        if self.template not in CHAT_TEMPLATES or self.chats or self.behind_a_turn is None:
+            return None
+        ends = self.tokenizer.convert_ids_to_tokens(list(self.end_tokens))
+        return (
+            f"the chat template writes {self.behind_a_turn[:40]!r} behind an answer, without an end token of "
+            f"the model ({', '.join(ends)}), as those of base models do: its answers would go on to the "
+            "length limit. Use the template boxed or plain, or name what ends a turn as a stop text"
+        )
+
+    @functools.cached_property
+    def pieces(self) -> list[bytes]:
+        """What each id adds to a text."""
+        return token_bytes(self.tokenizer)
+
+    @functools.cached_property
+    def stops(self) -> StopTable | None:
+        """What finds the stop texts while an answer is generated, or None if there are none."""
+        return make_table(self.pieces, self.stop) if self.stop else None
+
+    def trimmed(self, rollouts: Rollouts, states: States | None = None) -> Rollouts:
+        """Rollouts without their stop texts; at least one token of each is kept.
+
+        Args:
+          rollouts: on the host, [N, C, S] leaves; of J x M branches, state-major, where there are states.
+          states: on the host, whose prefixes a stop text may begin in.
+        """
+        if not self.stop:
+            return rollouts
+        ended = np.take_along_axis(rollouts.token, np.maximum(rollouts.length - 1, 0)[..., None], axis=2)
+        by_text = rollouts.stopped & ~np.isin(ended[..., 0], self.end_tokens)
+        length = np.array(rollouts.length)
+        for n, c in np.argwhere(by_text).tolist():
+            before: list[int] = []
+            if states is not None:
+                j = c // (length.shape[1] // states.valid.shape[1])
+                before = states.response[n, : states.prefix_length[n, j]].tolist()
+            own = rollouts.token[n, c, : length[n, c]].tolist()
+            length[n, c] = max(1, cut(self.pieces, before + own, self.stop)[0] - len(before))
+        kept = np.arange(rollouts.token.shape[2]) < length[..., None]
+
+        def short(x: Any) -> Any:
+            return np.where(kept, x, 0).astype(x.dtype) if x.ndim == 3 else x
+
+        return dataclasses.replace(jax.tree.map(short, rollouts), length=length)
+
+    @functools.cached_property
+    def control(self) -> re.Pattern[str] | None:
+        """Finds the texts of control tokens: the special ones, which begin and end turns and answers."""
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        # The longest first: one may begin as another does.
+        either = "|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True)))
+        return re.compile(either) if either else None
+
+    def control_in(self, question: str, before: Turns = ()) -> str | None:
+        """The text of the first control token in a question or the turns before it, or None."""
+        if self.control is None:
+            return None
+        texts = (*(text for _, text in before), question)
+        return next((found[0] for text in texts if (found := self.control.search(text))), None)
+
+    def rendered(self, question: str, before: Turns = ()) -> str:
+        """What the model sees of a question, as text.
+
+        Args:
+          question: the question.
+          before: the turns of a chat before it.
+
+        Raises:
+          ConfigError: there are turns before it, and the template has no place for them or refuses them.
+        """
+        template = self.template
+        if template in BOXED_TEMPLATES:
+            question = f"{question}\n{INSTRUCTION}"
+        elif template not in TEMPLATES:
+            question = template.replace(PLACE, question)
+        if template not in CHAT_TEMPLATES:
+            if before:
+                raise ConfigError(
+                    f"{question[:60]!r} is a turn of a chat, behind one of the {before[0][0]}, which "
+                    f"data.template {template!r} has no place for; use --data.template chat, or set the "
+                    "source's prompt to one turn, such as messages.1.content"
+                )
+            return question
+        messages = [{"role": role, "content": text} for role, text in (*before, ("user", question))]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            )
+        except jinja2.TemplateError as error:
+            raise ConfigError(
+                f"the chat template of the model fails over {question[:60]!r}: {' '.join(str(error).split())}"
+            ) from None
+
+    def encoded(self, text: str) -> list[int]:
+        """The token ids of text in which control tokens are control tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def query(self, question: str, before: Turns = ()) -> list[int]:
+        """The token ids that the model sees before its answer.
+
+        The control tokens among them are the template's alone: in a question they are text.
+
+        Raises:
+          ConfigError: as `rendered`; or the question has a control token in it that cannot be text.
+        """
+        control, token = self.control, self.control_in(question, before)
+        if control is None or token is None:
+            return self.encoded(self.rendered(question, before))
+        ids = self.spelled(question, before)
+        # The same with a letter in place of each: there the tokenizer itself says what is right.
+        plain = [control.sub("x", text) for text in (question, *(text for _, text in before))]
+        turns = tuple((role, text) for (role, _), text in zip(before, plain[1:], strict=True))
+        if ids is None or self.spelled(plain[0], turns) != self.encoded(self.rendered(plain[0], turns)):
+            raise ConfigError(
+                f"{question[:60]!r} has the control token {token!r} in it, which this model's tokenizer or "
+                "chat template does not take as text; take it out"
+            )
+        return ids
+
+    def spelled(self, question: str, before: Turns) -> list[int] | None:
+        """A query in which the control tokens of its texts are spelled out as text.
+
+        The template is rendered with a mark in place of each text; its own control tokens, between the
+        marks, part the rendered text into runs, as the tokenizer parts it, and the runs are encoded as text.
+
+        Returns:
+          The ids; None where the template changes the texts, or control tokens were encoded all the same.
+        """
+        assert self.control is not None
+        texts = (*(text for _, text in before), question)
+        marks = [f"\ue000{i}\ue001" for i in range(len(texts))]
+        turns = tuple((role, mark) for (role, _), mark in zip(before, marks, strict=False))
+        pieces = re.split("\ue000([0-9]+)\ue001", self.rendered(marks[-1], turns))
+        pieces[1::2] = [texts[int(number)] for number in pieces[1::2]]
+        if "".join(pieces) != self.rendered(question, before):
+            return None
+        runs, own = [""], 0
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                runs[-1] += piece
+                continue
+            end = 0
+            for found in self.control.finditer(piece):
+                runs[-1] += piece[end : found.start()]
+                runs += [found[0], ""]
+                end, own = found.end(), own + 1
+            runs[-1] += piece[end:]
+        ids: list[int] = []
+        for i, run in enumerate(runs):
+            if i % 2:
+                ids += self.encoded(run)
+            elif run:
+                ids += self.tokenizer.encode(run, add_special_tokens=False, split_special_tokens=True)
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return ids if sum(i in special for i in ids) == own else None
+
+    def seen(self, question: str, before: Turns = ()) -> str:
+        """A query as text, out of its tokens."""
+        return str(self.tokenizer.decode(self.query(question, before)))
+
+    def query_lengths(self, questions: Sequence[str], before: Sequence[Turns] | None = None) -> list[int]:
+        """How many tokens each query has; of many questions at a time.
+
+        Args:
+          questions: the questions.
+          before: the turns before each; by default there are none.
+        """
+        asked = list(zip(questions, before or [()] * len(questions), strict=True))
+        lengths = {i: len(self.query(*one)) for i, one in enumerate(asked) if self.control_in(*one)}
+        others = [self.rendered(*one) for i, one in enumerate(asked) if i not in lengths]
+        rest = iter(self.tokenizer(others, add_special_tokens=False)["input_ids"] if others else ())
+        return [lengths[i] if i in lengths else len(next(rest)) for i in range(len(asked))]
+
+    def answers(self, rows: Sequence[Any], stopped: Sequence[bool]) -> list[str]:
+        """Whole responses as the text that is judged: up to a stop text, if one ended it.
+
+        Args:
+          rows: ids of each, as they were sampled.
+          stopped: whether each came to an end.
+        """
+        tails = [b""] * len(rows)
+        if self.stop:
+            rows = list(rows)
+            for i, (row, end) in enumerate(zip(rows, stopped, strict=True)):
+                if end and row[-1] not in self.end_tokens:
+                    kept, tails[i] = cut(self.pieces, list(row), self.stop)
+                    rows[i] = row[:kept]
+        texts = zip(self.decode(rows), tails, strict=True)
+        return [text.removesuffix(tail.decode(errors="replace")) for text, tail in texts]
+
+    def decode(self, rows: Sequence[Any]) -> list[str]:
+        """Responses (sequences of ids) as text, special tokens left out."""
+        # transformers makes one empty text of no rows.
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True)) if len(rows) else []
+
+
+def load_text(directory: Path, template: str, stop: Sequence[str] = ()) -> Text:
+    """Read the tokenizer of a checkpoint directory.
+
+    Args:
+      directory: of the checkpoint.
+      template: one of TEMPLATES, or a text with {question} in it.
+      stop: texts that end an answer.
+
+    Raises:
+      ConfigError: the template is none of these, or a stop text is empty; there is no tokenizer, no end
+        token, or no chat template where one is asked for.
+    """
+    if not all(stop):
+        raise ConfigError("a stop text is empty; leave it out")
+    if template not in TEMPLATES and PLACE not in template:
+        raise ConfigError(
+            f"data.template {template!r} is none of {', '.join(TEMPLATES)}, and has no {PLACE} in it"
+        )
+    tokenizer = read_tokenizer(directory)
+    if template in CHAT_TEMPLATES and not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {directory} has no chat template; use --data.template plain, or generate --raw"
+        )
+    return Text(tokenizer, end_tokens(directory), template, tuple(stop))

@@ -1,0 +1,1 @@
+"""Questions: tasks, data sets and files, and the endless stream of them."""

@@ -1,0 +1,261 @@
+"""The problems of a run: its sources, mixed, and the held-out ones."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
+from fr3e_jax.pretrained.text import Text
+from fr3e_jax.problems.additions import CarryAddition, make_addition
+from fr3e_jax.problems.datasets import DATASETS, MIXTURES
+from fr3e_jax.problems.gym import GymTask
+from fr3e_jax.problems.overlap import normalised, report
+from fr3e_jax.problems.own_task import OwnTask, is_own
+from fr3e_jax.problems.sources import FileTask, file_task, read, stream
+from fr3e_jax.problems.task import Task
+from fr3e_jax.types import Problem
+
+GYM = "gym:"
+ADDITIONS = ("carry_addition", "word_addition")
+FIRST = 4  # problems of a source without end, or of one's own, by which it is known again
+GENERATED = 256  # problems that a model is judged by, of a source that makes them without end
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What a run trains on and is judged by.
+
+    tasks: one for each source. weights: their shares of the queries. held_out: problems to evaluate on. told:
+    lines for people. checksum: of the problems, in [0, 2^31).
+    """
+
+    tasks: tuple[Task, ...]
+    weights: tuple[float, ...]
+    held_out: list[Problem]
+    told: tuple[str, ...]
+    checksum: int
+
+    @property
+    def scorers(self) -> list[str]:
+        """Names of the scorers that its problems have."""
+        return sorted({task[0].scorer for task in self.tasks} | {p.scorer for p in self.held_out})
+
+    def stream(self, seed: int) -> Any:
+        """The training problems by their position, without end."""
+        return stream(self.tasks, self.weights, seed)
+
+
+def sources_of(source: str | list[SourceConfig]) -> list[SourceConfig]:
+    """The sources that `data.source` names; those of a mixture have its weight between them.
+
+    Raises:
+      ConfigError: there is none, or a weight is not above 0.
+    """
+    if not source:
+        raise ConfigError("data.source is empty; name a source")
+    found = []
+    for one in [SourceConfig(source)] if isinstance(source, str) else source:
+        if not 0 < one.weight < math.inf:
+            raise ConfigError(f"the weight of source {one.name} is {one.weight}, must be above 0")
+        parts = MIXTURES.get(one.name, [one])
+        total = sum(part.weight for part in parts)
+        found += [dataclasses.replace(part, weight=one.weight * part.weight / total) for part in parts]
+    return found
+
+
+def names_of(data: DataConfig) -> list[str]:
+    """The sources as a person names them."""
+    return [data.source] if isinstance(data.source, str) else [source.name for source in data.source]
+
+
+def make_task(source: SourceConfig, data: DataConfig, seed: int, held_out: int) -> Task:
+    """The task of a source.
+
+    Args:
+      source: its name and settings.
+      data: the run's data section.
+      seed: of the run; generated problems are a function of it.
+      held_out: problems that a data set keeps for evaluation.
+
+    Raises:
+      ConfigError: it cannot be had; the message says what to change.
+    """
+    refuse_unread(source)
+    if source.name in ADDITIONS:
+        return make_addition(source.name, data)
+    if source.name.startswith(GYM):
+        return GymTask(source.name.removeprefix(GYM), source.parameters, seed)
+    if is_own(source.name):
+        return OwnTask(source.name, source.parameters)
+    return file_task(source, held_out, data.bad_rows)
+
+
+def is_made(name: str) -> bool:
+    """Whether a program makes a source's problems and keeps some for evaluation; others are in files."""
+    return name in ADDITIONS or name.startswith(GYM) or is_own(name)
+
+
+def refuse_unread(source: SourceConfig) -> None:
+    """Refuse settings that a source of this kind does not read.
+
+    Raises:
+      ConfigError: it has one.
+    """
+    if source.name in ADDITIONS:
+        reads = {"name", "weight"}
+    elif is_made(source.name):
+        reads = {"name", "weight", "parameters"}
+    else:
+        reads = {field.name for field in dataclasses.fields(source)} - {"parameters"}
+    plain = SourceConfig(source.name)
+    given = [f.name for f in dataclasses.fields(source) if getattr(source, f.name) != getattr(plain, f.name)]
+    if unread := sorted(set(given) - reads):
+        raise ConfigError(f"source {source.name} reads no {', '.join(unread)}; leave it out")
+
+
+def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Corpus:
+    """Read, or make, the problems of a run.
+
+    A problem of a data set that is held out, of whichever source, is left out of training.
+
+    Raises:
+      ConfigError: a source cannot be had, has no problems, or has queries of more than `max_prompt` tokens
+        where they are refused.
+    """
+    sources = sources_of(data.source)
+    share, more = divmod(0 if data.held_out_source else data.held_out, len(sources))
+    tasks, held_out = [], []
+    told: list[str] = []
+    for i, source in enumerate(sources):
+        count = share + (i < more)
+        task = make_task(source, data, seed, count)
+        held_out += task.held_out(count) if count else []
+        tasks.append(task)
+    if data.held_out_source:
+        held_out, judged_by = judging_problems(judging_source(data.held_out_source), seed, data.held_out)
+        told += judged_by
+    elif len(held_out) < data.held_out:
+        raise ConfigError(
+            f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
+            "held-out problems; lower it"
+        )
+    fitting(held_out, text, max_prompt, "refuse", "held-out problems", "")
+    asked = {normalised(problem.asked) for problem in held_out}
+    from_files: list[Problem] = []
+    for i, (source, task) in enumerate(zip(sources, tasks, strict=True)):
+        if isinstance(task, FileTask):
+            apart = [p for p in task.problems if normalised(p.asked) not in asked]
+            kept = fitting(apart, text, max_prompt, data.too_long, source.name)
+            told += task.told
+            told += left_out(source.name, len(task) - len(apart), "that are held out")
+            told += left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens")
+            chosen = [apart[k] for k in kept]
+            tasks[i] = FileTask(chosen, task.kept)
+            from_files += chosen
+    if from_files:
+        told.append(report(from_files, held_out))
+    told += as_text(from_files + held_out, text)
+    first = [task[i] for task in tasks for i in range(known(task))]
+    weights = tuple(source.weight for source in sources)
+    return Corpus(tuple(tasks), weights, held_out, tuple(told), checksum([*first, *held_out]))
+
+
+def known(task: Task) -> int:
+    """By how many of its first problems a task is known again: all of a file's, few where each is made."""
+    return len(task) if isinstance(task, FileTask) else min(FIRST, len(task))
+
+
+def checksum(problems: Sequence[Problem]) -> int:
+    """Of questions and answers in their order, in [0, 2^31)."""
+    total = 0
+    for problem in problems:
+        before = "".join(f"{role}\0{text}\0" for role, text in problem.before)
+        written = f"{before}{problem.question}\0{problem.answer}\0"
+        total = zlib.crc32(written.encode(errors="replace"), total)
+    return total % 2**31
+
+
+def left_out(name: str, count: int, which: str) -> list[str]:
+    """A line for people on problems that are not trained on, if there are any."""
+    return [f"{name}: {count:,} problems {which} are left out of training"] if count else []
+
+
+def as_text(problems: Sequence[Problem], text: Text) -> list[str]:
+    """A line for people on questions that have the text of control tokens in them, if there are any."""
+    found = [token for problem in problems if (token := text.control_in(problem.question, problem.before))]
+    if not found:
+        return []
+    return [
+        f"{len(found):,} questions have control tokens in them, such as {found[0]!r}; they are read as text"
+    ]
+
+
+def fitting(
+    problems: Sequence[Problem],
+    text: Text,
+    max_prompt: int,
+    too_long: str,
+    whose: str,
+    remedy: str = ", or use --data.too_long drop",
+) -> list[int]:
+    """Which problems give queries of at most `max_prompt` tokens.
+
+    Raises:
+      ConfigError: none does; or one does not, and `too_long` is `refuse`.
+    """
+    lengths = text.query_lengths([p.question for p in problems], [p.before for p in problems])
+    kept = [i for i, length in enumerate(lengths) if length <= max_prompt]
+    if not kept or (too_long == "refuse" and len(kept) < len(problems)):
+        if not problems:
+            raise ConfigError(f"{whose}: no problem is left to train on; lower data.held_out")
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        raise ConfigError(
+            f"{whose}: {len(problems) - len(kept)} of {len(problems)} queries have more than "
+            f"rollout.max_prompt {max_prompt} tokens, the longest {lengths[longest]} "
+            f"({problems[longest].question[:60]!r}); raise it{remedy}"
+        )
+    return kept
+
+
+def judging_source(name: str, file: str | None = None) -> SourceConfig:
+    """A source that models are judged by: the split that a named data set has, and `test` of others."""
+    if is_made(name):
+        return SourceConfig(name)
+    return SourceConfig(name, split=None if name in DATASETS else "test", file=file)
+
+
+def judging_problems(source: SourceConfig, seed: int, limit: int) -> tuple[list[Problem], tuple[str, ...]]:
+    """The problems of a source that models are judged by: of a data set all, of others the held-out ones.
+
+    None is left out, whatever its answer is: another number of problems would be another benchmark.
+
+    Args:
+      source: its name and settings.
+      seed: of generated problems.
+      limit: take the first so many; 0 takes all of a data set, and 256 that are generated.
+
+    Returns:
+      (the problems, lines for people on answers that can never be right).
+
+    Raises:
+      ConfigError: they cannot be had, or too many answers can never be right.
+    """
+    if is_made(source.name):
+        return make_task(source, DataConfig(), seed, 0).held_out(limit or GENERATED), ()
+    problems, told = read(source)
+    return problems[: limit or None], told
+
+
+def worked_task(data: DataConfig, dropped_carry: float) -> CarryAddition:
+    """The task that a model is warmed up on.
+
+    Raises:
+      ConfigError: it has no worked solutions.
+    """
+    if data.source != "carry_addition":
+        raise ConfigError(f"{data.source} has no worked solutions; use data.source carry_addition")
+    task = make_addition("carry_addition", data, dropped_carry)
+    assert isinstance(task, CarryAddition)
+    return task

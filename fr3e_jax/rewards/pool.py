@@ -1,0 +1,217 @@
+"""Worker processes that judge answers, each within a time limit, however long one would take.
+
+Answers go to the workers some at a time, and such a piece has the time that one answer may take: hundreds
+of ordinary ones are done in it. If it runs out, or the worker dies, the worker is ended and another started,
+and the answers of the piece are judged again one by one, so that an answer spoils its own verdict alone.
+Workers that end while they have nothing to do are replaced too.
+"""
+
+import collections
+import contextlib
+import ctypes
+import functools
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any, NamedTuple
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from fr3e_jax.rewards.rules import INLINE, scorer_of
+from fr3e_jax.rewards.verdict import WRONG, ScorerError, Verdict
+
+PIECE = 16  # answers that a worker takes at a time
+PIECES = 512  # after which a worker is replaced, whatever it has gathered
+RENEWED = 5  # times in a row that all workers may end before one has judged anything
+DEATH_SIGNAL = 1  # of Linux's prctl
+
+
+class Asked(NamedTuple):
+    """An answer to judge: the arguments of a scorer, and its name."""
+
+    scorer: str
+    response: str
+    answer: str
+    facts: Any
+
+
+Piece = tuple[list[int], list[Asked], ProcessFuture[list[Verdict]]]
+"""Numbers of answers, the answers, and who judges them."""
+
+
+def judge(piece: Sequence[Asked]) -> list[Verdict]:
+    """The verdicts on a piece; an answer that takes too much memory is wrong."""
+    verdicts = []
+    for scorer, *told in piece:
+        try:
+            verdicts.append(scorer_of(scorer)(*told))
+        except (MemoryError, RecursionError):
+            verdicts.append(WRONG)
+    return verdicts
+
+
+def prepare(scorers: Sequence[str], memory_gb: float, command: int) -> None:
+    """What a worker does before it is asked anything: take its limits, and import what will be needed.
+
+    Time limits do not run yet.
+
+    Args:
+      scorers: that it will be asked for.
+      memory_gb: most that it may hold, GiB.
+      command: the process that it works for, whose end is its own.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != command:
+            os._exit(1)
+    os.setpgid(0, 0)  # Ctrl-C, or a SIGTERM to all, is for the command, which ends its workers
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    most = int(memory_gb * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    for name in scorers:
+        with contextlib.suppress(ScorerError):  # which is told where an answer is judged
+            scorer_of(name)
+
+
+class Worker(SpawnProcess):
+    """A process that starts without the module that was started as a command, and so without jax."""
+
+    lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start it."""
+        with self.lock, unnamed_main():
+            super().start()
+
+
+class Workers(SpawnContext):
+    """Starts workers."""
+
+    Process = Worker
+
+
+@contextlib.contextmanager
+def unnamed_main() -> Iterator[None]:
+    """Within, multiprocessing finds nothing of __main__ that a new process should import."""
+    main = sys.modules["__main__"]
+    found = [name for name in ("__spec__", "__file__") if name in vars(main)]
+    names: dict[str, Any] = {name: vars(main).pop(name) for name in found}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(names)
+
+
+class ScoringPool:
+    """Judges answers in worker processes, which start with the first answer that needs one.
+
+    timed_out: answers so far that had no verdict within the limit, and count as wrong.
+    """
+
+    def __init__(
+        self, scorers: Sequence[str], workers: int = 0, time_limit: float = 5.0, memory_gb: float = 4.0
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+          scorers: names that may be asked for.
+          workers: processes; 0 takes one for each core but one, up to 16.
+          time_limit: seconds that an answer may take.
+          memory_gb: most that a worker may hold, GiB.
+
+        Raises:
+          ValueError: there is no scorer of a name.
+        """
+        self.time_limit = time_limit
+        self.timed_out = 0
+        for name in scorers:
+            scorer_of(name)
+        isolated = tuple(name for name in scorers if name not in INLINE)
+        self.make = functools.partial(
+            ProcessPool,
+            max_workers=workers or min(16, max(1, (os.cpu_count() or 1) - 1)),
+            max_tasks=PIECES,
+            initializer=prepare,
+            initargs=(isolated, memory_gb, os.getpid()),
+            context=Workers(),
+        )
+        self.pool, self.renewed = self.make(), 0
+
+    def begin(self, asked: Sequence[Asked]) -> "Judging":
+        """Start to judge; the caller goes on. What is asked twice is judged once."""
+        # By what identifies them: facts may be anything.
+        first: dict[tuple[str, str, str, int], int] = {}
+        place = [first.setdefault((a.scorer, a.response, a.answer, id(a.facts)), len(first)) for a in asked]
+        different = dict(zip(place, asked, strict=True))
+        inline = {n: judge([a])[0] for n, a in different.items() if a.scorer in INLINE}
+        others = [n for n in sorted(different) if n not in inline]
+        pieces: collections.deque[Piece] = collections.deque()
+        for start in range(0, len(others), PIECE):
+            numbers = others[start : start + PIECE]
+            piece = [different[n] for n in numbers]
+            pieces.append((numbers, piece, self.send(piece)))
+        return Judging(self, place, inline, pieces)
+
+    def send(self, piece: list[Asked]) -> ProcessFuture[list[Verdict]]:
+        """Hand a piece to the workers; where they are gone, to others.
+
+        Raises:
+          ScorerError: workers end as soon as they start.
+        """
+        try:
+            return self.pool.schedule(judge, (piece,), timeout=self.time_limit)
+        except RuntimeError:  # all had ended, and nothing was being judged
+            self.close()
+            self.pool, self.renewed = self.make(), self.renewed + 1
+        if self.renewed > RENEWED:
+            raise ScorerError(
+                "the processes that judge answers end as soon as they start; raise scoring.memory_gb"
+            )
+        return self.pool.schedule(judge, (piece,), timeout=self.time_limit)
+
+    def close(self) -> None:
+        """End the workers, whatever they are at."""
+        self.pool.stop()
+        self.pool.join()
+
+
+class Judging:
+    """Answers that are being judged."""
+
+    def __init__(
+        self,
+        pool: ScoringPool,
+        place: list[int],
+        verdicts: dict[int, Verdict],
+        pieces: collections.deque[Piece],
+    ) -> None:
+        self.pool, self.place, self.verdicts, self.pieces = pool, place, verdicts, pieces
+
+    def result(self) -> list[Verdict]:
+        """Wait for the verdicts, in the order that was asked.
+
+        Raises:
+          ScorerError: a user's own scorer failed, or workers end as soon as they start.
+        """
+        while self.pieces:
+            numbers, piece, future = self.pieces.popleft()
+            try:
+                self.verdicts.update(zip(numbers, future.result(), strict=True))
+                self.pool.renewed = 0
+            except BrokenProcessPool:
+                self.pieces.append((numbers, piece, self.pool.send(piece)))
+            except (TimeoutError, ProcessExpired):
+                if len(piece) == 1:
+                    self.pool.timed_out += 1
+                    self.verdicts[numbers[0]] = WRONG
+                    continue
+                alone = [([n], [a], self.pool.send([a])) for n, a in zip(numbers, piece, strict=True)]
+                self.pieces.extend(alone)
+        return [self.verdicts[n] for n in self.place]

@@ -1,0 +1,181 @@
+"""Checkpoints: what a run needs to go on as if nothing had happened.
+
+A checkpoint is written beside the old ones and becomes visible in one rename, so a kill at any moment
+leaves the last whole one. `saved` reads one, and `resume` chooses which.
+"""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from fr3e_jax.learner.groups import as_dict, empty_groups, from_dict
+from fr3e_jax.learner.state import TrainState
+from fr3e_jax.parallel.waiting import waiting
+from fr3e_jax.run.checksums import entries_of
+from fr3e_jax.run.quiet import quiet_orbax
+from fr3e_jax.run.run_dir import CHECKPOINTS
+from fr3e_jax.run.saved import RECORD, DamagedError, Progress, Record, Saved
+from fr3e_jax.run.storage import StorageError, absolute, writing
+from fr3e_jax.types import StateGroups
+
+
+class Checkpoints:
+    """The checkpoints of a run directory.
+
+    The last `keep` are kept, and those of steps that `keep_every` divides. With None they are only read: none
+    is deleted, and no directory is made. `settings`, the text of the run's config.yaml, is saved in each.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep: int | None,
+        keep_every: int = 0,
+        settings: str | None = None,
+    ) -> None:
+        """Raises:
+        StorageError: the directory cannot be made.
+        """
+        quiet_orbax()
+        self.settings = settings
+        place = absolute(directory) / CHECKPOINTS
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            create=keep is not None,
+            lightweight_initialize=True,  # without orbax's notes on a checkpoint, which may be damaged
+        )
+        with writing(place):
+            self.manager = ocp.CheckpointManager(place, options=options)
+
+    def latest(self) -> int | None:
+        """The step of the last checkpoint that was written to its end."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints that were written to their ends, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def saved(self, step: int) -> Saved:
+        """A checkpoint, to be read.
+
+        Raises:
+          DamagedError: it is damaged.
+        """
+        return Saved(self.manager.directory / str(step))
+
+    def save(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
+        """Start to save; returns when the arrays are copied, and writes in the background.
+
+        Raises:
+          StorageError: this checkpoint could not be written, or the one before.
+        """
+        items = {
+            "params": as_leaves(state.params),
+            "optimizer": as_leaves(state.optimizer),
+            "carried": as_dict(carried),
+        }
+        sums = {item: entries_of(leaves) for item, leaves in items.items()}
+        args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
+        args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums).as_json())
+        with writing(self.manager.directory), waiting("a save"):
+            if not self.manager.save(progress.step, args=ocp.args.Composite(**args)):
+                raise StorageError(
+                    f"{self.manager.directory} holds a checkpoint of a later step than {progress.step}, "
+                    "so that this one is not saved; move it away"
+                )
+
+    def check(self) -> None:
+        """Tell of a checkpoint that could not be written in the background, as soon as that is known.
+
+        Raises:
+          StorageError: it could not be written.
+        """
+        if not self.manager.is_saving_in_progress():
+            with writing(self.manager.directory), waiting("a save"):
+                self.manager.wait_until_finished()
+
+    def save_last(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
+        """Save where a run ends early, if that step is not saved yet, and wait for it.
+
+        Raises:
+          StorageError: it could not be written.
+        """
+        if progress.step and progress.step != self.latest():
+            self.save(state, carried, progress)
+        self.close()
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, StateGroups, Progress]:
+        """Read a checkpoint into the layout of `like`, whatever mesh it was written from.
+
+        Raises:
+          DamagedError: it is damaged.
+        """
+        saved = self.saved(step)
+        items = read_items(saved, like)
+        saved.verify(items)
+        return *assemble(items, like), saved.record.progress
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+          StorageError: it could not be written.
+        """
+        with writing(self.manager.directory), waiting("a save"):
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+
+def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
+    """Item -> path -> array of a checkpoint, in the layout of `like`, not verified yet.
+
+    Raises:
+      DamagedError: it is damaged.
+      StorageError: it cannot be read now.
+    """
+    types = {name: x.dtype for name, x in as_dict(empty_groups(1, 1, 1)).items()}
+    shapes = saved.shapes("carried", types)
+    if shapes.keys() != types.keys():
+        raise DamagedError("carried has other arrays than states have")
+    carried = {name: jax.ShapeDtypeStruct(shapes[name], each) for name, each in types.items()}
+    return {
+        "params": saved.read("params", abstract_leaves(like.params)),
+        "optimizer": saved.read("optimizer", abstract_leaves(like.optimizer)),
+        "carried": saved.read("carried", carried),
+    }
+
+
+def assemble(items: dict[str, dict[str, Any]], like: TrainState) -> tuple[TrainState, StateGroups]:
+    """What was saved, out of what `read_items` read."""
+    params = from_leaves(items["params"], like.params)
+    optimizer = from_leaves(items["optimizer"], like.optimizer)
+    return TrainState(params, optimizer), from_dict(items["carried"])
+
+
+def as_leaves(tree: Any) -> dict[str, Any]:
+    """Path -> array: names in the checkpoint do not depend on the libraries' container classes."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape."""
+    return {name: tuple(leaf.shape) for name, leaf in as_leaves(tree).items()}
+
+
+def abstract_leaves(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape, type and sharding, as which a leaf is to be read."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in as_leaves(tree).items()
+    }
+
+
+def from_leaves(leaves: dict[str, Any], like: Any) -> Any:
+    """The inverse of `as_leaves`, for a tree of the structure of `like`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in as_leaves(like)])

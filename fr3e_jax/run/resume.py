@@ -1,0 +1,226 @@
+"""Which checkpoint is gone on from: the newest that is whole.
+
+Of a damaged one it is told what is damaged, and the one before it is tried. All processes take the same one:
+each says whether it could read its part, and what one could not read is damaged for all.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from fr3e_jax.config import Config, ConfigError
+from fr3e_jax.learner.groups import as_dict
+from fr3e_jax.learner.state import TrainState
+from fr3e_jax.parallel.hosts import Hosts, is_first
+from fr3e_jax.run.checkpoints import Checkpoints, assemble, read_items
+from fr3e_jax.run.run_dir import (
+    CHECKPOINTS,
+    LostSettingsError,
+    MissingSettingsError,
+    numbered,
+    parse_settings,
+    refuse_differing,
+)
+from fr3e_jax.run.saved import UNVERIFIED, DamagedError, Progress, Record, Saved
+from fr3e_jax.run.storage import move, writing
+from fr3e_jax.types import StateGroups
+
+DAMAGED = "damaged"  # the folder of a run directory for checkpoints that are not gone on from
+
+Items = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A checkpoint that was found whole.
+
+    items: item -> path -> array, of those that were asked for. damaged: step -> what is damaged, of the
+    newer ones.
+    """
+
+    step: int
+    record: Record
+    items: Items
+    damaged: dict[int, str]
+
+    def told(self, run: epath.PathLike) -> list[str]:
+        """Lines on what is not as it should be."""
+        lines = [
+            f"warning: the checkpoint of step {step} of {run} is damaged: {why}"
+            for step, why in self.damaged.items()
+        ]
+        if self.damaged:
+            lines.append(f"warning: that of step {self.step} is taken, the newest that is whole")
+        if self.record.arrays is None:
+            lines.append(f"the checkpoint of step {self.step}: {UNVERIFIED}")
+        return lines
+
+
+def newest_whole(run: epath.Path, steps: list[int], read: Callable[[Saved], Items], hosts: Hosts) -> Whole:
+    """The newest of the checkpoints of `steps` that is whole. Every process calls it.
+
+    Args:
+      run: directory.
+      steps: those to choose from; at least one.
+      read: what is wanted of a checkpoint, read but not verified.
+      hosts: all processes.
+
+    Raises:
+      ConfigError: none is whole.
+      StorageError: one cannot be read now.
+    """
+    checkpoints, left = Checkpoints(run, keep=None), sorted(steps)
+    damaged: dict[int, str] = {}
+    while True:
+        # As the first process sees the directory: another's listing may be older.
+        following = str(left.pop()) if left and is_first() else ""
+        following = hosts.said(following, "a checkpoint is chosen")
+        if not following:
+            break
+        step = int(following)
+        saved, why = None, ""
+        items: Items = {}
+        try:
+            saved = checkpoints.saved(step)
+            items = read(saved)
+        except DamagedError as error:
+            why = str(error)
+        # Before what all do together, in which they would wait for one that could not read its part.
+        why = hosts.said(why, f"the checkpoint of step {step} is read")
+        if not why and saved is not None:
+            try:
+                saved.verify(items)
+            except DamagedError as error:
+                why = str(error)
+            why = hosts.said(why, f"the checkpoint of step {step} is verified")
+            if not why:
+                return Whole(step, saved.record, items, damaged)
+        damaged[step] = why
+    reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+    which = " of that step" if len(damaged) == 1 else ""
+    raise ConfigError(f"{run} holds no whole checkpoint{which} ({reasons}); restore one, or choose another")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on. told: lines for people. damaged: steps of the checkpoints that are not used."""
+
+    state: TrainState
+    carried: StateGroups
+    progress: Progress
+    told: list[str]
+    damaged: list[int]
+
+
+def resume(
+    run: epath.Path,
+    config: Config,
+    fresh: tuple[TrainState, StateGroups, Progress],
+    hosts: Hosts,
+    lost: LostSettingsError | None,
+) -> Resumed:
+    """Where the run in a directory goes on; at its beginning where it has no checkpoint yet.
+
+    Args:
+      run: directory, which need not be there yet.
+      config: settings of the run that is to go on.
+      fresh: its beginning; arrays are read into its layout.
+      hosts: all processes.
+      lost: why config.yaml does not say what the run was started with (`refuse_other_settings`).
+
+    Raises:
+      ConfigError: no checkpoint is whole, or it is of another run.
+      StorageError: one cannot be read now.
+    """
+    state, carried, progress = fresh
+    place = run / CHECKPOINTS
+    if place.exists() and not place.is_dir():
+        raise ConfigError(f"{place} is not a directory; move it away, or choose another --run_dir")
+    steps = Checkpoints(run, keep=None).steps() if place.exists() else []
+    if not hosts.said("some" if steps and is_first() else "", "whether there are checkpoints"):
+        if lost is not None and not isinstance(lost, MissingSettingsError):
+            raise ConfigError(f"{lost}; restore it, or delete it to begin this run anew")
+        return Resumed(state, carried, progress, [], [])
+
+    def read(saved: Saved) -> Items:
+        # Before the arrays, whose shapes follow from the settings.
+        refuse_other_run(saved.record, config, progress, str(run), lost)
+        items = read_items(saved, state)
+        refuse_misshapen(items["carried"], as_dict(carried))
+        return items
+
+    whole = newest_whole(run, steps, read, hosts)
+    told = whole.told(run)
+    if lost is not None:
+        known = (
+            "only its seed and its problems are known"
+            if whole.record.settings is None
+            else "it is written again, with the settings that the checkpoint has"
+        )
+        told.append(f"warning: {lost}: {known}")
+    return Resumed(*assemble(whole.items, state), whole.record.progress, told, sorted(whole.damaged))
+
+
+def refuse_other_run(
+    record: Record, config: Config, progress: Progress, run: str, lost: LostSettingsError | None
+) -> None:
+    """Refuse a checkpoint that is not of the run that is to go on.
+
+    Args:
+      record: of the checkpoint.
+      config: settings of the run.
+      progress: its beginning, with its seed and the checksum of its problems.
+      run: directory, for messages.
+      lost: why config.yaml does not say what the run was started with.
+
+    Raises:
+      ConfigError: it is of another run.
+    """
+    if record.settings is not None:
+        holder = f"{run} (as the checkpoint of step {record.progress.step} says)"
+        refuse_differing(parse_settings(record.settings), config, holder, "that run had")
+    if record.progress.seed != progress.seed:
+        raise ConfigError(
+            f"{run} was started with seed {record.progress.seed}, not {progress.seed}; restore it, or choose "
+            "another --run_dir"
+        )
+    if record.progress.problems != progress.problems:
+        raise ConfigError(
+            f"the problems of data.source are not those that {run} was started with; restore them, "
+            "or choose another --run_dir"
+        )
+    if record.settings is None and lost is not None and not isinstance(lost, MissingSettingsError):
+        raise ConfigError(
+            f"{lost}, and its checkpoints, of an earlier version, do not hold the settings; restore it, or "
+            "delete it to go on with the settings that are given"
+        )
+
+
+def refuse_misshapen(found: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Refuse carried states that are not of the run's shapes, but for their number.
+
+    Raises:
+      DamagedError: they are not.
+    """
+    shapes = [{name: (x.shape[1:], str(x.dtype)) for name, x in fields.items()} for fields in (found, like)]
+    if shapes[0] != shapes[1] or len({len(x) for x in jax.tree.leaves(dict(found))}) != 1:
+        raise DamagedError("carried is not of the shapes that the settings give")
+
+
+def set_aside(run: epath.Path, steps: list[int]) -> None:
+    """Move damaged checkpoints out of the way of those that the run writes again; the first process does.
+
+    Raises:
+      StorageError: they could not be moved.
+    """
+    if not steps or not is_first():
+        return
+    with writing(run):
+        for step in steps:
+            place, number = run / DAMAGED / str(step), 0
+            while numbered(place, number).exists():
+                number += 1
+            move(run / CHECKPOINTS / str(step), numbered(place, number))

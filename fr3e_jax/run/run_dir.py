@@ -1,0 +1,216 @@
+"""A run's directory: new, or held by a run that goes on."""
+
+import dataclasses
+import itertools
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import jax
+import yaml
+from etils import epath
+from flax import traverse_util
+
+from fr3e_jax.config import Config, ConfigError, dump, resolve
+from fr3e_jax.parallel.hosts import is_first
+from fr3e_jax.run.storage import FULL, StorageError, brief, location, write_atomically
+
+CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
+ALGORITHMS = get_args(get_type_hints(Config)["algorithm"])
+
+RESUMABLE = {
+    "steps",
+    "run_dir",
+    "resume",
+    "compilation_cache",
+    "evaluate",
+    "checkpoint",
+    "mesh",
+    "distributed",
+    "model.export_dtype",
+    "scoring.workers",
+    "credit.max_rounds",
+    "optimizer.micro_tokens",
+    "optimizer.logit_chunk",
+    "optimizer.remat",
+    "optimizer.max_skipped",
+}
+"""Sections and settings that a resumed run may have otherwise: they do not change what is learned, or
+are what a failed run is told to change. `steps` is none of them where the learning rate decays over it."""
+
+
+AnyPath = TypeVar("AnyPath", Path, epath.Path)
+
+
+class LostSettingsError(Exception):
+    """A run's config.yaml does not say its settings; the message says why."""
+
+
+class MissingSettingsError(LostSettingsError):
+    """There is no config.yaml."""
+
+
+def refuse_other_settings(config: Config) -> LostSettingsError | None:
+    """Refuse a run directory that holds another run.
+
+    Returns:
+      Why its config.yaml says nothing, where it holds a run without one; its checkpoints say more.
+
+    Raises:
+      ConfigError: the directory holds a run that was started with other settings, or any run where
+        `resume` is `never`, or it is no directory; or several processes have none that they share.
+    """
+    if config.run_dir is None and jax.process_count() > 1:
+        raise ConfigError(
+            f"there are {jax.process_count()} processes; set --run_dir to a directory that all of them see, "
+            "such as gs://BUCKET/PATH"
+        )
+    directory = location(config.run_dir or "runs")
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory; choose another --run_dir")
+    if config.run_dir is None or not holds_run(directory):
+        return None
+    if config.resume == "never":
+        raise ConfigError(f"{directory} holds a run; choose another --run_dir, or --resume auto")
+    try:
+        held = read_settings(directory)
+    except LostSettingsError as error:
+        return error
+    refuse_differing(held, config, str(directory), f"its {CONFIG_FILE} has")
+    return None
+
+
+def holds_run(directory: epath.Path) -> bool:
+    """Whether a directory is one of a run, perhaps of one whose config.yaml is lost."""
+    if (directory / CONFIG_FILE).exists():
+        return True
+    # A model's directory may have a folder of that name as well.
+    return (directory / CHECKPOINTS).is_dir() and not (directory / "config.json").exists()
+
+
+def read_settings(directory: epath.Path) -> dict[str, Any]:
+    """What a run's config.yaml says.
+
+    Raises:
+      LostSettingsError: there is none, or it holds nothing that settings are.
+    """
+    file = directory / CONFIG_FILE
+    if not file.exists():
+        raise MissingSettingsError(f"{file} is missing")
+    try:
+        return parse_settings(file.read_text())
+    except (OSError, ValueError) as error:
+        raise LostSettingsError(f"{file} is damaged ({' '.join(str(error).split())})") from None
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Section -> option -> value, out of the text of a config.yaml.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        held = yaml.safe_load(text)
+        if isinstance(held, dict) and flatten(held):
+            return held
+    except (RecursionError, yaml.YAMLError) as error:  # of values that hold themselves, for example
+        raise ValueError(str(error)) from None
+    raise ValueError("it is empty" if held is None else "it has no options")
+
+
+def refuse_differing(held: dict[str, Any], config: Config, holder: str, where: str) -> None:
+    """Refuse to go on with settings that may not change.
+
+    Args:
+      held: what the run was started with.
+      config: what it is to go on with.
+      holder: of `held`, for the message. where: "SOMETHING has" them.
+
+    Raises:
+      ConfigError: they differ, or some are unknown here.
+    """
+    ours = yaml.safe_load(dump(config))
+    known = options(config)
+    if unknown := sorted(name for name in flatten(held) if not known & set(beginnings(name))):
+        raise ConfigError(
+            f"{holder} was started with options that this version does not know: {', '.join(unknown)[:200]}; "
+            "go on with the version that began it, or choose another --run_dir"
+        )
+    if changed := differing(held, ours):
+        raise ConfigError(
+            f"{holder} was started with other settings of {', '.join(changed)}; choose another "
+            f"--run_dir, or restore them as {where} them"
+        )
+
+
+def open_run_dir(config: Config, name: str) -> epath.Path:
+    """Make the run's directory and write config.yaml into it; by default it is a new one.
+
+    One process writes; before, all must have read what lies there.
+
+    Raises:
+      ConfigError: it cannot be made.
+      StorageError: the disk is full.
+    """
+    if config.run_dir is None:
+        stamp = Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+        free = next(d for i in itertools.count() if not (d := numbered(stamp, i)).exists())
+        place = location(str(free))
+    else:
+        place = location(config.run_dir)
+    try:
+        if is_first():
+            place.mkdir(parents=True, exist_ok=config.run_dir is not None)
+            write_atomically(place / CONFIG_FILE, dump(config))
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageError(f"--run_dir {place} cannot be written ({brief(error)})") from None
+        raise ConfigError(f"--run_dir {place} cannot be written: {error}") from None
+    return place
+
+
+def numbered(directory: AnyPath, number: int) -> AnyPath:
+    """`directory`, or with a number from 1 behind its name."""
+    return directory.with_name(f"{directory.name}-{number}") if number else directory
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of the settings that a resumed run may not change and that differ.
+
+    An option that `old` does not have is newer than the version that wrote it, and has its default: what
+    that version did. So the default of a new option must be what was done before there was a choice.
+    """
+    after = flatten(new)
+    algorithm = flatten(old).get("algorithm", after["algorithm"])
+    implied = resolve(Config(algorithm=algorithm if algorithm in ALGORITHMS else "fr3e"))
+    before = flatten(yaml.safe_load(dump(implied))) | flatten(old)
+    resumable = RESUMABLE if after["optimizer.schedule"] == "constant" else RESUMABLE - {"steps"}
+    return [
+        name
+        for name in sorted(before.keys() | after.keys())
+        if name not in resumable
+        and name.partition(".")[0] not in resumable
+        and before.get(name) != after.get(name)
+    ]
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """`section.key` -> value."""
+    flat = traverse_util.flatten_dict(config, keep_empty_nodes=False)
+    return {".".join(map(str, path)): value for path, value in flat.items()}
+
+
+def options(config: Any, prefix: str = "") -> set[str]:
+    """Names of all options of a configuration, `section.key`."""
+    names = set()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = dataclasses.is_dataclass(value)
+        names |= options(value, f"{prefix}{field.name}.") if inner else {prefix + field.name}
+    return names
+
+
+def beginnings(name: str) -> list[str]:
+    """`a.b.c` -> `a`, `a.b`, `a.b.c`: an option may be a mapping."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

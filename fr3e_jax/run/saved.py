@@ -1,0 +1,222 @@
+"""One checkpoint: the record that lies beside its arrays, and reading it so that nothing damaged is taken.
+
+The record is JSON in the item `progress`: where the run stands, the run's settings, and a checksum of each
+array and of itself. It is a part of the checkpoint, so it appears with it, in the same rename.
+"""
+
+import dataclasses
+import errno
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from fr3e_jax.run.arrays import read_arrays, stored_shapes
+from fr3e_jax.run.checksums import Entry, differing_entries, entries_of, json_sum
+from fr3e_jax.run.storage import StorageError, brief, in_bucket, innermost
+
+T = TypeVar("T")
+
+FORMAT = 1
+RECORD = "progress"  # the item that holds the record
+UNVERIFIED = "an earlier version wrote it without checksums, so that it is not verified"
+
+# tensorstore's words for what another try may read.
+UNREACHABLE = (
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "RESOURCE_EXHAUSTED",
+    "CANCELLED",
+    "ABORTED",
+)
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+class DamagedError(Exception):
+    """A checkpoint is not as it was written; the message says what of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside its arrays.
+
+    Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
+    the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
+    were skipped in a row up to here. `problems` is the checksum of the files that `data_position` counts in.
+    `unreported` holds the metrics of `step` and a state to read until they are written: a run can be stopped
+    in the evaluation that follows a step.
+    """
+
+    step: int = 0
+    data_position: int = 0
+    tokens_generated: int = 0
+    seconds: float = 0.0
+    seed: int = 0
+    skipped: int = 0
+    problems: int = 0
+    unreported: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself.
+
+    settings: the run's config.yaml, its text; None where it was not saved. arrays: item (`params`,
+    `optimizer`, `carried`) -> path -> what is noted of the array; None of an earlier version's checkpoint.
+    """
+
+    progress: Progress
+    settings: str | None
+    arrays: dict[str, dict[str, Entry]] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """As it is saved, with a checksum of itself."""
+        record = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        return {**record, "sum": json_sum(record)}
+
+
+def parse_record(raw: Any, step: int) -> Record:
+    """The record of the checkpoint of `step`, out of the JSON value that was read.
+
+    Raises:
+      DamagedError: it is not as it was written, or of another step.
+    """
+    if not isinstance(raw, dict):
+        raise DamagedError(f"{RECORD} is not a mapping")
+    if "format" in raw or "sum" in raw:
+        held = {name: value for name, value in raw.items() if name != "sum"}
+        if raw.get("sum") != json_sum(held):
+            raise DamagedError(f"the checksum of {RECORD} differs")
+        if raw["format"] != FORMAT:
+            raise DamagedError(f"{RECORD} is of format {raw['format']}, which a newer version wrote")
+        record = Record(parse_progress(raw["progress"]), raw["settings"], raw["arrays"])
+    else:
+        record = Record(parse_progress(raw), None, None)
+    if record.progress.step != step:
+        raise DamagedError(f"{RECORD} is that of step {record.progress.step}")
+    return record
+
+
+def parse_progress(raw: Any) -> Progress:
+    """Progress out of a JSON value; what an earlier version did not have yet takes its default.
+
+    Raises:
+      DamagedError: a value is missing, unknown or of another type.
+    """
+    if not isinstance(raw, dict):
+        raise DamagedError(f"{RECORD} is not a mapping")
+    fields = {field.name: field for field in dataclasses.fields(Progress)}
+    if unknown := sorted(raw.keys() - fields.keys()):
+        raise DamagedError(f"{RECORD} has the unknown key {', '.join(unknown)}, perhaps of a newer version")
+    first = {"step", "data_position", "tokens_generated", "seconds", "seed"}  # of all versions
+    if missing := sorted(first - raw.keys()):
+        raise DamagedError(f"{RECORD} has no {', '.join(missing)}")
+    for name, value in raw.items():
+        number = type(value) is int or (name == "seconds" and type(value) is float)
+        told = value is None or (isinstance(value, dict) and {"metrics", "sample"} <= value.keys())
+        if not (told if name == "unreported" else number and value >= 0):
+            raise DamagedError(f"{RECORD} has the {name} {str(value)[:80]!r}")
+    return Progress(**raw)
+
+
+class Saved:
+    """A checkpoint that is there: its record, and its arrays when they are asked for.
+
+    Every process reads the part of an array that its devices hold; none waits for another, so that one that
+    fails does not leave the others waiting.
+    """
+
+    def __init__(self, directory: epath.Path) -> None:
+        """Read the record of the checkpoint in `directory`, whose name is its step.
+
+        Raises:
+          DamagedError: it has none, or it is damaged.
+          StorageError: it cannot be read now.
+        """
+        self.directory = directory
+        raw = attempt(directory, RECORD, ocp.JsonCheckpointHandler().restore)
+        self.record = parse_record(raw, int(directory.name))
+
+    def shapes(self, item: str, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of the arrays of an item; of an earlier version's, of those of `names` that it has.
+
+        Raises:
+          DamagedError: the item is damaged.
+          StorageError: it cannot be read now.
+        """
+        if self.record.arrays is not None:
+            return {name: tuple(entry["shape"]) for name, entry in self.record.arrays[item].items()}
+        return attempt(self.directory, item, lambda place: stored_shapes(place, names))
+
+    def read(self, item: str, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+        """Path -> array of an item, not verified yet.
+
+        Args:
+          item: `params`, `optimizer` or `carried`.
+          like: path -> shape, type and sharding; what has no sharding is read onto the host.
+
+        Raises:
+          DamagedError: the item is missing or damaged.
+          StorageError: it cannot be read now.
+        """
+        return attempt(self.directory, item, lambda place: read_arrays(place, like))
+
+    def verify(self, items: Mapping[str, Mapping[str, Any]]) -> None:
+        """Compare the checksums of what was read, item -> path -> array, with those that were saved.
+
+        Every process calls it, and all find the same.
+
+        Raises:
+          DamagedError: an array is not as it was written.
+        """
+        if self.record.arrays is None:
+            return
+        found = {item: entries_of(leaves) for item, leaves in items.items()}
+        for item, entries in found.items():
+            if wrong := differing_entries(self.record.arrays[item], entries):
+                more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+                raise DamagedError(f"the checksum of {item}/{wrong[0]}{more} differs")
+
+
+def attempt(directory: epath.Path, item: str, read: Callable[[epath.Path], T]) -> T:
+    """What `read` returns of the folder of an item.
+
+    Args:
+      directory: of the checkpoint.
+      item: name in it.
+      read: what reads it.
+
+    Raises:
+      DamagedError: what lies there cannot be read, and will not be when it is tried again.
+      StorageError: it cannot be read now, such as without leave or while the bucket does not answer.
+    """
+    try:
+        return read(directory / item)
+    except Exception as error:
+        root = innermost(error)
+        if isinstance(root, MemoryError | jax.errors.JaxRuntimeError):
+            raise
+        lost, told = is_damage(root, in_bucket(directory)), brief(root)
+    if lost:
+        raise DamagedError(f"{item} cannot be read ({told})")
+    raise StorageError(
+        f"{directory / item} cannot be read now; nothing was changed, and the same command tries "
+        f"again ({told})"
+    )
+
+
+def is_damage(error: BaseException, bucket: bool) -> bool:
+    """Whether an error of reading says that the files are damaged, and not that they are out of reach."""
+    if isinstance(error, ABSENT):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.EIO
+    if str(error).startswith(UNREACHABLE):
+        return False
+    # Of buckets, gcsfs, aiohttp and google.auth each have errors of their own, which are not about content.
+    return not bucket or type(error).__module__ == "builtins" or isinstance(error, ValueError)

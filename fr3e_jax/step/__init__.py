@@ -1,0 +1,1 @@
+"""One step of FR3E: the pipeline of the paper."""

@@ -1,0 +1,116 @@
+"""A training step: rounds until enough states carry a gradient, then the policy update."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from fr3e_jax.cost import update_flops
+from fr3e_jax.learner import groups
+from fr3e_jax.learner.layout import bundles_of, token_counts
+from fr3e_jax.learner.state import TrainState
+from fr3e_jax.parallel.mesh import row_parts
+from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.run.saved import Progress
+from fr3e_jax.step.diagnosis import no_signal
+from fr3e_jax.step.metrics import Metrics, summarize
+from fr3e_jax.step.rounds import Run, close_round, open_round
+from fr3e_jax.types import StateGroups
+
+
+class SamplingError(RuntimeError):
+    """A step did not find enough states that carry a gradient; the message says what to change."""
+
+
+class SkippedError(RuntimeError):
+    """Too many updates in a row were skipped; the message says what to change."""
+
+
+def train_step(
+    run: Run, state: TrainState, carried: StateGroups, progress: Progress
+) -> tuple[TrainState, StateGroups, Progress, Metrics, dict[str, Any] | None]:
+    """Rounds until the batch is full, then the update.
+
+    Raises:
+      SamplingError: the batch is not full after `credit.max_rounds` rounds.
+      NotFiniteError: tokens were drawn from logits that are not finite.
+      Interrupted: the run is asked to stop, and `state` is untouched.
+    """
+    config, watch, started = run.config, Stopwatch(), time.perf_counter()
+    timed_out = run.verifier.pool.timed_out
+    step, position, wanted = progress.step + 1, progress.data_position, config.optimizer.batch_states
+    rounds: list[Metrics] = []
+    sample, waiting, sampler_params, ahead = None, carried, None, None
+    while groups.count(waiting) < wanted:
+        if len(rounds) == config.credit.max_rounds:
+            late = count_timed_out(run, timed_out)
+            raise SamplingError(
+                f"step {step}: {len(rounds)} rounds gave {groups.count(waiting)} of {wanted} states that "
+                f"carry a gradient. {no_signal(config, rounds, late)}"
+            )
+        if sampler_params is None:
+            sampler_params = run.sampling_params(state.params)
+        opened, ahead = ahead or open_round(run, sampler_params, step, position, watch), None
+        position += config.rollout.queries
+        if groups.count(waiting) + opened.most < wanted and len(rounds) + 1 < config.credit.max_rounds:
+            # There will be another round, whatever the verdicts on this one.
+            ahead = open_round(run, sampler_params, step, position, watch)
+        accepted, metrics, sample = close_round(run, opened, watch)
+        waiting = groups.join(waiting, accepted)
+        rounds.append(metrics)
+    run.interruption.check()  # for the last time while there is a state to save: updates replace it
+    sampler_params = None  # the update needs its memory
+    batch, carried = groups.split(waiting, wanted)
+
+    updates, flops, tokens = [], 0.0, np.zeros(2)
+    with watch.stage("update"):
+        for epoch in range(config.optimizer.epochs):
+            rng = np.random.default_rng((config.seed, step, epoch))
+            for part in groups.minibatches(batch, config.optimizer.minibatches, rng):
+                bundles = bundles_of(part, row_parts(run.placement.mesh), config.optimizer.micro_tokens)
+                flops += update_flops(run.model, bundles)
+                tokens += np.array(token_counts(bundles))
+                state, metrics = run.learner.update(state, bundles, run.reference)
+                updates.append(metrics)
+        updates = jax.device_get(updates)
+
+    told: Metrics = {"step": step} | summarize(rounds, updates) | {"flops/update": flops}
+    told |= {"tokens/trained": tokens[0], "update/padding": tokens[1] / tokens[0]}
+    if "rows/decoded" in told:
+        told["rows/occupancy"] = told["tokens/generated"] / told["rows/decoded"]
+    generated = progress.tokens_generated + told.get("tokens/generated", 0)
+    told |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
+    if rounds:
+        told["reward/timed_out"] = count_timed_out(run, timed_out)
+    told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
+    skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
+    progress = dataclasses.replace(
+        progress, step=step, data_position=position, tokens_generated=generated, skipped=skipped
+    )
+    return state, carried, progress, told, sample
+
+
+def count_timed_out(run: Run, before: int) -> int:
+    """Answers on which the scorers of all hosts ran out of time.
+
+    Args:
+      before: that it had on this host when the count began.
+    """
+    here = np.array([run.verifier.pool.timed_out - before])
+    return int(run.hosts.add_up(here, "answers that timed out")[0])
+
+
+def skipped_in_a_row(before: int, updates: list[Metrics], limit: int) -> int:
+    """How many updates in a row were skipped, up to the last one, or to where `limit` was reached.
+
+    Args:
+      before: up to the step's first update.
+      updates: metrics of the step's updates, in order.
+    """
+    for update in updates:
+        before = before + 1 if update["skipped"] else 0
+        if before >= limit:
+            break
+    return before
