@@ -31,6 +31,10 @@ ALLOWED = {
         *("run", "types"),
     },
     "evaluation": {"config", "engine", "models", "parallel", "problems", "rewards", "run", "types"},
+    "library": {
+        *("algorithm", "config", "engine", "learner", "models", "parallel", "pretrained", "problems"),
+        *("rewards", "step", "types"),
+    },
     "planning": {"config", "cost", "engine", "learner", "models", "parallel", "types"},
     "export": {"cli", "config", "models", "parallel", "pretrained", "run"},
     "generate": {"cli", "config", "engine", "models", "parallel", "pretrained", "problems", "types"},

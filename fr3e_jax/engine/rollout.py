@@ -118,11 +118,12 @@ class Engine:
         step: Array | int,
         rollouts: int,
         sampling: Sampling,
+        keep: bool = False,
     ) -> tuple[Rollouts, Array]:
         """Sample `rollouts` continuations from every valid state.
 
         Args:
-          queries, caches: as given to and returned by `first_return`; the caches are used up.
+          queries, caches: as given to and returned by `first_return`; the caches are used up, unless `keep`.
           states: of N trajectories, N dividing by the mesh's row parts, and each in the part of its query
             (`arrange`).
 
@@ -131,8 +132,8 @@ class Engine:
           steps).
         """
         branches, decoding = self.open_states(params, queries, caches, states, seed_key, step, rollouts)
-        # What the kept trajectories need of them has been taken out.
-        jax.tree.map(lambda x: x.delete(), (caches.base.key, caches.base.value))
+        if not keep:  # what the kept trajectories need of them has been taken out
+            jax.tree.map(lambda x: x.delete(), (caches.base.key, caches.base.value))
         decoding = last(self.decode(params, branches, decoding, sampling))
         return decoding.rollouts, decoding.row_steps
 

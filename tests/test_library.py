@@ -1,0 +1,132 @@
+"""The stages in a notebook: what README shows, run as it is written, and what is refused."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import fr3e_jax as fr3e
+from fr3e_jax.config import ConfigError
+from fr3e_jax.engine.rollout import Engine
+
+QUESTIONS = ["347+285=", "118+904=", "560+439="]
+MESH = (2, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fr3e.Model.load("quickstart", mesh=MESH)
+
+
+@pytest.fixture(scope="module")
+def base(model):
+    return model.engine(max_response=40).first_return(model.encode(QUESTIONS), count=4, seed=1)
+
+
+def right(question, answer):
+    """The last number is the sum."""
+    a, b = question.rstrip("=").split("+")
+    return answer.rpartition("=")[2] == str(int(a) + int(b))
+
+
+def test_the_stages_from_a_model_to_an_updated_one(model, base):
+    states = fr3e.states(base, rule="entropy", count=2)
+    assert states.valid.sum() == 3 * 4 * 3  # padding has none
+    rollouts = base.engine.explore(base, states, count=4)
+    answers = model.texts(states, rollouts)
+    reward = fr3e.judge(answers, right)
+    advantage, value, _ = fr3e.modulated_advantage(reward, states.valid)
+    np.testing.assert_allclose(np.asarray(value)[states.valid], reward.mean(axis=2)[states.valid])
+    learner = model.learner(fr3e.LossConfig(), fr3e.OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
+    batch = fr3e.groups(states, rollouts, advantage)
+    mixed = states.valid & (reward.min(axis=2) < reward.max(axis=2))
+    assert len(batch.query) == mixed.sum() > 0
+    state, metrics = learner.update(learner.init(), batch)
+    assert metrics["abs_log_ratio_max"] < 1e-3 and np.isfinite(metrics["loss"])
+    after = model.updated(state)
+    again = after.engine(max_response=40).first_return(after.encode(QUESTIONS), count=4, seed=1)
+    assert (again.rollouts.logprob != base.rollouts.logprob).any()
+    shown = repr(states.with_values(value))
+    assert f"V={float(value[0, 0]):.2f}" in shown and repr(QUESTIONS[0]) in shown
+    assert QUESTIONS[0] in repr(base) and "987,264 parameters" in repr(model) and "such as" in repr(answers)
+
+
+def test_answers_hold_the_prefixes_that_they_restart_from(model, base):
+    states = fr3e.states(base, rule="uniform", count=2)
+    answers = model.texts(states, base.engine.explore(base, states, count=2))
+    asked = dict(zip(QUESTIONS, base.texts, strict=True))
+    for question, prefixes, row in zip(answers.question, states.prefixes, answers.text, strict=True):
+        for prefix, texts in zip(prefixes, row, strict=True):
+            assert (prefix is None) == (texts is None)
+            if texts is not None:
+                assert all(text.startswith(prefix) for text in texts)
+                assert any(text.startswith(prefix) for text in asked[question])
+
+
+def test_a_cell_that_is_run_again_compiles_nothing_and_gives_the_same(model, base):
+    """Of an engine that was asked for anew, and with caches that were used before."""
+
+    def cell():
+        engine = model.engine(max_response=40)
+        found = engine.first_return(model.encode(QUESTIONS), count=4, seed=1)
+        states = fr3e.states(found, count=2)
+        return found.rollouts, engine.explore(found, states, count=4), engine.explore(found, states, count=4)
+
+    first, explored, once_more = cell()
+    programs = Engine.open_queries, Engine.open_states, Engine.advance
+    compiled = [program._cache_size() for program in programs]
+    second, *others = cell()
+    assert [program._cache_size() for program in programs] == compiled
+    for other in (once_more, *others):
+        jax.tree.map(np.testing.assert_array_equal, other, explored)
+    jax.tree.map(np.testing.assert_array_equal, second, first)
+
+
+def test_kept_trajectories_may_be_chosen_by_reward(base):
+    reward = np.zeros((3, 4), np.float32)
+    reward[1, 2] = 1.0
+    states = fr3e.states(base, count=2, reward=reward, keep_rule="first_of_each")
+    kept = states.valid.any(axis=1)
+    where = zip(states.arrays.query[kept].tolist(), states.arrays.base[kept].tolist(), strict=True)
+    assert sorted(where) == [(0, 0), (1, 0), (1, 2), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        (lambda model, base: model.encode("1+1="), "list of questions"),
+        (lambda model, base: fr3e.states(base, keep_rule="first_of_each"), r"float32 \[3, 4\]"),
+        (lambda model, base: fr3e.states(base, reward=np.zeros((4, 3))), r"\[4, 3\], must be \[3, 4\]"),
+        (lambda model, base: fr3e.states(base, count=2).with_values([1.0]), r"value has shape \[1\]"),
+        (
+            lambda model, base: base.engine.explore(
+                base.engine.first_return(base.encoded, 4), fr3e.states(base), 2
+            ),
+            "other base trajectories",
+        ),
+    ],
+)
+def test_mistakes_say_what_should_have_been(model, base, mistake, message):
+    with pytest.raises(ConfigError, match=message):
+        mistake(model, base)
+
+
+def test_a_missing_reference_is_told(model, base):
+    states = fr3e.states(base, count=1)
+    rollouts = base.engine.explore(base, states, count=2)
+    batch = fr3e.groups(states, rollouts, np.ones((*states.valid.shape, 2), np.float32))
+    learner = model.learner(fr3e.LossConfig(kl_coefficient=0.1))
+    with pytest.raises(ConfigError, match="reference"):
+        learner.update(learner.init(), batch)
+
+
+def test_the_package_is_imported_without_jax():
+    """And says what it has of a name that it has not."""
+    program = (
+        "import sys, fr3e_jax; assert 'jax' not in sys.modules; assert 'Model' in dir(fr3e_jax)\n"
+        "try: fr3e_jax.Modle\nexcept AttributeError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "no attribute 'Modle'" in done.stdout and "Model" in done.stdout
