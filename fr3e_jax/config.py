@@ -45,9 +45,9 @@ class SourceConfig:
     """One source of problems."""
 
     name: str
-    """`carry_addition`, `word_addition`; `gym:NAME`, a data set of reasoning-gym; a named data set (README,
-    "Data sets"); a file `*.jsonl`, `*.csv` or `*.parquet`; a data set of the hub, `Org/Name` or
-    `Org/Name@revision`; or a task of your own, `FILE.py` or the name of an entry point."""
+    """`carry_addition`, `word_addition`; `gym:NAME`, a data set of reasoning-gym; a named data set
+    (fr3e_jax/problems/README.md); a file `*.jsonl`, `*.csv` or `*.parquet`; a data set of the hub,
+    `Org/Name` or `Org/Name@revision`; or a task of your own, `FILE.py` or the name of an entry point."""
     weight: float = 1.0
     """Share of the queries, relative to the other sources'."""
     split: str | None = None

@@ -80,8 +80,8 @@ class EvaluationConfig:
     """Run directory of train (its last whole checkpoint), Hugging Face directory, name on the hub, or
     `quickstart`."""
     suite: str = "math"
-    """`math`, or names of benchmarks with commas between (README, "Evaluation"), or sources of problems as
-    data.source has them, such as FILE.jsonl."""
+    """`math`, or names of benchmarks with commas between (fr3e_jax/evaluation/README.md), or sources of
+    problems as data.source has them, such as FILE.jsonl."""
     step: int | None = None
     """Checkpoint of a run; by default the last."""
     files: dict[str, str] = dataclasses.field(default_factory=dict)

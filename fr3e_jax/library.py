@@ -46,6 +46,7 @@ from fr3e_jax.parallel.mesh import make_mesh, row_parts
 from fr3e_jax.pretrained.model import PlacedModel, compute_type, open_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.stream import padded_width
+from fr3e_jax.rewards.verify import whole_answer
 from fr3e_jax.step.rounds import choose_states, keep, make_key
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
@@ -245,12 +246,8 @@ class Model:
         for a in range(n):
             row: list[list[str] | None] = []
             for b in range(j):
-                branches = range(b * m, (b + 1) * m)
-                prefix = arrays.response[a, : arrays.prefix_length[a, b]]
-                whole = [
-                    np.concatenate([prefix, rollouts.token[a, c, : rollouts.length[a, c]]]) for c in branches
-                ]
-                ended = [bool(rollouts.stopped[a, c]) for c in branches]
+                whole = [whole_answer(arrays, rollouts, a, b, c) for c in range(m)]
+                ended = [bool(end) for end in rollouts.stopped[a, b * m : (b + 1) * m]]
                 row.append(self.text.answers(whole, ended) if valid[a, b] else None)
             found.append(row)
         questions = states.base.encoded.questions

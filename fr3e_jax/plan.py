@@ -56,7 +56,7 @@ class PlanConfig(Config):
     json: bool = False
     """Print one object instead of tables."""
     markdown: bool = False
-    """Print rows of the README's table instead."""
+    """Print rows of the table in fr3e_jax/planning/README.md instead."""
     all: bool = False
     """Plan all shipped configurations, each for its slice: an hour or more."""
     price_per_chip_hour: float | None = None

@@ -122,5 +122,5 @@ def test_the_table_has_a_row_for_every_data_set():
     assert {line.count("|") for line in table} == {6}
 
 
-def test_the_readme_has_the_table_of_the_data_sets():
-    assert markdown() in (REPOSITORY / "README.md").read_text()
+def test_the_page_of_problems_has_the_table_of_the_data_sets():
+    assert markdown() in (REPOSITORY / "fr3e_jax" / "problems" / "README.md").read_text()

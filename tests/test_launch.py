@@ -812,26 +812,24 @@ def commands_of(file: Path, program: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in re.findall(rf"^    ({program} .*)$", text, re.M)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "launch/README.md"])
-def test_the_documented_commands_are_right(rent, page):
+def test_the_documented_commands_are_right(rent):
     laptop = rent()
     laptop.settings.write_text((REPOSITORY / "launch" / "tpu.env.example").read_text())
     (laptop.path / "launch").mkdir()
     (laptop.path / "launch" / "tpu.env").symlink_to(laptop.settings)
-    commands = commands_of(REPOSITORY / page, "launch/tpu.sh")
-    assert {c[1] for c in commands} >= set(COMMANDS) - ({"stop"} if page == "README.md" else set())
+    commands = commands_of(REPOSITORY / "launch" / "README.md", "launch/tpu.sh")
+    assert {c[1] for c in commands} >= set(COMMANDS)
     for command in commands:
         shown = laptop.call(command[1], "--dry-run", *command[2:])
         assert GCLOUD in shown or "gcloud storage" in shown
     assert not laptop.commands()
 
 
-def test_the_documented_pages_name_the_files_that_are_there():
-    for page in ("README.md", "launch/README.md"):
-        text = (REPOSITORY / page).read_text()
-        for name in set(re.findall(r"\blaunch/[a-z.]+\b", text)) - {"launch/tpu.env"}:
-            assert (REPOSITORY / name).exists(), name
-        assert "cp launch/tpu.env.example launch/tpu.env" in text
+def test_the_page_names_the_files_that_are_there():
+    text = (REPOSITORY / "launch" / "README.md").read_text()
+    for name in set(re.findall(r"\blaunch/[a-z.]+\b", text)) - {"launch/tpu.env"}:
+        assert (REPOSITORY / name).exists(), name
+    assert "cp launch/tpu.env.example launch/tpu.env" in text
 
 
 # Of `xpk workload create` in xpk 1.16.

@@ -1,11 +1,14 @@
 """The stages in a notebook: what README shows, run as it is written, and what is refused."""
 
+import re
 import subprocess
 import sys
+import textwrap
 
 import jax
 import numpy as np
 import pytest
+from environment import REPOSITORY
 
 import fr3e_jax as fr3e
 from fr3e_jax.config import ConfigError
@@ -51,6 +54,14 @@ def test_the_stages_from_a_model_to_an_updated_one(model, base):
     shown = repr(states.with_values(value))
     assert f"V={float(value[0, 0]):.2f}" in shown and repr(QUESTIONS[0]) in shown
     assert QUESTIONS[0] in repr(base) and "987,264 parameters" in repr(model) and "such as" in repr(answers)
+
+
+def test_what_the_readme_shows_runs_as_it_is_written():
+    page = (REPOSITORY / "README.md").read_text()
+    shown = re.search(r"## In a notebook\n\n((?:    .*\n|\n)+)", page)[1]
+    names = {}
+    exec(textwrap.dedent(shown), names)
+    assert np.isfinite(names["metrics"]["loss"]) and 0 < names["reward"].mean() < 1
 
 
 def test_answers_hold_the_prefixes_that_they_restart_from(model, base):

@@ -45,7 +45,7 @@ def test_the_family_is_whole():
     assert {name for name in names if "Qwen2.5" in name} == expected
 
 
-def test_the_readme_says_the_same_counts():
-    text = (REPOSITORY / "README.md").read_text()
+def test_the_page_of_models_says_the_same_counts():
+    text = (REPOSITORY / "models" / "README.md").read_text()
     counts = {int(number.replace(",", "")) for number in re.findall(r"\b\d{1,3}(?:,\d{3}){2,3}\b", text)}
     assert {preset.parameters for preset in PRESETS.values()} <= counts

@@ -92,7 +92,7 @@ def test_two_benchmarks_of_one_name_are_refused(suite):
         benchmarks_of(suite)
 
 
-def test_the_table_for_the_readme_says_how_each_is_asked():
+def test_the_table_says_how_each_is_asked():
     lines = markdown().splitlines()
     rows = {
         line.split("|")[1].strip(" `"): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines
@@ -102,5 +102,5 @@ def test_the_table_for_the_readme_says_how_each_is_asked():
     assert {len(line.split("|")) for line in lines} == {7} and len(lines) == 11
 
 
-def test_the_readme_has_the_table_of_the_benchmarks():
-    assert markdown() in (REPOSITORY / "README.md").read_text()
+def test_the_page_of_evaluation_has_the_table_of_the_benchmarks():
+    assert markdown() in (REPOSITORY / "fr3e_jax" / "evaluation" / "README.md").read_text()

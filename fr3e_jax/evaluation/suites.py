@@ -82,7 +82,7 @@ def benchmarks_of(suite: str) -> tuple[Benchmark, ...]:
 
 
 def markdown() -> str:
-    """The benchmarks as a table for the README."""
+    """The benchmarks as a table for the page of evaluation."""
     rows = [
         f"| `{b.name}` | {b.label} | {b.samples} | {b.temperature:g} | {b.source} |"
         for b in BENCHMARKS.values()

@@ -485,7 +485,7 @@ MARKDOWN = (
 
 
 def markdown_row(plan: Plan) -> str:
-    """A row of the README's table."""
+    """A row of the table on the page of planning."""
     mesh, seconds, missing = plan.setup.mesh.shape.values(), plan.step_seconds, plan.longest_short()
     phases = [
         f"{phase.name} {phase.seconds.total:,.0f} s ({phase.seconds.bound})"

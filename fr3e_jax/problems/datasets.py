@@ -231,7 +231,7 @@ MIXTURES: dict[str, list[SourceConfig]] = {
 
 
 def markdown() -> str:
-    """The named data sets as a table for the README."""
+    """The named data sets as a table for the page of problems."""
     lines = ["| name | on the hub | rows | licence | what it is |", "| --- | --- | ---: | --- | --- |"]
     for name, data in DATASETS.items():
         link = f"[{data.hub}](https://huggingface.co/datasets/{data.hub})"
