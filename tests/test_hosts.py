@@ -179,7 +179,7 @@ def texts_on(mesh):
 
     text, pool, read, scored = load_text(QUICKSTART_MODEL, "plain"), ScoringPool(["carry_addition"]), [], []
     inner, begin = text.query, pool.begin
-    object.__setattr__(text, "query", lambda question: read.append(question) or inner(question))
+    object.__setattr__(text, "query", lambda *asked: read.append(asked) or inner(*asked))
     pool.begin = lambda asked: scored.extend(asked) or begin(asked)
     here = hosts.Hosts(mesh, 60)
     problems = stream([make_addition("carry_addition", DataConfig())], [1.0], 0)
