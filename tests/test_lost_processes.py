@@ -73,6 +73,7 @@ def lose(directory, place, count, dies):
     assert_says_where(other, 1 - dies, [place] if place != "a save" else [], TIMEOUT)
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_one_that_never_comes_says_so(tmp_path):
     program = ["-m", "fr3e_jax.train", *OFTEN, "--run_dir", tmp_path, "--distributed.timeout", 1]
     alone = [start(number, free_port(), *program) for number in (0, 1)]  # at two ports: they do not meet

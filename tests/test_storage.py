@@ -331,6 +331,7 @@ def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_a_bucket_is_told_and_moved_aside(here):
     program = (
         "import jax, jax.numpy as jnp\n"

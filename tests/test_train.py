@@ -313,6 +313,7 @@ def test_a_run_goes_on_after_a_skipped_update_at_the_rate_where_it_was(run_spoil
     assert "updates skipped: 1" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_whose_updates_are_all_skipped_ends_and_may_be_resumed(run_spoiled, tmp_path):
     flags = ["--optimizer.max_skipped=3", "--run_dir", tmp_path / "run"]
     ended = run_spoiled("xxx.", *flags)  # over two steps, before an update that is fine
