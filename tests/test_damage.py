@@ -106,14 +106,13 @@ def try_all(opening, right, run, cases, folder, capfd):
 
 @pytest.mark.slow
 def test_no_damage_is_trained_on(opening, right, whole_run, tmp_path, capfd):
-    """A byte, a file, a folder, a key at a time."""
-    cases = damage.damages(whole_run[0])
-    assert len(cases) >= 500
+    """A byte, a file, a folder, a key at a time; 560 of some 1,300 such damages."""
+    cases = random.Random(1).sample(damage.damages(whole_run[0]), 560)
     outcomes = try_all(opening, right, whole_run[0], cases, tmp_path, capfd)
     assert len(outcomes) >= 500
     taken = [outcomes[name] for name in outcomes]
     # Most leave a checkpoint to go on from, and many damage the newest.
-    assert taken.count("step 2") > 100 and taken.count("step 4") > 100
+    assert taken.count("step 2") > 50 and taken.count("step 4") > 50
     assert sum(x.startswith("step") for x in taken) > 0.7 * len(taken)
 
 
