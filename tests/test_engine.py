@@ -21,7 +21,7 @@ from fr3e_jax.engine import rollout, sampler, seats
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY, Sampling
 from fr3e_jax.engine.seats import Seats
-from fr3e_jax.models.qwen2 import graph_of
+from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.planning.hlo import Program
 from fr3e_jax.types import Queries, States
