@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fr3e_jax.models.qwen2 import Qwen2Config
+from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.types import Bundle, Queries, Rollouts, States
 
 Cost = dict[str, float]
@@ -34,34 +34,19 @@ PEAK_FLOPS = {
 names: cards in PCIe slots and parts of a card (MIG) have names that begin alike, and are slower."""
 
 
-def forward_flops(config: Qwen2Config, tokens: float, pairs: float, logits: float) -> float:
-    """FLOPs of a forward pass.
-
-    Args:
-      tokens: that run through the layers. pairs: of a token and one that it attends to, itself included.
-      logits: tokens whose logits are computed.
-    """
-    c = config
-    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    layer = c.hidden_size * (heads + 3 * c.intermediate_size)
-    attention = 2 * c.num_attention_heads * c.head_dim
-    per_layer = layer * tokens + attention * pairs
-    return 2.0 * (c.num_hidden_layers * per_layer + c.vocab_size * c.hidden_size * logits)
-
-
 def pairs_of(start: Any, new: Any) -> float:
     """Pairs of a token and one it attends to, over `new` tokens that each follow `start` and one another."""
     start, new = np.asarray(start, np.float64), np.asarray(new, np.float64)
     return float((new * start + new * (new + 1) / 2).sum())
 
 
-def prefill_cost(config: Qwen2Config, length: np.ndarray) -> Cost:
+def prefill_cost(config: DecoderConfig, length: np.ndarray) -> Cost:
     """Of running queries of int [B] tokens once each."""
     tokens = float(length.sum())
-    return {"tokens/prefilled": tokens, "flops": forward_flops(config, tokens, pairs_of(0, length), 0)}
+    return {"tokens/prefilled": tokens, "flops": config.forward_flops(tokens, pairs_of(0, length), 0)}
 
 
-def decode_cost(config: Qwen2Config, prefix: np.ndarray, rollouts: Rollouts, row_steps: int) -> Cost:
+def decode_cost(config: DecoderConfig, prefix: np.ndarray, rollouts: Rollouts, row_steps: int) -> Cost:
     """Of decoding branches from prefixes that are cached.
 
     Args:
@@ -75,12 +60,12 @@ def decode_cost(config: Qwen2Config, prefix: np.ndarray, rollouts: Rollouts, row
         "tokens/generated": tokens,
         "tokens/reused": float(np.where(new > 0, prefix, 0).sum()),
         "rows/decoded": float(row_steps),
-        "flops": forward_flops(config, tokens, pairs_of(prefix - 1, new), tokens),
+        "flops": config.forward_flops(tokens, pairs_of(prefix - 1, new), tokens),
     }
 
 
 def rollout_cost(
-    config: Qwen2Config, queries: Queries, rollouts: Rollouts, row_steps: int, states: States | None = None
+    config: DecoderConfig, queries: Queries, rollouts: Rollouts, row_steps: int, states: States | None = None
 ) -> Cost:
     """Of a rollout stage: from the queries, which it prefills, or from states of cached trajectories.
 
@@ -100,17 +85,17 @@ def rollout_cost(
     return decode_cost(config, prefix, rollouts, row_steps) | {"tokens/prefilled": 0.0}
 
 
-def update_flops(config: Qwen2Config, bundles: Sequence[Bundle]) -> float:
+def update_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
     """Of a forward and a backward pass, which is twice the forward: each trunk once, and the rows."""
     total = 0.0
     for bundle in bundles:
         if bundle.trunks is not None:
             length = np.asarray(bundle.trunks.length)
-            total += forward_flops(config, float(length.sum()), pairs_of(0, length), 0)
+            total += config.forward_flops(float(length.sum()), pairs_of(0, length), 0)
         for rows in bundle.chunks:
             new = rows.length - 1  # the last token is only a target; 0 of rows that only fill a chunk up
             trained = float((rows.length - rows.start).sum())
-            total += forward_flops(config, float(new.sum()), pairs_of(rows.prefix, new), trained)
+            total += config.forward_flops(float(new.sum()), pairs_of(rows.prefix, new), trained)
     return 3 * total
 
 

@@ -52,8 +52,8 @@ from fr3e_jax.evaluation.report import (
 )
 from fr3e_jax.evaluation.suites import Benchmark, benchmarks_of
 from fr3e_jax.learner.state import sampling_cast
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
-from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
 from fr3e_jax.parallel.waiting import HostError, waiting

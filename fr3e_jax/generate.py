@@ -20,8 +20,8 @@ from fr3e_jax.config import ConfigError, check_at_least, check_filters, check_se
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.models.decoder import Params, abstract_params, logical_axes
 from fr3e_jax.models.hf import CheckpointError
-from fr3e_jax.models.qwen2 import Params, abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts, widest_tensor
 from fr3e_jax.pretrained.model import PlacedModel, compute_type, open_model
 from fr3e_jax.pretrained.stops import before_stop

@@ -40,7 +40,7 @@ from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import TrainState, init_state, make_optimizer, sampling_cast
 from fr3e_jax.learner.update import Learner, Metrics
 from fr3e_jax.models.attention import attend_sequence
-from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
 from fr3e_jax.pretrained.model import PlacedModel, compute_type, open_model

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import Config, ConfigError, check, resolve
+from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.models.hf import CheckpointError, read_config
 from fr3e_jax.models.presets import PRESETS
-from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.mesh import PlacementError, row_parts
 from fr3e_jax.planning.programs import Setup, Stage, compile_step
 from fr3e_jax.planning.report import MARKDOWN, Plan, Rates, as_json, markdown_row, phases_of, show
@@ -65,7 +65,7 @@ class PlanConfig(Config):
     """What cannot be known before."""
 
 
-def model_of(name: str) -> Qwen2Config:
+def model_of(name: str) -> DecoderConfig:
     """The shape of a model, without looking anything up elsewhere.
 
     Args:

@@ -25,8 +25,9 @@ from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.learner.state import TrainState, decayed, init_state
 from fr3e_jax.learner.update import Learner, row_statistics, trained
+from fr3e_jax.models.decoder import Decoder, Params, init_params
 from fr3e_jax.models.hf import CheckpointError, config_json
-from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, init_params
+from fr3e_jax.models.presets import small
 from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
 from fr3e_jax.pretrained.export import check_out, export_model
 from fr3e_jax.pretrained.model import PlacedModel, open_model
@@ -85,27 +86,18 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
         raise ConfigError(f"dropped_carry is {config.dropped_carry}, must lie in [0, 1]")
 
 
-def new_architecture(config: SFTConfig, vocab_size: int) -> Qwen2Config:
-    """The shape of a new model."""
-    return Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_theta=10_000.0,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-    )
-
-
 def write_new_model(config: SFTConfig, task: CarryAddition, directory: Path) -> None:
     """Write config.json and tokenizer of a new model with one token per character of the task."""
     tokenizer = character_tokenizer(task.alphabet)
-    model = new_architecture(config, len(tokenizer))
+    model = small(
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.intermediate_size,
+        len(tokenizer),
+        config.max_position_embeddings,
+    )
     tokenizer.save_pretrained(directory)
     raw = config_json(model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
@@ -139,7 +131,7 @@ def make_batch(config: SFTConfig, task: CarryAddition, text: Text, step: int, wi
 
 
 def make_step(
-    graph: nnx.GraphDef[Qwen2], placement: Placement, optimizer: optax.GradientTransformation
+    graph: nnx.GraphDef[Decoder], placement: Placement, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Array]]:
     """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
 

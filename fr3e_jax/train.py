@@ -28,8 +28,8 @@ from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import TrainState, init_state, make_optimizer, sampling_cast
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
-from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
 from fr3e_jax.parallel.waiting import HostError, waiting

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from fr3e_jax.models.qwen2 import Params, Qwen2Config
+from fr3e_jax.models.decoder import Params
+from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.models.rope import Yarn, attention_factor
 
 

@@ -39,6 +39,17 @@ def qwen25(
     )
 
 
+def small(
+    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, context: int
+) -> Qwen2Config:
+    """The shape of a small model of one's own, with the frequencies of a short context."""
+    return dataclasses.replace(
+        qwen25(hidden, layers, heads, kv_heads, intermediate, vocab, tied=True),
+        max_position_embeddings=context,
+        rope_theta=10_000.0,
+    )
+
+
 def math(config: Qwen2Config) -> Qwen2Config:
     """The shape of a Qwen2.5-Math: another base of the rotary frequencies, and a shorter context."""
     return dataclasses.replace(config, max_position_embeddings=4_096, rope_theta=10_000.0)

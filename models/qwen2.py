@@ -3,43 +3,21 @@
 Two flags make the same decoder its nearest kin: `qk_norm` without `qkv_bias` is dense Qwen3, neither is
 Llama.
 
-Layers are stacked on a leading axis and scanned. What belongs to single tokens takes the tokens of any number
-of sequences on one axis; only attention knows which sequence a token is of. NNX holds the parameters; callers
-`nnx.split` once and `nnx.merge` inside plain jitted functions.
+What is asked of a decoder, and what holds for every one, is in decoder.py.
 
-Axis letters: B sequences, T tokens, V vocabulary, E hidden, F intermediate, H heads, K key-value heads,
-D per head, L layers, S slots of a segment.
+Axis letters: T tokens, V vocabulary, E hidden, H heads, K key-value heads, D per head, L layers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 from jax import Array
 
-from fr3e_jax.models.attention import Attend, Prefix, Segment, attend_sequence
+from fr3e_jax.models.decoder import Decoder, Shard, unsharded
 from fr3e_jax.models.rope import Yarn, rotate
-
-Shard = Callable[..., Array]
-"""`shard(x, *logical_axes) -> x` with a sharding constraint; the caller owns the mesh and the table."""
-
-
-Params = dict[str, Any]
-"""The model's parameters: nested dicts of arrays, the layers stacked."""
-
-
-def unsharded(x: Array, *_: str | None) -> Array:
-    """The `Shard` of a program without a mesh."""
-    return x
-
-
-def sharded_as_batch(shard: Shard) -> Shard:
-    """`shard` where the axis of tokens holds those of a batch of sequences, one after the other."""
-    return lambda x, *axes: shard(x, *("batch" if axis == "length" else axis for axis in axes))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -80,6 +58,18 @@ class Qwen2Config:
             return self.max_position_embeddings
         extended = int(self.yarn.factor * self.yarn.original_max_position_embeddings)
         return max(self.max_position_embeddings, extended)
+
+    def build(self, rngs: nnx.Rngs) -> "Qwen2":
+        """The decoder with fresh parameters."""
+        return Qwen2(self, rngs)
+
+    def forward_flops(self, tokens: float, pairs: float, logits: float) -> float:
+        """FLOPs of a forward pass; the arguments are those of `DecoderConfig.forward_flops`."""
+        heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
+        attention = 2 * self.num_attention_heads * self.head_dim
+        per_layer = layer * tokens + attention * pairs
+        return 2.0 * (self.num_hidden_layers * per_layer + self.vocab_size * self.hidden_size * logits)
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
@@ -163,8 +153,10 @@ class Block(nnx.Module):
         return shard(x + inner @ self.down[...], "length", "activation")
 
 
-class Qwen2(nnx.Module):
+class Qwen2(Decoder):
     """Decoder with a (possibly tied) LM head. Parameters are created in float32."""
+
+    config: Qwen2Config
 
     def __init__(self, config: Qwen2Config, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -189,85 +181,3 @@ class Qwen2(nnx.Module):
         words = shard(table[...], "vocab", None)
         logits = jnp.einsum("te,ve->tv", hidden, words, preferred_element_type=jnp.float32)
         return shard(self.known(logits), "length", "vocab")
-
-    def known(self, logits: Array) -> Array:
-        """Logits float32 [T, V] with -inf where the tokenizer has no such id."""
-        if not self.config.known_ids:
-            return logits
-        word = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        within = ((word >= first) & (word < end) for first, end in self.config.known_ids)
-        return jnp.where(functools.reduce(jnp.logical_or, within), logits, -jnp.inf)
-
-    def __call__(
-        self,
-        token: Array,
-        position: Array,
-        length: Array,
-        shard: Shard = unsharded,
-        remat: bool = False,
-        start: Array | int = 0,
-        prefix: Prefix | None = None,
-        attend: Attend = attend_sequence,
-    ) -> tuple[Array, Segment]:
-        """Run whole sequences causally: one, or a batch with any axes *B that `attend` takes.
-
-        Args:
-          token: int32 [*B, T], padded on the right, and before `start` on the left.
-          position: int32 [*B, T], places for the rotary embedding.
-          length: int32 [*B], index behind the last real token.
-          shard: places activations on the mesh.
-          remat: recompute each layer in the backward pass instead of holding it.
-          start: int32 [*B], index of the first real token. A sequence that others go on from starts at 0,
-            since a segment is read from its first slot.
-          prefix: what they follow, of all layers.
-          attend: computes the attention of the whole batch; the default, that of one sequence.
-
-        Returns:
-          (hidden [*B, T, E] after the final norm, their keys and values: [L, *B, K, T, D] with length [*B]).
-        """
-        graph, stacked = nnx.split(self.layers)
-        index = jnp.broadcast_to(jnp.arange(token.shape[-1]), token.shape)
-        first = jnp.broadcast_to(start, token.shape[:-1])
-        real = (first[..., None] <= index) & (index < jnp.broadcast_to(length, first.shape)[..., None])
-        place = shard if token.ndim == 1 else sharded_as_batch(shard)
-        # All tokens on one axis: the products with the weights, and those of their gradients, are then plain
-        # ones, which XLA is best at.
-        flat_position = position.reshape(-1)
-
-        def layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
-            params, *shared = inputs
-            before = prefix._replace(key=shared[0], value=shared[1]) if prefix is not None else None
-            block = nnx.merge(graph, params)
-            query, key, value = (
-                y.reshape(*token.shape, *y.shape[1:]) for y in block.project(x, flat_position, place)
-            )
-            key, value = jnp.swapaxes(key, -3, -2), jnp.swapaxes(value, -3, -2)
-            attended = attend(query, key, value, real, before)
-            return block.finish(x, attended.reshape(-1, *query.shape[-2:]), place), (key, value)
-
-        body: Any = jax.checkpoint(layer) if remat else layer
-        inputs = (stacked,) if prefix is None else (stacked, prefix.key, prefix.value)
-        x, (key, value) = jax.lax.scan(body, self.embed(token.reshape(-1), place), inputs)
-        return self.norm(x).reshape(*token.shape, -1), Segment(key, value, length)
-
-
-def graph_of(config: Qwen2Config) -> nnx.GraphDef[Qwen2]:
-    """The static half of the model: `nnx.merge(graph, params)` is a `Qwen2`."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0))))
-
-
-def init_params(config: Qwen2Config, seed: int) -> Params:
-    """Fresh float32 parameters, a function of `seed`."""
-    return nnx.to_pure_dict(nnx.state(Qwen2(config, nnx.Rngs(seed))))
-
-
-def abstract_params(config: Qwen2Config) -> Params:
-    """The parameters as ShapeDtypeStructs, without memory."""
-    return jax.eval_shape(lambda: init_params(config, 0))
-
-
-def logical_axes(config: Qwen2Config) -> Params:
-    """The logical axis names of every parameter, a tree of tuples parallel to the parameters."""
-    state = nnx.state(nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0))))
-    flat = {path: variable.get_metadata("axes") for path, variable in nnx.to_flat_state(state)}
-    return traverse_util.unflatten_dict(flat)

@@ -22,15 +22,9 @@ from flax import nnx
 from hypothesis import settings
 from jax.sharding import AxisType, Mesh
 
+from fr3e_jax.models.decoder import Params, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.models.hf import config_json, read_config
-from fr3e_jax.models.qwen2 import (
-    Params,
-    Qwen2Config,
-    abstract_params,
-    graph_of,
-    init_params,
-    logical_axes,
-)
+from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placement, place_model
 from fr3e_jax.planning.topology import available
 from fr3e_jax.pretrained.weights import read_params, write_params

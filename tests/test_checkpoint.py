@@ -17,7 +17,7 @@ from support import TINY, placement, tiny_params
 from fr3e_jax.config import OptimizerConfig
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState, init_state, make_optimizer
-from fr3e_jax.models.qwen2 import logical_axes
+from fr3e_jax.models.decoder import logical_axes
 from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.types import StateGroups

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from support import TINY
 
-from fr3e_jax.cost import forward_flops, pairs_of, rollout_cost, update_flops, utilisation
-from fr3e_jax.models.qwen2 import abstract_params, graph_of
+from fr3e_jax.cost import pairs_of, rollout_cost, update_flops, utilisation
+from fr3e_jax.models.decoder import abstract_params, graph_of
 from fr3e_jax.types import Batch, Bundle, Queries, Rollouts, States, Trunks
 
 CONFIG = dataclasses.replace(TINY, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=1)
@@ -27,7 +27,7 @@ def test_flops_of_a_forward_pass_are_those_that_xla_counts():
 
     token = jax.ShapeDtypeStruct((size,), jnp.int32)
     counted = jax.jit(forward).lower(abstract_params(CONFIG), token).compile().cost_analysis()["flops"]
-    ours = forward_flops(CONFIG, size, size * size, size)
+    ours = CONFIG.forward_flops(size, size * size, size)
     assert 0 < counted / ours - 1 < 0.05  # norms, rotations and softmax come on top
 
 
@@ -51,10 +51,10 @@ def test_answers_from_the_query_prefill_it_once_and_reuse_it():
     assert cost["tokens/prefilled"] == 12
     assert cost["tokens/reused"] == 2 * 5 + 2 * 7  # two of three answers to each
     assert cost["rows/decoded"] == 40
-    alone = forward_flops(CONFIG, 12, pairs_of(0, [5, 7]), 0)
+    alone = CONFIG.forward_flops(12, pairs_of(0, [5, 7]), 0)
     for query, lengths in ((5, (3, 1, 2)), (7, (4, 4, 4))):
         for new in lengths:  # the first draw runs the query's last token
-            alone += forward_flops(CONFIG, new, sum(query + i for i in range(new)), new)
+            alone += CONFIG.forward_flops(new, sum(query + i for i in range(new)), new)
     assert cost["flops"] == alone
 
 
@@ -82,12 +82,12 @@ def test_an_update_is_three_forward_passes_over_its_rows():
 
     # The last token of a row is only a target.
     flat = Bundle(None, (rows([10], [6], [0]), rows([16], [4], [0])), (0, 0))
-    assert update_flops(CONFIG, [flat]) == 3 * forward_flops(CONFIG, 9 + 15, 45 + 120, 4 + 12)
+    assert update_flops(CONFIG, [flat]) == 3 * CONFIG.forward_flops(9 + 15, 45 + 120, 4 + 12)
     # The first 5 tokens of both once; a third row only fills the chunk up.
     trunks = Trunks(np.zeros((1, 1, 8)), np.array([[5]]))
     shared = Bundle(trunks, (rows([5, 11, 1], [1, 1, 1], [5, 5, 0]),), (8,))
     tokens, pairs = 5 + 4 + 10, 15 + (20 + 10) + (50 + 55)
-    assert update_flops(CONFIG, [shared]) == 3 * forward_flops(CONFIG, tokens, pairs, 4 + 10)
+    assert update_flops(CONFIG, [shared]) == 3 * CONFIG.forward_flops(tokens, pairs, 4 + 10)
 
 
 TOLD = {

@@ -21,7 +21,7 @@ from fr3e_jax.engine import rollout, sampler, seats
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY, Sampling
 from fr3e_jax.engine.seats import Seats
-from fr3e_jax.models.qwen2 import graph_of
+from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.planning.hlo import Program
 from fr3e_jax.types import Queries, States
@@ -95,7 +95,12 @@ def sampled(logits, sampling):
     return probability
 
 
-def decode_alone(starts, sampling=POLICY, ends=ENDS):
+def tiny_logits(token, length):
+    """`full_logits` of the model of this file."""
+    return full_logits(PARAMS, token, length)
+
+
+def decode_alone(starts, sampling=POLICY, ends=ENDS, forward=tiny_logits):
     """What every branch generates: one forward pass over the whole of it for every token."""
     rows = -(-max(len(starts), 1) // 16) * 16  # few shapes
     token, length = np.zeros((rows, SIZE), np.int32), np.ones(rows, np.int32)
@@ -108,7 +113,7 @@ def decode_alone(starts, sampling=POLICY, ends=ENDS):
     found = [Alone([], [], [], []) for _ in starts]
     running = [row for row, start in enumerate(starts) if start.limit > 0]
     while running:
-        logits = np.asarray(full_logits(PARAMS, token, length), np.float64)
+        logits = np.asarray(forward(token, length), np.float64)
         for row in running:
             policy, drawn_from = softmax(logits[row]), sampled(logits[row], sampling)
             drawn = int(np.searchsorted(np.cumsum(drawn_from), uniform[row, length[row] - 1], side="right"))
@@ -128,9 +133,9 @@ def decode_alone(starts, sampling=POLICY, ends=ENDS):
     return found
 
 
-def check(rollouts, starts, sampling=POLICY, ends=ENDS):
+def check(rollouts, starts, sampling=POLICY, ends=ENDS, forward=tiny_logits):
     """Rollouts [N, C] on the host are what branches, named by (n, c), generate alone; others are empty."""
-    alone = dict(zip(starts, decode_alone(list(starts.values()), sampling, ends), strict=True))
+    alone = dict(zip(starts, decode_alone(list(starts.values()), sampling, ends, forward), strict=True))
     for place in np.ndindex(*rollouts.length.shape):
         expected = alone.get(place, Alone([], [], [], []))
         size = int(rollouts.length[place])

@@ -14,7 +14,7 @@ from support import TINY, mesh_of, two_processes
 from test_engine import ENDS, GRAPH, MAX_NEW, MAX_PROMPT, PARAMS, POLICY, STEP, small_ladder
 
 from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.models.qwen2 import logical_axes
+from fr3e_jax.models.decoder import logical_axes
 from fr3e_jax.parallel.mesh import place_model
 from fr3e_jax.types import Queries, States
 

@@ -113,10 +113,16 @@ def test_there_is_no_circle():
 
 
 def test_models_import_little_beyond_jax_and_flax():
-    standard = {"collections", "dataclasses", "functools", "json", "math", "pathlib", "typing", "fr3e_jax"}
+    standard = set("abc collections dataclasses functools json math pathlib typing".split())
     for file in (REPOSITORY / "models").glob("*.py"):
         roots = {name.partition(".")[0] for name in imported(file)}
-        assert roots <= MODELS_THIRD_PARTY | standard, file
+        assert roots <= MODELS_THIRD_PARTY | standard | {"fr3e_jax"}, file
+
+
+def test_only_what_reads_and_writes_checkpoints_knows_the_decoder_by_name():
+    """All others know it by its protocol, models/decoder.py."""
+    knowing = {part_of(file) for file in files() if "fr3e_jax.models.qwen2" in imported(file)}
+    assert knowing == {"models", "pretrained"}
 
 
 def test_algorithm_is_pure():

@@ -18,7 +18,7 @@ from fr3e_jax.config import QUICKSTART_MODEL, ConfigError, LossConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import graph_of, logical_axes
+from fr3e_jax.models.decoder import graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.pretrained.model import open_model
 from fr3e_jax.types import Batch, Bundle, Queries

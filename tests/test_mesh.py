@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import AbstractMesh
 from support import TINY, placement
 
+from fr3e_jax.models.decoder import abstract_params, logical_axes
 from fr3e_jax.models.presets import PRESETS
-from fr3e_jax.models.qwen2 import abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import (
     MESH_AXES,
     SAMPLING_TABLE,

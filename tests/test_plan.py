@@ -16,12 +16,11 @@ from support import TINY, call, command, needs_compiler, placement, run, tiny_pa
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
-from fr3e_jax.cost import forward_flops
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
+from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE, PlacementError
 from fr3e_jax.plan import PLANS, arguments, model_of
 from fr3e_jax.planning.hlo import Program, group_of, valid_pairs
@@ -259,7 +258,7 @@ def test_flops_of_a_forward_pass_are_the_models():
 
     token = jax.ShapeDtypeStruct((size,), jnp.int32)
     text = jax.jit(forward).lower(abstract_params(WIDE), token).compile().as_text()
-    assert Program(text).flops() == pytest.approx(forward_flops(WIDE, size, size * size, size), rel=0.02)
+    assert Program(text).flops() == pytest.approx(WIDE.forward_flops(size, size * size, size), rel=0.02)
 
 
 def learner_of(config):
@@ -286,9 +285,9 @@ def test_flops_of_an_update_are_the_models():
     counted = Program(Learner.add_chunk.lower(*told).compile().as_text()).flops()
     tokens = rows * width
     pairs = tokens * (width + trunk)  # what is masked is computed: one block
-    layers = forward_flops(WIDE, tokens, 0, 0)
-    attention = forward_flops(WIDE, 0, pairs, 0)
-    head = forward_flops(WIDE, 0, 0, tokens)
+    layers = WIDE.forward_flops(tokens, 0, 0)
+    attention = WIDE.forward_flops(0, pairs, 0)
+    head = WIDE.forward_flops(0, 0, tokens)
     assert counted == pytest.approx(3 * layers + 4 * attention + 4 * head, rel=0.02)
 
 

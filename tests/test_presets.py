@@ -6,9 +6,9 @@ import jax
 import pytest
 from environment import REPOSITORY
 
+from fr3e_jax.models.decoder import abstract_params
 from fr3e_jax.models.hf import tensors_of
 from fr3e_jax.models.presets import PRESETS
-from fr3e_jax.models.qwen2 import abstract_params
 
 
 @pytest.mark.parametrize("name", PRESETS)

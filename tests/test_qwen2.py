@@ -12,8 +12,8 @@ from support import TINY, logits, placement, read, tiny_params
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.models.attention import Part, attend
+from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.models.hf import read_config
-from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
 from fr3e_jax.models.rope import Yarn, rotate
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.pretrained.export import export_model

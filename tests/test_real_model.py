@@ -19,8 +19,8 @@ from texts import TEXTS
 
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
+from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.models.hf import read_config
-from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.pretrained.text import load_text

@@ -11,8 +11,9 @@ from fr3e_jax.cli import parse
 from fr3e_jax.config import DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
+from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.models.hf import read_config
-from fr3e_jax.models.qwen2 import graph_of
+from fr3e_jax.models.presets import small
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.pretrained.hub import find_model
@@ -20,7 +21,6 @@ from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.pretrained.tokenizer import end_tokens
 from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.stream import QueryStream
-from fr3e_jax.sft import new_architecture
 
 PROBLEMS, ROLLOUTS, MAX_RESPONSE, K = 64, 4, 40, 2
 
@@ -79,7 +79,9 @@ def test_the_shipped_config_says_how_the_shipped_model_was_made():
     config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml", [])
     shipped = find_model("quickstart")
     vocabulary = len(load_text(shipped, "plain").tokenizer)
-    assert read_config(shipped) == new_architecture(config, vocabulary)
+    heads = config.num_attention_heads, config.num_key_value_heads
+    sizes = config.intermediate_size, vocabulary, config.max_position_embeddings
+    assert read_config(shipped) == small(config.hidden_size, config.num_hidden_layers, *heads, *sizes)
 
 
 @pytest.fixture(scope="module")

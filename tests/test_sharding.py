@@ -12,7 +12,7 @@ from support import TINY, logits, mesh_of, placed, tiny_params
 
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.models.qwen2 import graph_of, logical_axes
+from fr3e_jax.models.decoder import graph_of, logical_axes
 from fr3e_jax.parallel.mesh import BATCH_AXES, place_model
 from fr3e_jax.types import Queries
 

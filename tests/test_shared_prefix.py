@@ -18,7 +18,7 @@ from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import init_state, make_optimizer
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models import attention
-from fr3e_jax.models.qwen2 import graph_of, logical_axes
+from fr3e_jax.models.decoder import graph_of, logical_axes
 from fr3e_jax.types import StateGroups
 
 AXES, PARAMS = logical_axes(TINY), tiny_params(scale=2.0)

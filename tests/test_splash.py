@@ -12,7 +12,7 @@ from support import TINY, mesh_of, needs_compiler, square_arrays, tiny_params
 
 from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.models.attention import Prefix, attend_sequence
-from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
+from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.models.splash import block_of, splash_sequence
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, place_model
 from fr3e_jax.planning.topology import slice_mesh

@@ -23,7 +23,7 @@ from fr3e_jax.learner.state import (
     with_bfloat16_moments,
 )
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import graph_of, logical_axes
+from fr3e_jax.models.decoder import graph_of, logical_axes
 from fr3e_jax.types import Batch, Bundle
 
 AXES = logical_axes(TINY)

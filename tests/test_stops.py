@@ -18,7 +18,7 @@ from fr3e_jax.config import QUICKSTART_MODEL, ConfigError
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.stops import is_complete, state_after, states_along
-from fr3e_jax.models.qwen2 import graph_of
+from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.pretrained.stops import before_stop, cut, make_table, token_bytes
 from fr3e_jax.pretrained.text import Text, load_text

@@ -17,8 +17,8 @@ from fr3e_jax.config import Config, ConfigError, DataConfig, OptimizerConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.learner import groups
+from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.models.hf import read_config
-from fr3e_jax.models.qwen2 import graph_of
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.pretrained.text import load_text

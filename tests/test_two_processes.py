@@ -25,7 +25,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(
 from fr3e_jax.pretrained import weights
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.models.hf import read_config
-from fr3e_jax.models.qwen2 import abstract_params, logical_axes
+from fr3e_jax.models.decoder import abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import MESH_AXES, place_model
 from test_two_processes import MESHES
 

@@ -15,7 +15,7 @@ from support import TINY, placement, tiny_params
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.state import init_state, make_optimizer, state_shardings
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import graph_of, logical_axes
+from fr3e_jax.models.decoder import graph_of, logical_axes
 from fr3e_jax.types import Batch, Bundle
 
 ROWS, WIDTH = 8, 16

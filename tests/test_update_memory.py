@@ -13,7 +13,7 @@ from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import abstract_params, graph_of, logical_axes
+from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.types import Batch, Trunks
 
 LENGTH = 4096

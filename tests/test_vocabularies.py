@@ -16,7 +16,8 @@ from support import placement
 
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, draw, draw_uniform, row_key
-from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of
+from fr3e_jax.models.decoder import abstract_params, graph_of
+from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.types import Queries, States
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import TINY, mesh_of, placed, read, tiny_params, write
 
+from fr3e_jax.models.decoder import abstract_params, logical_axes
 from fr3e_jax.models.hf import read_config
-from fr3e_jax.models.qwen2 import abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import place_model
 from fr3e_jax.pretrained import weights
 from fr3e_jax.pretrained.model import open_model

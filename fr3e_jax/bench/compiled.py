@@ -15,7 +15,7 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.seats import take_seats
 from fr3e_jax.models.attention import Segment
-from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
+from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.planning.hlo import Program
 from fr3e_jax.planning.topology import slice_mesh
@@ -58,7 +58,7 @@ class Compiled:
     moves: list[str]
 
 
-def compile_decoding(config: Qwen2Config, shape: Shape, before: int | None = None) -> Compiled:
+def compile_decoding(config: DecoderConfig, shape: Shape, before: int | None = None) -> Compiled:
     """Compile the decoding of a model for a slice of TPUs.
 
     Args:
@@ -121,7 +121,8 @@ def compile_decoding(config: Qwen2Config, shape: Shape, before: int | None = Non
         local = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in arrays]
         return sum(int(np.prod(sizes)) * size for sizes, size in local)
 
-    read = {name: leaf for name, leaf in params.items() if name != "embedding" or config.tie_word_embeddings}
+    untied = "lm_head" in params  # of the embedding then only a few rows are read
+    read = {name: leaf for name, leaf in params.items() if not (untied and name == "embedding")}
     shared = [x for segment in branches.context for x in (segment.key, segment.value)]
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None

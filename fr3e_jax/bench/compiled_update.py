@@ -11,7 +11,7 @@ from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
+from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.planning.topology import slice_mesh
 from fr3e_jax.types import Batch, Trunks
@@ -36,7 +36,7 @@ class UpdateShape:
 
 
 @functools.cache
-def compile_update(config: Qwen2Config, shape: UpdateShape) -> dict[str, Any]:
+def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
     """Compile what computes the gradient of a bundle for a slice of TPUs, bfloat16 with the splash kernel.
 
     Returns:

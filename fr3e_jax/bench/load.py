@@ -20,9 +20,9 @@ from safetensors.numpy import load_file
 
 from fr3e_jax.bench.process import measure
 from fr3e_jax.config import ConfigError
+from fr3e_jax.models.decoder import abstract_params, logical_axes
 from fr3e_jax.models.hf import LAYOUTS, Tensor, config_json, read_config, tensors_of
 from fr3e_jax.models.presets import PRESETS
-from fr3e_jax.models.qwen2 import abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import make_mesh, place_model
 from fr3e_jax.pretrained.weights import find_tensors, read_params, write_tensors
 

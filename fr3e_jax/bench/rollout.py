@@ -18,8 +18,15 @@ from fr3e_jax.engine.branches import Branches, Decoding
 from fr3e_jax.engine.rollout import Engine, branch_keys, last
 from fr3e_jax.engine.sampler import Sampling, draw
 from fr3e_jax.models.attention import Segment
+from fr3e_jax.models.decoder import (
+    DecoderConfig,
+    Params,
+    abstract_params,
+    graph_of,
+    init_params,
+    logical_axes,
+)
 from fr3e_jax.models.presets import PRESETS
-from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.parallel.mesh import make_mesh, place_model
 from fr3e_jax.planning.topology import available
 from fr3e_jax.types import Queries
@@ -35,7 +42,7 @@ TPU_SHAPES = (
 class Work:
     """Exploration of one trajectory; lengths are tokens."""
 
-    model: Qwen2Config = TINY
+    model: DecoderConfig = TINY
     prompt: int = 64
     response: int = 512
     positions: int = 4
@@ -91,7 +98,7 @@ def rollout(
 # --- the sides
 
 
-def engine_of(model: Qwen2Config, max_new: int) -> Engine:
+def engine_of(model: DecoderConfig, max_new: int) -> Engine:
     """An engine on one device whose branches do not end before their limit."""
     _, placement = place_model(make_mesh(1, 1, 1), logical_axes(model), abstract_params(model))
     return Engine(graph_of(model), placement, max_new, ())
@@ -117,7 +124,7 @@ def explore(work: Work, params: Params) -> Callable[[], Any]:
 
 
 def branches_of(
-    model: Qwen2Config, prompt: int, response: int, prefix: np.ndarray, limit: np.ndarray
+    model: DecoderConfig, prompt: int, response: int, prefix: np.ndarray, limit: np.ndarray
 ) -> Branches:
     """Branches from states with `prefix` int [N, C] tokens of a response, with random caches."""
     rng = np.random.default_rng(0)
@@ -137,7 +144,7 @@ def branches_of(
     )
 
 
-def sample(model: Qwen2Config, params: Params, length: np.ndarray, new: int) -> Callable[[], Any]:
+def sample(model: DecoderConfig, params: Params, length: np.ndarray, new: int) -> Callable[[], Any]:
     """One answer to each of many prompts of `length` int [B] tokens."""
     engine, rng = engine_of(model, new), np.random.default_rng(0)
     token = rng.integers(2, model.vocab_size, (len(length), length.max())).astype(np.int32)
@@ -151,16 +158,16 @@ def sample(model: Qwen2Config, params: Params, length: np.ndarray, new: int) -> 
     return side
 
 
-def hugging_face(model: Qwen2Config, length: np.ndarray, new: int) -> Callable[[], Any]:
-    """Hugging Face generate on prompts of `length` int [B] tokens, padded on the left.
+def hugging_face(length: np.ndarray, new: int) -> Callable[[], Any]:
+    """Hugging Face generate of the shape of `TINY`, on prompts of int [B] tokens, padded on the left.
 
     Raises:
       ImportError: without torch.
     """
     import torch
 
-    peer = hugging_face_model(model).eval()
-    token = torch.randint(2, model.vocab_size, (len(length), int(length.max())))
+    peer = hugging_face_model().eval()
+    token = torch.randint(2, TINY.vocab_size, (len(length), int(length.max())))
     mask = torch.arange(token.shape[1])[None] >= token.shape[1] - torch.tensor(length)[:, None]
 
     def side() -> None:
@@ -202,7 +209,7 @@ def explore_vs_hf(repeats: int) -> list[Told]:
     """Hugging Face generate on the 80 prefixes."""
     work, params = Work(), init_params(TINY, 0)
     try:
-        other = hugging_face(TINY, work.prompt + work.prefix_length, work.new)
+        other = hugging_face(work.prompt + work.prefix_length, work.new)
     except ImportError:
         return [line("explore_vs_hf", None, None, None, "tokens/s", "needs torch")]
     tokens = work.prefix_length.size * work.new
@@ -213,7 +220,7 @@ def sample_vs_hf(repeats: int) -> list[Told]:
     """Hugging Face generate on plain prompts."""
     length = np.full(32, 64)
     try:
-        other = hugging_face(TINY, length, 128)
+        other = hugging_face(length, 128)
     except ImportError:
         return [line("sample_vs_hf", None, None, None, "tokens/s", "needs torch")]
     ours = sample(TINY, init_params(TINY, 0), length, 128)

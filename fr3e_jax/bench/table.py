@@ -12,23 +12,11 @@ from rich.table import Table
 
 from fr3e_jax.bench.process import measure
 from fr3e_jax.config import ConfigError
-from fr3e_jax.models.qwen2 import Qwen2Config
+from fr3e_jax.models.presets import qwen25
 
 Told = dict[str, Any]
 
-TINY = Qwen2Config(
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=1024,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=4096,
-    rope_theta=1_000_000.0,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-)
+TINY = dataclasses.replace(qwen25(256, 8, 4, 2, 1_024, 4_096, tied=True), max_position_embeddings=4_096)
 """8.92 million parameters."""
 
 COLUMNS = ("ratio", "ours", "other")
@@ -52,8 +40,8 @@ def in_turns(repeats: int, *sides: Callable[[], Any]) -> list[float]:
     return [statistics.median(seconds) for seconds in times]
 
 
-def hugging_face_model(model: Qwen2Config) -> Any:
-    """A random model of this architecture in torch.
+def hugging_face_model() -> Any:
+    """A random model of the shape of `TINY` in torch.
 
     Raises:
       ImportError: without torch.
@@ -63,8 +51,8 @@ def hugging_face_model(model: Qwen2Config) -> Any:
 
     config = transformers.Qwen2Config(
         **{
-            field.name: getattr(model, field.name)
-            for field in dataclasses.fields(model)
+            field.name: getattr(TINY, field.name)
+            for field in dataclasses.fields(TINY)
             if field.name not in ("qkv_bias", "qk_norm", "yarn", "rope_theta", "head_dim")
         },
         pad_token_id=0,

@@ -14,8 +14,8 @@ from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import init_state, make_optimizer
 from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.models.presets import PRESETS
-from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.parallel.mesh import make_mesh, place_model
 from fr3e_jax.planning.topology import available
 from fr3e_jax.types import Bundle, StateGroups
@@ -99,7 +99,7 @@ def forms(tree: Tree) -> tuple[list[Bundle], list[Bundle]]:
 # --- the sides
 
 
-def ours(bundles: list[Bundle], model: Qwen2Config = TINY) -> Callable[[], Any]:
+def ours(bundles: list[Bundle], model: DecoderConfig = TINY) -> Callable[[], Any]:
     """A whole update, AdamW included."""
     axes = logical_axes(model)
     placement, _ = place_model(make_mesh(1, 1, 1), axes, abstract_params(model))
@@ -122,7 +122,7 @@ def torch_update(rows: int, prompt: int, new: int, chunk: int) -> Callable[[], A
     """
     import torch
 
-    model = hugging_face_model(TINY).train()
+    model = hugging_face_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     token = torch.randint(2, TINY.vocab_size, (rows, prompt + new))
     old, advantage = torch.full((rows, new), -8.3), torch.randn(rows, 1)

@@ -20,7 +20,7 @@ from fr3e_jax.engine.sampler import Drawn, Sampling, draw, draw_uniform
 from fr3e_jax.engine.seats import Seats
 from fr3e_jax.engine.stops import is_complete, state_after
 from fr3e_jax.models.attention import Part, Partial, Segment, attend_part, join
-from fr3e_jax.models.qwen2 import Qwen2
+from fr3e_jax.models.decoder import Decoder, cache_axes
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
 from fr3e_jax.types import Rollouts, StopTable
 
@@ -102,7 +102,7 @@ class Rows:
 
 
 def decode_token(
-    model: Qwen2,
+    model: Decoder,
     rows: Rows,
     token: Array,
     position: Array,
@@ -182,7 +182,7 @@ def decode_token(
 
 
 def start_branches(
-    model: Qwen2, placement: Placement, branches: Branches, max_new: int, rows: int, slots: int
+    model: Decoder, placement: Placement, branches: Branches, max_new: int, rows: int, slots: int
 ) -> Decoding:
     """Branches that have generated nothing.
 
@@ -208,19 +208,19 @@ def start_branches(
     return Decoding(by_row(placement, empty), running, branches.token, own, jnp.int32(0), branches.begun)
 
 
-CACHE_AXES = ("layer", "batch", "kv_heads", None, "head_dim")
+CACHE_AXES = cache_axes("batch")
 
 
-def empty_cache(model: Qwen2, placement: Placement, size: int) -> Array:
+def empty_cache(model: Decoder, placement: Placement, size: int) -> Array:
     """Keys or values of `size` tokens in each part of the mesh, zero."""
-    config, dtype = model.config, model.embedding[...].dtype
+    config = model.config
     heads = (config.num_key_value_heads, size, config.head_dim)
-    zeros = jnp.zeros((config.num_hidden_layers, row_parts(placement.mesh), *heads), dtype)
+    zeros = jnp.zeros((config.num_hidden_layers, row_parts(placement.mesh), *heads), model.dtype)
     return placement.shard(zeros, *CACHE_AXES)
 
 
 def reseat(
-    model: Qwen2, placement: Placement, own: Segment, origin: Array, before: int, rows: int, slots: int
+    model: Decoder, placement: Placement, own: Segment, origin: Array, before: int, rows: int, slots: int
 ) -> Segment:
     """Move rows of the branch cache together: within it, if its size stays the same.
 
@@ -252,7 +252,7 @@ def reseat(
 
 
 def advance_branches(
-    model: Qwen2,
+    model: Decoder,
     placement: Placement,
     branches: Branches,
     decoding: Decoding,
@@ -343,7 +343,7 @@ def by_row(placement: Placement, tree: Rollouts) -> Rollouts:
     return jax.tree.map(lambda x: placement.shard(x, "batch"), tree)
 
 
-def prefill(model: Qwen2, placement: Placement, token: Array, length: Array) -> Segment:
+def prefill(model: Decoder, placement: Placement, token: Array, length: Array) -> Segment:
     """Keys and values of B queries, each computed once.
 
     Args:

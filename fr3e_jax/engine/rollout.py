@@ -30,7 +30,7 @@ from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.engine.seats import Ladder, Seats, first_slots, take_seats
 from fr3e_jax.engine.stops import states_along
 from fr3e_jax.models.attention import Segment
-from fr3e_jax.models.qwen2 import Params, Qwen2
+from fr3e_jax.models.decoder import Decoder, Params
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
 from fr3e_jax.types import Queries, Rollouts, States, StopTable
 
@@ -58,7 +58,7 @@ class Engine:
     before each program of a decoding, and may end it with an exception. stops: texts that end a branch too.
     """
 
-    graph: nnx.GraphDef[Qwen2]
+    graph: nnx.GraphDef[Decoder]
     placement: Placement
     max_new: int
     end_tokens: tuple[int, ...]
@@ -218,7 +218,7 @@ class Engine:
         )
         return branches, self.start(model, branches)
 
-    def start(self, model: Qwen2, branches: Branches) -> Decoding:
+    def start(self, model: Decoder, branches: Branches) -> Decoding:
         """No token yet, and a row for every branch."""
         rows = self.rows_of(branches)
         slots = first_slots(self.max_new)

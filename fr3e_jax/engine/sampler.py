@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fr3e_jax.algorithm.explore import token_entropy
-from fr3e_jax.models.qwen2 import Shard, unsharded
+from fr3e_jax.models.decoder import Shard, unsharded
 from fr3e_jax.types import Leaf
 
 BLOCK = 256  # tokens of a block, where none divides the vocabulary

@@ -12,7 +12,7 @@ from jax import Array
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather, is_first
 from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.rewards.verdict import WRONG, Verdict

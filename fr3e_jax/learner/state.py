@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from fr3e_jax.config import ConfigError, OptimizerConfig
-from fr3e_jax.models.qwen2 import Params
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.mesh import Placement, is_axes
 
 

@@ -26,14 +26,14 @@ from fr3e_jax.algorithm.loss import kl_k3, masked_sum, policy_loss
 from fr3e_jax.config import LossConfig
 from fr3e_jax.learner.state import TrainState, apply_gradient
 from fr3e_jax.models.attention import Attend, Prefix, attend_sequence
-from fr3e_jax.models.qwen2 import Params, Qwen2, logical_axes, sharded_as_batch
+from fr3e_jax.models.decoder import Decoder, Params, cache_axes, logical_axes, sharded_as_batch
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
 from fr3e_jax.types import Batch, Bundle, Trunks
 
 Caches = tuple[Array, Array]
 """Keys and values of trunks, [L, P, n, K, S, D]."""
 
-TRUNK_AXES = ("layer", "batch", None, "kv_heads", None, "head_dim")
+TRUNK_AXES = cache_axes("batch", None)
 
 Metrics = dict[str, Any]
 
@@ -45,7 +45,7 @@ SMALLEST = ("ratio_min",)
 class Learner:
     """The update of one model on one mesh."""
 
-    graph: nnx.GraphDef[Qwen2]
+    graph: nnx.GraphDef[Decoder]
     placement: Placement
     optimizer: optax.GradientTransformation
     loss: LossConfig
@@ -219,7 +219,7 @@ def attend_rows(attend: Attend) -> Attend:
     return attend_all
 
 
-def trunk_caches(learner: Learner, model: Qwen2, trunks: Trunks) -> Caches:
+def trunk_caches(learner: Learner, model: Decoder, trunks: Trunks) -> Caches:
     """Keys and values of trunks, each computed once."""
     shard, attend = learner.placement.shard, attend_rows(learner.attend)
     position = jnp.broadcast_to(jnp.arange(trunks.token.shape[2]), trunks.token.shape)
@@ -228,7 +228,7 @@ def trunk_caches(learner: Learner, model: Qwen2, trunks: Trunks) -> Caches:
 
 
 def row_statistics(
-    learner: Learner, model: Qwen2, caches: Caches | None, rows: Batch, entropy: bool
+    learner: Learner, model: Decoder, caches: Caches | None, rows: Batch, entropy: bool
 ) -> tuple[Array, Array]:
     """Log-probability of every token of every row, without logits of all of them at once.
 

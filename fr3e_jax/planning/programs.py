@@ -18,7 +18,7 @@ from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import TrainState, make_optimizer, sampling_cast, state_shardings
 from fr3e_jax.learner.update import Learner, applying
-from fr3e_jax.models.qwen2 import Qwen2Config, abstract_params, graph_of, logical_axes
+from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import MESH_AXES, place_model, row_parts
 from fr3e_jax.planning.hlo import Instruction, Program
 from fr3e_jax.planning.workload import Chunk, Decode, Leg, Work
@@ -212,7 +212,7 @@ class Setup:
     """A run on a mesh, without arrays. `config` is resolved."""
 
     config: Config
-    model: Qwen2Config
+    model: DecoderConfig
     mesh: Mesh
 
     @functools.cached_property

@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 from tokenizers import Tokenizer
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import config_json, read_config, read_json
-from fr3e_jax.models.qwen2 import Params
 from fr3e_jax.pretrained.hub import DESCRIPTION_FILES
 from fr3e_jax.pretrained.tokenizer import (
     GENERATION_FILE,

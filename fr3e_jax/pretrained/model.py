@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from fr3e_jax.models.decoder import Decoder, Params, abstract_params, graph_of, logical_axes
 from fr3e_jax.models.hf import read_config
-from fr3e_jax.models.qwen2 import Params, Qwen2, Qwen2Config, abstract_params, graph_of, logical_axes
+from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.mesh import Placement, place_model
 from fr3e_jax.pretrained.hub import find_model, pinned
 from fr3e_jax.pretrained.tokenizer import known_ids
@@ -50,7 +51,7 @@ class PlacedModel(Model):
     while it is trained, and while it is sampled from.
     """
 
-    graph: nnx.GraphDef[Qwen2]
+    graph: nnx.GraphDef[Decoder]
     axes: Any
     training: Placement
     sampling: Placement

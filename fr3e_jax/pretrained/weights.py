@@ -27,8 +27,9 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fr3e_jax.models.decoder import Params, abstract_params
 from fr3e_jax.models.hf import LAYOUTS, CheckpointError, Tensor, read_json, tensors_of
-from fr3e_jax.models.qwen2 import Params, Qwen2Config, abstract_params
+from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.blocks import block_reader, block_rows, block_writer, zeros_maker
 from fr3e_jax.progress import bars
 

@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.models.qwen2 import Params, abstract_params
+from fr3e_jax.models.decoder import Params, abstract_params
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.pretrained.model import PlacedModel, open_model
 from fr3e_jax.run.checkpoints import Checkpoints, abstract_leaves, from_leaves, shapes_of

@@ -36,7 +36,7 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.qwen2 import Params, Qwen2Config
+from fr3e_jax.models.decoder import DecoderConfig, Params
 from fr3e_jax.parallel.hosts import Hosts, gather
 from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.problems.stream import QueryStream
@@ -52,7 +52,7 @@ class Run:
     """What is fixed for a run."""
 
     config: Config
-    model: Qwen2Config
+    model: DecoderConfig
     placement: Placement
     engine: Engine
     learner: Learner
