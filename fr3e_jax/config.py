@@ -84,8 +84,8 @@ class SourceConfig:
     answer_is: Literal["plain", "last_box", "after_hashes"] | None = None
     """What that column holds: the answer; a solution whose last \\boxed{} it is; a solution with the answer
     behind ####. Default: the named data set's, or `plain`."""
-    scorer: Literal["math", "exact", "numeric", "choice"] | None = None
-    """What judges answers. Default: the named data set's, or `math`."""
+    scorer: str | None = None
+    """What judges answers: `math`, `exact`, `numeric`, `choice`. Default: the named data set's, or `math`."""
     where: dict[str, list[str | int]] = dataclasses.field(default_factory=dict)
     """Column -> the values that a row may have there; other rows are left out."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
