@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import jsonargparse
 
-from fr3e_jax.config import PACKAGE, ConfigError
+from fr3e_jax.config import PACKAGE, ConfigError, check_names, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
 ConfigT = TypeVar("ConfigT")
@@ -42,7 +42,21 @@ def make_parser(config_class: type, command: str, files: bool) -> jsonargparse.A
     if files:
         parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
     parser.add_class_arguments(config_class)
+    lines = dict(rule_lines(config_class))
+    for action in parser._actions:
+        if action.dest in lines:
+            action.help = f"{action.help} {lines[action.dest]}".replace("%", "%%")
     return parser
+
+
+def rule_lines(config_class: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(setting as on the command line, its table's names with their help), of those that have a table."""
+    for name, table in tables_of(config_class).items():
+        rules = [f"`{rule}`, {told.help}" for rule, told in table.items()]
+        yield prefix + name, "; ".join(rules) + "."
+    for name, kind in get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(kind):
+            yield from rule_lines(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def parse(
@@ -86,6 +100,10 @@ def parse(
     config = config_class(**fields)
     if empty := nulls(config):
         fail(command, ConfigError(f"{', '.join(empty)}: null is not a value of this option"))
+    try:
+        check_names(config)
+    except ConfigError as error:
+        fail(command, error)
     return config, name
 
 

@@ -9,21 +9,41 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from fr3e_jax.algorithm.credit import FirstState, Modulation, RejectRule
-from fr3e_jax.algorithm.explore import KeepRule, PositionRule
+from fr3e_jax.algorithm.credit import (
+    ADVANTAGES,
+    MODULATIONS,
+    REJECT_RULES,
+    AdvantageRule,
+    FirstState,
+    Modulation,
+    RejectRule,
+)
+from fr3e_jax.algorithm.explore import KEEP_RULES, POSITION_RULES, KeepRule, PositionRule
+from fr3e_jax.algorithm.loss import POLICY_LOSSES, PolicyLoss
+from fr3e_jax.algorithm.rules import Rule, function_of, name_of
 
 Algorithm = Literal["fr3e", "grpo", "grpo++"]
 BadRows = Literal["refuse", "drop"]
 PACKAGE = Path(__file__).parent
+SectionT = TypeVar("SectionT")
 QUICKSTART_MODEL = PACKAGE / "assets" / "quickstart"
 
 
 class ConfigError(ValueError):
     """An impossible combination of settings; the message says what to change."""
+
+
+def tables_of(section: Any) -> dict[str, Mapping[str, Rule]]:
+    """Field name -> table, of the fields of a dataclass whose values are the names in one.
+
+    `--help` shows each name with its line. In a library call a function may stand there as well.
+    """
+    found = {field.name: field.metadata.get("table") for field in dataclasses.fields(section)}
+    return {name: table for name, table in found.items() if table is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +84,8 @@ class SourceConfig:
     answer_is: Literal["plain", "last_box", "after_hashes"] | None = None
     """What that column holds: the answer; a solution whose last \\boxed{} it is; a solution with the answer
     behind ####. Default: the named data set's, or `plain`."""
-    scorer: Literal["math", "exact", "numeric", "choice"] | None = None
-    """What judges answers. Default: the named data set's, or `math`."""
+    scorer: str | None = None
+    """What judges answers: `math`, `exact`, `numeric`, `choice`. Default: the named data set's, or `math`."""
     where: dict[str, list[str | int]] = dataclasses.field(default_factory=dict)
     """Column -> the values that a row may have there; other rows are left out."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -169,22 +189,22 @@ class ExploreConfig:
     """K, positions per kept trajectory (release: 4). grpo and grpo++ set it to 0."""
     rollouts: int = 16
     """M, rollouts per state (release: 16); the group size of grpo and grpo++."""
-    rule: PositionRule = "entropy"
-    """What makes a position: `entropy` (paper), `surprisal`, the least likely drawn tokens (release),
-    `random`, `uniform`."""
+    rule: PositionRule = dataclasses.field(default="entropy", metadata={"table": POSITION_RULES})
+    """What makes a position:"""
     min_gap: int = 0
     """Least distance of two positions, tokens (paper: 0)."""
-    keep: KeepRule = "first_of_each"
-    """Base trajectories to explore: `first_of_each`, the first correct and the first wrong of a query
-    (release), `random_of_each`, `all`."""
+    keep: KeepRule = dataclasses.field(default="first_of_each", metadata={"table": KEEP_RULES})
+    """Base trajectories to explore:"""
 
 
 @dataclasses.dataclass(frozen=True)
 class CreditConfig:
     """Values, advantages, rejection."""
 
-    modulation: Modulation = "paper"
-    """`paper`: alpha_j = 1 / exp(V(S_j) - V(S_{j-1})); `none`: 1. grpo and grpo++ set `none`."""
+    advantage: AdvantageRule = dataclasses.field(default="group", metadata={"table": ADVANTAGES})
+    """Advantage of a rollout, before it is modulated:"""
+    modulation: Modulation = dataclasses.field(default="paper", metadata={"table": MODULATIONS})
+    """alpha_j, by which the advantages of a state are multiplied:"""
     first_state: FirstState = "neutral"
     """Value change at the root: `neutral`, 0 (ours), or `released`, 1 - V(S_0) (release)."""
     sharpen: bool = False
@@ -192,9 +212,8 @@ class CreditConfig:
     option)."""
     normalize_std: bool = False
     """Divide advantages by the group's standard deviation. grpo and grpo++ set it."""
-    reject: RejectRule = "state"
-    """States without signal: `state`, reject those whose rewards are all 0 or all 1 (paper), `query`,
-    reject queries whose rewards are all equal, `none`. grpo sets `none`."""
+    reject: RejectRule = dataclasses.field(default="state", metadata={"table": REJECT_RULES})
+    """States without signal:"""
     max_rounds: int = 16
     """Most sampling rounds per step to fill the batch; then the run ends with an error (ours)."""
 
@@ -203,6 +222,8 @@ class CreditConfig:
 class LossConfig:
     """The objective."""
 
+    policy: PolicyLoss = dataclasses.field(default="clip", metadata={"table": POLICY_LOSSES})
+    """What is minimised, before the two coefficients:"""
     clip_low: float = 0.22
     """The ratio's lower bound is 1 - clip_low (paper: 0.22; release: 0.2)."""
     clip_high: float = 0.28
@@ -440,6 +461,7 @@ def check(config: Config, row_parts: int, context: int) -> None:
         "distributed.timeout": (config.distributed.timeout, 1),
         "data.held_out": (config.data.held_out, 1),
     }
+    check_names(config)
     check_at_least(at_least)
     check_seed(config.seed)
     if not rollout.temperature > 0:
@@ -542,10 +564,43 @@ def without_effect(config: Config) -> list[str]:
         tell("reward", "pattern", "reward.format is 0")
     if config.optimizer.schedule == "constant":
         tell("optimizer", "final_rate_share", "optimizer.schedule is constant")
-    if updates_of(config) == config.steps:
+    if updates_of(config) == config.steps and config.loss.policy == default.loss.policy:
         why = "with one update a step the ratio is 1"
         tell("loss", "clip_low clip_high dual_clip", why)
     return told
+
+
+def check_names(section: Any, prefix: str = "") -> None:
+    """Refuse names that are in no table.
+
+    Args:
+      section: a configuration, or a part of it.
+      prefix: what stands before its fields' names.
+
+    Raises:
+      ConfigError: with one line that says what to choose from.
+    """
+    tables = tables_of(section)
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            check_names(value, f"{name}.")
+        elif field.name in tables and not callable(value) and value not in tables[field.name]:
+            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(tables[field.name])}")
+
+
+def with_functions(section: SectionT) -> SectionT:
+    """A section with the functions of its rules in place of their names.
+
+    What is compiled for it is compiled for the functions: a name may get another one.
+
+    Raises:
+      RuleError: there is no rule of a name.
+    """
+    functions = {
+        name: function_of(table, getattr(section, name)) for name, table in tables_of(section).items()
+    }
+    return dataclasses.replace(section, **functions)  # type: ignore[type-var]
 
 
 def check_at_least(settings: Mapping[str, tuple[float, int]]) -> None:
@@ -608,6 +663,18 @@ def check_filters(top_k: int, top_p: float, prefix: str = "") -> None:
         raise ConfigError(f"{prefix}top_p is {top_p}; it must lie in (0, 1], and 1 draws from all tokens")
 
 
+def as_written(section: Any) -> dict[str, Any]:
+    """A configuration as dicts, with the names of its rules in place of functions."""
+    tables, written = tables_of(section), dataclasses.asdict(section)
+    for name in written:
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            written[name] = as_written(value)
+        elif name in tables:
+            written[name] = name_of(tables[name], value)
+    return written
+
+
 def dump(config: Config) -> str:
     """The configuration as YAML that `--config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.safe_dump(as_written(config), sort_keys=False)

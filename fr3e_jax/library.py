@@ -340,14 +340,15 @@ def states(
 
     Args:
       base: what was sampled.
-      rule: what makes a position, as explore.rule.
+      rule: what makes a position, as explore.rule, or a function.
       count: K, positions of a trajectory.
       min_gap: least distance of two, tokens.
       reward: float32 [B, R] of the base trajectories, where `keep_rule` is not `all`.
-      keep_rule: which trajectories are kept, as explore.keep.
+      keep_rule: which trajectories are kept, as explore.keep, or a function.
 
     Raises:
       ConfigError: a rule needs rewards and there are none, or their shape is another.
+      RuleError: there is no rule of a name, or its function gives something else than it must.
     """
     rules = ExploreConfig(positions=count, rule=rule, min_gap=min_gap, keep=keep_rule)
     rollouts, asked = base.rollouts, len(base.encoded.questions)

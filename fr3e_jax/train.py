@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import Config, ConfigError, check, dump, resolve, updates_of, without_effect
+from fr3e_jax.config import Config, ConfigError, as_written, check, dump, resolve, updates_of, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.rollout import Engine
@@ -156,7 +157,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
             f"{dict(run.placement.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
         )
-        if implied := differing(asdict(given), asdict(config)):
+        if implied := differing(as_written(given), as_written(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
         for line in (*without_effect(given), *corpus.told, *resumed.told):
             reporter.say(line)
@@ -275,7 +276,7 @@ def main() -> None:
             initialize(config.distributed)
             keep_compiled(config.compilation_cache, config.run_dir)
             train(config, name)
-        except (ConfigError, PlacementError, CheckpointError) as error:
+        except (ConfigError, RuleError, PlacementError, CheckpointError) as error:
             fail("train", error)
         except (SamplingError, NotFiniteError, ScorerError, SkippedError, HostError, StorageError) as error:
             fail("train", error, code=1)

@@ -10,6 +10,7 @@ import yaml
 from environment import REPOSITORY
 
 from fr3e_jax import config as config_module
+from fr3e_jax.algorithm.rules import Rule
 from fr3e_jax.cli import find_config, parse
 from fr3e_jax.config import (
     Config,
@@ -18,6 +19,7 @@ from fr3e_jax.config import (
     check,
     dump,
     resolve,
+    tables_of,
     without_effect,
 )
 
@@ -189,7 +191,10 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, capsys, file, named):
         (["--optimizer.schedule=exponential"], "optimizer.schedule"),
         (["--optimizer.moments=float16"], "optimizer.moments"),
         (["--algorithm=ppo"], "algorithm"),
-        (["--explore.rule=entropie"], "explore.rule"),
+        (["--explore.rule=entropie"], "explore.rule is 'entropie'; choose one of entropy, surprisal, "),
+        (["--credit.reject=all"], "credit.reject is 'all'; choose one of state, query, none"),
+        (["--loss.policy=null"], "loss.policy"),
+        (['--explore.rule={"class_path": "os.getcwd"}'], "explore.rule"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--config", "."], "config"),
@@ -228,6 +233,8 @@ def test_help_explains_every_setting(config_class, command, monkeypatch, capsys)
     missing = []
     for name, _, owner, field in settings:
         text = documented(owner).get(field)
+        if table := tables_of(owner).get(field):  # each of its names, with its line
+            text += " " + "; ".join(f"`{rule}`, {told.help}" for rule, told in table.items()) + "."
         after = shown.partition(f" --{name} ")[2].partition(" (type: ")[0]
         if not text or not after.endswith(text):
             missing.append(name)
@@ -260,13 +267,16 @@ def another(kind, value):
     return f"{value}: 'x' # [y]"
 
 
-def test_what_is_dumped_is_read_back(tmp_path):
+def test_what_is_dumped_is_read_back(tmp_path, monkeypatch):
     """With every setting changed, floats to the last bit."""
     config = Config()
-    for name, kind, _, key in settings_of(Config):
+    for name, kind, owner, key in settings_of(Config):
         section = name.rpartition(".")[0]
         value = getattr(getattr(config, section) if section else config, key)
-        config = changed(config, **{name.replace(".", "__"): another(kind, value)})
+        other = another(kind, value)
+        if table := tables_of(owner).get(key):
+            monkeypatch.setitem(table, other, Rule(print, "another"))
+        config = changed(config, **{name.replace(".", "__"): other})
     assert set(differences(config, Config())) == {name for name, *_ in settings_of(Config)}
     file = tmp_path / "dumped.yaml"
     file.write_text(dump(config))

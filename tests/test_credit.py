@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from fr3e_jax.algorithm.credit import (
     accept_states,
+    divided_by_std,
     group_advantage,
     modulated_advantage,
     modulation_factor,
@@ -46,7 +47,7 @@ def test_the_value_of_a_state_is_the_mean_of_its_own_rewards():
 def test_the_advantage_is_what_a_rollout_is_better_than_its_state():
     reward = jnp.array([[[1, 0, 0, 0], [1, 1, 1, 0]]], jnp.float32)
     expected = [[[0.75, -0.25, -0.25, -0.25], [0.25, 0.25, 0.25, -0.75]]]
-    np.testing.assert_array_equal(group_advantage(reward), expected)
+    np.testing.assert_array_equal(group_advantage(reward, everything(reward[..., 0])[1]), expected)
 
 
 def test_the_advantage_is_divided_by_the_unbiased_standard_deviation_if_asked():
@@ -54,7 +55,8 @@ def test_the_advantage_is_divided_by_the_unbiased_standard_deviation_if_asked():
     # Sums of squares 3 x 1/16 + 9/16 = 3/4 and 4 x 1/4 = 1, over M - 1 = 3.
     quarter, half = math.sqrt(0.25) + 1e-6, math.sqrt(1 / 3) + 1e-6
     expected = [[np.array([0.75, -0.25, -0.25, -0.25]) / quarter, np.array([0.5, -0.5, 0.5, -0.5]) / half]]
-    np.testing.assert_allclose(group_advantage(reward, normalize_std=True), expected, rtol=1e-6)
+    advantage = divided_by_std(group_advantage(reward, everything(reward[..., 0])[1]), reward)
+    np.testing.assert_allclose(advantage, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rollouts", [2, 3, 7, 16, 41, 47, 64])
@@ -62,7 +64,8 @@ def test_the_advantage_is_divided_by_the_unbiased_standard_deviation_if_asked():
 def test_rollouts_that_are_all_alike_have_no_advantage(rollouts, normalize_std):
     """Rejection does not take these away under `reject: none` (grpo); rounding must not fill them in."""
     reward = jnp.stack([jnp.zeros((1, rollouts)), jnp.ones((1, rollouts))])
-    np.testing.assert_allclose(group_advantage(reward, normalize_std), 0.0, atol=1e-6)
+    advantage, *_ = modulated_advantage(reward, everything(reward[..., 0])[1], normalize_std, "none")
+    np.testing.assert_allclose(advantage, 0.0, atol=1e-6)
 
 
 # --- modulation

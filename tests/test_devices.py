@@ -28,12 +28,16 @@ print(jax.default_backend(), jax.device_count())
 
 def looked(accelerator=False, **variables):
     """What a process prints that parses a command line and then asks jax for devices."""
+    return started(["-c", LOOK.format(accelerator=accelerator)], **variables)
+
+
+def started(arguments, **variables):
+    """A process of Python that is told nothing of platforms but what `variables` say."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
     environment = plain | of_process(1) | variables
     if "JAX_PLATFORMS" not in variables:
         del environment["JAX_PLATFORMS"]
-    program = LOOK.format(accelerator=accelerator)
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
 no_tpu_here = pytest.mark.skipif(bool(devices.tpu_signs()), reason="for machines without a TPU")
@@ -45,6 +49,14 @@ def test_the_library_of_a_tpu_that_is_not_there_prints_nothing():
     """libtpu is installed where these tests compile for TPUs."""
     done = looked()
     assert (done.returncode, done.stdout, done.stderr) == (0, "cpu 1\n", "")
+
+
+@needs_compiler
+@no_tpu_here
+def test_the_version_prints_no_trace_of_a_tpu_that_is_not_there():
+    done = started(["-m", "fr3e_jax", "--version"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\ndevices: 1 x cpu\n")
 
 
 @no_tpu_here

@@ -48,14 +48,27 @@ ALLOWED = {
         *("progress", "rewards", "run", "types"),
     },
     "train": {
-        *("cli", "config", "cost", "engine", "evaluation", "learner", "models", "parallel", "pretrained"),
+        *(
+            "algorithm",
+            "cli",
+            "config",
+            "cost",
+            "engine",
+            "evaluation",
+            "learner",
+            "models",
+            "parallel",
+            "pretrained",
+        ),
         *("problems", "rewards", "run", "step", "types"),
     },
+    "__main__": {"parallel"},
     "bench": {
         *("cli", "config", "engine", "learner", "models", "parallel", "planning", "pretrained", "rewards"),
         "types",
     },
 }
+PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "typing"}
 MODELS_THIRD_PARTY = {"jax", "flax", "numpy"}
 
 
@@ -128,7 +141,7 @@ def test_only_what_reads_and_writes_checkpoints_knows_the_decoder_by_name():
 def test_algorithm_is_pure():
     """No model, no I/O, no clock, no numpy randomness in algorithm/."""
     for file in (PACKAGE / "algorithm").glob("*.py"):
-        assert {name.partition(".")[0] for name in imported(file)} <= {"jax", "typing", "fr3e_jax"}, file
+        assert {name.partition(".")[0] for name in imported(file)} <= PURE, file
 
 
 def test_a_run_that_needs_no_scorer_of_others_imports_none():
@@ -137,3 +150,21 @@ def test_a_run_that_needs_no_scorer_of_others_imports_none():
     program = f"import sys, fr3e_jax.train; print(*({heavy!r} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def test_the_package_imports_nothing_until_it_is_asked():
+    """Neither `import fr3e_jax` nor the list of the commands takes the seconds that jax does."""
+    program = """
+import contextlib, io, runpy, sys
+sys.argv = ["fr3e"]
+with contextlib.redirect_stdout(io.StringIO()):
+    import fr3e_jax
+    runpy.run_module("fr3e_jax", run_name="__main__")
+print(*{name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names)
+"""
+    before = subprocess.run(
+        [sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    started = {name.partition(".")[0] for name in before.stdout.split()}
+    assert set(found.stdout.split()) - started == {"fr3e_jax"}

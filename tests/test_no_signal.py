@@ -13,7 +13,7 @@ from fr3e_jax.config import QUICKSTART_MODEL, Config
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
 from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.step.diagnosis import no_signal
-from fr3e_jax.step.metrics import state_metrics, summarize
+from fr3e_jax.step.metrics import Measured, measure, summarize
 from fr3e_jax.types import Rollouts, States
 
 QWEN = REPOSITORY / "tests" / "qwen2.5_tokenizer_cut"
@@ -61,7 +61,8 @@ def test_metrics_are_of_all_states_or_of_those_that_are_trained_on():
     rollouts = Rollouts(token, zeros, zeros, zeros, np.full((1, 8), 2, np.int32), np.ones((1, 8), bool))
     value, advantage = reward.mean(axis=2), 3.0 * (reward - reward.mean(axis=2, keepdims=True))
     accepted = np.array([[True, False, False, False]])
-    told = state_metrics(states, rollouts, reward, value, advantage, accepted)
+    of_states = (reward, value, np.ones_like(value), advantage, accepted)
+    told = measure(Measured(rollouts, reward[0], states, rollouts, *of_states, restarts=False))
     assert told["reward/root_mean"] == 0.5 and told["value/mean"] == 0.5
     assert told["value/accepted_mean"] == 0.5
     assert told["advantage/accepted_mean"] == 0.0 and told["advantage/accepted_std"] == 1.5

@@ -6,14 +6,41 @@ A position t counts the tokens of the response, from 0; its state is the query a
 tokens *before* t, so the uncertain token itself is drawn again.
 """
 
-from typing import Literal
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-PositionRule = Literal["entropy", "surprisal", "random", "uniform"]
-KeepRule = Literal["first_of_each", "random_of_each", "all"]
+from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectories:
+    """N base trajectories as a position rule sees them.
+
+    entropy: float32 [N, S], nats, 0 behind the length. logprob: float32 [N, S], of the drawn tokens.
+    length: int32 [N], response tokens that are real. key: PRNG keys [N]. count: K, positions that are wanted.
+    min_gap: least distance of two.
+    """
+
+    entropy: Array
+    logprob: Array
+    length: Array
+    key: Array
+    count: int
+    min_gap: int
+
+
+PositionFunction = Callable[[Trajectories], Array]
+"""Scores float32 [N, S]: the highest become positions, and -inf never does."""
+
+KeepFunction = Callable[[Array, Array], Array]
+"""Of rewards float32 [B, R] and PRNG keys [B], the trajectories to explore, bool [B, R]."""
+
+PositionRule = Chosen[PositionFunction]
+KeepRule = Chosen[KeepFunction]
 
 
 def token_entropy(total: Array, moment: Array) -> Array:
@@ -32,25 +59,25 @@ def token_entropy(total: Array, moment: Array) -> Array:
     return jnp.log(total) - moment / total
 
 
-def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
-    """Choose the base trajectories to explore.
+def keep_first_of_each(reward: Array, key: Array) -> Array:
+    """The first correct and the first wrong trajectory of each query; correct is a reward of 1."""
+    return one_of_each(reward, jnp.arange(reward.shape[1], dtype=jnp.float32))
 
-    Args:
-      reward: float32 [B, R]; a trajectory is correct where its reward is 1.
-      rule: `first_of_each` keeps the first correct and the first wrong trajectory of a query (the
-        release), `random_of_each` one of each at random, `all` every trajectory.
-      key: PRNG keys [B], read by `random_of_each` only.
 
-    Returns:
-      bool [B, R].
-    """
-    if rule == "all":
-        return jnp.ones(reward.shape, bool)
+def keep_random_of_each(reward: Array, key: Array) -> Array:
+    """A correct and a wrong trajectory of each query, at random."""
+    return one_of_each(reward, jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key))
+
+
+def keep_all(reward: Array, key: Array) -> Array:
+    """Every trajectory."""
+    return jnp.ones(reward.shape, bool)
+
+
+def one_of_each(reward: Array, order: Array) -> Array:
+    """The correct and the wrong trajectory of each query that come first in `order`, [R] or [B, R]."""
+    order = jnp.broadcast_to(order, reward.shape)
     correct = reward >= 1.0
-    if rule == "random_of_each":
-        order = jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key)
-    else:
-        order = jnp.broadcast_to(jnp.arange(reward.shape[1], dtype=jnp.float32), reward.shape)
 
     def first(eligible: Array) -> Array:
         best = jnp.argmin(jnp.where(eligible, order, jnp.inf), axis=1)
@@ -58,6 +85,30 @@ def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
         return chosen & eligible
 
     return first(correct) | first(~correct)
+
+
+KEEP_RULES: dict[str, Rule[KeepFunction]] = {
+    "first_of_each": Rule(keep_first_of_each, "the first correct and the first wrong of a query (release)"),
+    "random_of_each": Rule(keep_random_of_each, "one correct and one wrong of a query, at random (ours)"),
+    "all": Rule(keep_all, "every one (ours)"),
+}
+
+
+def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
+    """Choose the base trajectories to explore.
+
+    Args:
+      reward: float32 [B, R]; a trajectory is correct where its reward is 1.
+      rule: a name in KEEP_RULES, or a function.
+      key: PRNG keys [B].
+
+    Returns:
+      bool [B, R].
+
+    Raises:
+      RuleError: there is no such rule, or it gives something else.
+    """
+    return of_shape(function_of(KEEP_RULES, rule)(reward, key), reward.shape, "kept trajectories [B, R]")
 
 
 def choose_positions(score: Array, length: Array, count: int, min_gap: int = 0) -> tuple[Array, Array]:
@@ -68,7 +119,7 @@ def choose_positions(score: Array, length: Array, count: int, min_gap: int = 0) 
     than `count` gets fewer, and the rest are marked invalid. Ties go to the earlier position.
 
     Args:
-      score: float32 [N, S], one per response token.
+      score: float32 [N, S], one per response token; -inf is never chosen.
       length: int32 [N], response tokens that are real.
       count: K.
       min_gap: positions are at least this far apart; 0 and 1 both mean "any two differ".
@@ -114,6 +165,37 @@ def uniform_positions(length: Array, count: int, min_gap: int = 0) -> tuple[Arra
     return jnp.where(valid, position, 0).astype(jnp.int32), valid
 
 
+def by_entropy(base: Trajectories) -> Array:
+    """The uncertain tokens. Paper."""
+    return base.entropy
+
+
+def by_surprisal(base: Trajectories) -> Array:
+    """The least likely drawn tokens. Release."""
+    return -base.logprob
+
+
+def at_random(base: Trajectories) -> Array:
+    """Any tokens."""
+    return jax.vmap(lambda k: jax.random.uniform(k, base.entropy.shape[1:]))(base.key)
+
+
+def evenly(base: Trajectories) -> Array:
+    """The middles of equal parts, and no others."""
+    position, valid = uniform_positions(base.length, base.count, base.min_gap)
+    index = jnp.arange(base.entropy.shape[1])[None, None, :]
+    chosen = jnp.any((index == position[:, :, None]) & valid[:, :, None], axis=1)
+    return jnp.where(chosen, 0.0, -jnp.inf)
+
+
+POSITION_RULES: dict[str, Rule[PositionFunction]] = {
+    "entropy": Rule(by_entropy, "the most uncertain tokens (paper)"),
+    "surprisal": Rule(by_surprisal, "the least likely drawn tokens (release)"),
+    "random": Rule(at_random, "any tokens (ours, an ablation)"),
+    "uniform": Rule(evenly, "the middles of equal parts (ours, an ablation)"),
+}
+
+
 def positions_of(
     rule: PositionRule,
     entropy: Array,
@@ -126,25 +208,23 @@ def positions_of(
     """The positions of each trajectory by the rule of the run.
 
     Args:
-      rule: `entropy` (paper), `surprisal` (release: the lowest log-probability of the drawn token),
-        `random`, `uniform`.
+      rule: a name in POSITION_RULES, or a function.
       entropy: float32 [N, S], nats.
       logprob: float32 [N, S], of the drawn tokens.
       length: int32 [N].
       count: K.
       min_gap: as in `choose_positions`.
-      key: PRNG keys [N], read by `random` only.
+      key: PRNG keys [N].
 
     Returns:
       (position int32 [N, K], valid bool [N, K]).
+
+    Raises:
+      RuleError: there is no such rule, or it gives something else.
     """
-    if rule == "uniform":
-        return uniform_positions(length, count, min_gap)
-    if rule == "random":
-        score = jax.vmap(lambda k: jax.random.uniform(k, entropy.shape[1:]))(key)
-    else:
-        score = entropy if rule == "entropy" else -logprob
-    return choose_positions(score, length, count, min_gap)
+    base = Trajectories(entropy, logprob, length, key, count, min_gap)
+    score = function_of(POSITION_RULES, rule)(base)
+    return choose_positions(of_shape(score, entropy.shape, "scores [N, S]"), length, count, min_gap)
 
 
 def states_of(position: Array, valid: Array) -> tuple[Array, Array]:

@@ -4,8 +4,17 @@ Every mean is a sum divided by a denominator that the caller hands in, so that m
 hosts share one: the number of trained tokens in the whole global batch.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
+
+from fr3e_jax.algorithm.rules import Chosen, Rule
+
+PolicyLossFunction = Callable[..., tuple[Array, dict[str, Array]]]
+"""Arguments and result are those of `policy_loss`; metrics are sums over tokens, over the denominator."""
+
+PolicyLoss = Chosen[PolicyLossFunction]
 
 
 def masked_sum(x: Array, mask: Array) -> Array:
@@ -68,6 +77,11 @@ def policy_loss(
         "approx_kl": masked_sum(-log_ratio, mask) / denominator,
     }
     return masked_sum(loss, mask) / denominator, metrics
+
+
+POLICY_LOSSES: dict[str, Rule[PolicyLossFunction]] = {
+    "clip": Rule(policy_loss, "PPO with its own lower and upper clip, token mean (paper)"),
+}
 
 
 def kl_k3(logprob: Array, reference_logprob: Array) -> Array:

@@ -22,7 +22,8 @@ import optax
 from flax import nnx
 from jax import Array
 
-from fr3e_jax.algorithm.loss import kl_k3, masked_sum, policy_loss
+from fr3e_jax.algorithm.loss import POLICY_LOSSES, kl_k3, masked_sum
+from fr3e_jax.algorithm.rules import function_of, of_shape
 from fr3e_jax.config import LossConfig
 from fr3e_jax.learner.state import TrainState, apply_gradient
 from fr3e_jax.models.attention import Attend, Prefix, attend_sequence
@@ -65,7 +66,7 @@ class Learner:
           reference: parameters of the reference policy, where `loss.kl_coefficient` is above 0.
 
         Returns:
-          (the new state, metrics float32 []): those of `policy_loss`, `loss`, `reference_kl`, `entropy`
+          (the new state, metrics float32 []): those of the policy loss, `loss`, `reference_kl`, `entropy`
           (where its coefficient is above 0), `grad_norm`, `ratio_mean`, `ratio_max`, `ratio_min`,
           `abs_log_ratio` and `abs_log_ratio_max`, the mean and largest |logprob - old_logprob|, and those of
           `apply_gradient`.
@@ -299,16 +300,17 @@ def chunk_loss(
     mask, settings = trained(rows), learner.loss
     wants_entropy = settings.entropy_coefficient != 0
     logprob, entropy = row_statistics(learner, nnx.merge(learner.graph, compute), caches, rows, wants_entropy)
-    loss, metrics = policy_loss(
+    loss, told = function_of(POLICY_LOSSES, settings.policy)(
         logprob,
         rows.old_logprob,
         rows.advantage[:, None],
         mask,
         denominator,
-        settings.clip_low,
-        settings.clip_high,
-        settings.dual_clip,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
     )
+    loss, metrics = of_shape(loss, (), "a loss, one number,"), dict(told)
     if reference is not None:
         model = nnx.merge(learner.graph, reference)
         other = row_statistics(learner, model, reference_caches, rows, False)[0]

@@ -207,7 +207,8 @@ def work_of(config: Config, parts: int, told: Assumptions, worst: bool = False) 
         lengths[:] = limit
     first = decode_of(lengths, limit, compact=not base)
     # The engine pads the kept trajectories of a part to a power of two.
-    wanted = max(min(told.kept, count if explore.keep == "all" else 2), 1) * per_part if base else per_part
+    most = 2 if explore.keep in ("first_of_each", "random_of_each") else count
+    wanted = max(min(told.kept, most), 1) * per_part if base else per_part
     kept = 1 << max(math.ceil(wanted) - 1, 0).bit_length() if base else per_part
     states = explore.positions + 1
     whole = lengths_of(parts * kept * states * explore.rollouts, mean, limit, rng)

@@ -15,6 +15,7 @@ from fr3e_jax.problems.overlap import normalised, report
 from fr3e_jax.problems.own_task import OwnTask, is_own
 from fr3e_jax.problems.sources import FileTask, file_task, read, stream
 from fr3e_jax.problems.task import Task
+from fr3e_jax.rewards.rules import named_scorers
 from fr3e_jax.types import Problem
 
 GYM = "gym:"
@@ -98,7 +99,7 @@ def is_made(name: str) -> bool:
 
 
 def refuse_unread(source: SourceConfig) -> None:
-    """Refuse settings that a source of this kind does not read.
+    """Refuse settings that a source of this kind does not read, and scorers that are not there.
 
     Raises:
       ConfigError: it has one.
@@ -113,6 +114,11 @@ def refuse_unread(source: SourceConfig) -> None:
     given = [f.name for f in dataclasses.fields(source) if getattr(source, f.name) != getattr(plain, f.name)]
     if unread := sorted(set(given) - reads):
         raise ConfigError(f"source {source.name} reads no {', '.join(unread)}; leave it out")
+    if source.scorer is not None and source.scorer not in named_scorers():
+        raise ConfigError(
+            f"the scorer of source {source.name} is {source.scorer!r}; choose one of "
+            f"{', '.join(named_scorers())}"
+        )
 
 
 def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Corpus:

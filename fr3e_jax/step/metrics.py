@@ -1,63 +1,55 @@
 """What is measured of a round and of a step."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cost import Cost
 from fr3e_jax.types import Rollouts, States
 
 Metrics = dict[str, Any]
 
 
-def round_metrics(base: Rollouts, base_reward: np.ndarray, states: States, alpha: np.ndarray) -> Metrics:
-    """Metrics that a round of every algorithm has; `base` are answers sampled from the query alone."""
-    tokens = int(base.length.sum())
-    return {
-        "reward/base_mean": float(base_reward.mean()),
-        "entropy/mean": float(base.entropy.sum() / max(tokens, 1)),
-        "response/length": float(base.length.mean()),
-        "response/cut": float(1.0 - base.stopped.mean()),
-        "modulation/mean": float(alpha[states.valid].mean()),
-    }
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A round whose rewards are known, on the host, the same on every process.
 
-
-def state_metrics(
-    states: States,
-    rollouts: Rollouts,
-    reward: np.ndarray,
-    value: np.ndarray,
-    advantage: np.ndarray,
-    accepted: np.ndarray,
-) -> Metrics:
-    """Metrics of a round's states: of all of them, and those named `accepted` of those that are trained on.
-
-    Args:
-      rollouts: on the host, [N, J x M, S] leaves, state-major.
-      reward, advantage: float32 [N, J, M]. value: float32 [N, J]. accepted: bool [N, J].
+    base: leaves [B, R, S], answers sampled from the query alone. base_reward: float32 [B, R].
+    rollouts: leaves [N, J x M, S], state by state. reward, advantage: float32 [N, J, M].
+    value, alpha: float32 [N, J]. accepted: bool [N, J], the states that are trained on.
+    restarts: whether there are positions; without, the base answers are the rollouts.
     """
-    valid = states.valid
-    token = rollouts.token.reshape(*reward.shape, -1)
-    same = (token == token[:, :, :1]).all(axis=(2, 3))
-    taken = advantage[accepted]
-    of_accepted = (
-        {
-            "value/accepted_mean": float(value[accepted].mean()),
-            "advantage/accepted_mean": float(taken.mean()),
-            "advantage/accepted_std": float(taken.std()),
-        }
-        if taken.size
-        else {}
-    )
-    return of_accepted | {
-        "reward/root_mean": root_mean(states, value),
-        "value/mean": float(value[valid].mean()),
-        "states/accepted": int(accepted.sum()),
-        "states/rejected": int((valid & ~accepted).sum()),
-        "states/all_wrong": int((valid & (reward <= 0.0).all(axis=2)).sum()),
-        "states/all_right": int((valid & (reward >= 1.0).all(axis=2)).sum()),
-        "states/identical": int((valid & same).sum()),
-    }
+
+    base: Rollouts
+    base_reward: np.ndarray
+    states: States
+    rollouts: Rollouts
+    reward: np.ndarray
+    value: np.ndarray
+    alpha: np.ndarray
+    advantage: np.ndarray
+    accepted: np.ndarray
+    restarts: bool
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Which states there are, bool [N, J]."""
+        return self.states.valid
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number of a round, or None where the round has none, and what it says.
+
+    counted: whether a step has the sum over its rounds, and not the mean.
+    """
+
+    function: Callable[[Measured], Any]
+    help: str
+    counted: bool = False
 
 
 def root_mean(states: States, value: np.ndarray) -> float:
@@ -67,16 +59,86 @@ def root_mean(states: States, value: np.ndarray) -> float:
     return float((total[count > 0] / count[count > 0]).mean())
 
 
-def restart_metrics(states: States, base: Rollouts, rollouts: Rollouts) -> Metrics:
-    """Metrics of a round with positions: how uncertain they are, and how long the restarts go on."""
-    entropy = base.entropy[states.query, states.base]
-    chosen = np.take_along_axis(entropy, states.prefix_length[:, 1:], axis=1)[states.valid[:, 1:]]
-    started = rollouts.length > 0
-    return {
-        "entropy/positions": float(chosen.mean()) if chosen.size else 0.0,
-        "response/continuation": float(rollouts.length[started].mean()),
-        "response/continuation_cut": float(1.0 - rollouts.stopped[started].mean()),
-    }
+def of_accepted(x: np.ndarray, reduce: Callable[[np.ndarray], Any]) -> Any:
+    """A statistic of what the accepted states have; None where none is accepted."""
+    return reduce(x) if x.size else None
+
+
+def identical(m: Measured) -> int:
+    """States whose rollouts are the same, token by token."""
+    token = m.rollouts.token.reshape(*m.reward.shape, -1)
+    return (m.valid & (token == token[:, :, :1]).all(axis=(2, 3))).sum()
+
+
+def position_entropy(m: Measured) -> float | None:
+    """Mean entropy at the positions, nats; 0 where no trajectory has one."""
+    if not m.restarts:
+        return None
+    entropy = m.base.entropy[m.states.query, m.states.base]
+    at = np.take_along_axis(entropy, m.states.prefix_length[:, 1:], axis=1)[m.valid[:, 1:]]
+    return at.mean() if at.size else 0.0
+
+
+def continuations(m: Measured, x: np.ndarray) -> Any:
+    """Mean over the partial rollouts that there are of x, [N, J x M]."""
+    return x[m.rollouts.length > 0].mean() if m.restarts else None
+
+
+METRICS: dict[str, Metric] = {
+    "reward/base_mean": Metric(lambda m: m.base_reward.mean(), "mean reward of the base trajectories"),
+    "entropy/mean": Metric(
+        lambda m: m.base.entropy.sum() / max(int(m.base.length.sum()), 1),
+        "mean entropy of their tokens, nats",
+    ),
+    "response/length": Metric(lambda m: m.base.length.mean(), "their mean length, tokens"),
+    "response/cut": Metric(lambda m: 1.0 - m.base.stopped.mean(), "share that the length limit cut off"),
+    "modulation/mean": Metric(lambda m: m.alpha[m.valid].mean(), "mean alpha_j of the states"),
+    "value/accepted_mean": Metric(
+        lambda m: of_accepted(m.value[m.accepted], np.mean), "mean value of the accepted states"
+    ),
+    "advantage/accepted_mean": Metric(
+        lambda m: of_accepted(m.advantage[m.accepted], np.mean), "mean advantage of their rollouts"
+    ),
+    "advantage/accepted_std": Metric(
+        lambda m: of_accepted(m.advantage[m.accepted], np.std), "standard deviation of these advantages"
+    ),
+    "reward/root_mean": Metric(lambda m: root_mean(m.states, m.value), "mean V(S_0) of the queries"),
+    "value/mean": Metric(lambda m: m.value[m.valid].mean(), "mean value of the states"),
+    "states/accepted": Metric(lambda m: m.accepted.sum(), "states that are trained on", True),
+    "states/rejected": Metric(lambda m: (m.valid & ~m.accepted).sum(), "states that are not", True),
+    "states/all_wrong": Metric(
+        lambda m: (m.valid & (m.reward <= 0.0).all(axis=2)).sum(), "states whose rewards are all 0", True
+    ),
+    "states/all_right": Metric(
+        lambda m: (m.valid & (m.reward >= 1.0).all(axis=2)).sum(), "states whose rewards are all 1", True
+    ),
+    "states/identical": Metric(identical, "states whose rollouts are the same, token by token", True),
+    "entropy/positions": Metric(position_entropy, "mean entropy at the positions, nats"),
+    "response/continuation": Metric(
+        lambda m: continuations(m, m.rollouts.length), "mean length of the partial rollouts, tokens"
+    ),
+    "response/continuation_cut": Metric(
+        lambda m: continuations(m, ~m.rollouts.stopped), "share of them that the length limit cut off"
+    ),
+}
+"""What is measured of every round: name -> its function and a line of help."""
+
+
+def measure(measured: Measured) -> Metrics:
+    """The metrics of a round.
+
+    Raises:
+      RuleError: one of them gives no number.
+    """
+    metrics: Metrics = {}
+    for name, metric in METRICS.items():
+        found = metric.function(measured)
+        if found is None:
+            continue
+        if np.ndim(found) or not np.issubdtype(np.asarray(found).dtype, np.number):
+            raise RuleError(f"the metric {name} gave {found!r:.80}; it must be a number, or None")
+        metrics[name] = int(found) if metric.counted else float(found)
+    return metrics
 
 
 def cost_metrics(costs: dict[str, Cost]) -> Metrics:
@@ -97,7 +159,9 @@ def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
     metrics: Metrics = {}
     for name in dict.fromkeys(name for r in rounds for name in r):
         values = [r[name] for r in rounds if name in r]
-        counted = name.startswith(("states/", "tokens/", "rows/", "flops/"))
+        counted = (
+            METRICS[name].counted if name in METRICS else name.startswith(("tokens/", "rows/", "flops/"))
+        )
         metrics[name] = sum(values) if counted else float(np.mean(values))
     reduce = {"ratio_max": np.max, "ratio_min": np.min, "abs_log_ratio_max": np.max}
     taken = [u for u in updates if not u["skipped"]]

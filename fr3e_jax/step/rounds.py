@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
-from fr3e_jax.config import Config, CreditConfig, ExploreConfig
+from fr3e_jax.config import Config, CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.cost import Cost, rollout_cost
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
@@ -43,7 +43,7 @@ from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.rewards.verify import Rewards, Verifier
 from fr3e_jax.run.interruption import Interruption
 from fr3e_jax.run.reporter import Stopwatch
-from fr3e_jax.step.metrics import Metrics, cost_metrics, restart_metrics, round_metrics, state_metrics
+from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure
 from fr3e_jax.types import Problem, Queries, Rollouts, StateGroups, States
 
 
@@ -163,10 +163,9 @@ def close_round(
         assign_credit(credit, *place((reward, states.valid, states.query)))
     )
 
-    metrics = round_metrics(base, base_reward, states, alpha)
-    metrics |= state_metrics(states, rollouts, reward, value, advantage, accepted)
-    if opened.base_reward is not None:
-        metrics |= restart_metrics(states, base, rollouts)
+    restarts = opened.base_reward is not None
+    found = (reward, value, alpha, advantage, accepted)
+    metrics = measure(Measured(base, base_reward, states, rollouts, *found, restarts))
     metrics |= cost_metrics(opened.costs)
     gathered = groups.collect(accepted, queries, states, rollouts, advantage)
     return gathered, metrics, run.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
@@ -203,15 +202,30 @@ def find_states(run: Run, step: Array, queries: Queries, base: Rollouts, base_re
     return States(query, trajectory, chosen.token, prefix_length, valid)
 
 
-@functools.partial(jax.jit, static_argnames="rules")
 def keep(rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array) -> Array:
     """Stage 4: bool [B, R] from rewards [B, R] of queries [B]."""
+    return compiled_keep(with_functions(rules), key, step, query, base_reward)
+
+
+@functools.partial(jax.jit, static_argnames="rules")
+def compiled_keep(rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array) -> Array:
+    """`keep` of rules that are functions."""
     keys = jax.vmap(row_key, (None, None, 0, None))(key, step, query, 0)
     return keep_trajectories(base_reward, rules.keep, keys)
 
 
+def choose_states(rules: ExploreConfig, *told: Array) -> tuple[Array, Array]:
+    """Stages 5 and 6: (prefix_length int32 [N, J], valid bool [N, J]) of N kept trajectories.
+
+    Args:
+      rules: names or functions.
+      told: the other arguments of `compiled_states`.
+    """
+    return compiled_states(with_functions(rules), *told)
+
+
 @functools.partial(jax.jit, static_argnames="rules")
-def choose_states(
+def compiled_states(
     rules: ExploreConfig,
     key: Array,
     step: Array,
@@ -222,7 +236,7 @@ def choose_states(
     logprob: Array,
     length: Array,
 ) -> tuple[Array, Array]:
-    """Stages 5 and 6: (prefix_length int32 [N, J], valid bool [N, J]) of N kept trajectories."""
+    """`choose_states` of rules that are functions."""
     # Branch numbers from 1: 0 chose the trajectories.
     keys = jax.vmap(row_key, (None, None, 0, 0))(key, step, query, 1 + trajectory)
     position, valid = positions_of(rules.rule, entropy, logprob, length, rules.positions, rules.min_gap, keys)
@@ -230,14 +244,20 @@ def choose_states(
     return prefix_length, valid & real[:, None]
 
 
-@functools.partial(jax.jit, static_argnames="credit")
 def assign_credit(
     credit: CreditConfig, reward: Array, valid: Array, query: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Stage 9: (advantage [N, J, M], value [N, J], alpha [N, J], accepted bool [N, J])."""
-    advantage, value, alpha = modulated_advantage(
-        reward, valid, credit.normalize_std, credit.modulation, credit.first_state, credit.sharpen
-    )
+    return compiled_credit(with_functions(credit), reward, valid, query)
+
+
+@functools.partial(jax.jit, static_argnames="credit")
+def compiled_credit(
+    credit: CreditConfig, reward: Array, valid: Array, query: Array
+) -> tuple[Array, Array, Array, Array]:
+    """`assign_credit` of rules that are functions."""
+    told = (credit.normalize_std, credit.modulation, credit.first_state, credit.sharpen, credit.advantage)
+    advantage, value, alpha = modulated_advantage(reward, valid, *told)
     return advantage, value, alpha, accept_states(reward, valid, query, credit.reject)
 
 
