@@ -171,8 +171,8 @@ class Answers:
 class Model:
     """A model with its weights on a mesh, its tokenizer, and a template for questions.
 
-    params: in the type and layout for sampling. engines: those that were made, by their settings, so that
-    equal settings share compiled programs.
+    params: in the type and layout for sampling. engines, learners: those that were made, by their settings,
+    so that equal settings share compiled programs.
     """
 
     placed: PlacedModel
@@ -180,6 +180,7 @@ class Model:
     params: Params
     dtype: Any
     engines: dict[tuple[int, Sampling], Engine] = dataclasses.field(default_factory=dict)
+    learners: dict[tuple[LossConfig, OptimizerConfig], Learner] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(
@@ -260,12 +261,13 @@ class Model:
         optimizer: OptimizerConfig | None = None,
     ) -> "PolicyLearner":
         """What updates it."""
-        settings = optimizer or OptimizerConfig()
-        placed = self.placed
-        attend = make_splash(placed.training) if jax.default_backend() == "tpu" else attend_sequence
-        made = make_optimizer(settings, placed.axes)
-        told = (loss or LossConfig(), self.dtype, settings.logit_chunk, settings.remat, attend)
-        return PolicyLearner(self, settings, Learner(placed.graph, placed.training, made, *told))
+        settings, placed = (loss or LossConfig(), optimizer or OptimizerConfig()), self.placed
+        if settings not in self.learners:
+            attend = make_splash(placed.training) if jax.default_backend() == "tpu" else attend_sequence
+            made, update = make_optimizer(settings[1], placed.axes), settings[1]
+            told = (settings[0], self.dtype, update.logit_chunk, update.remat, attend)
+            self.learners[settings] = Learner(placed.graph, placed.training, made, *told)
+        return PolicyLearner(self, settings[1], self.learners[settings])
 
     def updated(self, state: TrainState) -> "Model":
         """The same model with the parameters of a state; engines and their programs are shared."""

@@ -106,14 +106,13 @@ def try_all(opening, right, run, cases, folder, capfd):
 
 @pytest.mark.slow
 def test_no_damage_is_trained_on(opening, right, whole_run, tmp_path, capfd):
-    """A byte, a file, a folder, a key at a time."""
-    cases = damage.damages(whole_run[0])
-    assert len(cases) >= 500
+    """A byte, a file, a folder, a key at a time; 560 of some 1,300 such damages."""
+    cases = random.Random(1).sample(damage.damages(whole_run[0]), 560)
     outcomes = try_all(opening, right, whole_run[0], cases, tmp_path, capfd)
     assert len(outcomes) >= 500
     taken = [outcomes[name] for name in outcomes]
     # Most leave a checkpoint to go on from, and many damage the newest.
-    assert taken.count("step 2") > 100 and taken.count("step 4") > 100
+    assert taken.count("step 2") > 50 and taken.count("step 4") > 50
     assert sum(x.startswith("step") for x in taken) > 0.7 * len(taken)
 
 
@@ -138,12 +137,11 @@ def copy(whole_run, tmp_path):
 
 
 def spoil_array(run, item="params", step=4):
-    """Zero 64 bytes in the midst of an item's largest file."""
+    """Change a bit in the midst of an item's largest file, which decompresses still."""
     folder = run / f"checkpoints/{step}/{item}/ocdbt.process_0/d"
     file = max(folder.iterdir(), key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 64] = bytes(64)
+    content[len(content) // 2] ^= 1
     damage.write(file, bytes(content))
 
 
@@ -152,7 +150,7 @@ def test_of_a_damaged_checkpoint_it_is_told_what_is_damaged(opening, right, copy
     spoil_array(copy, item)
     found = opening(copy)
     assert found.progress.step == 2 and found.damaged == [4]
-    assert f"the checkpoint of step 4 of {copy} is damaged: " in found.told[0] and item in found.told[0]
+    assert f"the checkpoint of step 4 of {copy} is damaged: the checksum of {item}/" in found.told[0]
     assert "step 2 is taken" in found.told[1]
     assert opening.bits(copy) == right[2]
 
@@ -236,6 +234,7 @@ def refused_other_seed(opening, copy):
 # --- whole commands
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_bit_for_bit(copy, whole_run):
     spoil_array(copy)
     (copy / "checkpoints" / "99").mkdir()

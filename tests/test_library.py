@@ -15,12 +15,11 @@ from fr3e_jax.config import ConfigError
 from fr3e_jax.engine.rollout import Engine
 
 QUESTIONS = ["347+285=", "118+904=", "560+439="]
-MESH = (2, 2, 2)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return fr3e.Model.load("quickstart", mesh=MESH)
+    return fr3e.Model.load("quickstart")
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +36,12 @@ def right(question, answer):
 def test_the_stages_from_a_model_to_an_updated_one(model, base):
     states = fr3e.states(base, rule="entropy", count=2)
     assert states.valid.sum() == 3 * 4 * 3  # padding has none
-    rollouts = base.engine.explore(base, states, count=4)
+    rollouts = base.engine.explore(base, states, count=8)
     answers = model.texts(states, rollouts)
     reward = fr3e.judge(answers, right)
     advantage, value, _ = fr3e.modulated_advantage(reward, states.valid)
     np.testing.assert_allclose(np.asarray(value)[states.valid], reward.mean(axis=2)[states.valid])
-    learner = model.learner(fr3e.LossConfig(), fr3e.OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
+    learner = model.learner(fr3e.LossConfig(), fr3e.OptimizerConfig(learning_rate=1e-6))
     batch = fr3e.groups(states, rollouts, advantage)
     mixed = states.valid & (reward.min(axis=2) < reward.max(axis=2))
     assert len(batch.query) == mixed.sum() > 0
@@ -56,7 +55,9 @@ def test_the_stages_from_a_model_to_an_updated_one(model, base):
     assert QUESTIONS[0] in repr(base) and "987,264 parameters" in repr(model) and "such as" in repr(answers)
 
 
-def test_what_the_readme_shows_runs_as_it_is_written():
+def test_what_the_readme_shows_runs_as_it_is_written(model, monkeypatch):
+    """On the model of the other tests, with the programs that are compiled for it."""
+    monkeypatch.setattr(fr3e.Model, "load", lambda name: model)
     page = (REPOSITORY / "README.md").read_text()
     shown = re.search(r"## In a notebook\n\n((?:    .*\n|\n)+)", page)[1]
     names = {}
@@ -66,7 +67,7 @@ def test_what_the_readme_shows_runs_as_it_is_written():
 
 def test_answers_hold_the_prefixes_that_they_restart_from(model, base):
     states = fr3e.states(base, rule="uniform", count=2)
-    answers = model.texts(states, base.engine.explore(base, states, count=2))
+    answers = model.texts(states, base.engine.explore(base, states, count=8))
     asked = dict(zip(QUESTIONS, base.texts, strict=True))
     for question, prefixes, row in zip(answers.question, states.prefixes, answers.text, strict=True):
         for prefix, texts in zip(prefixes, row, strict=True):
@@ -83,7 +84,7 @@ def test_a_cell_that_is_run_again_compiles_nothing_and_gives_the_same(model, bas
         engine = model.engine(max_response=40)
         found = engine.first_return(model.encode(QUESTIONS), count=4, seed=1)
         states = fr3e.states(found, count=2)
-        return found.rollouts, engine.explore(found, states, count=4), engine.explore(found, states, count=4)
+        return found.rollouts, engine.explore(found, states, 8), engine.explore(found, states, 8)
 
     first, explored, once_more = cell()
     programs = Engine.open_queries, Engine.open_states, Engine.advance
@@ -125,9 +126,9 @@ def test_mistakes_say_what_should_have_been(model, base, mistake, message):
 
 
 def test_a_missing_reference_is_told(model, base):
-    states = fr3e.states(base, count=1)
-    rollouts = base.engine.explore(base, states, count=2)
-    batch = fr3e.groups(states, rollouts, np.ones((*states.valid.shape, 2), np.float32))
+    states = fr3e.states(base, count=2)
+    rollouts = base.engine.explore(base, states, count=8)
+    batch = fr3e.groups(states, rollouts, np.ones((*states.valid.shape, 8), np.float32))
     learner = model.learner(fr3e.LossConfig(kl_coefficient=0.1))
     with pytest.raises(ConfigError, match="reference"):
         learner.update(learner.init(), batch)

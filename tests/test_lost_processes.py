@@ -82,6 +82,7 @@ def test_a_process_that_waits_for_one_that_never_comes_says_so(tmp_path):
         assert ended[2].count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_loses_the_first_while_sampling_says_so(tmp_path):
     lose(tmp_path / "run", "first_return", 1, 0)
 

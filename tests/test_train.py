@@ -196,6 +196,7 @@ def test_the_released_settings_and_kl_run(tmp_path):
     assert metrics(tmp_path / "run")[-1]["update/reference_kl"] > 0
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(whole_run, tmp_path):
     """Metrics of the first step agree to rounding; later ones drift, as any sampled run does."""
     # Compiled anew: of a program that was kept XLA says nothing.
