@@ -6,11 +6,10 @@ A model is three classes: a config (`DecoderConfig`), the decoder that it builds
 - Layers are stacked: every parameter of `decoder.layers` has a leading axis L. Callers split them
   (`nnx.split`), scan over that axis, and merge and call one layer at a time. NNX only holds the parameters:
   callers `nnx.split` once and `nnx.merge` inside plain jitted functions.
-- Every parameter is a float32 `nnx.Param` with `axes=`, the logical names of its axes. A mesh is given by
-  these names: `layer`; `embed`, `heads`, `kv_heads`, `head_dim`, `mlp`, `vocab` of matrices; `norm` of what
-  is added or multiplied along the hidden dimension. Every matrix, and nothing else, has an `embed` axis:
-  weight decay holds for these. What makes keys and values has an axis `kv_heads`, also where they are as
-  many as the query heads.
+- Every parameter is a float32 `nnx.Param` with `axes=`, the logical names of its axes, by which a mesh splits
+  it: `layer`, `embed` (hidden), `heads`, `kv_heads`, `head_dim`, `mlp`, `vocab`; and `norm`, the hidden
+  dimension of what is no matrix. Every matrix, and nothing else, has an `embed` axis: weight decay holds for
+  these. What makes keys and values has an axis `kv_heads`, also where they are as many as the query heads.
 - What belongs to single tokens (all methods here but `__call__`) takes the tokens of any number of sequences
   on one axis. Only attention knows which sequence a token is of, and it is not the model's: the model makes
   query, key and value, and goes on from what was attended to.
@@ -228,7 +227,17 @@ def abstract_params(config: DecoderConfig) -> Params:
 
 
 def logical_axes(config: DecoderConfig) -> Params:
-    """The logical axis names of every parameter, a tree of tuples parallel to the parameters."""
+    """The logical axis names of every parameter, a tree of tuples parallel to the parameters.
+
+    Raises:
+      ValueError: a parameter of the decoder has no name for each of its axes.
+    """
     state = nnx.state(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
-    flat = {path: variable.get_metadata("axes") for path, variable in nnx.to_flat_state(state)}
-    return traverse_util.unflatten_dict(flat)
+    found = {}
+    for path, variable in nnx.to_flat_state(state):
+        names = variable.get_metadata("axes", ())
+        if len(names) != variable.ndim:
+            name = ".".join(map(str, path))
+            raise ValueError(f"{name} has {variable.ndim} axes and the names {names}; give nnx.Param axes=")
+        found[path] = names
+    return traverse_util.unflatten_dict(found)

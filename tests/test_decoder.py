@@ -329,3 +329,15 @@ def test_a_step_is_said_to_cost_what_the_decoders_own_matrices_do():
     head = CONFIG.vocab_size * CONFIG.width * drawn.sum()
     told = rollout_cost(CONFIG, QUERIES, base, row_steps)
     assert told["flops"] == 2 * (weights * tokens + scores + head)
+
+
+@pytest.mark.parametrize("axes", [{}, {"axes": ("embed",)}], ids=["none", "too few"])
+def test_a_parameter_whose_axes_have_no_names_is_refused_by_its_own(axes):
+    class Unnamed(ParallelConfig):
+        def build(self, rngs):
+            decoder = super().build(rngs)
+            decoder.layers.norm.scale = nnx.Param(jnp.ones((2, 20)), **axes)
+            return decoder
+
+    with pytest.raises(ValueError, match=r"^layers\.norm\.scale has 2 axes"):
+        logical_axes(Unnamed())
