@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a model with FR3E, or with grpo or grpo++",
     "sft": "teach a model the worked solutions of a task, before it is trained",
     "evaluate": "score models on benchmarks, and compare two of them",
-    "generate": "answer questions, and show the entropy of every token",
+    "generate": "ask a model, and read its answer as it is written",
     "export": "write the model of a checkpoint as a Hugging Face directory",
     "plan": "say what a run takes on given devices, before it is started there",
     "bench": "measure rollouts, updates, scorers and loading on this machine",
