@@ -123,7 +123,8 @@ def test_rollouts_do_not_depend_on_the_mesh(sizes):
     check_equal(rollouts_on(mesh_of(*sizes)))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)], ids=str)
 def test_two_processes_take_the_same_decisions_and_end_together(sizes, tmp_path):
     two_processes(PROCESS, list(sizes), tmp_path / "found")
     first, second = (dict(np.load(tmp_path / f"found.{number}.npz")) for number in range(2))

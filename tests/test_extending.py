@@ -68,6 +68,7 @@ def test_every_table_on_the_page_is_there_and_none_is_missing():
         assert f"\n{name}: dict[str, " in (REPOSITORY / "fr3e_jax" / file).read_text()
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_the_page_adds_by_its_names(added, tmp_path):
     out = tmp_path / "run"
     chosen = ["--explore.rule=late_entropy", "--credit.advantage=leave_one_out", "--loss.policy=reinforce"]

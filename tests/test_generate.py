@@ -42,6 +42,7 @@ def test_the_answer_is_what_transformers_generates():
     assert "5 tokens, 1 answer(s) cut before the end" in cut.stderr
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_and_not_on_the_mesh():
     flags = ["--n=5", "--temperature=1.5"]
     alone = generated(*flags, start=run)  # on one device

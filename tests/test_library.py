@@ -77,6 +77,7 @@ def test_answers_hold_the_prefixes_that_they_restart_from(model, base):
                 assert any(text.startswith(prefix) for text in asked[question])
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_run_again_compiles_nothing_and_gives_the_same(model, base):
     """Of an engine that was asked for anew, and with caches that were used before."""
 

@@ -48,6 +48,7 @@ def test_the_wheel_brings_one_top_level_package(installed):
     assert tops == {"fr3e_jax"}
 
 
+@pytest.mark.slow
 def test_commands_find_their_config_from_any_directory(installed, tmp_path):
     shown = run_elsewhere(installed, tmp_path, "-m", "fr3e_jax.train", "--print_config")
     assert shown.returncode == 0, shown.stderr

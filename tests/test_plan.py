@@ -509,6 +509,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e-4", pytest.param("v5p-8", marks=pytest.mark.slow)])
 def test_a_small_run_is_planned_from_end_to_end(topology):

@@ -444,7 +444,7 @@ def test_equals_of_the_last_kept_token_in_blocks_that_were_not_looked_at_are_kep
 
 
 @pytest.mark.parametrize("sampling", ALL, ids=str)
-@pytest.mark.parametrize("left", [1000, 300])
+@pytest.mark.parametrize("left", [300, pytest.param(1000, marks=pytest.mark.slow)])
 def test_logprobs_and_entropy_are_those_of_the_two_distributions(sampling, left):
     """Of the token as it was drawn, and whatever the sampling, of the policy as it is."""
     logits = random_logits(1000, 9)

@@ -167,7 +167,9 @@ def test_gradient_of_a_model_on_a_mesh(sizes, remat):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("topology", "head_dim"), [("v5e:2x2", 128), ("v5p:2x2x1", 64)])
+@pytest.mark.parametrize(
+    ("topology", "head_dim"), [("v5e:2x2", 128), pytest.param("v5p:2x2x1", 64, marks=pytest.mark.slow)]
+)
 def test_scores_stay_within_the_kernel_on_a_tpu(topology, head_dim):
     """The gradient of the 7B model's attention to 1024 shared slots and 4096 own; and with smaller heads."""
     placement = Placement(slice_mesh(topology, (1, 2, 2)))

@@ -25,7 +25,9 @@ def handlers():
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("algorithm", ["fr3e", "grpo++", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "algorithm", ["fr3e", *(pytest.param(other, marks=pytest.mark.slow) for other in ("grpo++", "grpo"))]
+)
 def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorithm):
     """On eight devices: an array that lies elsewhere than a program wants it would be moved at every call."""
     config, _ = parse(Config, "train", "configs/quickstart.yaml", [*SMALL, f"--algorithm={algorithm}"])

@@ -288,6 +288,7 @@ def test_only_what_was_not_taken_is_an_error_of_storage(tmp_path):
         raise OSError("refused")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
     program = (
         "import sys\nimport jax.numpy as jnp\n"
