@@ -83,13 +83,7 @@ def test_a_process_that_waits_for_one_that_never_comes_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_loses_the_first_while_sampling_says_so(tmp_path):
-    lose(tmp_path / "run", "first_return", 1, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dies", [0, 1])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place, dies", [("first_return", 1), *((p, n % 2) for n, p in enumerate(PLACES))])
 def test_a_process_that_loses_another_says_where_and_the_run_goes_on(tmp_path, place, dies):
     directory = tmp_path / "run"
     lose(directory, place, PLACES[place], dies)
