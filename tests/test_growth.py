@@ -45,5 +45,6 @@ def test_memory_does_not_grow_with_steps(tmp_path, monkeypatch):
     # Where nothing was compiled, or is new to a cache; evaluations and saves are among these steps.
     quiet = np.array([(b[0] - a[0], b[3] - a[3]) for a, b in pairwise(seen) if a[2] == b[2]])
     assert len(quiet) >= 5
-    megabytes, objects = np.median(quiet, axis=0)
-    assert megabytes < 0.5 and objects < 20, quiet.tolist()
+    # What a worker holds of other tests comes and goes by megabytes from step to step: a leak adds up.
+    megabytes, objects = np.mean(quiet[:, 0]), np.median(quiet[:, 1])
+    assert megabytes < 3.0 and objects < 20, quiet.tolist()

@@ -72,6 +72,8 @@ class Checkpoints:
         Raises:
           StorageError: this checkpoint could not be written, or the one before.
         """
+        if self.latest() == progress.step:
+            return  # saved already by a run that was stopped in the evaluation after this step
         items = {
             "params": as_leaves(state.params),
             "optimizer": as_leaves(state.optimizer),
