@@ -36,10 +36,9 @@ from fr3e_jax.engine.rollout import Caches, Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.learner.layout import bundles_of
-from fr3e_jax.learner.splash_on_mesh import make_splash
-from fr3e_jax.learner.state import TrainState, init_state, make_optimizer, sampling_cast
+from fr3e_jax.learner.make import learner_of
+from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
 from fr3e_jax.learner.update import Learner, Metrics
-from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
@@ -47,7 +46,7 @@ from fr3e_jax.pretrained.model import PlacedModel, compute_type, open_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.stream import padded_width
 from fr3e_jax.rewards.verify import whole_answer
-from fr3e_jax.step.rounds import choose_states, keep, make_key
+from fr3e_jax.step.rounds import keep, make_key, states_of_kept
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 __all__ = [
@@ -94,7 +93,7 @@ class Base:
 
     @property
     def texts(self) -> list[list[str]]:
-        """The answers, [B][R]."""
+        """The text of every base trajectory, without those of padding: [B][R]."""
         rows, text = self.rollouts, self.engine.model.text
         return [
             text.answers([rows.token[b, r, :n] for r, n in enumerate(rows.length[b])], rows.stopped[b])
@@ -144,12 +143,12 @@ class Restarts:
 
     def __repr__(self) -> str:
         kept = np.flatnonzero(self.valid.any(axis=1))
-        lines = [f"{self.valid.sum()} states of {len(kept)} trajectories"]
+        lines, prefixes = [f"{self.valid.sum()} states of {len(kept)} trajectories"], self.prefixes
         for n in kept[:SHOWN]:
             lines.append(f"  {self.base.encoded.questions[self.arrays.query[n]]!r}")
             for j in np.flatnonzero(self.valid[n]):
                 worth = "" if self.value is None else f"V={self.value[n, j]:.2f} "
-                lines.append(f"    {worth}{self.prefixes[n][j]!r}")
+                lines.append(f"    {worth}{prefixes[n][j]!r}")
         return "\n".join(lines)
 
 
@@ -212,7 +211,7 @@ class Model:
     def engine(
         self, max_response: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
     ) -> "Explorer":
-        """What samples from it, answers of at most `max_response` tokens."""
+        """The engine that samples answers of at most `max_response` tokens with these parameters."""
         sampling = Sampling(temperature, top_k, top_p)
         key = (max_response, sampling)
         if key not in self.engines:
@@ -260,13 +259,13 @@ class Model:
         loss: LossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
     ) -> "PolicyLearner":
-        """What updates it."""
-        settings, placed = (loss or LossConfig(), optimizer or OptimizerConfig()), self.placed
+        """The learner that updates these parameters; by default with the settings of training."""
+        settings = (loss or LossConfig(), optimizer or OptimizerConfig())
         if settings not in self.learners:
-            attend = make_splash(placed.training) if jax.default_backend() == "tpu" else attend_sequence
-            made, update = make_optimizer(settings[1], placed.axes), settings[1]
-            told = (settings[0], self.dtype, update.logit_chunk, update.remat, attend)
-            self.learners[settings] = Learner(placed.graph, placed.training, made, *told)
+            placed = self.placed
+            self.learners[settings] = learner_of(
+                placed.graph, placed.training, placed.axes, *settings, self.dtype
+            )
         return PolicyLearner(self, settings[1], self.learners[settings])
 
     def updated(self, state: TrainState) -> "Model":
@@ -363,18 +362,8 @@ def states(
     key, step = make_key(base.seed, 1, place.sharding()), place.place(np.int32(base.step))
     kept = gather(keep(rules, key, step, *place.place_rows((base.encoded.queries.index, rewards))))
     kept = kept & (np.arange(b) < asked)[:, None]
-    query, trajectory, real = engine.arrange(kept)
-    chosen = jax.tree.map(lambda x: x[query, trajectory], rollouts)
-    told = (
-        base.encoded.queries.index[query],
-        trajectory,
-        real,
-        chosen.entropy,
-        chosen.logprob,
-        chosen.length,
-    )
-    prefix_length, valid = gather(choose_states(rules, key, step, *place.place_rows(told)))
-    return Restarts(base, States(query, trajectory, chosen.token, prefix_length, valid))
+    queries = base.encoded.queries
+    return Restarts(base, states_of_kept(engine, rules, key, step, queries, rollouts, kept))
 
 
 def judge(answers: Answers, verifier: Callable[[str, str], float]) -> np.ndarray:

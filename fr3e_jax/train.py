@@ -25,10 +25,8 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.learner import groups
-from fr3e_jax.learner.splash_on_mesh import make_splash
-from fr3e_jax.learner.state import TrainState, init_state, make_optimizer, sampling_cast
-from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.attention import attend_sequence
+from fr3e_jax.learner.make import learner_of
+from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
@@ -83,18 +81,9 @@ def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, Corpus]:
         text.stops,
     )
     dtype = jnp.dtype(config.model.compute_dtype)
-    optimizer = make_optimizer(config.optimizer, model.axes, updates_of(config))
-    learner = Learner(
-        model.graph,
-        model.training,
-        optimizer,
-        config.loss,
-        dtype,
-        config.optimizer.logit_chunk,
-        config.optimizer.remat,
-        make_splash(model.training) if jax.default_backend() == "tpu" else attend_sequence,
-    )
-    state = init_state(model.training, optimizer, model.axes, model.read_params(model.training))
+    settings = (config.loss, config.optimizer, dtype, updates_of(config))
+    learner = learner_of(model.graph, model.training, model.axes, *settings)
+    state = init_state(model.training, learner.optimizer, model.axes, model.read_params(model.training))
     reference = None
     if config.loss.kl_coefficient > 0:
         reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates

@@ -10,7 +10,7 @@ from fr3e_jax.pretrained.hub import find_model
 from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.problems.answers import MOST_BAD, unanswerable
 from fr3e_jax.problems.corpus import judging_problems, make_corpus
-from fr3e_jax.problems.sources import read, read_problems
+from fr3e_jax.problems.sources import read
 from fr3e_jax.rewards.rules import scorer_of
 from fr3e_jax.types import Problem
 
@@ -104,19 +104,19 @@ def test_a_few_that_can_never_be_right_are_told_with_three_examples_and_stay(tmp
 
 def test_more_than_a_tenth_of_them_is_refused_and_dropping_leaves_them_out(tmp_path):
     name = file_of(tmp_path, ["1"] * 9 + ["['70']"])
-    assert MOST_BAD == 0.1 and len(read_problems(SourceConfig(name))) == 10
+    assert MOST_BAD == 0.1 and len(read(SourceConfig(name))[0]) == 10
     name = file_of(tmp_path, ["1"] * 8 + ["['70']", "['7']"])
     with pytest.raises(
         ConfigError, match=r"2 of 10 answers can never be right.*list written as text"
     ) as error:
-        read_problems(SourceConfig(name))
+        read(SourceConfig(name))
     assert "\n" not in str(error.value) and "drop" not in str(error.value)  # benchmarks have no such option
     problems, (line,) = read(SourceConfig(name), drop=True)
     assert [p.answer for p in problems] == ["1"] * 8 and line.endswith("they are left out")
     name = file_of(tmp_path, [r"\boxed{7}"] * 20)
     with pytest.raises(ConfigError, match=r"20 of 20 .* set answer_is to last_box.*; name another column"):
         read(SourceConfig(name), drop=True)
-    assert len(read_problems(SourceConfig(name, answer_is="last_box"))) == 20
+    assert len(read(SourceConfig(name, answer_is="last_box"))[0]) == 20
 
 
 BAD = {

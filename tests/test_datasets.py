@@ -9,7 +9,7 @@ from environment import REPOSITORY
 
 from fr3e_jax.config import ConfigError, SourceConfig
 from fr3e_jax.problems.datasets import DATASETS, MIXTURES, markdown
-from fr3e_jax.problems.sources import read_problems
+from fr3e_jax.problems.sources import read
 
 # Rows as the data sets have them, cut down to what matters, and the problem that each is.
 ROWS = {
@@ -61,7 +61,7 @@ def test_a_row_of_a_named_data_set_gives_its_problem(tmp_path, name):
     row, (question, answer) = ROWS[name]
     file = tmp_path / "copy.jsonl"
     file.write_text(json.dumps(row) + "\n")
-    [problem] = read_problems(SourceConfig(name, file=str(file)))
+    [problem] = read(SourceConfig(name, file=str(file)))[0]
     assert (problem.question, problem.answer) == (question, answer)
     assert (problem.source, problem.scorer) == (name, DATASETS[name].scorer)
 
@@ -71,7 +71,7 @@ def test_a_copy_may_be_of_another_format_and_settings_of_the_source_win(tmp_path
     rows = [{"problem": f"q{i}", "level": f"Level {i}", "solution": f"\\boxed{{{i}}}"} for i in (1, 2, 3)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     source = SourceConfig("math", file=str(file), where={"level": ["Level 1", "Level 3"]}, scorer="exact")
-    assert [(p.question, p.answer, p.scorer) for p in read_problems(source)] == [
+    assert [(p.question, p.answer, p.scorer) for p in read(source)[0]] == [
         ("q1", "1", "exact"),
         ("q3", "3", "exact"),
     ]
@@ -81,9 +81,9 @@ def test_rows_without_an_answer_are_left_out_only_where_that_is_known(tmp_path):
     file = tmp_path / "deepscaler.json"
     rows = [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": ""}, {"problem": "c", "answer": None}]
     file.write_text(json.dumps(rows))
-    assert [p.question for p in read_problems(SourceConfig("deepscaler", file=str(file)))] == ["a"]
+    assert [p.question for p in read(SourceConfig("deepscaler", file=str(file)))[0]] == ["a"]
     with pytest.raises(ConfigError, match=r"row 2: the answer \(column 'answer'\) is empty"):
-        read_problems(SourceConfig("math500", file=str(file)))
+        read(SourceConfig("math500", file=str(file)))
 
 
 @pytest.mark.parametrize("choices", [["sea", "sky"], {"label": ["A"], "text": []}, {"text": ["sea"]}, None])
@@ -91,7 +91,7 @@ def test_choices_of_another_form_are_refused(tmp_path, choices):
     file = tmp_path / "copy.jsonl"
     file.write_text(json.dumps({"question": "Where?", "choices": choices, "answerKey": "A"}))
     with pytest.raises(ConfigError, match=r"copy.jsonl, line 1: column 'choices' has no equally long"):
-        read_problems(SourceConfig("commonsense_qa", file=str(file)))
+        read(SourceConfig("commonsense_qa", file=str(file)))
 
 
 def test_the_papers_mixture_asks_every_problem_equally_often():

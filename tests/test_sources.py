@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from fr3e_jax.config import ConfigError, SourceConfig
 from fr3e_jax.problems.overlap import normalised
-from fr3e_jax.problems.sources import FileTask, file_task, of_split, read_problems, stream
+from fr3e_jax.problems.sources import FileTask, file_task, of_split, stream
+from fr3e_jax.problems.sources import read as read_source
 from fr3e_jax.types import Problem
 
 
@@ -28,7 +29,7 @@ def jsonl(folder, *rows, name="a.jsonl"):
 
 
 def read(name, **settings):
-    return [(p.question, p.answer) for p in read_problems(SourceConfig(name, **settings))]
+    return [(p.question, p.answer) for p in read_source(SourceConfig(name, **settings))[0]]
 
 
 def refusal(name, **settings):
@@ -73,8 +74,8 @@ def test_the_same_rows_in_any_format_are_the_same_problems(tmp_path, suffix):
     WRITERS[suffix](TWENTY, tmp_path / f"a{suffix}")
     name = str(tmp_path / f"a{suffix}")
     expected = [Problem(row["question"].strip(), row["answer"], "math", name) for row in TWENTY]
-    assert read_problems(SourceConfig(name)) == expected
-    chosen = read_problems(SourceConfig(name, where={"level": [0, "2"]}, scorer="exact"))
+    assert read_source(SourceConfig(name))[0] == expected
+    chosen = read_source(SourceConfig(name, where={"level": [0, "2"]}, scorer="exact"))[0]
     assert [p.answer for p in chosen] == [str(i) for i in range(20) if i % 3 != 1]
     assert {p.scorer for p in chosen} == {"exact"}
 
@@ -156,7 +157,7 @@ def test_a_chat_is_read_as_its_last_question_behind_what_was_said_before(tmp_pat
         [system, question, answer, turn("user", "And 2+2?"), answer, turn("assistant", "more")],
     ]
     WRITERS[suffix]([{"messages": chat, "answer": "2"} for chat in chats], tmp_path / f"a{suffix}")
-    problems = read_problems(SourceConfig(str(tmp_path / f"a{suffix}"), prompt="messages"))
+    problems = read_source(SourceConfig(str(tmp_path / f"a{suffix}"), prompt="messages"))[0]
     assert [(p.question, p.before) for p in problems] == [
         ("1+1?", ()),
         ("1+1?", (("system", "Be brief."),)),
@@ -522,11 +523,11 @@ FETCHED = set()
 ASK = """
 import json, sys
 from fr3e_jax.config import ConfigError, SourceConfig
-from fr3e_jax.problems.sources import read_problems
+from fr3e_jax.problems.sources import read
 answers = []
 for settings in json.loads(sys.argv[1]):
     try:
-        answers.append([[p.question, p.answer] for p in read_problems(SourceConfig(**settings))])
+        answers.append([[p.question, p.answer] for p in read(SourceConfig(**settings))[0]])
     except ConfigError as error:
         answers.append(f"refused: {error}")
 print(json.dumps(answers))
@@ -540,7 +541,7 @@ def endpoint():
 
 
 def ask(home, endpoint, *sources, **settings):
-    """What `read_problems` gives for each source in a process of its own."""
+    """What `read` gives for each source in a process of its own."""
     return answers_of(ASK, sources, home, endpoint, JAX_PLATFORMS="cpu", **settings)
 
 

@@ -288,6 +288,12 @@ def test_only_what_was_not_taken_is_an_error_of_storage(tmp_path):
         raise OSError("refused")
 
 
+def talking_to(program):
+    """A process that runs Python text, with pipes to and from it."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", program], **pipes)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
     program = (
@@ -308,8 +314,7 @@ def test_a_checkpoint_of_which_a_part_came_is_an_error_and_not_chosen(here):
         "        error = str(failed)\n"
         "    print(f'after {latest} {error}'.strip(), flush=True)\n"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    process = talking_to(program)
 
     def save():
         process.stdin.write("\n")
@@ -356,8 +361,7 @@ def test_a_damaged_checkpoint_of_a_bucket_is_told_and_moved_aside(here):
         "set_aside(run, list(whole.damaged))\n"
         "print(whole.step, whole.damaged, Checkpoints(run, keep=3).steps())\n"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    process = talking_to(program)
     deadline = time.monotonic() + 60
     while f"{CHECKPOINTS}/2/commit_success.txt" not in here.files("gs://bucket/run"):
         assert process.poll() is None and time.monotonic() < deadline

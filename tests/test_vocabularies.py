@@ -5,6 +5,7 @@ The model is one whose attention and MLP add nothing, so that the distribution b
 own embedding and is known without a forward pass.
 """
 
+import dataclasses
 import itertools
 import re
 
@@ -12,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import placement
+from support import TINY, placement
 
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, draw, draw_uniform, row_key
 from fr3e_jax.models.decoder import abstract_params, graph_of
-from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.types import Queries, States
 
@@ -27,19 +27,14 @@ VOCABULARIES = (16, 32_000, 49_152, 151_936, 152_064)  # 49,152: SmolLM2; the la
 
 
 def config_of(vocabulary):
-    return Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        rope_theta=10_000.0,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 64,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return dataclasses.replace(TINY, vocab_size=vocabulary, **sizes, **heads)
 
 
 def embedding_of(vocabulary):

@@ -153,7 +153,7 @@ def mixed_queries(reward: Array, valid: Array, query: Array) -> Array:
 
 
 def every_state(reward: Array, valid: Array, query: Array) -> Array:
-    """All valid states."""
+    """Keep every valid state, whatever its rewards: none is rejected. bool [N, J]."""
     return valid
 
 

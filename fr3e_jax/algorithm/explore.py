@@ -70,7 +70,7 @@ def keep_random_of_each(reward: Array, key: Array) -> Array:
 
 
 def keep_all(reward: Array, key: Array) -> Array:
-    """Every trajectory."""
+    """Keep all R base trajectories of every query, whatever their rewards. bool [B, R]."""
     return jnp.ones(reward.shape, bool)
 
 
@@ -166,22 +166,22 @@ def uniform_positions(length: Array, count: int, min_gap: int = 0) -> tuple[Arra
 
 
 def by_entropy(base: Trajectories) -> Array:
-    """The uncertain tokens. Paper."""
+    """Score each token by the entropy before it was drawn, nats: the most uncertain come first. Paper."""
     return base.entropy
 
 
 def by_surprisal(base: Trajectories) -> Array:
-    """The least likely drawn tokens. Release."""
+    """Score each token by how unlikely it was when drawn, -log pi, nats. Release."""
     return -base.logprob
 
 
 def at_random(base: Trajectories) -> Array:
-    """Any tokens."""
+    """Score each token by a random number in [0, 1), so that all positions are as likely."""
     return jax.vmap(lambda k: jax.random.uniform(k, base.entropy.shape[1:]))(base.key)
 
 
 def evenly(base: Trajectories) -> Array:
-    """The middles of equal parts, and no others."""
+    """Score the middles of equal parts of a response 0, and all other tokens -inf: never chosen."""
     position, valid = uniform_positions(base.length, base.count, base.min_gap)
     index = jnp.arange(base.entropy.shape[1])[None, None, :]
     chosen = jnp.any((index == position[:, :, None]) & valid[:, :, None], axis=1)

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from fr3e_jax.config import Config, updates_of
 from fr3e_jax.engine.rollout import Caches, Engine, roots
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.learner.splash_on_mesh import make_splash
-from fr3e_jax.learner.state import TrainState, make_optimizer, sampling_cast, state_shardings
+from fr3e_jax.learner.make import learner_of
+from fr3e_jax.learner.state import TrainState, sampling_cast, state_shardings
 from fr3e_jax.learner.update import Learner, applying
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import MESH_AXES, place_model, row_parts
@@ -249,16 +249,8 @@ class Setup:
     def learner(self) -> Learner:
         """As training makes it on a TPU."""
         training, _ = self.placements
-        return Learner(
-            graph_of(self.model),
-            training,
-            make_optimizer(self.config.optimizer, self.axes, updates_of(self.config)),
-            self.config.loss,
-            self.dtype,
-            self.config.optimizer.logit_chunk,
-            self.config.optimizer.remat,
-            make_splash(training),
-        )
+        settings = (self.config.loss, self.config.optimizer, self.dtype, updates_of(self.config))
+        return learner_of(graph_of(self.model), training, self.axes, *settings, on_tpu=True)
 
     @functools.cached_property
     def state(self) -> TrainState:

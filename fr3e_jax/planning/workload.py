@@ -285,10 +285,3 @@ def groups_of(
         advantage=zeros(np.float32, wanted, rollouts),
         source=np.stack([tree, np.zeros_like(tree), state], axis=1).astype(np.int32),
     )
-
-
-def prefixes_of(config: Config, told: Assumptions) -> tuple[float, float]:
-    """(Mean tokens of a query, mean tokens of a base response before a state)."""
-    states = config.explore.positions + 1
-    before = told.response * config.rollout.max_response * (states - 1) / (2 * states)
-    return told.prompt * config.rollout.max_prompt, before

@@ -116,15 +116,6 @@ def stream(tasks: Sequence[Task], weights: Sequence[float], seed: int) -> Any:
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
 
-def read_problems(source: SourceConfig) -> list[Problem]:
-    """All problems of a source, in the order of its files; none is left out.
-
-    Raises:
-      ConfigError: as `read`.
-    """
-    return read(source)[0]
-
-
 def read(source: SourceConfig, drop: bool = False, remedy: str = "") -> tuple[list[Problem], tuple[str, ...]]:
     """The problems of a source, in the order of its files, and lines for people on its bad rows.
 

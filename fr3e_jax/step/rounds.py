@@ -194,11 +194,33 @@ def find_states(run: Run, step: Array, queries: Queries, base: Rollouts, base_re
     are compiled.
     """
     rules, place = run.config.explore, run.engine.placement.place_rows
-    kept = keep(rules, run.key(1), step, *place((queries.index, base_reward)))
-    query, trajectory, real = run.engine.arrange(gather(kept))
+    kept = gather(keep(rules, run.key(1), step, *place((queries.index, base_reward))))
+    return states_of_kept(run.engine, rules, run.key(1), step, queries, base, kept)
+
+
+def states_of_kept(
+    engine: Engine,
+    rules: ExploreConfig,
+    key: Array,
+    step: Array,
+    queries: Queries,
+    base: Rollouts,
+    kept: np.ndarray,
+) -> States:
+    """Stages 5 and 6: the states of kept trajectories, on the host.
+
+    Args:
+      engine: what samples from the states, and lays trajectories out for its mesh.
+      rules: how positions are chosen.
+      key: of the run's seed, for choices.
+      step: int32 [].
+      queries: of the round. base: base trajectories, [B, R, S] leaves; both on the host.
+      kept: bool [B, R].
+    """
+    query, trajectory, real = engine.arrange(kept)
     chosen = jax.tree.map(lambda x: x[query, trajectory], base)
     told = (queries.index[query], trajectory, real, chosen.entropy, chosen.logprob, chosen.length)
-    prefix_length, valid = gather(choose_states(rules, run.key(1), step, *place(told)))
+    prefix_length, valid = gather(choose_states(rules, key, step, *engine.placement.place_rows(told)))
     return States(query, trajectory, chosen.token, prefix_length, valid)
 
 
