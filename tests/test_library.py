@@ -12,7 +12,6 @@ from environment import REPOSITORY
 
 import fr3e_jax as fr3e
 from fr3e_jax.config import ConfigError
-from fr3e_jax.engine.rollout import Engine
 
 QUESTIONS = ["347+285=", "118+904=", "560+439="]
 
@@ -78,23 +77,28 @@ def test_answers_hold_the_prefixes_that_they_restart_from(model, base):
 
 
 @pytest.mark.slow
-def test_a_cell_that_is_run_again_compiles_nothing_and_gives_the_same(model, base):
+def test_a_cell_that_is_run_again_compiles_nothing_and_gives_the_same(model, base, caplog):
     """Of an engine that was asked for anew, and with caches that were used before."""
 
-    def cell():
-        engine = model.engine(max_response=40)
+    def cell(max_response):
+        engine = model.engine(max_response=max_response)
         found = engine.first_return(model.encode(QUESTIONS), count=4, seed=1)
         states = fr3e.states(found, count=2)
         return found.rollouts, engine.explore(found, states, 8), engine.explore(found, states, 8)
 
-    first, explored, once_more = cell()
-    programs = Engine.open_queries, Engine.open_states, Engine.advance
-    compiled = [program._cache_size() for program in programs]
-    second, *others = cell()
-    assert [program._cache_size() for program in programs] == compiled
+    def compiled(max_response):
+        caplog.clear()
+        with jax.log_compiles():
+            results = cell(max_response)
+        return results, [record.message for record in caplog.records if "Compiling" in record.message]
+
+    first, explored, once_more = cell(40)
+    (second, *others), programs = compiled(40)
+    assert programs == []
     for other in (once_more, *others):
         jax.tree.map(np.testing.assert_array_equal, other, explored)
     jax.tree.map(np.testing.assert_array_equal, second, first)
+    assert any("advance" in program for program in compiled(39)[1])  # another limit is other programs
 
 
 def test_kept_trajectories_may_be_chosen_by_reward(base):
