@@ -46,6 +46,12 @@ from fr3e_jax.step.update import SamplingError, SkippedError, train_step
 
 MODEL = "model"  # the directory of the final one, in the run directory
 
+LINE = (
+    "a step's line: root reward, the mean reward from the bare question; entropy of a token; states that are "
+    "trained on (+) and that are not (-); tokens drawn; seconds, by stage (all numbers: "
+    "python -m fr3e_jax.step.meanings)"
+)
+
 
 def evaluate(config: Config, parts: Parts, params: Params, step: int) -> Metrics:
     """Greedy answers to the held-out problems: share right, share cut off, mean length in tokens."""
@@ -107,6 +113,8 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             reporter.say(line)
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
+        if progress.step < config.steps:
+            reporter.say(LINE)
         try:
             if not progress.step:
                 first = corpus.held_out[0]
