@@ -95,7 +95,7 @@ OTHERS: dict[str, Meaning] = {
     ),
     "update/clip_dual": Meaning("share that loss.dual_clip bounded", "share", TRAINED),
     "update/approx_kl": Meaning(
-        "KL divergence from the policy that sampled to this one (k3)",
+        "KL divergence from the policy that sampled to this one, the mean of -log ratio",
         "nats",
         TRAINED,
         "a rise over steps: updates are too large",
