@@ -29,7 +29,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
-from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
+from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
 from fr3e_jax.config import Config, CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.cost import Cost, rollout_cost
 from fr3e_jax.engine.finite import require_finite
@@ -275,7 +275,15 @@ def compiled_states(
     )
     # Branch numbers from 1: 0 chose the trajectories.
     keys = jax.vmap(row_key, (None, None, 0, 0))(draws.choices, draws.step, index, 1 + trajectory)
-    position, valid = positions_of(rules.rule, entropy, logprob, count, rules.positions, rules.min_gap, keys)
+    trajectories = Trajectories(
+        entropy=entropy,
+        logprob=logprob,
+        length=count,
+        key=keys,
+        count=rules.positions,
+        min_gap=rules.min_gap,
+    )
+    position, valid = positions_of(rules.rule, trajectories)
     prefix_length, valid = states_of(position, valid)
     states = States(query, trajectory, response, prefix_length, valid & real[:, None])
     return jax.tree.map(lambda x: placement.shard(x, "batch"), states)
