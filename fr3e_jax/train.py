@@ -4,6 +4,7 @@ Sets a run up, goes through its steps (the pipeline is in step/rounds.py), evalu
 exports the model at the end. A run directory that holds a checkpoint is resumed.
 """
 
+import contextlib
 import dataclasses
 import tempfile
 import time
@@ -43,17 +44,25 @@ from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.compilation import keep_compiled
 from fr3e_jax.run.interruption import Interrupted, Interruption
-from fr3e_jax.run.reporter import Reporter, Silent, open_reporter, read_metrics
+from fr3e_jax.run.lock import Lock
+from fr3e_jax.run.reporter import Reporter, Silent, open_reporter
 from fr3e_jax.run.resume import Resumed, resume, set_aside
-from fr3e_jax.run.run_dir import differing, open_run_dir, refuse_other_settings
+from fr3e_jax.run.run_dir import (
+    MODEL,
+    begun_anew,
+    changes,
+    completed,
+    describe_completed,
+    open_run_dir,
+    refuse_other_settings,
+    what_may_change,
+)
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
 from fr3e_jax.step.metrics import Metrics
 from fr3e_jax.step.rounds import Run
 from fr3e_jax.step.update import SamplingError, SkippedError, train_step
 from fr3e_jax.types import Problem
-
-MODEL = "model"  # the directory of the final one, in the run directory
 
 
 def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, Corpus]:
@@ -119,10 +128,40 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
     Returns:
       What summary.json says; None if the run was asked to stop before its end.
     """
+    refuse_other_settings(resolve(config))  # before anything is written
+    hosts = Hosts(
+        make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), config.distributed.timeout
+    )
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(Lock("train", hosts))
+        if config.run_dir is not None:
+            lock.take(location(config.run_dir))
+        return train_locked(config, name, lock, stack)
+
+
+def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitStack) -> dict[str, Any] | None:
+    """Run or resume where no other run can write.
+
+    Args:
+      config: as given.
+      name: of the run directory, where none is given.
+      lock: on the run directory, held if one is given.
+      stack: closed when the run ends.
+
+    Returns:
+      What summary.json says; None if the run was asked to stop before its end.
+    """
     started = time.perf_counter()
     given, config = config, resolve(config)
     lost = refuse_other_settings(config)
+    summary = completed(config) if lost is None else None
+    if lock.hosts.of_first(summary is not None, "whether the run is complete"):
+        for line in describe_completed(summary, config) if is_first() and summary else []:
+            print(line, flush=True)
+        return summary
+    anew = begun_anew(config)
     run, model, state, corpus = setup(config)
+    stack.enter_context(run.interruption)
     held_out = corpus.held_out
     carried = groups.empty_groups(
         config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
@@ -137,6 +176,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
     directory = open_run_dir(config, name)
     set_aside(directory, resumed.damaged)
     run.hosts.meet("the run directory is there")
+    lock.take(directory)
     keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
     checkpoints = Checkpoints(directory, keep, keep_every, dump(config))
     started -= progress.seconds
@@ -146,12 +186,17 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
             f"{dict(run.placement.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
         )
-        if implied := differing(as_written(given), as_written(config)):
+        if implied := changes(as_written(given), as_written(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
-        for line in (*without_effect(given), *corpus.told, *resumed.told):
+        for line in (*lock.messages, *anew, *without_effect(given), *corpus.told, *resumed.told):
             reporter.say(line)
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
+        if progress.step > config.steps:
+            reporter.say(
+                f"--steps {config.steps} asks for fewer steps than there are: none is trained, and the model "
+                f"of step {progress.step} is exported"
+            )
         try:
             if not progress.step:
                 first = held_out[0]
@@ -161,6 +206,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
                     checkpoints.check()
+                    lock.check()
                     with waiting(f"step {progress.step + 1}"):
                         state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
                     told = {"metrics": metrics, "sample": sample}
@@ -180,8 +226,10 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
                     raise SkippedError(skipped_message(progress))
                 if last or progress.step % config.checkpoint.every == 0:
                     checkpoints.save(state, carried, progress)
-        except (SamplingError, ScorerError):
+        except (SamplingError, ScorerError) as error:
             checkpoints.save_last(state, carried, progress)
+            if isinstance(error, SamplingError):
+                raise SamplingError(f"{error} {what_may_change(str(error), directory)}") from None
             raise
         except Interrupted:
             progress = dataclasses.replace(progress, seconds=time.perf_counter() - started)
@@ -195,6 +243,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
         finally:
             run.verifier.pool.close()
         checkpoints.close()
+        lock.check()
         with waiting("the export"):
             export_run(directory / MODEL, model.source, state.params, jnp.dtype(config.model.export_dtype))
         return finish(reporter, directory, progress)
@@ -225,8 +274,7 @@ def skipped_message(progress: Progress) -> str:
 
 def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progress) -> dict[str, Any]:
     """Write and show the summary."""
-    accuracy = {m["step"]: m["eval/accuracy"] for m in read_metrics(directory) if "eval/accuracy" in m}
-    before, after = accuracy.get(0), accuracy.get(progress.step)  # None where the line is lost
+    before, after = (reporter.accuracies.get(step) for step in (0, progress.step))  # None where it is lost
     summary = {
         "accuracy_before": before,
         "accuracy_after": after,
