@@ -38,11 +38,10 @@ with Lock("train", Hosts(None, 9)) as lock:
 def holder(tmp_path):
     """Another process that holds the lock of tmp_path until it gets a line."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path)], **pipes)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path)], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def taken(place, **others):
