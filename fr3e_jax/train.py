@@ -4,6 +4,7 @@ Sets a run up, goes through its steps (the pipeline is in step/rounds.py), evalu
 exports the model at the end. A run directory that holds a checkpoint is resumed.
 """
 
+import contextlib
 import dataclasses
 import tempfile
 import time
@@ -35,16 +36,24 @@ from fr3e_jax.run.build import Parts, build, mesh_of
 from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.compilation import keep_compiled
 from fr3e_jax.run.interruption import Interrupted, Interruption
-from fr3e_jax.run.reporter import Reporter, Silent, open_reporter, read_metrics
+from fr3e_jax.run.lock import Lock
+from fr3e_jax.run.reporter import Reporter, Silent, open_reporter
 from fr3e_jax.run.resume import Resumed, resume, set_aside
-from fr3e_jax.run.run_dir import differing, open_run_dir, refuse_other_settings
+from fr3e_jax.run.run_dir import (
+    MODEL,
+    begun_anew,
+    changes,
+    completed,
+    describe_completed,
+    open_run_dir,
+    refuse_other_settings,
+    what_may_change,
+)
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
 from fr3e_jax.step.metrics import Metrics
 from fr3e_jax.step.rounds import draws_of
 from fr3e_jax.step.update import SamplingError, SkippedError, train_step
-
-MODEL = "model"  # the directory of the final one, in the run directory
 
 LINE = (
     "a step's line: root reward, the mean reward from the bare question; entropy of a token; states that are "
@@ -76,11 +85,38 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
     Returns:
       What summary.json says; None if the run was asked to stop before its end.
     """
+    refuse_other_settings(resolve(config))  # before anything is written
+    hosts = Hosts(mesh_of(config.mesh), config.distributed.timeout)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(Lock("train", hosts))
+        if config.run_dir is not None:
+            lock.take(location(config.run_dir))
+        return train_locked(config, name, lock, stack)
+
+
+def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitStack) -> dict[str, Any] | None:
+    """Run or resume where no other run can write.
+
+    Args:
+      config: as given.
+      name: of the run directory, where none is given.
+      lock: on the run directory, held if one is given.
+      stack: closed when the run ends.
+
+    Returns:
+      What summary.json says; None if the run was asked to stop before its end.
+    """
     started = time.perf_counter()
     given, config = config, resolve(config)
     lost = refuse_other_settings(config)
-    hosts = Hosts(mesh_of(config.mesh), config.distributed.timeout)
-    parts = build(config, hosts, Interruption(hosts).check)
+    hosts = lock.hosts
+    summary = completed(config) if lost is None else None
+    if hosts.of_first(summary is not None, "whether the run is complete"):
+        for line in describe_completed(summary, config) if is_first() and summary else []:
+            print(line, flush=True)
+        return summary
+    anew = begun_anew(config)
+    parts = build(config, hosts, stack.enter_context(Interruption(hosts)).check)
     corpus, policy = parts.corpus, parts.policy
     state, reference = policy.fresh_state(parts.learner), None
     if config.loss.kl_coefficient > 0:
@@ -98,6 +134,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
     directory = open_run_dir(config, name)
     set_aside(directory, resumed.damaged)
     hosts.meet("the run directory is there")
+    lock.take(directory)
     keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
     checkpoints = Checkpoints(directory, keep, keep_every, dump(config))
     started -= progress.seconds
@@ -107,14 +144,19 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
             f"{dict(hosts.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
         )
-        if implied := differing(as_written(given), as_written(config)):
+        if implied := changes(as_written(given), as_written(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
-        for line in (*without_effect(given), *corpus.told, *resumed.told):
+        for line in (*lock.messages, *anew, *without_effect(given), *corpus.told, *resumed.told):
             reporter.say(line)
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
         if progress.step < config.steps:
             reporter.say(LINE)
+        if progress.step > config.steps:
+            reporter.say(
+                f"--steps {config.steps} asks for fewer steps than there are: none is trained, and the model "
+                f"of step {progress.step} is exported"
+            )
         try:
             if not progress.step:
                 first = corpus.held_out[0]
@@ -124,6 +166,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
                     checkpoints.check()
+                    lock.check()
                     with waiting(f"step {progress.step + 1}"):
                         state, carried, progress, metrics, sample = train_step(
                             config, parts, reference, state, carried, progress
@@ -145,8 +188,10 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
                     raise SkippedError(skipped_message(progress))
                 if last or progress.step % config.checkpoint.every == 0:
                     checkpoints.save(state, carried, progress)
-        except (SamplingError, ScorerError):
+        except (SamplingError, ScorerError) as error:
             checkpoints.save_last(state, carried, progress)
+            if isinstance(error, SamplingError):
+                raise SamplingError(f"{error} {what_may_change(str(error), directory)}") from None
             raise
         except Interrupted:
             progress = dataclasses.replace(progress, seconds=time.perf_counter() - started)
@@ -160,6 +205,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
         finally:
             parts.verifier.pool.close()
         checkpoints.close()
+        lock.check()
         with waiting("the export"):
             export_type = jnp.dtype(config.model.export_dtype)
             export_run(directory / MODEL, policy.model.source, state.params, export_type)
@@ -191,8 +237,7 @@ def skipped_message(progress: Progress) -> str:
 
 def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progress) -> dict[str, Any]:
     """Write and show the summary."""
-    accuracy = {m["step"]: m["eval/accuracy"] for m in read_metrics(directory) if "eval/accuracy" in m}
-    before, after = accuracy.get(0), accuracy.get(progress.step)  # None where the line is lost
+    before, after = (reporter.accuracies.get(step) for step in (0, progress.step))  # None where it is lost
     summary = {
         "accuracy_before": before,
         "accuracy_after": after,

@@ -194,9 +194,9 @@ def test_without_its_config_a_run_goes_on_with_the_settings_of_its_checkpoint_on
         (copy / "config.yaml").write_bytes(content)
     assert opening.bits(copy) == right[4]
     assert "config.yaml is" in opening(copy).told[-1]
-    assert "other settings of seed" in refused(copy, opening, seed=1)
+    assert "other settings: seed: " in refused(copy, opening, seed=1)
     loss = dataclasses.replace(opening.config.loss, clip_high=0.4)
-    assert "other settings of loss.clip_high" in refused(copy, opening, loss=loss)
+    assert "other settings: loss.clip_high: 0.28 -> 0.4" in refused(copy, opening, loss=loss)
     with pytest.raises(ConfigError, match="holds a run"):
         opening(copy, resume="never")
 
@@ -208,7 +208,7 @@ def test_a_config_that_lost_its_seed_does_not_let_another_one_in(opening, copy):
     damage.write(copy / "config.yaml", "".join(x for x in lines if "seed" not in x).encode())
     assert opening(copy).progress.step == 4
     with_settings(copy, lambda x: x.update(seed=5))
-    assert "other settings of seed" in refused(copy, opening, seed=5)
+    assert "other settings: seed: " in refused(copy, opening, seed=5)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_be_unverified(opening, right, copy):
@@ -248,7 +248,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_bit_for_bit(copy
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "the checkpoint of step 99 of" in done.stdout and "the checkpoint of step 4 of" in done.stdout
-    assert "metrics.jsonl: line 4 is cut short or damaged" in done.stdout
+    assert "metrics.jsonl: the last line, 4, is cut short" in done.stdout
     assert "resumed from the checkpoint of step 2" in done.stdout
     assert metrics(copy) == metrics(whole_run[0])
     ours, theirs = ((d / "model" / "model.safetensors").read_bytes() for d in (copy, whole_run[0]))
