@@ -31,11 +31,11 @@ else:
 
 Leaf = AnyArray
 
-T = TypeVar("T")
+Tree = TypeVar("Tree")
 
 
 @dataclass_transform(frozen_default=True)
-def pytree(cls: type[T]) -> type[T]:
+def pytree(cls: type[Tree]) -> type[Tree]:
     """Make a frozen dataclass that is, to jax, the tree of its fields.
 
     jax also fills such trees with axis numbers, shardings and marks of its own. It does so without `__init__`
@@ -46,13 +46,13 @@ def pytree(cls: type[T]) -> type[T]:
     names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
     keys = [jax.tree_util.GetAttrKey(name) for name in names]
 
-    def flatten(tree: T) -> tuple[list[Any], None]:
+    def flatten(tree: Tree) -> tuple[list[Any], None]:
         return [getattr(tree, name) for name in names], None
 
-    def flatten_with_keys(tree: T) -> tuple[list[Any], None]:
+    def flatten_with_keys(tree: Tree) -> tuple[list[Any], None]:
         return list(zip(keys, flatten(tree)[0], strict=True)), None
 
-    def unflatten(_: None, leaves: Any) -> T:
+    def unflatten(_: None, leaves: Any) -> Tree:
         tree = object.__new__(made)
         tree.__dict__.update(zip(names, leaves, strict=True))
         return tree

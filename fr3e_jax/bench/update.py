@@ -104,7 +104,15 @@ def ours(bundles: list[Bundle], model: DecoderConfig = TINY) -> Callable[[], Any
     axes = logical_axes(model)
     placement, _ = place_model(make_mesh(1, 1, 1), axes, abstract_params(model))
     optimizer = make_optimizer(OptimizerConfig(), axes)
-    learner = Learner(graph_of(model), placement, optimizer, LossConfig(), np.float32, 2048, remat=False)
+    learner = Learner(
+        graph_of(model),
+        placement,
+        optimizer,
+        LossConfig(),
+        compute_dtype=np.float32,
+        logit_chunk=2048,
+        remat=False,
+    )
     held = [init_state(placement, optimizer, axes, init_params(model, 0))]
 
     def side() -> None:
