@@ -13,7 +13,20 @@ Paper symbol, meaning, name here:
 
 Axis letters: B queries, R base trajectories per query, N kept trajectories, J states, M rollouts
 per state, C branches of a trajectory (R, or J x M), P prompt tokens, S response tokens,
-T tokens of a whole sequence.
+T tokens of a whole sequence, G groups (a state with its rollouts).
+
+Words of this package:
+  branch  a response that is sampled from a state: a base trajectory (state 0) or a partial rollout
+  seat    the batch row that a branch is decoded in (engine)
+  leg     the decoding between two looks at which branches still run; the others' rows are given up (engine)
+  rung    a number of rows that a leg may have; few, since each is a program (engine)
+  tree    a kept trajectory with its states and their rollouts
+  trunk   query and base response of a tree up to the last token that one of its rollouts follows (learner)
+  row     a rollout as the learner computes it: it follows the beginning of a trunk (learner)
+  chunk   rows of one width, padded, that one call of a program computes (learner)
+  bundle  trunks that are in memory together, and the chunks of rows that follow them (learner)
+  window  the first slots of the trunks, as far as a chunk's rows follow them (learner)
+  part    the devices that hold the same batch rows: one of data x fsdp parts of the mesh
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""The shapes of the family, for planning and for tests without weights.
+"""Configs of published models, for planning and for tests without weights.
 
-A checkpoint is always read by its own config.json. These are what the checkpoints of a size share, with
-the variants (base, Instruct, Math, Coder) that have that shape; where base and Instruct differ (the context,
+A checkpoint is always read by its own config.json. A preset holds what the checkpoints of a size share, and
+names the variants (base, Instruct, Math, Coder) that have it. Where base and Instruct differ (the context,
 and `rms_norm_eps` of the larger ones), the values are those of Instruct. `parameters` is the count that the
 hub shows: the numbers of a checkpoint, a tied matrix once.
 """
@@ -13,7 +13,7 @@ from fr3e_jax.models.qwen2 import Qwen2Config
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A size: its shape, its exact number of parameters, and the hub's names of its checkpoints."""
+    """A size of a model: config, exact number of parameters, and the hub's names of its checkpoints."""
 
     config: Qwen2Config
     parameters: int
