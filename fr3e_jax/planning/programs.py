@@ -13,7 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fr3e_jax.config import Config, updates_of
-from fr3e_jax.engine.rollout import Caches, Engine, roots
+from fr3e_jax.engine import seats as seating
+from fr3e_jax.engine.caches import Caches
+from fr3e_jax.engine.rollout import Engine, root_branches
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.make import learner_of
 from fr3e_jax.learner.state import TrainState, sampling_cast, state_shardings
@@ -332,7 +334,7 @@ def compile_rollouts(
     numbers = setup.rows(jnp.int32, rollout.queries)
     queries = Queries(setup.rows(jnp.int32, rollout.queries, rollout.max_prompt), numbers, numbers)
     count = work.first_return.lengths.shape[2]
-    branches_of = jax.eval_shape(lambda queries: roots(queries, count), queries)
+    branches_of = jax.eval_shape(lambda queries: root_branches(queries, count), queries)
 
     def decode(
         phase: str, name: str, decoding: Any, branches: Any, plan: Decode, leg: Leg, held: Any
@@ -344,19 +346,9 @@ def compile_rollouts(
         seats = jax.tree.map(lambda x: setup.rows(jnp.int32, *x.shape), leg.seats)
         origin = setup.rows(jnp.int32, setup.parts, leg.rows) if leg.moves else None
         number = abstract((), jnp.int32)
+        placed = seating.Leg(seats, origin, number, number, (leg.before, leg.before_slots), leg.slots)
         lower = functools.partial(
-            Engine.advance.lower,
-            engine,
-            copy,
-            branches,
-            was,
-            seats,
-            origin,
-            number,
-            number,
-            sampling,
-            leg.before,
-            leg.slots,
+            Engine.advance.lower, engine, copy, branches, was, placed, sampling=sampling
         )
         own_sizes = {"sampling copy": weights, "shared caches": held_by(branches.context)}
         own_sizes |= {"branch caches": held_by((cache, cache)), "rollouts": held_by(decoding.rollouts)}
@@ -399,7 +391,7 @@ def compile_rollouts(
         "explore",
         "open states",
         lambda: Engine.open_states.lower(
-            engine, copy, queries, caches, states, seed, 0, config.explore.rollouts
+            engine, copy, queries, caches, states, seed_key=seed, step=0, rollouts=config.explore.rollouts
         ),
         always,
         own_sizes,
