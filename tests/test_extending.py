@@ -14,7 +14,7 @@ from support import SMALL, call, metrics
 
 from fr3e_jax.algorithm import credit, explore, loss
 from fr3e_jax.algorithm.credit import modulated_advantage
-from fr3e_jax.algorithm.explore import choose_positions, keep_trajectories, positions_of
+from fr3e_jax.algorithm.explore import Trajectories, choose_positions, keep_trajectories, positions_of
 from fr3e_jax.algorithm.rules import Rule, RuleError
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, CreditConfig, ExploreConfig, check, dump, resolve
@@ -93,9 +93,9 @@ def test_help_shows_an_added_rule_with_its_line(added, monkeypatch):
 
 def test_the_added_position_rule_chooses_by_its_score(added):
     entropy = jnp.array([[9.0, 0.5, 0.4, 0.1, 0.2]])  # times the position: 0, .5, .8, .3, .8
-    told = (entropy, entropy, jnp.array([5]), 2, 0, KEYS)
-    np.testing.assert_array_equal(positions_of("late_entropy", *told)[0], [[2, 4]])
-    np.testing.assert_array_equal(positions_of("entropy", *told)[0], [[1, 2]])
+    base = Trajectories(entropy, entropy, jnp.array([5]), KEYS, count=2, min_gap=0)
+    np.testing.assert_array_equal(positions_of("late_entropy", base)[0], [[2, 4]])
+    np.testing.assert_array_equal(positions_of("entropy", base)[0], [[1, 2]])
 
 
 def test_the_added_advantage_is_that_of_leaving_one_out(added):
@@ -216,7 +216,8 @@ def test_a_score_of_minus_infinity_is_never_a_position():
     [
         (
             lambda: positions_of(
-                lambda b: b.length, *np.ones((2, 1, 6), np.float32), np.array([6]), 2, 0, KEYS
+                lambda b: b.length,
+                Trajectories(*np.ones((2, 1, 6), np.float32), np.array([6]), KEYS, count=2, min_gap=0),
             ),
             r"scores \[N, S\] must have shape \[1, 6\]; the rule's function gave \[1\]",
         ),

@@ -15,7 +15,7 @@ ALLOWED = {
     "types": set(),
     "progress": set(),
     "models": set(),
-    "algorithm": set(),
+    "algorithm": {"types"},
     "config": {"algorithm"},
     "parallel": {"config"},
     "cli": {"config", "parallel"},
@@ -68,8 +68,8 @@ ALLOWED = {
         "types",
     },
 }
-PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "typing"}
-MODELS_THIRD_PARTY = {"jax", "flax", "numpy"}
+PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "jaxtyping", "typing"}
+MODELS_THIRD_PARTY = {"jax", "flax", "jaxtyping", "numpy"}
 
 
 def files():

@@ -28,7 +28,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
-from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
+from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
 from fr3e_jax.config import Config, CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.cost import Cost, rollout_cost
 from fr3e_jax.engine.finite import require_finite
@@ -261,7 +261,15 @@ def compiled_states(
     """`choose_states` of rules that are functions."""
     # Branch numbers from 1: 0 chose the trajectories.
     keys = jax.vmap(row_key, (None, None, 0, 0))(key, step, query, 1 + trajectory)
-    position, valid = positions_of(rules.rule, entropy, logprob, length, rules.positions, rules.min_gap, keys)
+    base = Trajectories(
+        entropy=entropy,
+        logprob=logprob,
+        length=length,
+        key=keys,
+        count=rules.positions,
+        min_gap=rules.min_gap,
+    )
+    position, valid = positions_of(rules.rule, base)
     prefix_length, valid = states_of(position, valid)
     return prefix_length, valid & real[:, None]
 
