@@ -7,8 +7,8 @@ Padding, idle rows and recomputation are not counted. They show in the seconds.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
+from jaxtyping import Int
 
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.types import Bundle, Queries, Rollouts, States
@@ -47,18 +47,20 @@ def pairs_of(start: Any, new: Any) -> float:
     return float((new * start + new * (new + 1) / 2).sum())
 
 
-def prefill_cost(config: DecoderConfig, length: np.ndarray) -> Cost:
-    """Count the cost of prefilling queries of int [B] tokens, each once."""
+def prefill_cost(config: DecoderConfig, length: Int[np.ndarray, " B"]) -> Cost:
+    """Count the cost of prefilling queries of these lengths, each once."""
     tokens = float(length.sum())
     return {"tokens/prefilled": tokens, "flops": config.forward_flops(tokens, pairs_of(0, length), 0)}
 
 
-def decode_cost(config: DecoderConfig, prefix: np.ndarray, rollouts: Rollouts, row_steps: int) -> Cost:
+def decode_cost(
+    config: DecoderConfig, prefix: Int[np.ndarray, "N C"], rollouts: Rollouts, row_steps: int
+) -> Cost:
     """Count the cost of decoding branches from cached prefixes.
 
     Args:
       config: the architecture.
-      prefix: int [N, C], tokens before the first that is drawn.
+      prefix: tokens before the first that is drawn.
       rollouts: on the host.
       row_steps: rows that were decoded, idle ones too, added up over steps.
     """
@@ -113,7 +115,7 @@ def update_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
     return 3 * total
 
 
-def utilisation(metrics: Mapping[str, float], devices: Iterable[jax.Device]) -> Cost:
+def utilisation(metrics: Mapping[str, float], devices: Iterable[Any]) -> Cost:
     """Compute the share of the devices' peak FLOP/s that each stage of a step used.
 
     The peak is that of bfloat16, whatever the type of matrix products. The time of compilation counts in the
@@ -121,7 +123,7 @@ def utilisation(metrics: Mapping[str, float], devices: Iterable[jax.Device]) -> 
 
     Args:
       metrics: of the step; `flops/STAGE`, and `time/STAGE` in seconds.
-      devices: of the mesh.
+      devices: those of the mesh, of which `device_kind` is looked up.
 
     Returns:
       flops/utilisation_STAGE, in [0, 1]; nothing where a device's peak is not known, as on CPUs.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int32, Key, Shaped
 
 from fr3e_jax.engine.caches import empty_cache
 from fr3e_jax.engine.sampler import Drawn, Sampling, draw, draw_uniform
@@ -23,54 +24,52 @@ from fr3e_jax.engine.stops import is_complete, state_after
 from fr3e_jax.models.attention import Part, Partial, Segment, attend_part, join
 from fr3e_jax.models.decoder import Decoder
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement
-from fr3e_jax.types import Rollouts, StopTable
+from fr3e_jax.types import AnyArray, Rollouts, StopTable, pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Branches:
-    """What is fixed for C branches of each of N trajectories while they are decoded in lockstep.
+    """C branches of each of N trajectories, as they start; none of it changes while they are decoded."""
 
-    token: int32 [N, C], last token of each branch's state. position: int32 [N, C], its place in the whole
-    sequence. context: segments that the branches of a trajectory share: key, value [L, N, K, S, D], length
-    int32 [N, C]. limit: int32 [N, C], most tokens that a branch may draw; 0 leaves it empty. key: PRNG
-    keys [N, C]. stops: recognises texts that end an answer, or None. begun: int32 [N, C], how much of a stop
-    text the state of each branch ends with, or None.
-    """
-
-    token: Array
-    position: Array
+    token: Int32[AnyArray, "N C"]
+    """The last token of each branch's state."""
+    position: Int32[AnyArray, "N C"]
+    """Its place in the whole sequence."""
     context: tuple[Segment, ...]
-    limit: Array
-    key: Array
+    """Segments that the branches of a trajectory share: keys and values [L, N, K, S, D], length [N, C]."""
+    limit: Int32[AnyArray, "N C"]
+    """Most tokens that a branch may draw; 0 leaves it empty."""
+    key: Key[AnyArray, "N C"]
+    """PRNG keys."""
     stops: StopTable | None = None
-    begun: Array | None = None
+    """Recognises texts that end an answer."""
+    begun: Int32[AnyArray, "N C"] | None = None
+    """How much of a stop text the state of each branch ends with (`StopTable`)."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Decoding:
-    """The state of branches between two steps of decoding.
-
-    rollouts: what they have generated. running: bool [N, C], not stopped yet. last: int32 [N, C], the
-    token to run next. own: the rows' own segment: key, value [L, P, K, R x S, D], for the R rows of each of
-    the P parts of the mesh S slots one after the other, length int32 [] of all rows. row_steps: int32 [],
-    rows decoded so far, added up over steps: the sum of `rollouts.length` if no row were ever idle.
-    begun: int32 [N, C], how much of a stop text each branch ends with (`StopTable`), or None without any.
-
-    R x S is one axis, so that it can be divided anew in place.
-    """
+    """The state of branches between two steps of decoding."""
 
     rollouts: Rollouts
-    running: Array
-    last: Array
+    """What the branches have generated."""
+    running: Bool[AnyArray, "N C"]
+    """Which have not stopped yet."""
+    last: Int32[AnyArray, "N C"]
+    """The token to run next."""
     own: Segment
-    row_steps: Array
-    begun: Array | None = None
+    """The rows' own segment: keys and values [L, P, K, R x S, D], length [] of all rows.
+
+    S slots of each of the R rows of a part lie one after the other in one axis, so that it can be divided
+    anew in place."""
+    row_steps: Int32[AnyArray, ""]
+    """Rows decoded so far, added up over steps: the sum of `rollouts.length` if no row were ever idle."""
+    begun: Int32[AnyArray, "N C"] | None = None
+    """How much of a stop text each branch ends with (`StopTable`)."""
 
 
-def pick(x: Array, index: Array) -> Array:
-    """Index within each part: x [P, A, ...] at index int32 [P, B] gives [P, B, ...]."""
+def pick(x: Shaped[Array, "P A *rest"], index: Int32[Array, "P B"]) -> Shaped[Array, "P B *rest"]:
+    """Index within each part."""
     return jax.vmap(lambda x, index: x[index], spmd_axis_name=BATCH_AXES)(x, index)
 
 
@@ -81,23 +80,23 @@ class SeatMap:
     placement: Placement
     seats: Seats
 
-    def of_branches(self, x: Array) -> Array:
-        """Give each row what its branch has: [N, C, ...] -> [P, R, ...]."""
+    def of_branches(self, x: Shaped[Array, "N C *rest"]) -> Shaped[Array, "P R *rest"]:
+        """Give each row what its branch has."""
         parts = self.seats.branch.shape[0]
         return pick(x.reshape(parts, -1, *x.shape[2:]), self.seats.branch)
 
-    def to_branches(self, x: Array, like: Array) -> Array:
-        """Give each branch what its row has, or row 0 where it has none: [P, R, ...] -> [N, C], as `like`."""
+    def to_branches(self, x: Shaped[Array, "P R"], like: Shaped[Array, "N C"]) -> Shaped[Array, "N C"]:
+        """Give each branch what its row has, or row 0 where it has none, in the shape of `like`."""
         return self.placement.shard(pick(x, self.seats.row).reshape(like.shape), "batch")
 
-    def to_groups(self, x: Array) -> Array:
-        """Bring the rows of each trajectory side by side: [P, R, ...] -> [N, W, ...]."""
+    def to_groups(self, x: Shaped[Array, "P R *rest"]) -> Shaped[Array, "N W *rest"]:
+        """Bring the rows of each trajectory side by side."""
         parts, n, width = self.seats.group.shape
         grouped = pick(x, self.seats.group.reshape(parts, -1))
         return self.placement.shard(grouped.reshape(parts * n, width, *x.shape[2:]), "batch")
 
-    def of_groups(self, x: Array) -> Array:
-        """Bring what the rows of each trajectory have back to the rows: [N, W, ...] -> [P, R, ...]."""
+    def of_groups(self, x: Shaped[Array, "N W *rest"]) -> Shaped[Array, "P R *rest"]:
+        """Bring what the rows of each trajectory have back to the rows."""
         parts = self.seats.group.shape[0]
         return pick(x.reshape(parts, -1, *x.shape[2:]), self.seats.lane)
 
@@ -105,13 +104,13 @@ class SeatMap:
 def decode_token(
     model: Decoder,
     rows: SeatMap,
-    token: Array,
-    position: Array,
+    token: Int32[Array, "P R"],
+    position: Int32[Array, "P R"],
     *,
     context: tuple[Segment, ...],
     own: Segment,
     window: int,
-) -> tuple[Array, Segment]:
+) -> tuple[Float[Array, "P R E"], Segment]:
     """Run one token of every row against its chain of segments.
 
     The loop over layers only reads the KV cache. The new keys and values of all layers are stored at once
@@ -119,14 +118,14 @@ def decode_token(
 
     Args:
       rows: moves arrays between rows and the groups of a trajectory.
-      token, position: int32 [P, R].
-      context: segments shared by the branches of a trajectory: key, value [L, N, K, S, D], length int32
+      token, position: of each row.
+      context: segments shared by the branches of a trajectory: keys and values [L, N, K, S, D], length
         [N, W].
-      own: the rows' own segment: key, value [L, P, K, R, S, D], length int32 [], the slot to fill.
+      own: the rows' own segment: keys and values [L, P, K, R, S, D], length [], the slot to fill.
       window: slots of `own` that are read.
 
     Returns:
-      (hidden [P, R, E] after the final norm, `own` with one token more).
+      (hidden states after the final norm, `own` with one token more).
     """
     graph, stacked = nnx.split(model.layers)
     shard = rows.placement.shard
@@ -136,21 +135,30 @@ def decode_token(
         """Map a function over parts or trajectories, the axis that is split over the mesh."""
         return jax.vmap(function, spmd_axis_name=BATCH_AXES)
 
-    def attend_own(query: Array, key: Array, value: Array) -> Partial:
-        """Attend from a row's query heads [G, D] to its own tokens [S, D], in one key-value head."""
+    def attend_own(
+        query: Float[Array, "G D"], key: Float[Array, "S D"], value: Float[Array, "S D"]
+    ) -> Partial:
+        """Attend from a row's query heads to its own tokens, in one key-value head."""
         part = Part(key[None, :window], value[None, :window], held)
         return jax.tree.map(lambda x: x[0, 0], attend_part(query[None], part))
 
-    def attend_itself(query: Array, key: Array, value: Array) -> Partial:
-        """Attend from a row's token, query [H, D], to itself, key and value [K, D]."""
+    def attend_itself(
+        query: Float[Array, "H D"], key: Float[Array, "K D"], value: Float[Array, "K D"]
+    ) -> Partial:
+        """Attend from a row's token to itself."""
         part = Part(key[:, None], value[:, None], jnp.ones((1, 1), bool))
         return jax.tree.map(lambda x: x[0], attend_part(query[None], part))
 
-    def attend_shared(query: Array, key: Array, value: Array, length: Array) -> Partial:
-        """Attend from a trajectory's rows [W, H, D] to the `length` [W] slots that they share, [K, S, D]."""
+    def attend_shared(
+        query: Float[Array, "W H D"],
+        key: Float[Array, "K S D"],
+        value: Float[Array, "K S D"],
+        length: Int32[Array, " W"],
+    ) -> Partial:
+        """Attend from a trajectory's rows to the first `length` slots of what they share."""
         return attend_part(query, Part(key, value, jnp.arange(key.shape[1])[None] < length[:, None]))
 
-    def layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
+    def layer(x: Float[Array, "P R E"], inputs: Any) -> tuple[Float[Array, "P R E"], tuple[Array, Array]]:
         params, own_key, own_value, keys, values = inputs
         block = nnx.merge(graph, params)
         query, key, value = over(lambda x, position: block.project(x, position, shard))(x, position)
@@ -168,7 +176,9 @@ def decode_token(
         x = over(lambda x, attended: block.finish(x, attended, shard))(x, attended)
         return x, (key, value)
 
-    def store(cache: Array, new: Array) -> Array:
+    def store(
+        cache: Float[Array, "L P K R S D"], new: Float[Array, "L P R K D"]
+    ) -> Float[Array, "L P K R S D"]:
         new = jnp.einsum("lprkd->lpkrd", new)[..., None, :]
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0, own.length, 0))
 
@@ -250,8 +260,8 @@ def advance_branches(
         for segment in branches.context
     )
 
-    def draw_part(hidden: Array, position: Array, key: Array) -> Drawn:
-        def draw_row(logits: Array, position: Array, key: Array) -> Drawn:
+    def draw_part(hidden: Float[Array, "R E"], position: Int32[Array, " R"], key: Key[Array, " R"]) -> Drawn:
+        def draw_row(logits: Float32[Array, " V"], position: Int32[Array, ""], key: Key[Array, ""]) -> Drawn:
             uniform = draw_uniform(key, position)
             return draw(logits, uniform, sampling, vocabulary_parts, placement.shard)
 
@@ -259,8 +269,8 @@ def advance_branches(
 
     draw_all = jax.vmap(draw_part, spmd_axis_name=BATCH_AXES)
 
-    def divided(cache: Array) -> Array:
-        """Rows and slots as 2 axes: [L, P, K, R x S, D] -> [L, P, K, R, S, D]."""
+    def divided(cache: Float[Array, "L P K slots D"]) -> Float[Array, "L P K R S D"]:
+        """Divide the slots of all rows into rows and slots."""
         return cache.reshape(*cache.shape[:3], count, -1, cache.shape[4])
 
     def step(before: Decoding) -> Decoding:
@@ -272,7 +282,7 @@ def advance_branches(
         )
         drawn = Drawn(*(rows.to_branches(x, running) for x in draw_all(hidden, position, key)))
 
-        def write(buffer: Array, value: Array) -> Array:
+        def write(buffer: Shaped[Array, "N C S"], value: Shaped[Array, "N C"]) -> Shaped[Array, "N C S"]:
             value = jnp.where(running, value, 0)[..., None]
             return jax.lax.dynamic_update_slice(buffer, value, (0, 0, slot))
 
@@ -298,7 +308,7 @@ def advance_branches(
             begun=begun,
         )
 
-    def unfinished(decoding: Decoding) -> Array:
+    def unfinished(decoding: Decoding) -> Bool[Array, ""]:
         fullest = jnp.max(jnp.sum(decoding.running.reshape(parts, -1), axis=1))
         return (fullest > leg.leave) & (decoding.own.length < leg.until)
 

@@ -5,51 +5,46 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int32
 
 from fr3e_jax.engine.seats import Leg
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, cache_axes
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.types import States
+from fr3e_jax.types import States, pytree
 
 CACHE_AXES = cache_axes("batch")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Caches:
-    """What exploration restarts from: the segments of a round's queries and base trajectories.
-
-    query: key, value [L, B, K, Q, D], length [B]. base: key, value [L, P, K, rows x S, D], branch r of the
-    b-th query of a part in row b x count + r.
-    """
+    """The KV caches of a round's queries and base trajectories, from which exploration restarts."""
 
     query: Segment
+    """Keys and values [L, B, K, Q, D], length [B]."""
     base: Segment
+    """Keys and values [L, P, K, rows x S, D], branch r of the b-th query of a part in row b x count + r."""
     rows: int = dataclasses.field(metadata={"static": True})
+    """Rows of a part."""
     count: int = dataclasses.field(metadata={"static": True})
+    """Base trajectories of a query."""
 
 
-def prefill(model: Decoder, placement: Placement, token: Array, length: Array) -> Segment:
-    """Compute the keys and values of B queries, each once.
-
-    Args:
-      token: int32 [B, P], right-padded. length: int32 [B].
-
-    Returns:
-      Segment with key, value [L, B, K, P, D], length int32 [B].
-    """
+def prefill(
+    model: Decoder, placement: Placement, token: Int32[Array, "B T"], length: Int32[Array, " B"]
+) -> Segment:
+    """Compute the keys and values of B right-padded queries, each once: [L, B, K, T, D], length [B]."""
     position = jnp.arange(token.shape[1])
 
-    def one(token: Array, length: Array) -> Segment:
+    def one(token: Int32[Array, " T"], length: Int32[Array, ""]) -> Segment:
         return model(token, position, length, placement.shard)[1]
 
     rows = jax.vmap(one, out_axes=Segment(1, 1, 0), spmd_axis_name=BATCH_AXES)
     return rows(token, length)
 
 
-def empty_cache(model: Decoder, placement: Placement, size: int) -> Array:
-    """Zeros for the keys or the values of `size` tokens in each part of the mesh: [L, P, K, size, D]."""
+def empty_cache(model: Decoder, placement: Placement, size: int) -> Float[Array, "L P K slots D"]:
+    """Make zeros for the keys or the values of `size` tokens in each part of the mesh."""
     config = model.config
     heads = (config.num_key_value_heads, size, config.head_dim)
     zeros = jnp.zeros((config.num_hidden_layers, row_parts(placement.mesh), *heads), model.dtype)
@@ -65,15 +60,15 @@ def reseat(model: Decoder, placement: Placement, own: Segment, leg: Leg) -> Segm
     """
     rows_before, _ = leg.before
 
-    def moved(layer: Array) -> Array:
-        """Move the rows of a layer: [P, K, R x S, D] -> [P, K, rows x slots, D]."""
+    def moved(layer: Float[Array, "P K before D"]) -> Float[Array, "P K after D"]:
+        """Move the rows of a layer: R x S slots to rows x slots."""
         parts, heads, size, width = layer.shape
         held = layer.reshape(parts, heads, rows_before, size // rows_before, width)[:, :, :, : leg.slots]
         held = jax.vmap(lambda x, index: x[:, index], spmd_axis_name=BATCH_AXES)(held, leg.origin)
         held = jnp.pad(held, ((0, 0), (0, 0), (0, 0), (0, leg.slots - held.shape[3]), (0, 0)))
         return placement.shard(held.reshape(parts, heads, leg.rows * leg.slots, width), *CACHE_AXES[1:])
 
-    def move(cache: Array) -> Array:
+    def move(cache: Float[Array, "L P K before D"]) -> Float[Array, "L P K after D"]:
         size = leg.rows * leg.slots
         target = cache if cache.shape[3] == size else empty_cache(model, placement, size)
 
@@ -87,8 +82,8 @@ def reseat(model: Decoder, placement: Placement, own: Segment, leg: Leg) -> Segm
     return own._replace(key=move(own.key), value=move(own.value))
 
 
-def take_queries(cache: Array, states: States, parts: int) -> Array:
-    """Take the queries of N kept trajectories out of a cache: [L, B, K, Q, D] -> [L, N, K, Q, D]."""
+def take_queries(cache: Float[Array, "L B K Q D"], states: States, parts: int) -> Float[Array, "L N K Q D"]:
+    """Take the queries of N kept trajectories out of a cache."""
     layers, count, *each = cache.shape
     index = states.query.reshape(parts, -1) % (count // parts)
 
@@ -101,8 +96,10 @@ def take_queries(cache: Array, states: States, parts: int) -> Array:
     return taken.reshape(layers, -1, *each)
 
 
-def take_trajectories(cache: Array, caches: Caches, states: States) -> Array:
-    """Take N kept trajectories out of a base cache: [L, P, K, rows x S, D] -> [L, N, K, S, D]."""
+def take_trajectories(
+    cache: Float[Array, "L P K slots D"], caches: Caches, states: States
+) -> Float[Array, "L N K S D"]:
+    """Take N kept trajectories out of the keys or values of `caches.base`."""
     layers, parts, heads, _, width = cache.shape
     queries = caches.rows // caches.count  # of a part
     row = states.query.reshape(parts, -1) % queries * caches.count + states.base.reshape(parts, -1)

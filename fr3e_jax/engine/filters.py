@@ -10,8 +10,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float32, Int32
 
 from fr3e_jax.parallel.sizes import ceil_divide
+from fr3e_jax.types import AnyArray
 
 BLOCK_TOKENS = 256  # tokens of a block, where none divides the vocabulary
 NARROW = 16  # tokens of the blocks that the likely blocks are divided into
@@ -33,14 +35,15 @@ class Sampling:
     top_p: float = 1.0
 
 
-def cutoff(below: Array, sampling: Sampling, total: Array | None = None) -> Array:
-    """Find how far below the largest logit a token may be to be drawn, float32 [].
+def cutoff(
+    below: Float32[AnyArray, "*axes"], sampling: Sampling, total: Float32[Array, ""] | None = None
+) -> Float32[Array, ""]:
+    """Find how far below the largest logit a token may be to be drawn.
 
     Args:
-      below: float32, any shape, logits less the largest one.
+      below: logits less the largest one.
       sampling: static.
-      total: float32 [], the weight of the whole vocabulary, where `below` has only a part of it. Without
-        top_k.
+      total: the weight of the whole vocabulary, where `below` has only a part of it. Without top_k.
     """
     distance = jnp.abs(below)
     limit = jnp.float32(jnp.inf)
@@ -55,18 +58,21 @@ def cutoff(below: Array, sampling: Sampling, total: Array | None = None) -> Arra
     return limit
 
 
-def distance_reaching(distance: Array, weight: Array, wanted: Array) -> Array:
+def distance_reaching(
+    distance: Float32[Array, "*axes"], weight: Float32[Array, "*axes"], wanted: Float32[Array, ""]
+) -> Float32[Array, ""]:
     """Find the smallest distance within which the weights add up to `wanted`; inf where they never do.
 
     A bisection over the bits of a float32, which are in the order of the numbers where these have no sign:
     exact, without sorting the vocabulary.
 
     Args:
-      distance: float32, at least 0. weight: float32 of its shape, at least 0. wanted: float32 [].
+      distance, weight: at least 0.
+      wanted: a sum of weights.
     """
     bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
 
-    def halve(i: Array, low: Array) -> Array:
+    def halve(i: Int32[Array, ""], low: Int32[Array, ""]) -> Int32[Array, ""]:
         # `low` is the largest number of which it is known that the weights below it do not suffice.
         tried = low + jax.lax.shift_left(jnp.int32(1), KEY_BITS - 1 - i)
         enough = jnp.sum(jnp.where(bits < tried, weight, 0.0)) >= wanted
@@ -78,8 +84,12 @@ def distance_reaching(distance: Array, weight: Array, wanted: Array) -> Array:
 
 
 def filtered(
-    logits: Array, top: Array, weigh: Callable[..., Array], sampling: Sampling, width: int
-) -> tuple[Array, Array]:
+    logits: Float32[Array, "parts n"],
+    top: Float32[AnyArray, ""],
+    weigh: Callable[..., Array],
+    sampling: Sampling,
+    width: int,
+) -> tuple[Float32[Array, ""], Float32[Array, "parts blocks"]]:
     """Find the cutoff of a filter, and the sums of the weights that it leaves over blocks.
 
     Only the blocks with the largest maxima are searched, and within these only the narrow blocks with the
@@ -87,15 +97,15 @@ def filtered(
     all tokens are searched. No row of a batch pays for that if none needs it.
 
     Args:
-      logits: float32 [parts, n].
-      top: float32 [], the largest of them.
+      logits: of each part of the vocabulary.
+      top: the largest of them.
       weigh: (logits of any shape, cutoff) -> the weights of the tokens that the cutoff keeps; without a
         cutoff, of all.
       sampling: static, with top_k or top_p.
       width: tokens of a block.
 
     Returns:
-      (cutoff float32 [], sums float32 [parts, blocks]).
+      (cutoff, sums).
     """
 
     def search_all(_: int, carried: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -125,21 +135,22 @@ def filtered(
     return jax.lax.fori_loop(0, jnp.where(decided, 0, 1), search_all, (kept, block_weight))
 
 
-def largest_blocks(logits: Array, top: Array, width: int, count: int) -> tuple[Array, Array, Array]:
+def largest_blocks(
+    logits: Float32[Array, "parts n"], top: Float32[AnyArray, ""], width: int, count: int
+) -> tuple[Int32[Array, "parts c"], Float32[Array, "parts c width"], Float32[Array, ""]]:
     """Take the `count` blocks of each part with the largest maxima, in their order; all if there are no more.
 
     Without `jax.lax.top_k`, for which XLA would gather all parts and rows.
 
     Args:
-      logits: float32 [parts, n].
-      top: float32 [], at least the largest of them.
+      logits: of each part of the vocabulary.
+      top: at least the largest of them.
       width: tokens of a block.
       count: blocks to take.
 
     Returns:
-      (their places, int32 [parts, c]; their logits, float32 [parts, c, width]; the largest logit of the other
-      blocks, float32 [], -inf if there is none). Blocks of -inf are not taken: where there are no others, a
-      place is the number of blocks, and the logits are -inf.
+      (their places, their logits, the largest logit of the other blocks, or -inf if there is none). Blocks of
+      -inf are not taken: where there are no others, a place is the number of blocks, and the logits are -inf.
     """
     blocks = in_blocks(logits, width)
     parts, all_blocks, _ = blocks.shape
@@ -147,7 +158,7 @@ def largest_blocks(logits: Array, top: Array, width: int, count: int) -> tuple[A
         number = jnp.broadcast_to(jnp.arange(all_blocks), (parts, all_blocks))
         return number, blocks, jnp.float32(-jnp.inf)
 
-    def choose(largest: Array) -> tuple[Array, Array]:
+    def choose(largest: Float32[Array, " blocks"]) -> tuple[Int32[Array, " c"], Float32[Array, ""]]:
         distance = jnp.abs(largest - top)
         near = distance <= distance_reaching(distance, jnp.ones_like(distance), jnp.float32(count))
         near &= distance < jnp.inf
@@ -160,16 +171,18 @@ def largest_blocks(logits: Array, top: Array, width: int, count: int) -> tuple[A
     return number, chosen, jnp.max(left)
 
 
-def in_blocks(logits: Array, width: int) -> Array:
-    """Divide logits [parts, n] into [parts, blocks, width], filled up with -inf."""
+def in_blocks(logits: Float32[Array, "parts n"], width: int) -> Float32[Array, "parts blocks {width}"]:
+    """Divide logits into blocks, filled up with -inf."""
     padding = ((0, 0), (0, -logits.shape[1] % width))
     padded = jnp.pad(logits, padding, constant_values=-jnp.inf)
     # One change of layout for all that follows; without the barrier XLA makes one for every use.
     return jax.lax.optimization_barrier(padded.reshape(logits.shape[0], -1, width))
 
 
-def block_sums(logits: Array, weigh: Callable[[Array], Array], width: int) -> Array:
-    """Add up `weigh(logits)`, logits float32 [parts, n], over blocks of `width` tokens: [parts, blocks]."""
+def block_sums(
+    logits: Float32[Array, "parts n"], weigh: Callable[[Array], Array], width: int
+) -> Float32[Array, "parts blocks"]:
+    """Add up `weigh(logits)` over blocks of `width` tokens."""
     # Not by `reduce_window`, which XLA's library for CPUs (jaxlib 0.10) sums wrongly where it is fused with
     # what makes its input and there is one row.
     return jnp.sum(weigh(in_blocks(logits, width)), axis=-1)

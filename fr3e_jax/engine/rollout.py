@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Int, Int32, Key, Shaped
 
 from fr3e_jax.engine.branches import Branches, Decoding, advance_branches, start_branches
 from fr3e_jax.engine.caches import Caches, prefill, reseat, take_queries, take_trajectories
@@ -26,7 +27,7 @@ from fr3e_jax.engine.stops import states_along
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, Params
 from fr3e_jax.parallel.mesh import Placement, row_parts
-from fr3e_jax.types import Queries, Rollouts, States, StopTable
+from fr3e_jax.types import AnyArray, Queries, Rollouts, States, StopTable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
@@ -49,11 +50,11 @@ class Engine:
         self,
         params: Params,
         queries: Queries,
-        seed_key: Array,
-        step: Array | int,
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
         count: int,
         sampling: Sampling,
-    ) -> tuple[Rollouts, Caches, Array]:
+    ) -> tuple[Rollouts, Caches, Int32[Array, ""]]:
         """Sample `count` base trajectories from every query.
 
         Rows keep their place, since exploration goes on from what they hold.
@@ -73,11 +74,11 @@ class Engine:
         self,
         params: Params,
         queries: Queries,
-        seed_key: Array,
-        step: Array | int,
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
         count: int,
         sampling: Sampling,
-    ) -> tuple[Rollouts, Array]:
+    ) -> tuple[Rollouts, Int32[Array, ""]]:
         """Sample `count` answers to every query, and keep no caches.
 
         Returns:
@@ -94,12 +95,12 @@ class Engine:
         queries: Queries,
         caches: Caches,
         states: States,
-        seed_key: Array,
-        step: Array | int,
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
         rollouts: int,
         sampling: Sampling,
         keep: bool = False,
-    ) -> tuple[Rollouts, Array]:
+    ) -> tuple[Rollouts, Int32[Array, ""]]:
         """Sample `rollouts` continuations from every valid state.
 
         Args:
@@ -126,14 +127,19 @@ class Engine:
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def open_queries(
-        self, params: Params, queries: Queries, number: Array, seed_key: Array, step: Array | int
+        self,
+        params: Params,
+        queries: Queries,
+        number: Int32[AnyArray, "B C"],
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
     ) -> tuple[Branches, Decoding]:
         """Prefill the queries, each once, and open branches from them.
 
         Args:
           params: merged into the model.
           queries: B of them.
-          number: int32 [B, C], the branches' numbers, which their randomness is a function of.
+          number: the branches' numbers, which their randomness is a function of.
           seed_key, step: as for `explore`.
         """
         model = nnx.merge(self.graph, params)
@@ -160,14 +166,14 @@ class Engine:
         caches: Caches,
         states: States,
         *,
-        seed_key: Array,
-        step: Array | int,
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
         rollouts: int,
     ) -> tuple[Branches, Decoding]:
         """Open `rollouts` branches from every valid state; the arguments are those of `explore`."""
         model = nnx.merge(self.graph, params)
 
-        def per_branch(x: Array) -> Array:
+        def per_branch(x: Shaped[Array, "N J"]) -> Shaped[Array, "N C"]:
             return jnp.repeat(x, rollouts, axis=1)
 
         # The kept trajectories' rows are taken out once; their branches share them.
@@ -274,11 +280,11 @@ class Engine:
     @functools.partial(jax.jit, static_argnames=("self", "sampling"), donate_argnames=("decoding",))
     def advance(
         self, params: Params, branches: Branches, decoding: Decoding, leg: Leg, *, sampling: Sampling
-    ) -> tuple[Decoding, tuple[Array, Array]]:
+    ) -> tuple[Decoding, tuple[Bool[Array, "N C"], Int32[Array, ""]]]:
         """Move rows together, where the leg says so, and generate until it ends.
 
         Returns:
-          (the state, (which branches run, bool [N, C], and the slots filled, int32 [], on every process)).
+          (the state, (which branches run, the slots filled), both of these on every process).
         """
         model = nnx.merge(self.graph, params)
         if leg.origin is not None:
@@ -295,8 +301,10 @@ class Engine:
         )
         return decoding, (self.placement.shard(decoding.running), decoding.own.length)
 
-    def arrange(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lay kept trajectories, bool [B, R], out on this engine's mesh (`arrange_kept`)."""
+    def arrange(
+        self, kept: Bool[np.ndarray, "B R"]
+    ) -> tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+        """Lay kept trajectories out on this engine's mesh: (query, trajectory, real), see `arrange_kept`."""
         return arrange_kept(kept, row_parts(self.placement.mesh))
 
 
@@ -305,12 +313,17 @@ def last(states: Iterator[Decoding]) -> Decoding:
     return collections.deque(states, maxlen=1)[0]
 
 
-def root_branches(queries: Queries, count: int) -> np.ndarray:
-    """Number `count` branches from each query alone: int32 [B, count], on the host."""
+def root_branches(queries: Queries, count: int) -> Int32[np.ndarray, "B {count}"]:
+    """Number `count` branches from each query alone, on the host."""
     return np.broadcast_to(np.arange(count, dtype=np.int32), (queries.length.shape[0], count))
 
 
-def branch_keys(seed_key: Array, step: Array | int, query: Array, branch: Array) -> Array:
-    """Make the PRNG keys [N, C] of branches numbered int32 [N, C] of queries int32 [N]."""
+def branch_keys(
+    seed_key: Key[AnyArray, ""],
+    step: Int[AnyArray, ""] | int,
+    query: Int32[AnyArray, " N"],
+    branch: Int32[AnyArray, "N C"],
+) -> Key[Array, "N C"]:
+    """Make the PRNG keys of branches, from the queries' indices in the stream and the branches' numbers."""
     keys = jax.vmap(row_key, in_axes=(None, None, None, 0))
     return jax.vmap(keys, in_axes=(None, None, 0, 0))(seed_key, step, query, branch)

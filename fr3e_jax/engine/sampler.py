@@ -9,56 +9,65 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32, Int, Int32, Key
 
 from fr3e_jax.algorithm.explore import token_entropy
 from fr3e_jax.engine.filters import Sampling as Sampling  # imported from here by all who draw
 from fr3e_jax.engine.filters import block_sums, block_width, filtered
 from fr3e_jax.models.decoder import Shard, unsharded
-from fr3e_jax.types import Leaf
+from fr3e_jax.types import AnyArray
 
 GREEDY = Sampling(temperature=0.0)
 
 
 class Drawn(NamedTuple):
-    """A drawn token, int32 [], and float32 [] in nats.
+    """Drawn tokens, with log-probabilities and entropies in nats."""
 
-    logprob: of the token, in the policy as it is (temperature 1, unfiltered). sampled_logprob: of the token,
-    in the distribution that it was drawn from. entropy: of the policy as it is, before the draw.
-    """
+    token: Int32[AnyArray, "*batch"]
+    logprob: Float32[AnyArray, "*batch"]
+    """Of the token in the policy as it is (temperature 1, unfiltered)."""
+    sampled_logprob: Float32[AnyArray, "*batch"]
+    """Of the token in the distribution that it was drawn from."""
+    entropy: Float32[AnyArray, "*batch"]
+    """Of the policy as it is, before the draw."""
 
-    token: Array
-    logprob: Array
-    sampled_logprob: Array
-    entropy: Array
 
-
-def row_key(seed_key: Array, step: Leaf, query: Leaf, branch: Leaf) -> Array:
+def row_key(
+    seed_key: Key[AnyArray, ""],
+    step: Int[AnyArray, ""] | int,
+    query: Int[AnyArray, ""] | int,
+    branch: Int[AnyArray, ""] | int,
+) -> Key[Array, ""]:
     """Make the PRNG key of one branch; `draw_uniform` adds the position.
 
     Args:
       seed_key: PRNG key of the run's seed.
-      step: int32 [].
-      query: int32 [], its index in the stream.
-      branch: int32 [], its number.
+      step: of the run.
+      query: its index in the stream.
+      branch: its number among those of the query.
     """
     for number in (step, query, branch):
         seed_key = jax.random.fold_in(seed_key, number)
     return seed_key
 
 
-def draw_uniform(key: Array, position: Array) -> Array:
-    """Draw the uniform number in [0, 1) for the token at `position` of a branch, float32 []."""
+def draw_uniform(key: Key[AnyArray, ""], position: Int[AnyArray, ""] | int) -> Float32[Array, ""]:
+    """Draw the uniform number in [0, 1) for the token at `position` of a branch."""
     return jax.random.uniform(jax.random.fold_in(key, position))
 
 
 def draw(
-    logits: Array, uniform: Array, sampling: Sampling, parts: int = 1, shard: Shard = unsharded
+    logits: Float32[AnyArray, " V"],
+    uniform: Float[AnyArray, ""],
+    sampling: Sampling,
+    parts: int = 1,
+    shard: Shard = unsharded,
 ) -> Drawn:
     """Draw a token by inverse CDF.
 
     Args:
-      logits: float32 [V].
-      uniform: float32 [], in [0, 1).
+      logits: of the policy.
+      uniform: in [0, 1).
       sampling: static.
       parts: that the vocabulary is split into; they divide V. No block is in two parts.
       shard: places the blocks on the mesh.
@@ -68,7 +77,9 @@ def draw(
     top = jnp.max(logits)
     logits = shard(logits.reshape(parts, size), "vocab", None)
 
-    def weigh(logits: Array, kept: Array | None = None) -> Array:
+    def weigh(
+        logits: Float32[Array, "*axes"], kept: Float32[Array, ""] | None = None
+    ) -> Float32[Array, "*axes"]:
         """Weigh tokens as they are drawn, those further than `kept` below the largest logit with 0."""
         if greedy:
             return (logits == top).astype(jnp.float32)
@@ -76,10 +87,10 @@ def draw(
         weight = jnp.exp(below / sampling.temperature)
         return weight if kept is None else jnp.where(jnp.abs(below) <= kept, weight, 0.0)
 
-    def weigh_policy(logits: Array) -> Array:
+    def weigh_policy(logits: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
         return jnp.exp(logits - top)
 
-    def weigh_moment(logits: Array) -> Array:
+    def weigh_moment(logits: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
         below = logits - top
         return jnp.where(jnp.isneginf(below), 0.0, jnp.exp(below) * below)
 
@@ -114,16 +125,12 @@ def draw(
     )
 
 
-def first_above(cdf: Array, weight: Array, target: Array) -> Array:
+def first_above(
+    cdf: Float32[Array, " n"], weight: Float32[Array, " n"], target: Float32[Array, ""]
+) -> Int32[Array, ""]:
     """Find the first index of positive weight whose cdf exceeds target; where rounding leaves none, the last.
 
     A cdf that is summed in parallel can rise by rounding where the weight is 0.
-
-    Args:
-      cdf, weight: float32 [n]. target: float32 [].
-
-    Returns:
-      int32 [].
     """
     positive = weight > 0
     above = positive & (cdf > target)

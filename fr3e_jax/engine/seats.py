@@ -11,31 +11,29 @@ All of it is decided on the host from which branches run. The engine and the pla
 import dataclasses
 from collections.abc import Generator
 
-import jax
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from fr3e_jax.parallel.sizes import ceil_divide, next_multiple, next_power_of_two, two_per_doubling
-from fr3e_jax.types import Leaf
+from fr3e_jax.types import AnyArray, pytree
 
 FEWEST_ROWS = 8  # of a part: fewer rows save little, and each step down is a program
 STEP_DOWN = 0.7  # a rung of the ladder is at most this share of the one above, so that there are few
 TILE = 16  # many slots are a multiple of it: a TPU lays bfloat16 rows out in tiles of 16
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Seats:
-    """Rows of each of the mesh's P row parts; a part has n trajectories of C branches, numbered n x C.
+    """The R rows of each of the mesh's P parts; a part has n trajectories of C branches, numbered n x C."""
 
-    branch: int32 [P, R], the branch that sits in a row; a row that is left over repeats another. row: int32
-    [P, n x C], where a branch sits, 0 if nowhere. group: int32 [P, n, W], the rows of a trajectory's
-    branches, and any others up to the most that one has. lane: int32 [P, R], place of a row in n x W.
-    """
-
-    branch: Leaf
-    row: Leaf
-    group: Leaf
-    lane: Leaf
+    branch: Int32[AnyArray, "P R"]
+    """The branch that sits in a row; a row that is left over repeats another."""
+    row: Int32[AnyArray, "P branches"]
+    """The row where a branch sits, 0 if nowhere."""
+    group: Int32[AnyArray, "P n W"]
+    """The rows of a trajectory's branches, and any others up to the W that the widest one has."""
+    lane: Int32[AnyArray, "P R"]
+    """The place of a row in n x W."""
 
     @property
     def rows(self) -> int:
@@ -43,11 +41,12 @@ class Seats:
         return int(self.branch.shape[1])
 
 
-def take_seats(running: np.ndarray, rows: int) -> Seats:
+def take_seats(running: Bool[np.ndarray, "P n C"], rows: int) -> Seats:
     """Seat the running branches.
 
     Args:
-      running: bool [P, n, C]. rows: of a part, at least as many as run in any.
+      running: which branches run.
+      rows: of a part, at least as many as branches run in any.
     """
     parts, n, c = running.shape
     most = int(running.sum(axis=2).max(initial=1))
@@ -131,23 +130,22 @@ def first_slots(max_new: int) -> int:
     return ceil_divide(max_new, share * TILE) * TILE
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Leg:
-    """A run of the decoding program, between two looks at which branches still run.
-
-    seats: where the running branches sit. origin: int32 [P, R], the row that holds each row's KV cache before
-    the leg, or None where the cache stays as it is. until: int32 [], the leg ends when so many slots are
-    filled. leave: int32 [], or as soon as no part has more running branches. before: rows of a part and slots
-    of each before the leg (static). slots: of each row in the leg (static).
-    """
+    """A run of the decoding program, between two looks at which branches still run."""
 
     seats: Seats
-    origin: Leaf | None
-    until: Leaf
-    leave: Leaf
+    """Where the running branches sit."""
+    origin: Int32[AnyArray, "P R"] | None
+    """The row that holds each row's KV cache before the leg, or None where the cache stays as it is."""
+    until: Int32[AnyArray, ""] | int
+    """The leg ends when so many slots are filled."""
+    leave: Int32[AnyArray, ""] | int
+    """The leg ends as soon as no part has more running branches."""
     before: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    """Rows of a part, and slots of each, before the leg."""
     slots: int = dataclasses.field(metadata={"static": True})
+    """Slots of each row in the leg."""
 
     @property
     def rows(self) -> int:
@@ -169,8 +167,8 @@ class Leg:
         return size if size == size_before else size + size_before
 
 
-LegEnd = tuple[np.ndarray, int]
-"""Which branches run, bool [P, n, C], and how many slots are filled."""
+LegEnd = tuple[Bool[np.ndarray, "P n C"], int]
+"""Which branches run when a leg ends, and how many slots are filled."""
 
 
 def schedule(
@@ -208,15 +206,17 @@ def schedule(
             origin = np.take_along_axis(seats_before.row, seats.branch, axis=1)
 
 
-def arrange_kept(kept: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def arrange_kept(
+    kept: Bool[np.ndarray, "B R"], parts: int
+) -> tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
     """Lay kept trajectories out so that each is in the mesh's part of its query, whose caches it needs.
 
     Args:
-      kept: bool [B, R].
+      kept: which base trajectories of each query are kept.
       parts: row parts of the mesh; they divide B.
 
     Returns:
-      (query int32 [N], trajectory int32 [N], real bool [N]: False where only padding).
+      (query, trajectory, real: False where only padding).
     """
     per_part = kept.shape[0] // parts
     pieces = kept.reshape(parts, per_part, -1)

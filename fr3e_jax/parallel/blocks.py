@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, Shaped
 
 
 @functools.cache
@@ -26,7 +27,9 @@ def block_writer(mesh: Mesh, spec: PartitionSpec) -> Any:
     `start` counts each device's own rows.
     """
 
-    def write(array: Array, block: Array, start: Array) -> Array:
+    def write(
+        array: Shaped[Array, " whole *rest"], block: Shaped[Array, " rows *rest"], start: Int[Array, ""]
+    ) -> Shaped[Array, " whole *rest"]:
         return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)
 
     mapped = jax.shard_map(write, mesh=mesh, in_specs=(spec, spec, PartitionSpec()), out_specs=spec)
@@ -37,7 +40,7 @@ def block_writer(mesh: Mesh, spec: PartitionSpec) -> Any:
 def block_reader(mesh: Mesh, spec: PartitionSpec, rows: int, dtype: Any) -> Any:
     """Make a jitted function (array, start) -> block of `rows` rows of each device, cast to `dtype`."""
 
-    def read(array: Array, start: Array) -> Array:
+    def read(array: Shaped[Array, " whole *rest"], start: Int[Array, ""]) -> Shaped[Array, " rows *rest"]:
         return jax.lax.dynamic_slice_in_dim(array, start, rows, axis=0).astype(dtype)
 
     mapped = jax.shard_map(read, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Bool, Shaped
 from orbax.checkpoint import multihost
 
 from fr3e_jax.config import ConfigError, DistributedConfig
@@ -110,8 +111,8 @@ class Hosts:
         with waiting(where):
             multihost.sync_global_processes(where, timeout=self.timeout, processes=everyone)
 
-    def rows_here(self, rows: int) -> np.ndarray:
-        """Find the rows of a batch whose text this process works on, bool [rows].
+    def rows_here(self, rows: int) -> Bool[np.ndarray, " {rows}"]:
+        """Find the rows of a batch whose text this process works on.
 
         These are the rows whose first device is its own: each row has one process, also where several
         processes hold it.
@@ -123,7 +124,7 @@ class Hosts:
         here = [device.process_index == jax.process_index() for device in devices[:, 0]]
         return np.broadcast_to(np.array(here)[:, None], (len(here), rows // len(here))).reshape(rows)
 
-    def add_up(self, x: np.ndarray, where: str) -> np.ndarray:
+    def add_up(self, x: Shaped[np.ndarray, "*axes"], where: str) -> Shaped[np.ndarray, "*axes"]:
         """Add up host arrays over processes, each of which is 0 in the rows of others.
 
         It follows work on text, which takes each process another time. So they meet first.
