@@ -39,7 +39,7 @@ from fr3e_jax.learner.groups import collect
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.make import learner_of
 from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
-from fr3e_jax.learner.update import Learner, Metrics
+from fr3e_jax.learner.update import Learner, UpdateMetrics
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
@@ -412,7 +412,7 @@ class PolicyLearner:
 
     def update(
         self, state: TrainState, batch: StateGroups, reference: Params | None = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, UpdateMetrics]:
         """One optimizer step over a batch; `state` is used up.
 
         Args:

@@ -31,11 +31,11 @@ else:
 
 Leaf = AnyArray
 
-T = TypeVar("T")
+Tree = TypeVar("Tree")
 
 
 @dataclass_transform(frozen_default=True)
-def pytree(cls: type[T]) -> type[T]:
+def pytree(cls: type[Tree]) -> type[Tree]:
     """Make a frozen dataclass that is, to jax, the tree of its fields.
 
     jax also fills such trees with axis numbers, shardings and marks of its own. It does so without `__init__`
@@ -50,14 +50,14 @@ def pytree(cls: type[T]) -> type[T]:
     static = [field.name for field in fields if field.metadata.get("static")]
     keys = [jax.tree_util.GetAttrKey(name) for name in names]
 
-    def flatten(tree: T) -> tuple[list[Any], tuple[Any, ...]]:
+    def flatten(tree: Tree) -> tuple[list[Any], tuple[Any, ...]]:
         return [getattr(tree, name) for name in names], tuple(getattr(tree, name) for name in static)
 
-    def flatten_with_keys(tree: T) -> tuple[list[Any], tuple[Any, ...]]:
+    def flatten_with_keys(tree: Tree) -> tuple[list[Any], tuple[Any, ...]]:
         leaves, values = flatten(tree)
         return list(zip(keys, leaves, strict=True)), values
 
-    def unflatten(values: tuple[Any, ...], leaves: Any) -> T:
+    def unflatten(values: tuple[Any, ...], leaves: Any) -> Tree:
         tree = object.__new__(made)
         tree.__dict__.update(zip((*names, *static), (*leaves, *values), strict=True))
         return tree

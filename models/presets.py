@@ -81,7 +81,7 @@ def smollm2(
     )
 
 
-def names(family: str, size: str, *variants: str) -> tuple[str, ...]:
+def hub_names(family: str, size: str, *variants: str) -> tuple[str, ...]:
     """Make the hub's names of a size: `{}` in a variant is the size."""
     return tuple(f"{family}{variant.format(size)}" for variant in variants)
 
@@ -99,42 +99,42 @@ PRESETS = {
     "qwen2.5-0.5b": Preset(
         qwen25(896, 24, 14, 2, 4_864, 151_936, tied=True),
         494_032_768,
-        names(QWEN25, "0.5B", *GENERAL, *CODER),
+        hub_names(QWEN25, "0.5B", *GENERAL, *CODER),
     ),
-    "qwen2.5-1.5b": Preset(SHAPE_1_5B, 1_543_714_304, names(QWEN25, "1.5B", *GENERAL, *CODER)),
-    "qwen2.5-math-1.5b": Preset(math(SHAPE_1_5B), 1_543_714_304, names(QWEN25, "1.5B", *MATH)),
+    "qwen2.5-1.5b": Preset(SHAPE_1_5B, 1_543_714_304, hub_names(QWEN25, "1.5B", *GENERAL, *CODER)),
+    "qwen2.5-math-1.5b": Preset(math(SHAPE_1_5B), 1_543_714_304, hub_names(QWEN25, "1.5B", *MATH)),
     "qwen2.5-3b": Preset(
         qwen25(2_048, 36, 16, 2, 11_008, 151_936, tied=True),
         3_085_938_688,
-        names(QWEN25, "3B", *GENERAL, *CODER),
+        hub_names(QWEN25, "3B", *GENERAL, *CODER),
     ),
-    "qwen2.5-7b": Preset(SHAPE_7B, 7_615_616_512, names(QWEN25, "7B", *GENERAL, *CODER)),
-    "qwen2.5-math-7b": Preset(math(SHAPE_7B), 7_615_616_512, names(QWEN25, "7B", *MATH)),
+    "qwen2.5-7b": Preset(SHAPE_7B, 7_615_616_512, hub_names(QWEN25, "7B", *GENERAL, *CODER)),
+    "qwen2.5-math-7b": Preset(math(SHAPE_7B), 7_615_616_512, hub_names(QWEN25, "7B", *MATH)),
     "qwen2.5-14b": Preset(
         qwen25(5_120, 48, 40, 8, 13_824, 152_064, tied=False),
         14_770_033_664,
-        names(QWEN25, "14B", *GENERAL, *CODER),
+        hub_names(QWEN25, "14B", *GENERAL, *CODER),
     ),
     "qwen2.5-32b": Preset(
         qwen25(5_120, 64, 40, 8, 27_648, 152_064, tied=False),
         32_763_876_352,
-        names(QWEN25, "32B", *GENERAL, *CODER),
+        hub_names(QWEN25, "32B", *GENERAL, *CODER),
     ),
-    "qwen2.5-72b": Preset(SHAPE_72B, 72_706_203_648, names(QWEN25, "72B", *GENERAL)),
-    "qwen2.5-math-72b": Preset(math(SHAPE_72B), 72_706_203_648, names(QWEN25, "72B", *MATH)),
-    "qwen3-0.6b": Preset(qwen3(1_024, 28, 16, 3_072, True), 596_049_920, names(QWEN3, "0.6B", "{}")),
-    "qwen3-1.7b": Preset(qwen3(2_048, 28, 16, 6_144, True), 1_720_574_976, names(QWEN3, "1.7B", "{}")),
-    "qwen3-4b": Preset(qwen3(2_560, 36, 32, 9_728, True), 4_022_468_096, names(QWEN3, "4B", "{}")),
-    "qwen3-8b": Preset(qwen3(4_096, 36, 32, 12_288, False), 8_190_735_360, names(QWEN3, "8B", "{}")),
-    "qwen3-14b": Preset(qwen3(5_120, 40, 40, 17_408, False), 14_768_307_200, names(QWEN3, "14B", "{}")),
-    "qwen3-32b": Preset(qwen3(5_120, 64, 64, 25_600, False), 32_762_123_264, names(QWEN3, "32B", "{}")),
+    "qwen2.5-72b": Preset(SHAPE_72B, 72_706_203_648, hub_names(QWEN25, "72B", *GENERAL)),
+    "qwen2.5-math-72b": Preset(math(SHAPE_72B), 72_706_203_648, hub_names(QWEN25, "72B", *MATH)),
+    "qwen3-0.6b": Preset(qwen3(1_024, 28, 16, 3_072, True), 596_049_920, hub_names(QWEN3, "0.6B", "{}")),
+    "qwen3-1.7b": Preset(qwen3(2_048, 28, 16, 6_144, True), 1_720_574_976, hub_names(QWEN3, "1.7B", "{}")),
+    "qwen3-4b": Preset(qwen3(2_560, 36, 32, 9_728, True), 4_022_468_096, hub_names(QWEN3, "4B", "{}")),
+    "qwen3-8b": Preset(qwen3(4_096, 36, 32, 12_288, False), 8_190_735_360, hub_names(QWEN3, "8B", "{}")),
+    "qwen3-14b": Preset(qwen3(5_120, 40, 40, 17_408, False), 14_768_307_200, hub_names(QWEN3, "14B", "{}")),
+    "qwen3-32b": Preset(qwen3(5_120, 64, 64, 25_600, False), 32_762_123_264, hub_names(QWEN3, "32B", "{}")),
     "smollm2-135m": Preset(
-        smollm2(576, 30, 9, 3, 1_536, 100_000.0), 134_515_008, names(SMOLLM2, "135M", *GENERAL)
+        smollm2(576, 30, 9, 3, 1_536, 100_000.0), 134_515_008, hub_names(SMOLLM2, "135M", *GENERAL)
     ),
     "smollm2-360m": Preset(
-        smollm2(960, 32, 15, 5, 2_560, 100_000.0), 361_821_120, names(SMOLLM2, "360M", *GENERAL)
+        smollm2(960, 32, 15, 5, 2_560, 100_000.0), 361_821_120, hub_names(SMOLLM2, "360M", *GENERAL)
     ),
     "smollm2-1.7b": Preset(
-        smollm2(2_048, 24, 32, 32, 8_192, 130_000.0), 1_711_376_384, names(SMOLLM2, "1.7B", *GENERAL)
+        smollm2(2_048, 24, 32, 32, 8_192, 130_000.0), 1_711_376_384, hub_names(SMOLLM2, "1.7B", *GENERAL)
     ),
 }

@@ -82,7 +82,15 @@ def test_the_learner_checks_what_it_is_given():
     with pytest.raises(TypeCheckError, match="parameter 'old_logprob'"):
         Batch(token, NUMBERS, NUMBERS, old, np.zeros(2, np.float32), NUMBERS, NUMBERS)
     batch = Batch(token, NUMBERS, NUMBERS, old.astype(np.float32), np.zeros(2, np.float32), NUMBERS, NUMBERS)
-    learner = Learner(graph_of(TINY), placement(), optax.sgd(1.0), LossConfig(), jnp.float32, 16, False)
+    learner = Learner(
+        graph_of(TINY),
+        placement(),
+        optax.sgd(1.0),
+        LossConfig(),
+        compute_dtype=jnp.float32,
+        logit_chunk=16,
+        remat=False,
+    )
     with pytest.raises(TypeCheckError, match="parameter 'bundles'"):
         learner.gradient(tiny_params(), [batch])
     with pytest.raises(TypeCheckError, match="parameter 'chunks'"):

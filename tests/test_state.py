@@ -203,7 +203,15 @@ SETTINGS = OptimizerConfig(learning_rate=1e-2, warmup_updates=4, max_grad_norm=0
 @functools.cache
 def learner(moments="float32"):
     optimizer = make_optimizer(dataclasses.replace(SETTINGS, moments=moments), AXES)
-    return Learner(graph_of(TINY), placement(), optimizer, LossConfig(), jnp.float32, WIDTH, False)
+    return Learner(
+        graph_of(TINY),
+        placement(),
+        optimizer,
+        LossConfig(),
+        compute_dtype=jnp.float32,
+        logit_chunk=WIDTH,
+        remat=False,
+    )
 
 
 def fresh(moments="float32"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import make_optimizer
-from fr3e_jax.learner.update import Learner
+from fr3e_jax.learner.update import Learner, Prefilled
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.planning.topology import slice_mesh
@@ -40,8 +40,8 @@ def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
     """Compile the programs that compute the gradient of a bundle, in bfloat16 with the splash kernel.
 
     Returns:
-      Compiled programs by name: `open` and `close` run once a bundle, `add_chunk` once a chunk. None of them
-      depends on the number of chunks.
+      Compiled programs by name: `prefill` and `add_trunks` run once a bundle, `add_chunk` once a chunk. None
+      of them depends on the number of chunks.
     """
     axes, shapes = logical_axes(config), abstract_params(config)
     placement, _ = place_model(slice_mesh(shape.topology, shape.mesh), axes, shapes)
@@ -66,12 +66,12 @@ def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
 
     compute, gradient = params(jnp.bfloat16), params(jnp.float32)
     trunks = Trunks(array(jnp.int32, parts, shape.trunks, shape.trunk), array(jnp.int32, parts, shape.trunks))
-    opened = Learner.open.lower(learner, compute, trunks)
-    programs = {"open": opened.compile()}
+    opened = Learner.prefill_and_zero_gradient.lower(learner, compute, trunks)
+    programs = {"prefill": opened.compile()}
     caches, cache_gradient = jax.tree.map(
         lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
         opened.out_info,
-        programs["open"].output_shardings,
+        programs["prefill"].output_shardings,
     )
     rows = shape.rows * parts
     tokens, numbers = (rows, shape.length + 1), array(jnp.int32, rows)
@@ -85,18 +85,9 @@ def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
         prefix=numbers,
     )
     denominator = jax.ShapeDtypeStruct((), jnp.float32)
-    arguments = (
-        learner,
-        gradient,
-        cache_gradient,
-        compute,
-        caches,
-        None,
-        None,
-        chunk,
-        denominator,
-        shape.window,
-    )
-    programs["add_chunk"] = Learner.add_chunk.lower(*arguments).compile()
-    programs["close"] = Learner.close.lower(learner, gradient, cache_gradient, compute, trunks).compile()
+    arguments = (learner, gradient, cache_gradient, Prefilled(compute, caches), None, chunk, denominator)
+    programs["add_chunk"] = Learner.add_chunk.lower(*arguments, window=shape.window).compile()
+    programs["add_trunks"] = Learner.add_trunks.lower(
+        learner, gradient, cache_gradient, compute, trunks
+    ).compile()
     return programs

@@ -19,7 +19,7 @@ from fr3e_jax.engine.rollout import Engine, root_branches
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.make import learner_of
 from fr3e_jax.learner.state import TrainState, sampling_cast, state_shardings
-from fr3e_jax.learner.update import Learner, applying
+from fr3e_jax.learner.update import Learner, Prefilled, applying
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import MESH_AXES, place_model, row_parts
 from fr3e_jax.planning.hlo import Instruction, Program
@@ -426,7 +426,7 @@ def compile_updates(
     begun, results = stage(
         "update",
         "begin",
-        lambda: Learner.begin.lower(learner, state.params),
+        lambda: Learner.cast_and_zero_gradient.lower(learner, state.params),
         without(held, "parameters"),
         {"parameters": always["parameters"]},
     )
@@ -456,35 +456,37 @@ def compile_updates(
     opened, results = stage(
         "update",
         "open trunks",
-        lambda: Learner.open.lower(learner, compute, trunks),
+        lambda: Learner.prefill_and_zero_gradient.lower(learner, compute, trunks),
         {**held, "gradient": sizes["gradient"]},
         {"compute copy": sizes["compute copy"]},
     )
     yield opened
     if results is None:
         return
-    caches, slope = results
+    caches, cache_gradient = results
     copies = 1 if base is None else 2
     own = {
         "compute copy": sizes["compute copy"] * copies,
         "gradient": sizes["gradient"],
-        "trunk caches": held_by((caches, slope)),
+        "trunk caches": held_by((caches, cache_gradient)),
     }
-    told = (caches, base, None if base is None else caches)
+    policy = Prefilled(compute, caches)
+    other = None if base is None else Prefilled(base, caches)
     for shape in dict.fromkeys((typical(work), work.widest)):
         name = f"chunk {shape.rows} x {shape.width}"
         lower = functools.partial(
             Learner.add_chunk.lower,
-            *(learner, gradient, slope, compute, *told),
-            *(chunk_of(shape), abstract((), jnp.float32), shape.window),
+            *(learner, gradient, cache_gradient, policy, other),
+            *(chunk_of(shape), abstract((), jnp.float32)),
+            window=shape.window,
         )
         yield dataclasses.replace(stage("update", name, lower, held, own)[0], chunk=shape)
     yield stage(
         "update",
         "close trunks",
-        lambda: Learner.close.lower(learner, gradient, slope, compute, trunks),
+        lambda: Learner.add_trunks.lower(learner, gradient, cache_gradient, compute, trunks),
         {**held, "trunk caches": held_by(caches)},
-        {**own, "trunk caches": held_by(slope)},
+        {**own, "trunk caches": held_by(cache_gradient)},
     )[0]
     leaves, tree = jax.tree.flatten(state)
     apply = applying(learner.optimizer, tree, tuple(x.sharding for x in leaves))

@@ -11,7 +11,7 @@ import numpy as np
 from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.engine.seats import Ladder, Seats, first_slots, take_seats
 from fr3e_jax.learner import groups
-from fr3e_jax.learner.layout import bucket, bundles_of, most_of
+from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
 from fr3e_jax.types import StateGroups
 
 SPREAD = 0.8  # of the logarithm of answers' lengths
@@ -232,9 +232,9 @@ def work_of(config: Config, parts: int, told: Assumptions, worst: bool = False) 
                 rows, width = chunk.token.shape
                 shapes[Chunk(rows // parts, width - 1, window)] += 1
                 real += int((chunk.length - 1).sum())
-    longest, budget = bucket(rollout.max_prompt + limit - 1), config.optimizer.micro_tokens
+    longest, budget = width_of(rollout.max_prompt + limit - 1), config.optimizer.micro_tokens
     many = batch // minibatches * explore.rollouts
-    width, epochs = bucket(limit), config.optimizer.epochs
+    width, epochs = width_of(limit), config.optimizer.epochs
     return Work(
         rounds=math.ceil(batch / found),
         first_return=first,
@@ -246,9 +246,9 @@ def work_of(config: Config, parts: int, told: Assumptions, worst: bool = False) 
         trained=epochs * int(accepted.length.sum()),
         # Whole answers after a whole trunk, or many short ones: each row has what it sees of its trunk.
         widest=max(
-            [Chunk(most_of(many, width, budget), width, longest), *shapes], key=lambda x: (x.seen, x.tokens)
+            [Chunk(most_rows(many, width, budget), width, longest), *shapes], key=lambda x: (x.seen, x.tokens)
         ),
-        widest_trunks=(most_of(many, longest, budget), longest),
+        widest_trunks=(most_rows(many, longest, budget), longest),
     )
 
 

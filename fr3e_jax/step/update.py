@@ -58,7 +58,7 @@ def train_step(
             # There will be another round, whatever the verdicts on this one.
             ahead = open_round(run, sampler_params, step, position, watch)
         accepted, metrics, sample = close_round(run, opened, watch)
-        waiting = groups.join(waiting, accepted)
+        waiting = groups.concatenate(waiting, accepted)
         rounds.append(metrics)
     run.interruption.check()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
