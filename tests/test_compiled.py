@@ -11,7 +11,8 @@ from support import TINY, needs_compiler
 
 from fr3e_jax.bench.compiled import DecodingShape, compile_decoding
 from fr3e_jax.bench.process import compilations
-from fr3e_jax.planning.hlo import Program, shapes_of
+from fr3e_jax.planning.hlo import Program
+from fr3e_jax.planning.hlo_text import array_types
 
 SMALL = dataclasses.replace(
     TINY,
@@ -89,7 +90,7 @@ def program_of(function, *arguments):
 
 def test_sizes_are_those_of_main_memory():
     text = "(f32[8,128]{1,0:T(8,128)S(1)}, bf16[4,2]{1,0}, pred[], s32[3])"
-    found = shapes_of(text)
+    found = array_types(text)
     assert [(shape.bytes, shape.in_memory) for shape in found] == [
         (4096, False),
         (16, True),

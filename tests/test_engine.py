@@ -500,7 +500,7 @@ def test_the_branch_cache_is_updated_in_place(rows, slots):
     stores, copies, repeated = 0, [], in_loops(program)
     for name, instructions in program.computations.items():
         for instruction in instructions.values():
-            if any(shape.elements == size for shape in instruction.shapes):
+            if any(array.elements == size for array in instruction.arrays):
                 stores += instruction.operation == "dynamic-update-slice" and name in repeated
                 if instruction.operation == "copy":
                     copies.append((name, instruction.type, instructions[instruction.operands[0]].type))

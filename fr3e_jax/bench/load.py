@@ -24,7 +24,7 @@ from fr3e_jax.models.decoder import abstract_params, logical_axes
 from fr3e_jax.models.hf import LAYOUTS, Tensor, config_json, read_config, tensors_of
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.parallel.mesh import make_mesh, place_model
-from fr3e_jax.planning.topology import GIB
+from fr3e_jax.planning.slices import GIB
 from fr3e_jax.pretrained.weights import find_tensors, read_params, write_tensors
 
 

@@ -66,11 +66,10 @@ def reseat(model: Decoder, placement: Placement, own: Segment, leg: Leg) -> Segm
         held = layer.reshape(parts, heads, rows_before, size // rows_before, width)[:, :, :, : leg.slots]
         held = jax.vmap(lambda x, index: x[:, index], spmd_axis_name=BATCH_AXES)(held, leg.origin)
         held = jnp.pad(held, ((0, 0), (0, 0), (0, 0), (0, leg.slots - held.shape[3]), (0, 0)))
-        return placement.shard(held.reshape(parts, heads, leg.rows * leg.slots, width), *CACHE_AXES[1:])
+        return placement.shard(held.reshape(parts, heads, leg.size, width), *CACHE_AXES[1:])
 
     def move(cache: Float[Array, "L P K before D"]) -> Float[Array, "L P K after D"]:
-        size = leg.rows * leg.slots
-        target = cache if cache.shape[3] == size else empty_cache(model, placement, size)
+        target = cache if cache.shape[3] == leg.size else empty_cache(model, placement, leg.size)
 
         def one(number: Array, target: Array) -> Array:
             source = target if target.shape == cache.shape else cache

@@ -158,13 +158,23 @@ class Leg:
         return self.origin is not None
 
     @property
+    def size(self) -> int:
+        """Slots of all rows of a part in the leg."""
+        return self.rows * self.slots
+
+    @property
+    def size_before(self) -> int:
+        """Slots of all rows of a part before the leg."""
+        rows, slots = self.before
+        return rows * slots
+
+    @property
     def cache(self) -> int:
         """Slots of all rows of a part that are allocated at a time.
 
         A cache that grows and what it grew from are there together.
         """
-        size, size_before = self.rows * self.slots, self.before[0] * self.before[1]
-        return size if size == size_before else size + size_before
+        return self.size if self.size == self.size_before else self.size + self.size_before
 
 
 LegEnd = tuple[Bool[np.ndarray, "P n C"], int]
