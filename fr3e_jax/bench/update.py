@@ -32,7 +32,7 @@ BUDGET = OptimizerConfig().micro_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Tree:
+class TreeSizes:
     """Sizes of one kept trajectory with positions at equal distances; lengths are tokens."""
 
     prompt: int = 256
@@ -71,7 +71,7 @@ def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Measure
     return measurements if json else []
 
 
-def groups_of_tree(tree: Tree, lengths: np.ndarray | None = None) -> StateGroups:
+def groups_of_tree(tree: TreeSizes, lengths: np.ndarray | None = None) -> StateGroups:
     """Make the states of one trajectory, with random tokens and log-probabilities.
 
     Args:
@@ -101,7 +101,7 @@ def groups_of_tree(tree: Tree, lengths: np.ndarray | None = None) -> StateGroups
     )
 
 
-def forms(tree: Tree) -> tuple[list[Bundle], list[Bundle]]:
+def forms(tree: TreeSizes) -> tuple[list[Bundle], list[Bundle]]:
     """Lay the states of a tree out in both forms: (every prefix once, flat)."""
     groups = groups_of_tree(tree)
     return bundles_of(groups, 1, BUDGET), bundles_of(groups, 1, BUDGET, shared=False)
@@ -165,16 +165,18 @@ def updating_with_torch(rows: int, prompt: int, new: int, chunk: int) -> Callabl
 # --- the measurements
 
 
-def token_ratio(_: int = 1, tree: Tree | None = None) -> list[Measurement]:
+def token_ratio(_: int = 1, tree: TreeSizes | None = None) -> list[Measurement]:
     """Count the tokens of the flat form against those that run when every prefix runs once."""
-    tree = tree or Tree()
+    tree = tree or TreeSizes()
     shared, flat = (token_counts(form)[0] for form in forms(tree))
     return [measurement("token_ratio", shared, flat, "tokens", tree.of, ratio=flat / shared)]
 
 
-def update_vs_flat(repeats: int, tree: Tree | None = None, name: str = "update_vs_flat") -> list[Measurement]:
+def update_vs_flat(
+    repeats: int, tree: TreeSizes | None = None, name: str = "update_vs_flat"
+) -> list[Measurement]:
     """Compare with the same update in the flat form."""
-    tree = tree or Tree()
+    tree = tree or TreeSizes()
     shared, flat = forms(tree)
     tokens = token_counts(flat)[0]
     seconds = in_turns(repeats, updating(shared), updating(flat))
@@ -188,7 +190,7 @@ def rates(name: str, tokens: int, seconds: list[float], of: str) -> Measurement:
 
 def update_vs_torch(repeats: int) -> list[Measurement]:
     """Compare with torch, each rollout with its own prefix: as many tokens, padded to the longest."""
-    tree = Tree()
+    tree = TreeSizes()
     shared, flat = forms(tree)
     rows = (tree.positions + 1) * tree.rollouts
     # Every row has prompt + response tokens. Torch computes fewer logits, which is to its advantage.
@@ -203,7 +205,7 @@ def update_vs_torch(repeats: int) -> list[Measurement]:
 
 def flat_vs_torch(repeats: int) -> list[Measurement]:
     """Compare the flat form with torch: the other comparisons are only fair if it is as fast."""
-    tree = Tree(prompt=64, response=128, positions=0, rollouts=32)
+    tree = TreeSizes(prompt=64, response=128, positions=0, rollouts=32)
     _, flat = forms(tree)
     try:
         other = updating_with_torch(32, 64, 128, 32)
@@ -221,7 +223,7 @@ def padding_waste(_: int) -> list[Measurement]:
     rng, trees = np.random.default_rng(0), []
     lengths = np.clip(np.exp(np.log(200) + np.log(5) / 1.645 * rng.standard_normal((8, 5, 16))), 1, 2048)
     for i in range(8):
-        groups = groups_of_tree(Tree(), np.ceil(lengths[i]).astype(int))
+        groups = groups_of_tree(TreeSizes(), np.ceil(lengths[i]).astype(int))
         wider = np.pad(groups.token, ((0, 0), (0, 0), (0, 2048 - groups.token.shape[2])))
         old = np.pad(groups.logprob, ((0, 0), (0, 0), (0, 2048 - groups.logprob.shape[2])))
         source = groups.source + np.array([i, 0, 0], np.int32)
@@ -248,7 +250,7 @@ def update_memory(_: int) -> list[Measurement]:
         return [not_measured("update_memory", "GiB", "needs libtpu: pip install 'fr3e_jax[tpu]'")]
     counts, largest = [], []
     for rollouts in (8, 32, 128):
-        groups = groups_of_tree(Tree(prompt=1024, response=4096, positions=0, rollouts=rollouts))
+        groups = groups_of_tree(TreeSizes(prompt=1024, response=4096, positions=0, rollouts=rollouts))
         (bundle,) = bundles_of(groups, 4, BUDGET)
         assert bundle.trunks is not None
         _, trunks, trunk = bundle.trunks.token.shape
@@ -270,7 +272,7 @@ def update_memory(_: int) -> list[Measurement]:
     ]
 
 
-SWEEP_FROM = Tree(prompt=128, response=256, rollouts=4)
+SWEEP_FROM = TreeSizes(prompt=128, response=256, rollouts=4)
 SWEEP = {"rollouts": [2, 4, 16], "positions": [1, 4, 8], "response": [128, 256, 1024], "prompt": [32, 512]}
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from fr3e_jax.engine.seats import Leg
 from fr3e_jax.parallel.mesh import logical_sizes
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.program_costs import Costs
 from fr3e_jax.planning.rollout_programs import legs_to_compile
@@ -96,7 +97,7 @@ class ModelSizes:
     def padding(self) -> float:
         """Factor by which a TPU pads the last axis of a cache whose layout is not compact."""
         head_dim = self.setup.model.head_dim
-        return -(-head_dim // LANES) * LANES / head_dim
+        return next_multiple(head_dim, LANES) / head_dim
 
     @property
     def queries(self) -> int:
