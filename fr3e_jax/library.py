@@ -31,8 +31,9 @@ from jax import Array
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
 from fr3e_jax.config import ConfigError, ExploreConfig, LossConfig, OptimizerConfig
+from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
-from fr3e_jax.engine.rollout import Caches, Engine
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.learner.layout import bundles_of

@@ -54,20 +54,25 @@ def pytree(cls: type[Tree]) -> type[Tree]:
     jax also fills such trees with axis numbers, shardings and marks of its own. It does so without `__init__`
     (with `jax.tree_util.register_dataclass` it would call it), so that the check of the annotations while
     tests run sees the arrays of this package alone.
+
+    A field with `static` in its metadata is no part of the tree: programs are compiled for each value of it.
     """
     made = dataclasses.dataclass(frozen=True)(cls)
-    names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    names = [field.name for field in fields if not field.metadata.get("static")]
+    static = [field.name for field in fields if field.metadata.get("static")]
     keys = [jax.tree_util.GetAttrKey(name) for name in names]
 
-    def flatten(tree: Tree) -> tuple[list[Any], None]:
-        return [getattr(tree, name) for name in names], None
+    def flatten(tree: Tree) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(tree, name) for name in names], tuple(getattr(tree, name) for name in static)
 
-    def flatten_with_keys(tree: Tree) -> tuple[list[Any], None]:
-        return list(zip(keys, flatten(tree)[0], strict=True)), None
+    def flatten_with_keys(tree: Tree) -> tuple[list[Any], tuple[Any, ...]]:
+        leaves, values = flatten(tree)
+        return list(zip(keys, leaves, strict=True)), values
 
-    def unflatten(_: None, leaves: Any) -> Tree:
+    def unflatten(values: tuple[Any, ...], leaves: Any) -> Tree:
         tree = object.__new__(made)
-        tree.__dict__.update(zip(names, leaves, strict=True))
+        tree.__dict__.update(zip((*names, *static), (*leaves, *values), strict=True))
         return tree
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)

@@ -8,7 +8,7 @@ import pytest
 from support import TINY, needs_compiler, placement, square_arrays, tiny_params
 
 from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
-from fr3e_jax.bench.update import Tree, groups_of
+from fr3e_jax.bench.update import TreeSizes, groups_of_tree
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import make_optimizer
@@ -47,7 +47,7 @@ def test_sixteen_chunks_run_the_programs_of_one(mesh):
     )
     params, compiled = jax.device_put(tiny_params(), at.shardings(axes, tiny_params())), []
     for chunks in (1, 16):
-        groups = groups_of(Tree(prompt=8, response=32, positions=0, rollouts=4 * parts * chunks))
+        groups = groups_of_tree(TreeSizes(prompt=8, response=32, positions=0, rollouts=4 * parts * chunks))
         groups = dataclasses.replace(groups, token=groups.token % 48, query=groups.query % 48)
         bundles = bundles_of(groups, parts, 128)
         assert [len(bundle.chunks) for bundle in bundles] == [chunks]

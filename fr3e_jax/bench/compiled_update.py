@@ -1,4 +1,4 @@
-"""The programs of the update as they are compiled for TPUs, which needs none."""
+"""The programs of the update compiled for TPUs. No TPU is needed: libtpu compiles for any slice."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ from fr3e_jax.types import Batch, Trunks
 
 @dataclasses.dataclass(frozen=True)
 class UpdateShape:
-    """A bundle's programs to compile.
+    """Sizes of the programs of a bundle to compile, and the slice that they are for.
 
     topology: as jax names it, such as `v5p:2x2x1`. mesh: data, fsdp, tensor; its product is the chips that
-    are used. On each part `trunks` trunks of `trunk` tokens, and chunks of `rows` rows of `length` tokens
-    that see `window` tokens of the trunks.
+    are used. trunks: on each part. trunk: tokens of each. rows: of a chunk on each part. length: tokens of
+    each row. window: tokens of the trunks that the rows see.
     """
 
     topology: str
@@ -37,11 +37,11 @@ class UpdateShape:
 
 @functools.cache
 def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
-    """Compile what computes the gradient of a bundle for a slice of TPUs, bfloat16 with the splash kernel.
+    """Compile the programs that compute the gradient of a bundle, in bfloat16 with the splash kernel.
 
     Returns:
       Compiled programs by name: `prefill` and `add_trunks` run once a bundle, `add_chunk` once a chunk. None
-      of them knows how many chunks there are.
+      of them depends on the number of chunks.
     """
     axes, shapes = logical_axes(config), abstract_params(config)
     placement, _ = place_model(slice_mesh(shape.topology, shape.mesh), axes, shapes)
