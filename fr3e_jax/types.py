@@ -42,8 +42,6 @@ else:
     AnyArray = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 """An array on devices (jax) or on the host (numpy), or the shape of one, of which programs are planned."""
 
-Leaf = AnyArray
-
 Tree = TypeVar("Tree")
 
 
