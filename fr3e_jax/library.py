@@ -31,13 +31,14 @@ from jaxtyping import Bool, Float, Float32
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
 from fr3e_jax.config import ConfigError, ExploreConfig, LossConfig, OptimizerConfig
+from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
-from fr3e_jax.engine.rollout import Caches, Engine
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import TrainState
-from fr3e_jax.learner.update import Learner, Metrics
+from fr3e_jax.learner.update import Learner, UpdateMetrics
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
@@ -405,7 +406,7 @@ class PolicyLearner:
 
     def update(
         self, state: TrainState, batch: StateGroups, reference: Params | None = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, UpdateMetrics]:
         """One optimizer step over a batch; `state` is used up.
 
         Args:

@@ -268,7 +268,7 @@ def learner_on(mesh, settings=None):
     training, _ = place_model(mesh_of(*mesh), AXES, abstract_params(CONFIG))
     optimizer = optax.sgd(1.0) if settings is None else make_optimizer(settings, AXES)
     loss = LossConfig(clip_low=0.22, clip_high=0.28)
-    own = Learner(GRAPH, training, optimizer, loss, jnp.float32, 8, remat=True)
+    own = Learner(GRAPH, training, optimizer, loss, compute_dtype=jnp.float32, logit_chunk=8, remat=True)
     return own, bundles_of(groups(), mesh[0] * mesh[1], budget=64)
 
 

@@ -32,8 +32,9 @@ from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
 from fr3e_jax.config import Config, CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.cost import Cost, rollout_cost
+from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
-from fr3e_jax.engine.rollout import Caches, Engine
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import row_key
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params

@@ -78,7 +78,7 @@ def train_step(
             # There will be another round, whatever the verdicts on this one.
             ahead = open_round(config, parts, sampler_params, step, position, watch)
         accepted, round_metrics, sample = close_round(config, parts, opened, watch)
-        waiting = groups.join(waiting, accepted)
+        waiting = groups.concatenate(waiting, accepted)
         rounds.append(round_metrics)
     parts.between()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
