@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from environment import REPOSITORY
-from support import SMALL, call, metrics
+from support import SMALL, call, metrics, placement
 
 from fr3e_jax.algorithm import credit, explore, loss
 from fr3e_jax.algorithm.credit import modulated_advantage
@@ -24,7 +24,8 @@ from fr3e_jax.rewards import rules as scorers
 from fr3e_jax.rewards.pool import Asked, ScoringPool
 from fr3e_jax.step import metrics as step_metrics
 from fr3e_jax.step.metrics import Metric, measure
-from fr3e_jax.step.rounds import assign_credit, choose_states
+from fr3e_jax.step.rounds import assign_credit, choose_states, draws_of
+from fr3e_jax.types import Rollouts
 
 PAGE = (REPOSITORY / "fr3e_jax" / "README.md").read_text().partition("## How to extend")[2]
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE, re.M)]
@@ -162,11 +163,13 @@ def last_positions(base):
 
 
 def prefixes(rule):
-    n = np.zeros(1, np.int32)
-    same = np.ones((1, 6), np.float32)
-    told = (n, n, np.ones(1, bool), same, same, np.full(1, 6, np.int32))
-    found, _ = choose_states(ExploreConfig(positions=2, rule=rule), jax.random.key(0), np.int32(1), *told)
-    return found[0].tolist()
+    """Tokens that the states keep of one trajectory of six tokens."""
+    one, same = np.zeros(1, np.int32), np.ones((1, 1, 6), np.float32)
+    length = np.full((1, 1), 6, np.int32)
+    base = Rollouts(np.zeros((1, 1, 6), np.int32), same, same, same, length, length > 0)
+    at, rules = placement(), ExploreConfig(positions=2, rule=rule)
+    states = choose_states(rules, at, draws_of(0, 1, at), base, length, one, one, one, np.ones(1, bool))
+    return states.prefix_length[0].tolist()
 
 
 def test_a_function_may_stand_where_a_rule_is_named():
