@@ -57,7 +57,7 @@ from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
 from fr3e_jax.parallel.waiting import HostError, waiting
-from fr3e_jax.pretrained.model import Model, PlacedModel, compute_type, open_model
+from fr3e_jax.pretrained.model import PlacedModel, UnplacedModel, compute_type, open_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.corpus import checksum, judging_problems, judging_source
 from fr3e_jax.problems.stream import QueryStream, padded_width
@@ -316,7 +316,7 @@ def ask_all(
         pool.close()
 
 
-def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
+def find_asked(config: EvaluationConfig) -> tuple[UnplacedModel, Text]:
     """The model that is asked, of a run the one that it began from, without weights; and its text."""
     run = location(config.model)
     template = None if config.template == "auto" else config.template
@@ -331,7 +331,7 @@ def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
     return model, text
 
 
-def load(config: EvaluationConfig, found: Model, hosts: Hosts) -> tuple[PlacedModel, Params]:
+def load(config: EvaluationConfig, found: UnplacedModel, hosts: Hosts) -> tuple[PlacedModel, Params]:
     """The weights that are asked: a run's checkpoint, or those of the model that was found.
 
     Returns:
