@@ -14,6 +14,9 @@ Paper symbol, meaning, name here:
 Axis letters: B queries, R base trajectories per query, N kept trajectories, J states, M rollouts
 per state, C branches of a trajectory (R, or J x M), P prompt tokens, S response tokens,
 T tokens of a whole sequence.
+
+Decoding: a seat is the batch row that a branch has, a lane that row's place among those of its trajectory, a
+leg a run of the decoding program between two compactions, a rung a number of rows that a leg may have.
 """
 
 import dataclasses
