@@ -55,7 +55,7 @@ from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, row_parts
 from fr3e_jax.parallel.waiting import HostError, waiting
-from fr3e_jax.pretrained.model import Model, compute_type, open_model
+from fr3e_jax.pretrained.model import UnplacedModel, compute_type, open_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.corpus import checksum, judging_problems, judging_source
 from fr3e_jax.problems.stream import QueryStream, padded_width
@@ -314,7 +314,7 @@ def ask_all(
         pool.close()
 
 
-def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
+def find_asked(config: EvaluationConfig) -> tuple[UnplacedModel, Text]:
     """The model that is asked, of a run the one that it began from, without weights; and its text."""
     run = location(config.model)
     template = None if config.template == "auto" else config.template
@@ -329,7 +329,7 @@ def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
     return model, text
 
 
-def load(config: EvaluationConfig, found: Model, text: Text, hosts: Hosts) -> tuple[Policy, Params]:
+def load(config: EvaluationConfig, found: UnplacedModel, text: Text, hosts: Hosts) -> tuple[Policy, Params]:
     """The weights that are asked: a run's checkpoint, or those of the model that was found.
 
     Returns:

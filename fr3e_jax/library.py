@@ -317,8 +317,17 @@ class Explorer:
         place = self.engine.placement
         placed, draws = place.place_rows(base.encoded.queries), draws_of(base.seed, base.step, place)
         arrays = place.place_rows(states.arrays)
-        where = (self.model.params, placed, base.caches, arrays)
-        rollouts, _ = self.engine.explore(*where, draws.tokens, draws.step, count, self.sampling, keep)
+        rollouts, _ = self.engine.explore(
+            self.model.params,
+            placed,
+            base.caches,
+            arrays,
+            seed_key=draws.tokens,
+            step=draws.step,
+            rollouts=count,
+            sampling=self.sampling,
+            keep=keep,
+        )
         rollouts = gather(rollouts)
         require_finite(rollouts, "exploration")
         return self.model.text.trimmed(rollouts, states.arrays)

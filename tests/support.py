@@ -27,7 +27,8 @@ from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placement, place_model
 from fr3e_jax.planning.topology import available
-from fr3e_jax.pretrained.weights import read_params, write_params
+from fr3e_jax.pretrained.weights import read_params
+from fr3e_jax.pretrained.write_weights import write_params
 from fr3e_jax.run.reporter import read_metrics
 
 needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")

@@ -18,7 +18,7 @@ from fr3e_jax.learner.groups import empty_groups
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.parallel.mesh import make_mesh
-from fr3e_jax.pretrained import export, weights
+from fr3e_jax.pretrained import export, write_weights
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.pretrained.hub import find_model
 from fr3e_jax.pretrained.model import open_model
@@ -71,7 +71,7 @@ def test_an_older_checkpoint_in_bfloat16_and_small_files(trained, tmp_path):
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) >= 4
     assert max(sum(x.nbytes for x in load_file(file).values()) for file in files) <= 500_000
-    index = json.loads((tmp_path / "out" / weights.INDEX_FILE).read_text())
+    index = json.loads((tmp_path / "out" / write_weights.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == 2 * sum(x.size for x in jax.tree.leaves(saved[1]))
 
 
@@ -220,7 +220,7 @@ def test_an_export_that_fails_leaves_the_old_one(source, tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(write_weights, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export_model(source, out, placed(tiny_params(scale=1.0), TINY))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

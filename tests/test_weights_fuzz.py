@@ -20,7 +20,7 @@ import pytest
 from support import TINY, read, tiny_params, write
 
 from fr3e_jax.models.hf import config_json, read_config
-from fr3e_jax.pretrained.weights import INDEX_FILE, CheckpointError
+from fr3e_jax.pretrained.safetensors_files import INDEX_FILE, CheckpointError
 
 CONFIG = dataclasses.replace(TINY, num_hidden_layers=2, tie_word_embeddings=False)
 PARAMS = tiny_params(CONFIG)

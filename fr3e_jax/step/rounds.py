@@ -317,8 +317,16 @@ def explore(
     Returns:
       (rollouts, rows decoded).
     """
-    count, sampling = config.explore.rollouts, sampling_of(config.rollout)
-    return engine.explore(params, queries, caches, states, draws.tokens, draws.step, count, sampling)
+    return engine.explore(
+        params,
+        queries,
+        caches,
+        states,
+        seed_key=draws.tokens,
+        step=draws.step,
+        rollouts=config.explore.rollouts,
+        sampling=sampling_of(config.rollout),
+    )
 
 
 Credit = tuple[Float32[Array, "N J M"], Float32[Array, "N J"], Float32[Array, "N J"], Bool[Array, "N J"]]
