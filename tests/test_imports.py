@@ -48,7 +48,7 @@ ALLOWED = {
         *("algorithm", "config", "engine", "learner", "models", "parallel", "pretrained", "problems"),
         *("rewards", "run", "step", "types"),
     },
-    "planning": {"config", "cost", "engine", "learner", "models", "parallel", "types"},
+    "planning": {"config", "cost", "engine", "learner", "models", "parallel", "pretrained", "run", "types"},
     "export": {"cli", "config", "models", "parallel", "pretrained", "run"},
     "generate": {"cli", "config", "engine", "models", "parallel", "pretrained", "problems", "run", "types"},
     "sft": {
