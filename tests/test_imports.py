@@ -30,7 +30,10 @@ ALLOWED = {
         *("algorithm", "config", "cost", "engine", "learner", "models", "parallel", "problems", "rewards"),
         *("run", "types"),
     },
-    "evaluation": {"config", "engine", "models", "parallel", "problems", "rewards", "run", "types"},
+    "evaluation": {
+        *("config", "engine", "learner", "models", "parallel", "pretrained", "problems", "progress"),
+        *("rewards", "run", "types"),
+    },
     "library": {
         *("algorithm", "config", "engine", "learner", "models", "parallel", "pretrained", "problems"),
         *("rewards", "step", "types"),
@@ -44,8 +47,7 @@ ALLOWED = {
     },
     "plan": {"cli", "config", "models", "parallel", "planning", "pretrained"},
     "evaluate": {
-        *("cli", "config", "engine", "evaluation", "learner", "models", "parallel", "pretrained", "problems"),
-        *("progress", "rewards", "run", "types"),
+        *("cli", "config", "engine", "evaluation", "models", "parallel", "problems", "rewards", "run"),
     },
     "train": {
         *(
