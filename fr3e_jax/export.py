@@ -61,7 +61,7 @@ def export(config: ExportConfig) -> Path:
         raise ConfigError(f"max_file_gb is {config.max_file_gb}, must be above 0")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     trained = read_trained(run, config.step, config.model, Hosts(mesh, DistributedConfig().timeout))
-    for line in trained.told:
+    for line in trained.messages:
         warn("export", line)
     size = int(config.max_file_gb * 10**9)
     with writing(location(config.out)):

@@ -90,7 +90,7 @@ def choose_step(
         return step, None
     trained = read_trained(run, None, None, hosts)
     if is_first():
-        for line in trained.told:
+        for line in trained.messages:
             warn(line)
     return trained.step, trained
 
