@@ -1,8 +1,8 @@
 """Statistics of verdicts: means, and how uncertain they are.
 
 Problems are the random sample, and answers to the same problem depend on each other: standard errors,
-intervals and tests are over problems (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). What draws
-random numbers is a function of its seed.
+intervals and tests are over problems (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). Whatever
+draws random numbers is a function of its seed.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def _means(right: np.ndarray) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, level: float, draws: int, seed: int) -> tuple[float, float]:
-    """Compute a percentile bootstrap interval of the mean of float [n] (Efron, Tibshirani 1993, chapter 13)."""
+    """Compute a percentile bootstrap interval of the mean of float [n] (Efron and Tibshirani 1993)."""
     if len(values) == 1:
         return float("nan"), float("nan")
     interval = stats.bootstrap(
