@@ -30,7 +30,9 @@ ALLOWED = {
         *("algorithm", "config", "cost", "engine", "learner", "models", "parallel", "problems", "rewards"),
         *("run", "types"),
     },
-    "evaluation": {"config", "engine", "models", "parallel", "problems", "rewards", "run", "types"},
+    "evaluation": {
+        *("algorithm", "config", "engine", "models", "parallel", "problems", "rewards", "run", "types"),
+    },
     "library": {
         *("algorithm", "config", "engine", "learner", "models", "parallel", "pretrained", "problems"),
         *("rewards", "step", "types"),

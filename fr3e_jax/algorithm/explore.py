@@ -8,12 +8,15 @@ tokens *before* t, so the uncertain token itself is drawn again.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
+
+REWARD_ROUNDING = 1e-6  # by which a weighted mean of parts may miss the number that it should be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Trajectories:
 PositionFunction = Callable[[Trajectories], Array]
 """Scores float32 [N, S]: the highest become positions, and -inf never does."""
 
-KeepFunction = Callable[[Array, Array], Array]
-"""Of rewards float32 [B, R] and PRNG keys [B], the trajectories to explore, bool [B, R]."""
+KeepFunction = Callable[[Array, Array, Array], Array]
+"""Of rewards float32 [B, R], which of them are solved, bool [B, R], and PRNG keys [B]: the trajectories to
+explore, bool [B, R]."""
 
 PositionRule = Chosen[PositionFunction]
 KeepRule = Chosen[KeepFunction]
@@ -59,29 +63,41 @@ def token_entropy(total: Array, moment: Array) -> Array:
     return jnp.log(total) - moment / total
 
 
-def keep_first_of_each(reward: Array, key: Array) -> Array:
-    """The first correct and the first wrong trajectory of each query; correct is a reward of 1."""
-    return one_of_each(reward, jnp.arange(reward.shape[1], dtype=jnp.float32))
+def solved(reward: Any, success_at: float) -> Any:
+    """Whether an answer of this reward counts as correct: whether the reward is at least `success_at`.
+
+    Args:
+      reward: a number, or an array of any shape.
+      success_at: reward.success_at, in (0, 1].
+
+    Returns:
+      bool, of the shape of `reward`.
+    """
+    return reward >= success_at - REWARD_ROUNDING
 
 
-def keep_random_of_each(reward: Array, key: Array) -> Array:
+def keep_first_of_each(reward: Array, correct: Array, key: Array) -> Array:
+    """The first correct and the first wrong trajectory of each query."""
+    return one_of_each(correct, jnp.arange(reward.shape[1], dtype=jnp.float32))
+
+
+def keep_random_of_each(reward: Array, correct: Array, key: Array) -> Array:
     """A correct and a wrong trajectory of each query, at random."""
-    return one_of_each(reward, jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key))
+    return one_of_each(correct, jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key))
 
 
-def keep_all(reward: Array, key: Array) -> Array:
+def keep_all(reward: Array, correct: Array, key: Array) -> Array:
     """Keep all R base trajectories of every query, whatever their rewards. bool [B, R]."""
     return jnp.ones(reward.shape, bool)
 
 
-def one_of_each(reward: Array, order: Array) -> Array:
+def one_of_each(correct: Array, order: Array) -> Array:
     """The correct and the wrong trajectory of each query that come first in `order`, [R] or [B, R]."""
-    order = jnp.broadcast_to(order, reward.shape)
-    correct = reward >= 1.0
+    order = jnp.broadcast_to(order, correct.shape)
 
     def first(eligible: Array) -> Array:
         best = jnp.argmin(jnp.where(eligible, order, jnp.inf), axis=1)
-        chosen = jnp.arange(reward.shape[1])[None, :] == best[:, None]
+        chosen = jnp.arange(correct.shape[1])[None, :] == best[:, None]
         return chosen & eligible
 
     return first(correct) | first(~correct)
@@ -94,13 +110,14 @@ KEEP_RULES: dict[str, Rule[KeepFunction]] = {
 }
 
 
-def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
+def keep_trajectories(reward: Array, rule: KeepRule, key: Array, success_at: float = 1.0) -> Array:
     """Choose the base trajectories to explore.
 
     Args:
-      reward: float32 [B, R]; a trajectory is correct where its reward is 1.
+      reward: float32 [B, R].
       rule: a name in KEEP_RULES, or a function.
       key: PRNG keys [B].
+      success_at: least reward of a correct trajectory.
 
     Returns:
       bool [B, R].
@@ -108,7 +125,8 @@ def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
     Raises:
       RuleError: there is no such rule, or it gives something else.
     """
-    return of_shape(function_of(KEEP_RULES, rule)(reward, key), reward.shape, "kept trajectories [B, R]")
+    kept = function_of(KEEP_RULES, rule)(reward, solved(reward, success_at), key)
+    return of_shape(kept, reward.shape, "kept trajectories [B, R]")
 
 
 def choose_positions(score: Array, length: Array, count: int, min_gap: int = 0) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fr3e_jax.algorithm.explore import solved
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cost import Cost
 from fr3e_jax.types import Rollouts, States
@@ -20,7 +21,8 @@ class Measured:
     base: leaves [B, R, S], answers sampled from the query alone. base_reward: float32 [B, R].
     rollouts: leaves [N, J x M, S], state by state. reward, advantage: float32 [N, J, M].
     value, alpha: float32 [N, J]. accepted: bool [N, J], the states that are trained on.
-    restarts: whether there are positions; without, the base answers are the rollouts.
+    restarts: whether there are positions; without, the base answers are the rollouts. success_at: least
+    reward of an answer that is right.
     """
 
     base: Rollouts
@@ -33,6 +35,12 @@ class Measured:
     advantage: np.ndarray
     accepted: np.ndarray
     restarts: bool
+    success_at: float = 1.0
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which rollouts have a right answer, bool [N, J, M]."""
+        return solved(self.reward, self.success_at)
 
     @property
     def valid(self) -> np.ndarray:
@@ -107,10 +115,10 @@ METRICS: dict[str, Metric] = {
     "states/accepted": Metric(lambda m: m.accepted.sum(), "states that are trained on", True),
     "states/rejected": Metric(lambda m: (m.valid & ~m.accepted).sum(), "states that are not", True),
     "states/all_wrong": Metric(
-        lambda m: (m.valid & (m.reward <= 0.0).all(axis=2)).sum(), "states whose rewards are all 0", True
+        lambda m: (m.valid & ~m.right.any(axis=2)).sum(), "states whose answers are all wrong", True
     ),
     "states/all_right": Metric(
-        lambda m: (m.valid & (m.reward >= 1.0).all(axis=2)).sum(), "states whose rewards are all 1", True
+        lambda m: (m.valid & m.right.all(axis=2)).sum(), "states whose answers are all right", True
     ),
     "states/identical": Metric(identical, "states whose rollouts are the same, token by token", True),
     "entropy/positions": Metric(position_entropy, "mean entropy at the positions, nats"),

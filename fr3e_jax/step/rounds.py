@@ -165,7 +165,8 @@ def close_round(
 
     restarts = opened.base_reward is not None
     found = (reward, value, alpha, advantage, accepted)
-    metrics = measure(Measured(base, base_reward, states, rollouts, *found, restarts))
+    success_at = run.config.reward.success_at
+    metrics = measure(Measured(base, base_reward, states, rollouts, *found, restarts, success_at))
     metrics |= cost_metrics(opened.costs)
     gathered = groups.collect(accepted, queries, states, rollouts, advantage)
     return gathered, metrics, run.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
@@ -194,7 +195,8 @@ def find_states(run: Run, step: Array, queries: Queries, base: Rollouts, base_re
     are compiled.
     """
     rules, place = run.config.explore, run.engine.placement.place_rows
-    kept = gather(keep(rules, run.key(1), step, *place((queries.index, base_reward))))
+    index, reward = place((queries.index, base_reward))
+    kept = gather(keep(rules, run.key(1), step, index, reward, run.config.reward.success_at))
     return states_of_kept(run.engine, rules, run.key(1), step, queries, base, kept)
 
 
@@ -224,16 +226,20 @@ def states_of_kept(
     return States(query, trajectory, chosen.token, prefix_length, valid)
 
 
-def keep(rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array) -> Array:
-    """Stage 4: bool [B, R] from rewards [B, R] of queries [B]."""
-    return compiled_keep(with_functions(rules), key, step, query, base_reward)
+def keep(
+    rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array, success_at: float = 1.0
+) -> Array:
+    """Stage 4: bool [B, R] from rewards [B, R] of queries [B]; a reward of `success_at` is correct."""
+    return compiled_keep(with_functions(rules), key, step, query, base_reward, success_at)
 
 
-@functools.partial(jax.jit, static_argnames="rules")
-def compiled_keep(rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array) -> Array:
+@functools.partial(jax.jit, static_argnames=("rules", "success_at"))
+def compiled_keep(
+    rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array, success_at: float
+) -> Array:
     """`keep` of rules that are functions."""
     keys = jax.vmap(row_key, (None, None, 0, None))(key, step, query, 0)
-    return keep_trajectories(base_reward, rules.keep, keys)
+    return keep_trajectories(base_reward, rules.keep, keys, success_at)
 
 
 def choose_states(rules: ExploreConfig, *told: Array) -> tuple[Array, Array]:

@@ -84,6 +84,7 @@ def train_step(
     told |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
     if rounds:
         told["reward/timed_out"] = count_timed_out(run, timed_out)
+        told |= run.verifier.parts.take()
     told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
     skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
     progress = dataclasses.replace(
