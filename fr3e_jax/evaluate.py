@@ -28,7 +28,6 @@ from fr3e_jax.config import (
     check_seed,
 )
 from fr3e_jax.engine.finite import NotFiniteError
-from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.evaluation.answers import MOST_PROBLEMS, MOST_SAMPLES, Ask, Respondent
 from fr3e_jax.evaluation.record import (
@@ -51,13 +50,12 @@ from fr3e_jax.evaluation.report import (
     table,
 )
 from fr3e_jax.evaluation.suites import Benchmark, benchmarks_of
-from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
-from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.mesh import PlacementError, row_parts
 from fr3e_jax.parallel.waiting import HostError, waiting
-from fr3e_jax.pretrained.model import Model, PlacedModel, compute_type, open_model
+from fr3e_jax.pretrained.model import Model, compute_type, open_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.corpus import checksum, judging_problems, judging_source
 from fr3e_jax.problems.stream import QueryStream, padded_width
@@ -65,6 +63,7 @@ from fr3e_jax.progress import bars
 from fr3e_jax.rewards.pool import ScoringPool
 from fr3e_jax.rewards.verdict import ScorerError
 from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.run.build import Policy, mesh_of, policy_of
 from fr3e_jax.run.compilation import keep_compiled
 from fr3e_jax.run.run_dir import holds_run
 from fr3e_jax.run.storage import StorageError, in_bucket, location, write_atomically
@@ -166,7 +165,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     Returns:
       What summary.json says.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     check(config, row_parts(mesh))
     if in_bucket(config.out or ""):
         raise ConfigError(f"out {config.out} is in a bucket; write to a directory")
@@ -265,14 +264,13 @@ def ask_all(
     }
     if is_first():
         note_resolved(directory, resolved)
-    model, params = load(config, found, hosts)
+    policy, params = load(config, found, text, hosts)
     asks = [ask for some in missing.values() for ask in some]
     scorers = sorted({ask.problem.scorer for ask in asks})
     pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))
     verifier = Verifier(text, hosts, pool)
     # One for all: programs are compiled for an engine.
-    engine = Engine(model.graph, model.sampling, config.max_response, text.end_tokens, stops=text.stops)
-    context = model.config.context
+    engine, context = policy.engine(config.max_response), policy.model.config.context
     respondents = {
         one: Respondent(engine, stream_of(config, context, verifier, wanted), verifier, config.rows, one.name)
         for one, wanted in missing.items()
@@ -331,20 +329,20 @@ def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
     return model, text
 
 
-def load(config: EvaluationConfig, found: Model, hosts: Hosts) -> tuple[PlacedModel, Params]:
+def load(config: EvaluationConfig, found: Model, text: Text, hosts: Hosts) -> tuple[Policy, Params]:
     """The weights that are asked: a run's checkpoint, or those of the model that was found.
 
     Returns:
-      (the model, its parameters in the layout for sampling).
+      (the model on the mesh, its parameters in the layout for sampling).
     """
     dtype = compute_type(config.compute_dtype)
     run = location(config.model)
     if holds_run(run):
         trained = read_trained(run, config.step, found.name, hosts)
-        model = trained.model
-        return model, sampling_cast(model.sampling, model.axes, trained.params, dtype)(trained.params)
-    model = found.place(hosts.mesh)
-    return model, model.read_params(model.sampling, dtype)
+        policy = policy_of(trained.model, text, dtype)
+        return policy, policy.sampling_params(trained.params)
+    policy = policy_of(found.place(hosts.mesh), text, dtype)
+    return policy, policy.read()
 
 
 def stream_of(config: EvaluationConfig, context: int, verifier: Verifier, asks: Sequence[Ask]) -> QueryStream:

@@ -19,11 +19,12 @@ from support import SMALL, call, metrics, run
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, resolve
 from fr3e_jax.learner import groups
+from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.run.build import build, mesh_of
 from fr3e_jax.run.resume import resume
 from fr3e_jax.run.run_dir import refuse_other_settings
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError
-from fr3e_jax.train import setup
 
 
 class Opening:
@@ -31,14 +32,17 @@ class Opening:
 
     def __init__(self):
         self.config = resolve(parse(Config, "train", "configs/quickstart.yaml", SMALL)[0])
-        self.run, _, self.state, corpus = setup(self.config)
+        self.hosts = Hosts(mesh_of(self.config.mesh), timeout=60)
+        parts = build(self.config, self.hosts)
+        parts.verifier.pool.close()
+        self.state, corpus = parts.policy.fresh_state(parts.learner), parts.corpus
         sizes = self.config.explore.rollouts, self.config.rollout.max_prompt, self.config.rollout.max_response
         self.fresh = self.state, groups.empty_groups(*sizes), Progress(problems=corpus.checksum)
 
     def __call__(self, directory, **changes):
         config = dataclasses.replace(self.config, run_dir=str(directory), **changes)
         lost = refuse_other_settings(config)
-        return resume(epath.Path(directory), config, self.fresh, self.run.hosts, lost)
+        return resume(epath.Path(directory), config, self.fresh, self.hosts, lost)
 
     def bits(self, directory):
         """(progress, bytes of every array) of what is gone on from; None where a run begins."""
@@ -190,9 +194,9 @@ def test_without_its_config_a_run_goes_on_with_the_settings_of_its_checkpoint_on
         (copy / "config.yaml").write_bytes(content)
     assert opening.bits(copy) == right[4]
     assert "config.yaml is" in opening(copy).told[-1]
-    assert "other settings of seed" in refused(copy, opening, seed=1)
+    assert "other settings: seed: " in refused(copy, opening, seed=1)
     loss = dataclasses.replace(opening.config.loss, clip_high=0.4)
-    assert "other settings of loss.clip_high" in refused(copy, opening, loss=loss)
+    assert "other settings: loss.clip_high: 0.28 -> 0.4" in refused(copy, opening, loss=loss)
     with pytest.raises(ConfigError, match="holds a run"):
         opening(copy, resume="never")
 
@@ -204,7 +208,7 @@ def test_a_config_that_lost_its_seed_does_not_let_another_one_in(opening, copy):
     damage.write(copy / "config.yaml", "".join(x for x in lines if "seed" not in x).encode())
     assert opening(copy).progress.step == 4
     with_settings(copy, lambda x: x.update(seed=5))
-    assert "other settings of seed" in refused(copy, opening, seed=5)
+    assert "other settings: seed: " in refused(copy, opening, seed=5)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_be_unverified(opening, right, copy):
@@ -244,7 +248,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_bit_for_bit(copy
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "the checkpoint of step 99 of" in done.stdout and "the checkpoint of step 4 of" in done.stdout
-    assert "metrics.jsonl: line 4 is cut short or damaged" in done.stdout
+    assert "metrics.jsonl: the last line, 4, is cut short" in done.stdout
     assert "resumed from the checkpoint of step 2" in done.stdout
     assert metrics(copy) == metrics(whole_run[0])
     ours, theirs = ((d / "model" / "model.safetensors").read_bytes() for d in (copy, whole_run[0]))

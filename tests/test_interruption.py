@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from support import SMALL, command, mesh_of, metrics
 
 from fr3e_jax.parallel.hosts import Hosts
-from fr3e_jax.run.interruption import Interrupted, Interruption
+from fr3e_jax.run.interruption import Interrupted, Interruption, exiting_at_sigterm
 
 # Training that is asked to stop at one call of a function: before it, or in the midst of a rollout.
 STOPPING = """
@@ -87,14 +88,48 @@ def test_a_run_that_is_complete_and_gets_more_steps_loses_its_mark_until_they_ar
 
 def test_sigterm_is_seen_at_the_next_look_and_not_before():
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        interruption = Interruption(Hosts(mesh_of(), 1))
+    with Interruption(Hosts(mesh_of(), 1)) as interruption:
         interruption.check()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
             interruption.check()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_handler_of_before_is_back_after_an_error_and_none_is_set_by_a_look():
+    before = signal.getsignal(signal.SIGTERM)
+    interruption = Interruption(Hosts(mesh_of(), 1))
+    interruption.check()
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(ZeroDivisionError), interruption:
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_a_thread_of_a_notebook_no_handler_is_set_and_the_run_goes_on():
+    ended = []
+
+    def use():
+        with Interruption(Hosts(mesh_of(), 1)) as interruption:
+            interruption.check()
+            ended.append(True)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert ended == [True]
+
+
+def test_a_command_that_ends_at_sigterm_cleans_up_first():
+    cleaned = []
+    with pytest.raises(SystemExit) as ended, exiting_at_sigterm():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+    assert ended.value.code == 143 and cleaned == [True]
 
 
 COUNTING = """

@@ -3,6 +3,8 @@
 import re
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from environment import REPOSITORY
@@ -166,14 +168,15 @@ def test_a_group_that_takes_too_long_is_wrong_and_counted(task):
         pool.close()
 
 
+KEYS = jax.random.split(jax.random.key(0), 3)
 REWARD = np.array([[0.5, 0.8, 0.2, 1.0], [0.79, 0.0, 0.0, 0.0], [1.0, 0.9, 0.8, 0.8]], np.float32)
 
 
 def test_what_counts_as_solved_is_chosen_for_keep_rules_and_metrics():
     """By hand: the first of at least 0.8, and the first below."""
-    kept = keep_trajectories(REWARD, "first_of_each", None, 0.8)
+    kept = keep_trajectories(jnp.asarray(REWARD), "first_of_each", KEYS, 0.8)
     assert kept.tolist() == [[True, True, False, False], [True, False, False, False], [True] + [False] * 3]
-    full = keep_trajectories(REWARD, "first_of_each", None)
+    full = keep_trajectories(jnp.asarray(REWARD), "first_of_each", KEYS)
     assert full.tolist() == [
         [True, False, False, True],
         [True, False, False, False],
@@ -189,7 +192,7 @@ def test_what_counts_as_solved_is_chosen_for_keep_rules_and_metrics():
 
 def test_a_sum_of_weights_that_rounding_keeps_below_1_is_solved():
     third = np.float32(0.1) + np.float32(0.7) + np.float32(0.2)
-    assert keep_trajectories(np.array([[third, 0.0]], np.float32), "first_of_each", None).all()
+    assert keep_trajectories(jnp.array([[third, 0.0]], jnp.float32), "first_of_each", KEYS[:1]).all()
 
 
 def test_the_accuracy_of_an_evaluation_goes_by_success_at(task, text):

@@ -17,7 +17,7 @@ from support import SMALL, call, command, metrics, run
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.run import storage
-from fr3e_jax.run.run_dir import CHECKPOINTS
+from fr3e_jax.run.saved import CHECKPOINTS
 from fr3e_jax.run.storage import StorageError, location, writing
 
 RUN = "gs://bucket/runs/a"
@@ -159,7 +159,7 @@ def test_compiled_programs_are_kept_in_a_bucket(server, machine):
 def test_a_run_in_a_bucket_is_not_resumed_with_other_settings(bucket_run, machine):
     refused = run("train", *OFTEN, CACHE, "--run_dir", RUN, "--loss.clip_high=0.4", **machine())
     assert refused.returncode == 2
-    assert f"{RUN} was started with other settings of loss.clip_high" in refused.stderr
+    assert f"{RUN} was started with other settings: loss.clip_high: 0.28 -> 0.4;" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
 
 
@@ -187,7 +187,7 @@ def test_a_bucket_that_takes_no_files_is_told_in_one_line(machine):
     done = run("train", *SMALL, "--run_dir", RUN, **{**machine(), **closed.environment})
     closed.close()
     assert done.returncode == 1
-    assert f"{RUN}/config.yaml could not be written" in done.stderr and "may only read" in done.stderr
+    assert f"{RUN}/lock.json could not be written" in done.stderr and "may only read" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from etils import epath
 from support import SMALL, call, command, metrics, placement, read, run
 
-from fr3e_jax.config import Config, ConfigError, DataConfig, OptimizerConfig
+from fr3e_jax.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.learner import groups
@@ -25,8 +26,16 @@ from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.rewards.rules import scorer_of
-from fr3e_jax.run.reporter import read_metrics, step_line, to_json_line
-from fr3e_jax.run.run_dir import open_run_dir, refuse_other_settings
+from fr3e_jax.run.jsonl import to_line
+from fr3e_jax.run.lock_file import LOCK_FILE
+from fr3e_jax.run.reporter import read_metrics, step_line
+from fr3e_jax.run.run_dir import (
+    begun_anew,
+    completed,
+    open_run_dir,
+    refuse_other_settings,
+    what_may_change,
+)
 from fr3e_jax.step.metrics import summarize
 from fr3e_jax.step.update import skipped_in_a_row
 
@@ -103,14 +112,55 @@ def test_a_finished_run_is_not_run_again(whole_run, tmp_path):
     again = call("train", *SMALL, "--run_dir", directory)
     assert again.returncode == 0, again.stderr
     assert (directory / "metrics.jsonl").read_bytes() == before
-    assert "resumed from the checkpoint of step 4" in again.stdout
+    assert f"{directory} holds a complete run of 4 steps; nothing is left to do" in again.stdout
+    summary = json.loads((directory / "summary.json").read_text())
+    shown = " -> ".join(f"{summary[name]:.1%}" for name in ("accuracy_before", "accuracy_after"))
+    assert f"held-out accuracy {shown}; model: {directory}/model" in again.stdout
+    fewer = call("train", *SMALL, "--steps=2", "--run_dir", directory)
+    assert fewer.returncode == 0 and "--steps 2 asks for fewer steps than it has" in fewer.stdout
+    assert "steps: 4" in (directory / "config.yaml").read_text()
+
+
+def test_a_finished_run_is_exported_again_in_another_type_or_where_its_model_is_gone(whole_run, tmp_path):
+    directory = shutil.copytree(whole_run[0], tmp_path / "run")
+    config = dataclasses.replace(Config(), run_dir=str(directory), steps=4)
+    assert completed(config)["steps"] == 4
+    for steps in (2, 3):
+        assert completed(dataclasses.replace(config, steps=steps))["steps"] == 4
+    assert completed(dataclasses.replace(config, steps=5)) is None
+    assert completed(dataclasses.replace(config, model=ModelConfig(export_dtype="bfloat16"))) is None
+    shutil.rmtree(directory / "model")
+    assert completed(config) is None
+
+
+def test_a_directory_without_a_saved_step_begins_with_any_settings_and_says_what_changed(tmp_path):
+    config = Config(run_dir=str(tmp_path / "run"))
+    assert begun_anew(config) == []
+    open_run_dir(config, "run")
+    assert begun_anew(config) == [f"{tmp_path / 'run'} has no saved step, and begins anew"]
+    other = dataclasses.replace(config, seed=1, data=DataConfig(template="boxed"))
+    assert refuse_other_settings(other) is None
+    (line,) = begun_anew(other)
+    assert line.endswith("with other settings: data.template: plain -> boxed, seed: 0 -> 1")
+
+
+def test_what_an_error_advises_to_change_is_said_to_be_free_or_not(whole_run, tmp_path):
+    message = "raise rollout.max_response 40, credit.max_rounds or scoring.workers"
+    anywhere = what_may_change(message, epath.Path(tmp_path))
+    assert "No step is saved" in anywhere and "begins it anew" in anywhere
+    run = epath.Path(whole_run[0])
+    there = what_may_change(message, run)
+    assert "of these only credit.max_rounds, scoring.workers may change there" in there
+    assert "none of these may change" in what_may_change(
+        "raise rollout.temperature", epath.Path(whole_run[0])
+    )
 
 
 def test_a_run_is_not_resumed_with_other_settings(whole_run):
     directory, _ = whole_run
     refused = call("train", *SMALL, "--run_dir", directory, "--loss.clip_high=0.4", "--seed=1")
     assert refused.returncode == 2
-    assert "loss.clip_high, seed" in refused.stderr
+    assert "other settings: loss.clip_high: 0.28 -> 0.4, seed: 0 -> 1;" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     refused = call("train", *SMALL, "--run_dir", directory, "--resume=never")
     assert refused.returncode == 2
@@ -236,6 +286,8 @@ def test_a_task_that_is_too_easy_ends_with_what_to_change(tmp_path):
     ended = call("train", *SMALL, *flags, "--optimizer.batch_states=64", "--run_dir", tmp_path / "run")
     assert ended.returncode == 1
     assert "2 rounds gave" in ended.stderr and "max_rounds" in ended.stderr
+    assert "No step is saved in" in ended.stderr
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
 def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
@@ -276,7 +328,7 @@ def test_of_skipped_updates_only_the_number_is_told():
     told = summarize([], updates_of(2.0, np.nan, 4.0, np.nan))
     assert told == {"update/loss": 3.0, "update/ratio_max": 12.0, "update/skipped": 2}
     assert summarize([], updates_of(np.nan)) == {"update/skipped": 1}
-    json.loads(to_json_line(told), parse_constant=pytest.fail)  # NaN is no JSON
+    json.loads(to_line(told), parse_constant=pytest.fail)  # NaN is no JSON
     assert "updates skipped: 2" in step_line({"step": 3, **told})
     assert "skipped" not in step_line({"step": 3, **summarize([], updates_of(1.0))})
 
@@ -336,13 +388,14 @@ def test_a_run_whose_rate_decays_is_not_resumed_with_more_steps(tmp_path):
         settings = OptimizerConfig(schedule=schedule)
         config = Config(steps=20, run_dir=str(tmp_path / schedule), optimizer=settings)
         open_run_dir(config, "run")
+        (tmp_path / schedule / "checkpoints" / "10").mkdir(parents=True)  # a step, whatever it holds
         longer = dataclasses.replace(config, steps=30)
         patient = dataclasses.replace(config, optimizer=dataclasses.replace(settings, max_skipped=9))
         refuse_other_settings(patient)
         if schedule == "constant":
             refuse_other_settings(longer)
         else:
-            with pytest.raises(ConfigError, match="other settings of steps;"):
+            with pytest.raises(ConfigError, match="other settings: steps: 20 -> 30;"):
                 refuse_other_settings(longer)
 
 

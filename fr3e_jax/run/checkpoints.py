@@ -15,8 +15,7 @@ from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.waiting import waiting
 from fr3e_jax.run.checksums import entries_of
 from fr3e_jax.run.quiet import quiet_orbax
-from fr3e_jax.run.run_dir import CHECKPOINTS
-from fr3e_jax.run.saved import RECORD, DamagedError, Progress, Record, Saved
+from fr3e_jax.run.saved import CHECKPOINTS, RECORD, DamagedError, Progress, Record, Saved
 from fr3e_jax.run.storage import StorageError, absolute, writing
 from fr3e_jax.types import StateGroups
 

@@ -17,14 +17,13 @@ from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.hosts import Hosts, is_first
 from fr3e_jax.run.checkpoints import Checkpoints, assemble, read_items
 from fr3e_jax.run.run_dir import (
-    CHECKPOINTS,
     LostSettingsError,
     MissingSettingsError,
     numbered,
     parse_settings,
     refuse_differing,
 )
-from fr3e_jax.run.saved import UNVERIFIED, DamagedError, Progress, Record, Saved
+from fr3e_jax.run.saved import CHECKPOINTS, UNVERIFIED, DamagedError, Progress, Record, Saved
 from fr3e_jax.run.storage import move, writing
 from fr3e_jax.types import StateGroups
 

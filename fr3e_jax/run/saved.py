@@ -20,6 +20,7 @@ from fr3e_jax.run.storage import StorageError, brief, in_bucket, innermost
 
 T = TypeVar("T")
 
+CHECKPOINTS = "checkpoints"  # the folder of a run directory that they are in
 FORMAT = 1
 RECORD = "progress"  # the item that holds the record
 UNVERIFIED = "an earlier version wrote it without checksums, so that it is not verified"

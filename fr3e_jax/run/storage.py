@@ -83,9 +83,13 @@ def refuse_unusable(bucket: str) -> None:
         raise ConfigError(f"{place} cannot be reached: {type(error).__name__}: {error}") from None
 
 
+class ChangedError(Exception):
+    """Another process has written a file since it was read or written here."""
+
+
 @contextmanager
 def writing(place: epath.PathLike) -> Iterator[None]:
-    """Around what writes at a place.
+    """Turn errors of a block that writes at a place into one kind, with what to do.
 
     Raises:
       StorageError: it was not written, such as where a disk is full.
@@ -93,7 +97,7 @@ def writing(place: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, StorageError | HostError):
+        if isinstance(error, StorageError | HostError | ChangedError):
             raise
         # Of buckets, gcsfs, tensorstore, aiohttp and google.auth each have their own errors.
         if not in_bucket(place) and not of_system(error):
@@ -133,15 +137,16 @@ def in_bucket(path: epath.PathLike) -> bool:
     return str(path).startswith(BUCKET)
 
 
-def write_atomically(file: epath.PathLike, text: str) -> None:
-    """Replace a file so that a kill leaves the old or the new one."""
+def write_atomically(file: epath.PathLike, content: str | bytes) -> None:
+    """Replace a file so that a kill leaves the old or the new one; text is written as UTF-8."""
     file = epath.Path(file)
+    content = content.encode() if isinstance(content, str) else content
     if in_bucket(file):  # where a file appears whole
         with writing(file):
-            file.write_text(text)
+            file.write_bytes(content)
         return
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(file)
 
 

@@ -13,14 +13,13 @@ from fr3e_jax.pretrained.model import PlacedModel, open_model
 from fr3e_jax.run.checkpoints import Checkpoints, abstract_leaves, from_leaves, shapes_of
 from fr3e_jax.run.resume import Items, newest_whole
 from fr3e_jax.run.run_dir import (
-    CHECKPOINTS,
     CONFIG_FILE,
     LostSettingsError,
     holds_run,
     parse_settings,
     read_settings,
 )
-from fr3e_jax.run.saved import DamagedError, Saved
+from fr3e_jax.run.saved import CHECKPOINTS, DamagedError, Saved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,12 +52,16 @@ class Measured:
 class Metric:
     """A number of a round, or None where the round has none, and what it says.
 
-    counted: whether a step has the sum over its rounds, and not the mean.
+    help: what the number is. counted: whether a step has the sum over its rounds, and not the mean. unit: of
+    the number. over: what it is an average or a count of. watch: which values are a good or a bad sign.
     """
 
     function: Callable[[Measured], Any]
     help: str
     counted: bool = False
+    unit: str = ""
+    over: str = ""
+    watch: str = ""
 
 
 def root_mean(states: States, value: np.ndarray) -> float:
@@ -92,44 +96,115 @@ def continuations(m: Measured, x: np.ndarray) -> Any:
     return x[m.rollouts.length > 0].mean() if m.restarts else None
 
 
+BASE, STATES, ACCEPTED, PARTIAL = "base trajectories", "all states", "accepted states", "partial rollouts"
+
 METRICS: dict[str, Metric] = {
-    "reward/base_mean": Metric(lambda m: m.base_reward.mean(), "mean reward of the base trajectories"),
+    "reward/base_mean": Metric(
+        lambda m: m.base_reward.mean(),
+        "reward",
+        unit="0 to 1",
+        over=BASE,
+        watch="rises as the model learns; at 0 or 1 no state carries a gradient",
+    ),
     "entropy/mean": Metric(
         lambda m: m.base.entropy.sum() / max(int(m.base.length.sum()), 1),
-        "mean entropy of their tokens, nats",
+        "entropy of the policy at a token",
+        unit="nats",
+        over="tokens of the base trajectories",
+        watch="a fall towards 0 ends exploration; a steady rise is a policy that falls apart",
     ),
-    "response/length": Metric(lambda m: m.base.length.mean(), "their mean length, tokens"),
-    "response/cut": Metric(lambda m: 1.0 - m.base.stopped.mean(), "share that the length limit cut off"),
-    "modulation/mean": Metric(lambda m: m.alpha[m.valid].mean(), "mean alpha_j of the states"),
+    "response/length": Metric(
+        lambda m: m.base.length.mean(), "length of an answer", unit="tokens", over=BASE
+    ),
+    "response/cut": Metric(
+        lambda m: 1.0 - m.base.stopped.mean(),
+        "share that rollout.max_response cut off",
+        unit="share",
+        over=BASE,
+        watch="much above 0: the limit is too short, or the answers do not end",
+    ),
+    "modulation/mean": Metric(
+        lambda m: m.alpha[m.valid].mean(),
+        "factor alpha_j of the advantages",
+        unit="factor",
+        over=STATES,
+        watch="below 1: values rise from state to state",
+    ),
     "value/accepted_mean": Metric(
-        lambda m: of_accepted(m.value[m.accepted], np.mean), "mean value of the accepted states"
+        lambda m: of_accepted(m.value[m.accepted], np.mean), "value V(S_j)", unit="0 to 1", over=ACCEPTED
     ),
     "advantage/accepted_mean": Metric(
-        lambda m: of_accepted(m.advantage[m.accepted], np.mean), "mean advantage of their rollouts"
+        lambda m: of_accepted(m.advantage[m.accepted], np.mean),
+        "advantage",
+        over="rollouts of accepted states",
     ),
     "advantage/accepted_std": Metric(
-        lambda m: of_accepted(m.advantage[m.accepted], np.std), "standard deviation of these advantages"
+        lambda m: of_accepted(m.advantage[m.accepted], np.std),
+        "standard deviation of the advantages",
+        over="rollouts of accepted states",
     ),
-    "reward/root_mean": Metric(lambda m: root_mean(m.states, m.value), "mean V(S_0) of the queries"),
-    "value/mean": Metric(lambda m: m.value[m.valid].mean(), "mean value of the states"),
-    "states/accepted": Metric(lambda m: m.accepted.sum(), "states that are trained on", True),
-    "states/rejected": Metric(lambda m: (m.valid & ~m.accepted).sum(), "states that are not", True),
+    "reward/root_mean": Metric(
+        lambda m: root_mean(m.states, m.value),
+        "value V(S_0), the mean reward from the bare query",
+        unit="0 to 1",
+        over="queries with a kept trajectory",
+        watch="rises as the model learns",
+    ),
+    "value/mean": Metric(lambda m: m.value[m.valid].mean(), "value V(S_j)", unit="0 to 1", over=STATES),
+    "states/accepted": Metric(
+        lambda m: m.accepted.sum(), "states that are trained on", True, unit="count", over=STATES
+    ),
+    "states/rejected": Metric(
+        lambda m: (m.valid & ~m.accepted).sum(),
+        "states that are not trained on",
+        True,
+        unit="count",
+        over=STATES,
+        watch="nearly all: the problems are too easy or too hard",
+    ),
     "states/all_wrong": Metric(
-        lambda m: (m.valid & ~m.right.any(axis=2)).sum(), "states whose answers are all wrong", True
+        lambda m: (m.valid & ~m.right.any(axis=2)).sum(),
+        "states whose answers are all wrong: rewards below reward.success_at",
+        True,
+        unit="count",
+        over=STATES,
     ),
     "states/all_right": Metric(
-        lambda m: (m.valid & m.right.all(axis=2)).sum(), "states whose answers are all right", True
+        lambda m: (m.valid & m.right.all(axis=2)).sum(),
+        "states whose answers are all right: rewards of at least reward.success_at",
+        True,
+        unit="count",
+        over=STATES,
     ),
-    "states/identical": Metric(identical, "states whose rollouts are the same, token by token", True),
-    "entropy/positions": Metric(position_entropy, "mean entropy at the positions, nats"),
+    "states/identical": Metric(
+        identical,
+        "states whose rollouts are the same, token by token",
+        True,
+        unit="count",
+        over=STATES,
+        watch="many: the sampling is too sharp",
+    ),
+    "entropy/positions": Metric(
+        position_entropy,
+        "entropy of the policy at a position",
+        unit="nats",
+        over="positions",
+        watch="well above entropy/mean, or positions are no better than any token",
+    ),
     "response/continuation": Metric(
-        lambda m: continuations(m, m.rollouts.length), "mean length of the partial rollouts, tokens"
+        lambda m: continuations(m, m.rollouts.length),
+        "length of a continuation",
+        unit="tokens",
+        over=PARTIAL,
     ),
     "response/continuation_cut": Metric(
-        lambda m: continuations(m, ~m.rollouts.stopped), "share of them that the length limit cut off"
+        lambda m: continuations(m, ~m.rollouts.stopped),
+        "share that rollout.max_response cut off",
+        unit="share",
+        over=PARTIAL,
     ),
 }
-"""What is measured of every round: name -> its function and a line of help."""
+"""What is measured of every round: name -> its function, and what it says."""
 
 
 def measure(measured: Measured) -> Metrics:
