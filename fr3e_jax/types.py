@@ -96,6 +96,10 @@ class Problem:
     """What the scorer needs beside the answer; goes to a worker process."""
     before: Turns = ()
     """What is said before the question, where it is the last turn of a chat: a system turn, earlier turns."""
+    place: str = dataclasses.field(default="", compare=False)
+    """Where it stands, for messages: `problems.jsonl, line 3`."""
+    solution: str = dataclasses.field(default="", compare=False, repr=False)
+    """A worked solution, which `sft` teaches."""
 
     @property
     def asked(self) -> str:

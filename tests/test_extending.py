@@ -226,7 +226,7 @@ def test_a_score_of_minus_infinity_is_never_a_position():
             r"scores \[N, S\] must have shape \[1, 6\]; the rule's function gave \[1\]",
         ),
         (
-            lambda: keep_trajectories(jnp.ones((1, 3)), lambda reward, key: True, KEYS),
+            lambda: keep_trajectories(jnp.ones((1, 3)), lambda reward, correct, key: True, KEYS),
             r"kept trajectories \[B, R\] must have shape \[1, 3\]; the rule's function gave bool",
         ),
         (

@@ -27,7 +27,9 @@ ALLOWED = {
     "learner": set("algorithm config models parallel types".split()),
     "run": set("config engine learner models parallel pretrained problems progress rewards types".split()),
     "step": set("algorithm config cost engine learner models parallel rewards run types".split()),
-    "evaluation": set("config engine models parallel pretrained problems progress rewards run types".split()),
+    "evaluation": set(
+        "algorithm config engine models parallel pretrained problems progress rewards run types".split()
+    ),
     "library": set(
         "algorithm config engine learner models parallel pretrained problems rewards run step types".split()
     ),

@@ -125,7 +125,8 @@ def open_round(
         return Round(queries, problems, base, None, roots(base), base, base_rewards, costs)
     with watch.stage("verify"):
         base_reward = base_rewards()
-    kept = gather(keep(config.explore, draws, *place((queries.index, base_reward))))
+    index, placed_reward = place((queries.index, base_reward))
+    kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at))
     states, placed_states = find_states(config.explore, engine, draws, queries, base, kept, sampled)
     with watch.stage("explore"):
         rollouts, row_steps = explore(config, engine, params, draws, placed, caches, placed_states)
@@ -159,7 +160,8 @@ def close_round(
 
     credit = (reward, value, alpha, advantage, accepted)
     restarts = opened.base_reward is not None
-    metrics = measure(Measured(base, base_reward, states, rollouts, *credit, restarts))
+    success_at = config.reward.success_at
+    metrics = measure(Measured(base, base_reward, states, rollouts, *credit, restarts, success_at))
     metrics |= cost_metrics(opened.costs)
     gathered = groups.collect(accepted, queries, states, rollouts, advantage)
     return gathered, metrics, parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
@@ -183,7 +185,11 @@ def first_return(
 
 
 def keep(
-    rules: ExploreConfig, draws: Draws, query: Int32[Array, " B"], base_reward: Float32[Array, "B R"]
+    rules: ExploreConfig,
+    draws: Draws,
+    query: Int32[Array, " B"],
+    base_reward: Float32[Array, "B R"],
+    success_at: float = 1.0,
 ) -> Bool[Array, "B R"]:
     """Stage 4: which base trajectories are explored.
 
@@ -191,15 +197,18 @@ def keep(
       rules: names or functions.
       query: the queries' places in the stream.
       base_reward: of the base trajectories.
+      success_at: least reward of a trajectory that is correct.
     """
-    return compiled_keep(with_functions(rules), draws, query, base_reward)
+    return compiled_keep(with_functions(rules), draws, query, base_reward, success_at)
 
 
-@functools.partial(jax.jit, static_argnames="rules")
-def compiled_keep(rules: ExploreConfig, draws: Draws, query: Array, base_reward: Array) -> Array:
+@functools.partial(jax.jit, static_argnames=("rules", "success_at"))
+def compiled_keep(
+    rules: ExploreConfig, draws: Draws, query: Array, base_reward: Array, success_at: float
+) -> Array:
     """`keep` of rules that are functions."""
     keys = jax.vmap(row_key, (None, None, 0, None))(draws.choices, draws.step, query, 0)
-    return keep_trajectories(base_reward, rules.keep, keys)
+    return keep_trajectories(base_reward, rules.keep, keys, success_at)
 
 
 def find_states(

@@ -104,6 +104,7 @@ def train_step(
     metrics |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
     if rounds:
         metrics["reward/timed_out"] = count_timed_out(parts.verifier, timed_out)
+        metrics |= parts.verifier.parts.take()
     metrics |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
     skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
     progress = dataclasses.replace(
