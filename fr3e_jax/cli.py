@@ -5,11 +5,11 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import NoReturn, TypeVar, get_type_hints
 
 import jsonargparse
 
-from fr3e_jax.config import PACKAGE, ConfigError, check_names, tables_of
+from fr3e_jax.config import PACKAGE, ConfigError, check_options, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
 ConfigT = TypeVar("ConfigT")
@@ -98,10 +98,8 @@ def parse(
         fail(command, error)
     fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**fields)
-    if empty := nulls(config):
-        fail(command, ConfigError(f"{', '.join(empty)}: null is not a value of this option"))
     try:
-        check_names(config)
+        check_options(config)
     except ConfigError as error:
         fail(command, error)
     return config, name
@@ -123,19 +121,6 @@ def booleans(config_class: type, prefix: str = "") -> Iterator[str]:
             yield from booleans(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif kind is bool:
             yield prefix + name
-
-
-def nulls(config: Any) -> list[str]:
-    """Names of options that are null and may not be, which the parser lets through."""
-    names = []
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            names += [f"{field.name}.{name}" for name in nulls(value)]
-        elif value is None and type(None) not in get_args(hints[field.name]):
-            names.append(field.name)
-    return names
 
 
 def find_config(path: str) -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 from rich.console import Console
@@ -22,11 +22,9 @@ from fr3e_jax.config import (
     DistributedConfig,
     MeshConfig,
     ScoringConfig,
-    check_at_least,
-    check_filters,
-    check_scoring,
-    check_seed,
+    check_options,
 )
+from fr3e_jax.config.values import Bounds, CountOrNone, Name, Rows, Seed, Size, TopK, TopP
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
@@ -76,47 +74,47 @@ from fr3e_jax.types import Problem
 class EvaluationConfig:
     """Ask a model the problems of benchmarks, and tell what share it answers right."""
 
-    model: str
+    model: Name
     """Run directory of train (its last whole checkpoint), Hugging Face directory, name on the hub, or
     `quickstart`."""
-    suite: str = "math"
+    suite: Name = "math"
     """`math`, or names of benchmarks with commas between (fr3e_jax/evaluation/README.md), or sources of
     problems as data.source has them, such as FILE.jsonl."""
-    step: int | None = None
+    step: CountOrNone | None = None
     """Checkpoint of a run; by default the last."""
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     """Benchmark -> a copy of its data here (`--files.aime24 aime24.jsonl`), read instead of the hub's."""
-    samples: int = 0
+    samples: Annotated[int, Bounds(least=0, most=MOST_SAMPLES)] = 0
     """Answers to each problem, k; 0 takes each benchmark's own."""
-    temperature: float = -1.0
+    temperature: Annotated[float, Bounds(least=0, besides=-1, why="-1 takes each benchmark's own")] = -1.0
     """Of sampling; 0 takes the most likely token, -1 each benchmark's own."""
-    top_k: int = 0
+    top_k: TopK = 0
     """Draw from this many of the most likely tokens; 0 from all."""
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     """Draw from the fewest most likely tokens that together have this probability; 1 from all."""
-    max_response: int = 3072
+    max_response: Size = 3072
     """Longest answer, tokens; one that is cut off is wrong."""
-    template: str = "auto"
+    template: Name = "auto"
     """What the model sees, as data.template of train; `auto`: as the run was trained, else `boxed_chat` where
     the chat template ends its turns as the model does, and `boxed` for base models."""
     stop: list[str] | None = None
     """Texts that end an answer, as rollout.stop of train; by default those that the run was trained with."""
-    limit: int = 0
+    limit: CountOrNone = 0
     """Take the first so many problems of each benchmark; 0 takes all."""
-    rows: int = 64
+    rows: Rows = 64
     """Answers decoded at a time, of any problems; bounds memory. In bfloat16 an answer now and then differs
     with other rows."""
-    seed: int = 0
+    seed: Seed = 0
     """The random numbers of an answer are a function of it, its problem and its sample's number; in float32
     so is the answer."""
-    out: str | None = None
+    out: Name | None = None
     """Directory for answers and table; by default runs/evaluate-TIME. One that holds an evaluation that was
     ended goes on."""
-    compare: str | None = None
+    compare: Name | None = None
     """Directory of another evaluation: tell whether this model is better than that one, with a p-value."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    compilation_cache: str = "auto"
+    compilation_cache: Name = "auto"
     """Where compiled programs are kept, as in train."""
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -142,22 +140,11 @@ def check(config: EvaluationConfig, row_parts: int) -> None:
     Raises:
       ConfigError: with one line that says what to change.
     """
-    least = {"samples": 0, "max_response": 1, "limit": 0, "rows": 1, "seed": 0, "distributed.timeout": 1}
-    values = dataclasses.asdict(config) | {"distributed.timeout": config.distributed.timeout}
-    check_at_least({name: (values[name], bound) for name, bound in least.items()})
-    if config.samples > MOST_SAMPLES:
-        raise ConfigError(f"samples is {config.samples}, must be at most {MOST_SAMPLES}")
-    check_seed(config.seed)
-    if not (config.temperature >= 0 or config.temperature == -1):
-        raise ConfigError(
-            f"temperature is {config.temperature}, must be at least 0, or -1 for the benchmarks'"
-        )
+    check_options(config)
     if config.rows % row_parts:
         raise ConfigError(
             f"rows is {config.rows}, which does not divide by the mesh's data x fsdp = {row_parts}"
         )
-    check_filters(config.top_k, config.top_p)
-    check_scoring(config.scoring)
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:

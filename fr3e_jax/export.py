@@ -11,7 +11,8 @@ from typing import Literal
 import jax.numpy as jnp
 
 from fr3e_jax.cli import fail, parse, warn
-from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig
+from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig, check_options
+from fr3e_jax.config.values import CountOrNone, Name, PositiveNumber
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh
@@ -24,18 +25,18 @@ from fr3e_jax.run.trained import read_trained
 class ExportConfig:
     """Write a run's model in the Hugging Face format: configuration, tokenizer, safetensors."""
 
-    run: str
+    run: Name
     """Run directory, as --run_dir of train; it may be `gs://BUCKET/PATH`."""
-    out: str
+    out: Name
     """Directory to write; it must not exist, or be empty."""
-    model: str | None = None
+    model: Name | None = None
     """The model that the run started from, for configuration and tokenizer; by default where the run's
     config.yaml says."""
-    step: int | None = None
+    step: CountOrNone | None = None
     """Checkpoint to write; by default the last one that is whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Training holds float32; bfloat16 halves the size and rounds to the nearest."""
-    max_file_gb: float = 5.0
+    max_file_gb: PositiveNumber = 5.0
     """Most gigabytes (10^9 bytes) in a file of weights."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Devices that hold the parameters while they are written."""
@@ -57,8 +58,7 @@ def export(config: ExportConfig) -> Path:
             f"out {config.out} is in a bucket; write to a directory and copy that with `gcloud storage cp`"
         )
     check_out(out)
-    if not config.max_file_gb > 0:
-        raise ConfigError(f"max_file_gb is {config.max_file_gb}, must be above 0")
+    check_options(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     trained = read_trained(run, config.step, config.model, Hosts(mesh, DistributedConfig().timeout))
     for line in trained.told:

@@ -16,7 +16,8 @@ import jax
 from rich.console import Console
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import Config, ConfigError, check, resolve
+from fr3e_jax.config import Config, ConfigError, check, check_options, resolve
+from fr3e_jax.config.values import Name, NonNegativeNumber
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.models.hf import CheckpointError, read_config
 from fr3e_jax.models.presets import PRESETS
@@ -50,7 +51,7 @@ class PlanConfig(Config):
     training are taken too.
     """
 
-    topology: str | None = None
+    topology: Name | None = None
     """The slice as it is rented, such as v5litepod-16, v5e-16, v5p-128, v6e-256, v4-64, or as jax has it,
     such as v5p:2x2x1."""
     json: bool = False
@@ -59,7 +60,7 @@ class PlanConfig(Config):
     """Print rows of the table in fr3e_jax/planning/README.md instead."""
     all: bool = False
     """Plan all shipped configurations, each for its slice: an hour or more."""
-    price_per_chip_hour: float | None = None
+    price_per_chip_hour: NonNegativeNumber | None = None
     """In any currency; a cost of 1,000 steps is told in it."""
     assume: Assumptions = dataclasses.field(default_factory=Assumptions)
     """What cannot be known before."""
@@ -135,7 +136,7 @@ def arguments(argv: Sequence[str]) -> list[str]:
 
 def plans(given: PlanConfig, name: str) -> Iterator[Plan]:
     """Those that are asked for, one after the other."""
-    given.assume.check()
+    check_options(given)
     if not given.all:
         if given.topology is None:
             raise ConfigError("--topology says for which slice: v5e-16, v5p-128, ...")
