@@ -1,5 +1,5 @@
 """Whether a run fits a slice of TPUs, and how long its steps take: `python -m fr3e_jax.plan --config
-configs/qwen2.5_7b_v5e16.yaml --topology v5e-16`.
+configs/slices/qwen2.5_7b_v5e16.yaml --topology v5e-16`.
 
 Every program of a step is compiled for the slice, on any Linux machine with libtpu (`pip install
 'fr3e_jax[tpu]'`) and without a TPU, in minutes. The exit code is 0 where the run fits, 1 where it does not, 2
@@ -144,7 +144,7 @@ def plans(given: PlanConfig, name: str) -> Iterator[Plan]:
         yield make_plan(config, name, given.topology, given.assume, given.price_per_chip_hour)
         return
     for shipped, topology in PLANS.items():
-        config, _ = parse(Config, "plan", f"configs/{shipped}.yaml", [])
+        config, _ = parse(Config, "plan", f"configs/slices/{shipped}.yaml", [])
         yield make_plan(config, shipped, topology, given.assume, given.price_per_chip_hour)
 
 

@@ -1,6 +1,7 @@
 """The configuration of a run: its options, what each takes, what cannot stand together, and its files."""
 
 from fr3e_jax.config.consistency import check, resolve, updates_of, without_effect
+from fr3e_jax.config.files import find_config
 from fr3e_jax.config.sections import (
     PACKAGE,
     QUICKSTART_MODEL,
@@ -18,17 +19,7 @@ from fr3e_jax.config.sections import (
 )
 from fr3e_jax.config.sft import SFTConfig
 from fr3e_jax.config.stages import CreditConfig, ExploreConfig, LossConfig, OptimizerConfig, RolloutConfig
-from fr3e_jax.config.values import (
-    ConfigError,
-    OptionError,
-    check_mapping,
-    check_options,
-    names_of,
-    nearest,
-    tables_of,
-    unknown_option,
-    with_functions,
-)
+from fr3e_jax.config.values import ConfigError, OptionError, check_options, tables_of, with_functions
 from fr3e_jax.config.written import as_written, dump
 
 __all__ = [
@@ -55,14 +46,11 @@ __all__ = [
     "SourceConfig",
     "as_written",
     "check",
-    "check_mapping",
     "check_options",
     "dump",
-    "names_of",
-    "nearest",
+    "find_config",
     "resolve",
     "tables_of",
-    "unknown_option",
     "updates_of",
     "with_functions",
     "without_effect",

@@ -172,18 +172,17 @@ def check_mapping(section: type, given: Mapping[Any, Any], path: OptionPath = ()
     """
     kinds, tables = get_type_hints(section, include_extras=True), tables_of(section)
     for name, value in given.items():
+        inner = (*path, str(name))
         if name not in kinds:
-            raise OptionError(
-                (*path, name), unknown_option(shown_path((*path, name)), names_of(section, path))
-            )
+            sections = [part for part, kind in kinds.items() if dataclasses.is_dataclass(kind)]
+            known = [*kinds_of(section, path), *sections]  # sections stand at the top alone
+            raise OptionError(inner, unknown_option(shown_path(inner), known))
         if dataclasses.is_dataclass(kinds[name]) and not isinstance(value, Mapping):
-            raise OptionError(
-                (*path, name),
-                f"the section {shown_path((*path, name))} is not a mapping of options to values",
-            )
-        check_option(kinds[name], value, (*path, name), tables)
+            refuse(inner, value, "must be a section: a mapping of options to values")
+        check_option(kinds[name], value, inner, tables)
     for field in dataclasses.fields(section):
-        if path and field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if path and needed and field.name not in given:
             raise OptionError(path, f"{shown_path(path)} has no {field.name}")
 
 
@@ -309,26 +308,39 @@ def shown_path(path: OptionPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def names_of(section: type, path: OptionPath = ()) -> list[str]:
-    """Names of all options of a section and of the sections in it, `section.option`."""
-    names = []
+def kinds_of(section: type, path: OptionPath = ()) -> dict[str, Any]:
+    """`section.option` -> its type without limits, of all options of a section and of the sections in it."""
+    kinds: dict[str, Any] = {}
     for name, kind in get_type_hints(section).items():
         inner = (*path, name)
-        names += names_of(kind, inner) if dataclasses.is_dataclass(kind) else [shown_path(inner)]  # type: ignore[arg-type]
-    return names
+        kinds |= kinds_of(kind, inner) if dataclasses.is_dataclass(kind) else {shown_path(inner): kind}  # type: ignore[arg-type]
+    return kinds
 
 
-def unknown_option(name: str, names: Iterable[str]) -> str:
-    """What is said of an option that is not there, with the nearest one that is."""
+def unknown_option(name: str, names: Iterable[str], dashes: str = "") -> str:
+    """What is said of an option that is not there, with the nearest one that is.
+
+    Args:
+      name: as it was given. names: of those that are there.
+      dashes: in front of both, `--` of flags.
+    """
     near = nearest(name, names)
-    return f"there is no option {name}" + (f"; did you mean {near}?" if near else "")
+    return f"there is no option {dashes}{name}" + (f"; did you mean {dashes}{near}?" if near else "")
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name that a mistaken one is most like, its section aside; None if it is like none."""
-    names = list(names)
-    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
-        return near[0]
-    last = {other.rpartition(".")[2]: other for other in names}
-    near = difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.75)
-    return last[near[0]] if near else None
+    """The name that a mistaken one is most like; None if it is like none.
+
+    The option's own name counts most, so that one in the wrong section, or in none, is found.
+    """
+    section, _, own = name.rpartition(".")
+
+    def likeness(other: str) -> float:
+        other_section, _, other_own = other.rpartition(".")
+        ratio = difflib.SequenceMatcher(None, own, other_own).ratio()
+        if len(own) > 2 and other_own.startswith(own):
+            ratio = max(ratio, 0.8)
+        return ratio + 0.1 * (section == other_section) if ratio > 0.7 else 0.0
+
+    best = max(names, key=likeness, default=None)
+    return best if best is not None and likeness(best) else None
