@@ -89,8 +89,8 @@ def tiny_params(config: Qwen2Config = TINY, scale: float = 4.0) -> Params:
 
 
 def examples(count: int) -> settings:
-    """So many examples of what takes long to try; six times as many where `FR3E_TESTS_EXAMPLES` is deep."""
-    return settings(max_examples=count * (6 if settings.get_current_profile_name() == "deep" else 1))
+    """So many examples of what takes long to try; three times as many where `FR3E_TESTS_EXAMPLES` is deep."""
+    return settings(max_examples=count * (3 if settings.get_current_profile_name() == "deep" else 1))
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:

@@ -28,12 +28,10 @@ ALLOWED = {
     "run": set("config engine learner models parallel pretrained problems progress rewards types".split()),
     "step": set("algorithm config cost engine learner models parallel rewards run types".split()),
     "evaluation": set(
-        "algorithm config engine models parallel "
-        "pretrained problems progress rewards run types".split()
+        "algorithm config engine models parallel pretrained problems progress rewards run types".split()
     ),
     "library": set(
-        "algorithm config engine learner models parallel "
-        "pretrained problems rewards run step types".split()
+        "algorithm config engine learner models parallel pretrained problems rewards run step types".split()
     ),
     "planning": set("config cost engine learner models parallel pretrained run types".split()),
     "export": set("cli config models parallel pretrained run".split()),

@@ -20,14 +20,14 @@ from fr3e_jax.run.lock import HeldError, Lock, parse_owner, start_of, this_proce
 from fr3e_jax.run.lock_file import LOCK_FILE, lock_file
 from fr3e_jax.run.storage import ChangedError, StorageError
 
-HERE = Hosts(None, 9)
+HERE = Hosts(mesh_of(), 9)
 
 HOLDING = """
 import sys
 from etils import epath
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.run.lock import Lock
-with Lock("train", Hosts(None, 9)) as lock:
+with Lock("train", Hosts(mesh_of(), 9)) as lock:
     lock.take(epath.Path(sys.argv[1]))
     print("held", flush=True)
     sys.stdin.readline()
