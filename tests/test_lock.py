@@ -11,7 +11,7 @@ import time
 
 import pytest
 from etils import epath
-from support import call
+from support import call, mesh_of
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.parallel.hosts import Hosts
@@ -27,7 +27,7 @@ import sys
 from etils import epath
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.run.lock import Lock
-with Lock("train", Hosts(mesh_of(), 9)) as lock:
+with Lock("train", Hosts(None, 9)) as lock:
     lock.take(epath.Path(sys.argv[1]))
     print("held", flush=True)
     sys.stdin.readline()

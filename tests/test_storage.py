@@ -10,6 +10,7 @@ import time
 import pytest
 from etils import epath
 from fake_gcs import FakeGCS, Refused
+from support import mesh_of
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.parallel.hosts import Hosts
@@ -211,7 +212,7 @@ def test_a_damaged_checkpoint_of_a_bucket_is_told_and_moved_aside(here):
         "checkpoints.close()\n"
         "input()\n"
         "read = lambda saved: {'params': saved.read('params', abstract_leaves(state.params))}\n"
-        "whole = newest_whole(run, [1, 2], read, Hosts(mesh_of(), 9))\n"
+        "whole = newest_whole(run, [1, 2], read, Hosts(None, 9))\n"
         "set_aside(run, list(whole.damaged))\n"
         "print(whole.step, whole.damaged, Checkpoints(run, keep=3).steps())\n"
     )
