@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -83,12 +83,16 @@ def rule_lines(config_class: type, prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def parse(
-    config_class: type[ConfigT], command: str, default: str | None, argv: Sequence[str] | None = None
+    config_class: type[ConfigT],
+    command: str,
+    default: str | None,
+    argv: Sequence[str] | None = None,
+    announce: Callable[[str], None] = print,
 ) -> tuple[ConfigT, str]:
     """Parse the command line of a command; a mistake in it is one line and exit code 2.
 
     Every command begins here, so that none starts the library of a TPU that is not there. Flags override
-    files, and a later file overrides an earlier one. A command that takes files says on stderr which apply.
+    files, and a later file overrides an earlier one.
 
     Args:
       config_class: frozen dataclass of the command.
@@ -96,6 +100,7 @@ def parse(
       default: configuration file of the shipped model and task, which applies where neither `--config` nor
         another model or task is named; None for a command that takes no files.
       argv: arguments; the process's by default.
+      announce: is given a line that says which files apply, of a command that takes files.
 
     Returns:
       (the configuration, the stem of the last configuration file, or `run` where there is none).
@@ -128,22 +133,26 @@ def parse(
         config = config_class(**{name: getattr(values, name) for name in get_type_hints(config_class)})
         check_options(config)
     except jsonargparse.ArgumentError as error:
-        fail(command, plain_error(config_class, str(error)))
+        fail(command, plain_error(kinds_of(config_class), str(error)))
     except ValueError as error:
         fail(command, error)
     if default is not None:
-        warn(command, applied)
+        announce(f"fr3e_jax.{command}: {applied}")
     return config, Path(files[-1]).stem if files else "run"
 
 
-def plain_error(config_class: type, message: str) -> str:
-    """What the parser says of a flag, in one line for people."""
+def plain_error(kinds: dict[str, Any], message: str) -> str:
+    """What the parser says of a flag, in one line for people.
+
+    Args:
+      kinds: option as on the command line -> its type.
+      message: of the parser.
+    """
     lines = [line.strip() for line in message.splitlines()]
     name = next(iter(re.findall(r'^Parser key "([^"]+)"', message)), None)
     if name is None:
         missing = re.sub(r"^argument (--\S+): expected one argument$", r"\1 needs a value", lines[0])
         return re.sub(r"^unrecognized arguments: (.*)$", r"\1: options are written --key VALUE", missing)
-    kinds = kinds_of(config_class)
     value = next(iter(re.findall(r"(?:Got|Given) value: (.*)$", message)), None)
     if name in kinds and value is not None:
         return f"{name} is {shown_value(value)}, must be {described(kinds[name])}"

@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from fr3e_jax.cli import fail, parse, warn
+from fr3e_jax.cli import one_line, parse, warn
 from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig, check_options
 from fr3e_jax.config.values import CountOrNone, Name, PositiveNumber
 from fr3e_jax.models.hf import CheckpointError
@@ -73,14 +73,10 @@ def export(config: ExportConfig) -> Path:
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(ExportConfig, "export", None)
-    try:
+    mistakes = (ConfigError, PlacementError, CheckpointError)
+    # An OSError is one of the disk, which may be full.
+    with one_line("export", mistakes, (OSError, StorageError), "interrupted; --out was not written"):
         export(config)
-    except (ConfigError, PlacementError, CheckpointError) as error:
-        fail("export", error)
-    except (OSError, StorageError) as error:  # such as a full disk
-        fail("export", error, 1)
-    except KeyboardInterrupt:
-        fail("export", "interrupted; --out was not written", 130)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from fr3e_jax.cli import fail, parse
+from fr3e_jax.cli import one_line, parse
 from fr3e_jax.config import ConfigError, check_options
 from fr3e_jax.config.values import CountOrNone, Name, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
@@ -219,16 +219,11 @@ def say(message: str) -> None:
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(GenerateConfig, "generate", None)
-    try:
-        generate(config)
-    except (ConfigError, CheckpointError) as error:
-        fail("generate", error)
-    except NotFiniteError as error:
-        fail("generate", error, 1)
-    except BrokenPipeError:  # the reader had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        fail("generate", "interrupted", 130)
+    with one_line("generate", (ConfigError, CheckpointError), (NotFiniteError,)):
+        try:
+            generate(config)
+        except BrokenPipeError:  # the reader had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

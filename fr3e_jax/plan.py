@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from rich.console import Console
 
-from fr3e_jax.cli import fail, parse
+from fr3e_jax.cli import fail, one_line, parse
 from fr3e_jax.config import Config, ConfigError, check, check_options, resolve
 from fr3e_jax.config.values import Name, NonNegativeNumber
 from fr3e_jax.models.decoder import DecoderConfig
@@ -144,30 +144,31 @@ def plans(given: PlanConfig, name: str) -> Iterator[Plan]:
         yield make_plan(config, name, given.topology, given.assume, given.price_per_chip_hour)
         return
     for shipped, topology in PLANS.items():
-        config, _ = parse(Config, "plan", f"configs/slices/{shipped}.yaml", [])
+        config, _ = parse(Config, "plan", f"configs/slices/{shipped}.yaml", [], lambda _: None)
         yield make_plan(config, shipped, topology, given.assume, given.price_per_chip_hour)
 
 
 def main() -> None:
     """Parse the command line, compile, report; a user's mistake is one line and exit code 2."""
-    given, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", arguments(sys.argv[1:]))
+    applied: list[str] = []
+    default, argv = "configs/quickstart.yaml", arguments(sys.argv[1:])
+    given, name = parse(PlanConfig, "plan", default, argv, applied.append)
     fit, table = True, list(MARKDOWN)
-    try:
-        for plan in plans(given, name):
-            fit &= plan.fits
-            if given.json:
-                print(json.dumps(as_json(plan)), flush=True)
-            elif given.markdown:
-                print("\n".join([*table, markdown_row(plan)]), flush=True)
-                table.clear()
-            else:
-                show(plan, Console(width=None if sys.stdout.isatty() else 160))
-    except (ConfigError, PlacementError, CheckpointError) as error:
-        fail("plan", error)
-    except jax.errors.JaxRuntimeError as error:
-        fail("plan", f"the compiler failed: {error}", 3)
-    except KeyboardInterrupt:
-        fail("plan", "interrupted", 130)
+    with one_line("plan", (ConfigError, PlacementError, CheckpointError)):
+        try:
+            for plan in plans(given, name):
+                fit &= plan.fits
+                while applied:
+                    print(applied.pop(), file=sys.stderr)
+                if given.json:
+                    print(json.dumps(as_json(plan)), flush=True)
+                elif given.markdown:
+                    print("\n".join([*table, markdown_row(plan)]), flush=True)
+                    table.clear()
+                else:
+                    show(plan, Console(width=None if sys.stdout.isatty() else 160))
+        except jax.errors.JaxRuntimeError as error:
+            fail("plan", f"the compiler failed: {error}", 3)
     raise SystemExit(0 if fit else 1)
 
 

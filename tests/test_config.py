@@ -249,7 +249,7 @@ def test_where_a_file_went_is_said(capsys):
 def test_the_quickstarts_file_is_for_the_quickstart_and_what_applies_is_said(capsys, argv, name, said):
     config, named = parsed(*argv)
     assert named == name
-    assert capsys.readouterr().err.startswith(f"fr3e_jax.train: {said}")
+    assert capsys.readouterr().out.startswith(f"fr3e_jax.train: {said}")
     quick = yaml.safe_load((REPOSITORY / DEFAULT).read_text())["rollout"]["max_response"]
     assert config.rollout.max_response == {"quickstart": quick, "run": 3072, "smollm2_135m": 48}[name]
 

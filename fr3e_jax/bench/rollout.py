@@ -14,6 +14,7 @@ from rich.console import Console
 from fr3e_jax.bench import compiled
 from fr3e_jax.bench.table import TINY, Told, hugging_face_model, in_turns, line, run
 from fr3e_jax.config import ConfigError
+from fr3e_jax.config.values import Count
 from fr3e_jax.engine.branches import Branches, Decoding
 from fr3e_jax.engine.rollout import Engine, branch_keys, last
 from fr3e_jax.engine.sampler import Sampling, draw
@@ -58,10 +59,10 @@ class Work:
 
 def rollout(
     only: str = "",
-    repeats: int = 5,
+    repeats: Count = 5,
     json: bool = False,
     plot: Path | None = None,
-    occupancy_limit: int = 2048,
+    occupancy_limit: Count = 2048,
 ) -> list[Told]:
     """Ratios of rollouts, two CPU cores: exploration, plain sampling, occupancy, cost as the work grows.
 

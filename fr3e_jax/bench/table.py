@@ -76,13 +76,11 @@ def run(
       argument: what a measurement is called with.
 
     Raises:
-      ConfigError: an unknown name, or an argument below 1.
+      ConfigError: an unknown name.
     """
     chosen = [name for name in only.split(",") if name] or list(measurements)
     if unknown := [name for name in chosen if name not in measurements]:
         raise ConfigError(f"no measurement {', '.join(unknown)}; there are {', '.join(measurements)}")
-    if (fewest := min(argument(name) for name in chosen)) < 1:
-        raise ConfigError(f"--repeats and limits must be at least 1, not {fewest}")
     found: list[Told] = []
     for name in track(chosen, "measuring", console=Console(stderr=True), transient=True):
         found += measure(measurements[name], argument(name), devices=1)

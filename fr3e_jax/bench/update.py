@@ -11,6 +11,7 @@ from rich.console import Console
 from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
 from fr3e_jax.bench.table import TINY, Told, hugging_face_model, in_turns, line, run
 from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.config.values import Count
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import init_state, make_optimizer
 from fr3e_jax.learner.update import Learner
@@ -40,7 +41,7 @@ class Tree:
         )
 
 
-def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Told]:
+def update(only: str = "", repeats: Count = 3, json: bool = False) -> list[Told]:
     """Ratios of updates, two CPU cores, 8.9M parameters, float32.
 
     token_ratio: tokens of the flat form against those that run when every prefix runs once. update_vs_flat:

@@ -29,8 +29,8 @@ class SFTConfig:
     """Solutions per step."""
     learning_rate: PositiveNumber = 2e-3
     """Peak of the cosine schedule of AdamW."""
-    warmup_steps: CountOrNone = 20
-    """Steps of linear warm-up."""
+    warmup_steps: CountOrNone | None = None
+    """Steps of linear warm-up; by default 20, or a quarter of `steps` where that is less."""
     weight_decay: NonNegativeNumber = 0.01
     """AdamW's decay of matrices."""
     max_grad_norm: PositiveNumber = 1.0
@@ -55,3 +55,8 @@ class SFTConfig:
     reinforcement is to undo."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up, as given or by default."""
+        return min(20, self.steps // 4) if self.warmup_steps is None else self.warmup_steps
