@@ -48,10 +48,12 @@ END
 
 help_run() {
   cat <<'END'
-usage: launch/tpu.sh run RUN [--watch] [--settings FILE] [--dry-run] [-- ARGS]
+usage: launch/tpu.sh run RUN [--watch] [--settings FILE] [--dry-run] -- ARGS
 
 Starts on every worker, detached:
     python -m fr3e_jax.train --distributed.initialize true --run_dir BUCKET/runs/RUN ARGS
+ARGS are checked before anything is started: that --config is in the repository, and, where a Python here can
+import fr3e_jax, every option.
 A run that is complete or going on is not started a second time, one that ended is taken up where it saved.
 HF_TOKEN and WANDB_API_KEY, where they are exported in this shell, reach the workers over the ssh
 connection's standard input, and lie there in a file that only you can read.
@@ -199,10 +201,14 @@ expect() { # KEY VALUE PATTERN WHAT
 }
 
 check_settings() {
-  local key count='^[1-9][0-9]{0,3}$'
+  local key unfilled='' count='^[1-9][0-9]{0,3}$'
   for key in PROJECT ZONE NAME TYPE CAPACITY BUCKET REPOSITORY REF; do
     [ -n "${!key}" ] || fail "$settings: $key is missing" 2
   done
+  for key in PROJECT ZONE NAME BUCKET REPOSITORY; do
+    case ${!key} in *YOUR-* | */OWNER/*) unfilled="$unfilled $key" ;; esac
+  done
+  [ -z "$unfilled" ] || fail "$settings: fill in$unfilled: the example's value still stands there" 2
   expect PROJECT "$PROJECT" '^[a-z][a-z0-9.:-]+$' "the id of a project"
   expect ZONE "$ZONE" '^[a-z]+-[a-z]+[0-9]+-[a-z]$' "a zone, such as us-west4-a"
   expect NAME "$NAME" '^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$' "a name: lower-case letters, digits and hyphens"
@@ -257,6 +263,15 @@ tpus() { # KIND VERB FLAGS...
   act gcloud compute tpus "$kind" "$verb" "$NAME" "--zone=$ZONE" "--project=$PROJECT" "$@" --quiet
 }
 
+# The end of an error of gcloud, and what to do where it is one of the login.
+said_by_gcloud() { # FILE LINES
+  if grep -Eiq 'gcloud auth login|auth tokens|reauth|invalid_grant|active account|authentication credentials' \
+    "$1"; then
+    printf '%s' 'gcloud is not logged in: run gcloud auth login. It said: '
+  fi
+  tail -n "$2" "$1"
+}
+
 # Leaves what gcloud answers in $answer. Returns 1 where there is no such thing, and 2 where it could not say:
 # a network that is down must not look like a slice that is gone.
 describe() { # KIND FORMAT
@@ -269,7 +284,7 @@ describe() { # KIND FORMAT
   answer=$(tpus "$1" describe "--format=$2" 2>"$temporary/describe") || code=$?
   [ "$code" != 0 ] || return 0
   if grep -q NOT_FOUND "$temporary/describe"; then return 1; fi
-  answer=$(tail -n 3 "$temporary/describe")
+  answer=$(said_by_gcloud "$temporary/describe" 3)
   return 2
 }
 
@@ -542,15 +557,60 @@ check_secrets() {
   done
 }
 
+# The workers read configurations from the checkout of REF: a file that only this laptop has is none.
+check_config_files() {
+  local word before='' file
+  for word in ${extra[@]+"${extra[@]}"}; do
+    file=
+    case $word in --config=*) file=${word#*=} ;; esac
+    if [ "$before" = --config ]; then file=$word; fi
+    before=$word
+    case $file in '' | /* | '~'*) continue ;; esac
+    [ -f "$here/../$file" ] ||
+      fail "there is no file $file in the repository, from which the workers read --config" 2
+    if git -C "$here/.." rev-parse >/dev/null 2>&1; then
+      git -C "$here/.." ls-files --error-unmatch "$file" >/dev/null 2>&1 ||
+        fail "$file is not committed, and the workers read --config from REF of REPOSITORY" 2
+    fi
+  done
+}
+
+# Parses the options of training as the workers will, where a Python here can import the package.
+check_options() {
+  local python code=0 program
+  program='import sys
+from fr3e_jax.cli import fail, parse
+from fr3e_jax.config import Config, ConfigError, check, resolve
+config, _ = parse(Config, "train", "configs/quickstart.yaml", sys.argv[1:], lambda _: None)
+try:
+    check(resolve(config), 1, 2**31)
+except ConfigError as error:
+    fail("train", error)'
+  for python in python3 python; do
+    if command -v "$python" >/dev/null; then break; fi
+  done
+  (cd "$here/.." && "$python" -c "$program" ${extra[@]+"${extra[@]}"}) >/dev/null 2>"$temporary/options" ||
+    code=$?
+  case $code in
+    0) ;;
+    2) fail "the options of training are wrong: $(tail -n 1 "$temporary/options" | sed 's/^.*: error: //')" 2 ;;
+    *)
+      [ -n "$dry" ] || say "the options of training are checked on the workers alone: no Python here imports fr3e_jax"
+      ;;
+  esac
+}
+
 run_command() {
   local code=0
   check_secrets
+  check_config_files
+  check_options
   complete || code=$?
   if [ "$code" = 0 ]; then
     say "$run is complete: $run_dir/summary.json. launch/tpu.sh fetch $(quote "$run")"
     return
   fi
-  [ "$code" != 2 ] || fail "cannot read $run_dir: $(tail -n 2 "$temporary/ls")"
+  [ "$code" != 2 ] || fail "cannot read $run_dir: $(said_by_gcloud "$temporary/ls" 2)"
   if [ -n "$watch" ] && [ -z "$dry" ]; then
     watch_run
     return
@@ -616,7 +676,7 @@ watch_run() {
       say "the slice still costs: launch/tpu.sh delete"
       return
     fi
-    if [ "$code" = 2 ] && [ -z "$trouble" ]; then say "cannot read $run_dir: $(tail -n 2 "$temporary/ls")"; fi
+    if [ "$code" = 2 ] && [ -z "$trouble" ]; then say "cannot read $run_dir: $(said_by_gcloud "$temporary/ls" 2)"; fi
     if [ "$code" = 2 ]; then trouble=yes; else trouble=; fi
     look_at_slice
     if [ "$lately" != "$detail" ]; then say "$NAME: $detail" && lately=$detail; fi
@@ -734,7 +794,7 @@ show_run() {
   case $code in
     0) echo "complete: yes" ;;
     1) echo "complete: no" ;;
-    *) echo "complete: unknown, $(tail -n 2 "$temporary/ls")" ;;
+    *) echo "complete: unknown, $(said_by_gcloud "$temporary/ls" 2)" ;;
   esac
 }
 
@@ -749,7 +809,7 @@ fetch() {
   local code=0 target=${directory:-runs/$run/model}
   complete || code=$?
   if [ -z "$dry" ]; then
-    [ "$code" != 2 ] || fail "cannot read $run_dir: $(tail -n 2 "$temporary/ls")"
+    [ "$code" != 2 ] || fail "cannot read $run_dir: $(said_by_gcloud "$temporary/ls" 2)"
     [ "$code" = 0 ] || fail "$run is not complete: $run_dir/summary.json is not there"
   fi
   act mkdir -p "$target"
@@ -863,6 +923,10 @@ main() {
   read_settings
   if [ "$positional" -ge 1 ]; then check_run; fi
   check_extra
+  if [ "$command_name" = run ] && [ "${#extra[@]}" = 0 ]; then
+    misused "run '$run' has no options of training, and would train the quickstart: name a configuration, \
+as in run $(quote "$run") -- --config configs/slices/qwen2.5_7b_v5e16.yaml"
+  fi
   case $lines in '' | *[!0-9]*) misused "--lines $lines is no number" ;; esac
   case $worker_asked in '' | *[!0-9]*) misused "--worker $worker_asked is no number" ;; esac
   [ "$worker_asked" -lt "$workers" ] || misused "$TYPE has no worker $worker_asked: they are 0 to $((workers - 1))"

@@ -7,6 +7,7 @@ The directory is $FAKE_GCLOUD:
   states-KIND              states that describe says first, one a call
   broken                   text of the error that describe ends with
   no_capacity              create fails
+  logged_out               text of the error that every command ends with
   unreachable              numbers of workers that cannot be reached
   worker-N/                home of a worker
   worker_bin/              programs that workers have besides the system's
@@ -169,6 +170,8 @@ def main():
     with open(home / "commands.jsonl", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(argv) + "\n")
+    if (home / "logged_out").exists():
+        end((home / "logged_out").read_text())
     command, flags, words = parse(argv)
     if command[0] == "storage":
         return storage(command[1], words)

@@ -24,6 +24,7 @@ COMMANDS = ["create", "install", "run", "logs", "status", "stop", "fetch", "dele
 GCLOUD = "gcloud compute tpus"
 WHERE = ["--zone=us-west4-a", "--project=my-project"]
 SECRET = "hf_secretsecret"
+TRAINING = ["--", "--config", "configs/quickstart.yaml"]
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "git", "flock", "setsid"))),
@@ -355,13 +356,13 @@ def test_a_worker_that_fails_to_install_is_named_and_no_run_starts(rent):
     shown = laptop.call("install", expect=1)
     assert "worker 2 failed to install" in shown and "worker 2: No space left" in shown
     assert "worker 1 failed" not in shown
-    assert "launch/tpu.sh install" in laptop.call("run", "first", expect=1)
+    assert "launch/tpu.sh install" in laptop.call("run", "first", *TRAINING, expect=1)
     assert not laptop.said("worker.sh start") and not list(laptop.cloud.glob("started-*"))
 
 
 def test_install_leaves_a_run_that_is_going_on_alone(rent):
     laptop = rent().ready()
-    laptop.call("run", "first")
+    laptop.call("run", "first", *TRAINING)
     assert "a run is going on here" in laptop.call("install", expect=1)
     assert "running" in laptop.call("status")
 
@@ -395,7 +396,7 @@ def test_arguments_and_names_reach_training_unchanged(rent):
 def test_a_run_outlives_the_ssh_session_and_keeps_its_exit_code(rent):
     laptop = rent().ready()
     laptop.plan("exit=7")
-    laptop.call("run", "my run")
+    laptop.call("run", "my run", *TRAINING)
     code = laptop.worker(1) / ".fr3e" / "runs" / "my run" / "exit_code"
     laptop.until(code.exists)
     assert code.read_text() == "7\n"
@@ -406,10 +407,10 @@ def test_a_run_outlives_the_ssh_session_and_keeps_its_exit_code(rent):
 
 def test_a_run_that_is_going_on_is_not_started_twice(rent):
     laptop = rent().ready()
-    laptop.call("run", "first")
+    laptop.call("run", "first", *TRAINING)
     laptop.forget()
-    assert "going on already" in laptop.call("run", "first")
-    assert "'first' is going on" in laptop.call("run", "second", expect=1)
+    assert "going on already" in laptop.call("run", "first", *TRAINING)
+    assert "'first' is going on" in laptop.call("run", "second", *TRAINING, expect=1)
     assert not laptop.said("worker.sh start")
     # gcloud repeats a command whose connection broke, with nothing left on its standard input.
     (laptop.cloud / "started-0").write_text("0")
@@ -432,7 +433,7 @@ def test_a_run_that_one_worker_cannot_start_is_ended_on_the_others(rent):
     laptop = rent().ready()
     (laptop.worker(1) / ".fr3e" / "runs" / "first").mkdir()
     (laptop.worker(1) / ".fr3e" / "runs" / "first" / "log.txt").mkdir()  # cannot be written to
-    shown = laptop.call("run", "first", expect=1)
+    shown = laptop.call("run", "first", *TRAINING, expect=1)
     assert "worker 1 failed to start the run" in shown
     laptop.until(lambda: "worker 0: ended with exit code" in laptop.call("status"))
 
@@ -440,28 +441,28 @@ def test_a_run_that_one_worker_cannot_start_is_ended_on_the_others(rent):
 def test_what_training_leaves_behind_does_not_count_as_a_run(rent):
     laptop = rent().ready()
     laptop.plan("leave,exit=1")
-    laptop.call("run", "first")
+    laptop.call("run", "first", *TRAINING)
     laptop.until(lambda: laptop.call("status").count("ended with exit code 1") == 2)
     laptop.plan("hold")
-    laptop.call("run", "first")
+    laptop.call("run", "first", *TRAINING)
     assert laptop.call("status").count("running") == 2
 
 
 def test_stop_lets_training_save(rent):
     laptop = rent().ready()
-    laptop.call("run", "first")
+    laptop.call("run", "first", *TRAINING)
     laptop.until(lambda: (laptop.worker(1) / "argv").exists() and (laptop.worker(0) / "argv").exists())
     time.sleep(0.2)  # until its handler is there
     laptop.call("stop")
     laptop.until(lambda: laptop.call("status").count("stopped with exit code 0") == 2)
-    laptop.call("run", "first")
+    laptop.call("run", "first", *TRAINING)
     assert laptop.call("status").count("running") == 2
 
 
 def test_logs_of_any_worker(rent):
     laptop = rent().ready()
     laptop.plan("exit=0")
-    laptop.call("run", "my run")
+    laptop.call("run", "my run", *TRAINING)
     assert "training 0" in laptop.call("logs", "my run", "--worker", "1", "--no-follow")
     assert "training 0" in laptop.call("logs", "--no-follow")
     assert "was not started here" in laptop.call("logs", "other", "--no-follow", expect=1)
@@ -488,9 +489,9 @@ def test_logs_of_any_worker(rent):
 def test_watch_ends_when_the_run_is_complete_and_fetch_brings_the_model(rent):
     laptop = rent().ready()
     laptop.plan("complete")
-    assert "my run is complete" in laptop.call("run", "my run", "--watch")
+    assert "my run is complete" in laptop.call("run", "my run", "--watch", *TRAINING)
     laptop.forget()
-    assert "is complete" in laptop.call("run", "my run")
+    assert "is complete" in laptop.call("run", "my run", *TRAINING)
     assert not laptop.said("worker.sh start")
     assert 'metrics: {"step": 2}' in laptop.call("status", "my run")
     laptop.forget()
@@ -536,13 +537,13 @@ def test_a_preempted_slice_is_created_again_and_the_run_goes_on(rent, state):
 def test_an_on_demand_slice_that_was_lost_is_created_again(rent):
     laptop = rent(CAPACITY="on-demand").ready()
     laptop.plan("preempt", "complete")
-    laptop.call("run", "first", "--watch")
+    laptop.call("run", "first", "--watch", *TRAINING)
     assert laptop.said(" delete ") == [tpus("tpu-vm", "delete")]
 
 
 def test_watch_does_not_bring_back_a_slice_that_a_person_deleted(rent):
     laptop = rent().ready()
-    watch = laptop.start("run", "first", "--watch")
+    watch = laptop.start("run", "first", "--watch", *TRAINING)
     laptop.until((laptop.worker(1) / "argv").exists)
     laptop.call("delete", "--yes")
     shown, _ = watch.communicate(timeout=20)
@@ -553,17 +554,17 @@ def test_watch_does_not_bring_back_a_slice_that_a_person_deleted(rent):
 def test_a_run_whose_options_are_wrong_is_not_started_again(rent):
     laptop = rent().ready()
     laptop.plan("exit=2")
-    shown = laptop.call("run", "first", "--watch", expect=2)
+    shown = laptop.call("run", "first", "--watch", *TRAINING, expect=2)
     assert "options are at fault" in shown and "training 0" in shown
     assert (laptop.cloud / "started-0").read_text() == "1"
     laptop.plan("exit=2", "complete")  # corrected, and started again by the person
-    laptop.call("run", "first", "--watch")
+    laptop.call("run", "first", "--watch", *TRAINING)
 
 
 def test_a_run_that_fails_without_progress_is_given_up(rent):
     laptop = rent(MAX_FAILURES="2").ready()
     laptop.plan("checkpoint=1,exit=1", "checkpoint=10,exit=1", "exit=1")
-    shown = laptop.call("run", "first", "--watch", expect=1)
+    shown = laptop.call("run", "first", "--watch", *TRAINING, expect=1)
     # Two checkpoints were new; the third end is the second in a row without one.
     assert (laptop.cloud / "started-0").read_text() == "3"
     assert "giving up" in shown and "exit codes 1 1" in shown and "training 2" in shown
@@ -572,14 +573,14 @@ def test_a_run_that_fails_without_progress_is_given_up(rent):
 def test_a_run_that_saved_and_ended_is_started_again(rent):
     laptop = rent().ready()
     laptop.plan("checkpoint=1,exit=0", "complete")
-    laptop.call("run", "first", "--watch")
+    laptop.call("run", "first", "--watch", *TRAINING)
     assert (laptop.cloud / "started-1").read_text() == "2"
     assert not laptop.said(" delete ")
 
 
 def test_watch_leaves_a_run_that_was_stopped_by_hand_stopped(rent):
     laptop = rent().ready()
-    watch = laptop.start("run", "first", "--watch")
+    watch = laptop.start("run", "first", "--watch", *TRAINING)
     laptop.until(lambda: all((laptop.worker(n) / "argv").exists() for n in range(2)))
     time.sleep(0.2)
     laptop.call("stop")
@@ -587,14 +588,14 @@ def test_watch_leaves_a_run_that_was_stopped_by_hand_stopped(rent):
     assert watch.returncode == 3 and "stopped by hand" in shown
     assert (laptop.cloud / "started-0").read_text() == "1"
     laptop.plan("complete")
-    laptop.call("run", "first", "--watch")
+    laptop.call("run", "first", "--watch", *TRAINING)
 
 
 def test_a_watch_that_is_taken_up_again_starts_nothing(rent):
     laptop = rent().ready()
-    laptop.call("run", "first")
+    laptop.call("run", "first", *TRAINING)
     laptop.forget()
-    watch = laptop.start("run", "first", "--watch")
+    watch = laptop.start("run", "first", "--watch", *TRAINING)
     laptop.until(lambda: len(laptop.said("worker.sh state")) >= 4)
     watch.send_signal(signal.SIGTERM)
     watch.communicate(timeout=20)
@@ -605,7 +606,7 @@ def test_a_watch_that_is_taken_up_again_starts_nothing(rent):
 def test_watch_reports_a_worker_that_stays_out_of_reach(rent):
     laptop = rent(TYPE="v5p-8", CAPACITY="on-demand", MAX_FAILURES="1", POLL_SECONDS="0").ready()
     (laptop.cloud / "unreachable").write_text("0")
-    assert "cannot reach worker(s) 0" in laptop.call("run", "first", "--watch", expect=1)
+    assert "cannot reach worker(s) 0" in laptop.call("run", "first", "--watch", *TRAINING, expect=1)
     assert not laptop.said("worker.sh start") and not laptop.said(" delete ")
 
 
@@ -613,7 +614,7 @@ def test_watch_gives_up_where_no_new_slice_can_be_had(rent):
     laptop = rent(MAX_FAILURES="2").ready()
     laptop.plan("preempt=SUSPENDED")
     (laptop.cloud / "no_capacity").touch()
-    shown = laptop.call("run", "first", "--watch", expect=1)
+    shown = laptop.call("run", "first", "--watch", *TRAINING, expect=1)
     assert "no more capacity" in shown and "could not be created (2 of 2" in shown
 
 
@@ -627,12 +628,12 @@ def test_no_secret_leaves_the_one_file_for_it(rent):
     shown = "".join(
         laptop.call(*words, **secrets)
         for words in (
-            ["run", "first", "--dry-run"],
-            ["run", "first"],
+            ["run", "first", "--dry-run", *TRAINING],
+            ["run", "first", *TRAINING],
             ["status", "first"],
             ["logs", "--no-follow"],
             ["install"],
-            ["run", "first"],
+            ["run", "first", *TRAINING],
             ["stop"],
         )
     )
@@ -775,8 +776,15 @@ def test_every_command_has_help_and_tells_of_a_wrong_option(rent, command):
         (["crate"], "there is no command 'crate'"),
         (["run"], "the name of a run is missing"),
         (["run", "first", "configs/x.yaml"], "options of training come after --"),
-        (["run", "a/b"], "no name for a run"),
-        (["run", "*"], "no name for a run"),
+        (["run", "first"], "run 'first' has no options of training"),
+        (["run", "my run", "--watch", "--"], "run 'my run' has no options of training"),
+        (["run", "a/b", *TRAINING], "no name for a run"),
+        (["run", "*", *TRAINING], "no name for a run"),
+        (
+            ["run", "first", "--", "--config", "configs/qwen.yaml"],
+            "no file configs/qwen.yaml in the repository",
+        ),
+        (["run", "first", "--", "--config=configs/qwen.yaml"], "no file configs/qwen.yaml in the repository"),
         (["run", "first", "--", "--run_dir=x"], "set by run itself"),
         (["logs", "--worker"], "needs a value"),
         (["logs", "--worker", "2"], "0 to 1"),
@@ -790,6 +798,64 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(rent, words, 
     laptop = rent()
     shown = laptop.call(*words, expect=2)
     assert message in shown and (not words or len(shown.splitlines()) == 1)
+    assert not laptop.commands()
+
+
+def test_options_of_training_are_checked_here_where_the_package_is(rent, tmp_path):
+    """Before anything is asked of the cloud: a wrong option would end a slice's processes, which cost."""
+    laptop = rent()
+    python = laptop.path / "bin" / "python3"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    for flags, message in (
+        (["--explore.rolouts=4"], "there is no option --explore.rolouts; did you mean --explore.rollouts?"),
+        (["--explore.positions=4", "--rollout.max_response=3"], "have room for 2 positions"),
+    ):
+        shown = laptop.call("run", "first", *TRAINING, *flags, expect=2)
+        assert shown.startswith("tpu.sh run: the options of training are wrong: ") and message in shown
+        assert len(shown.splitlines()) == 1
+    assert not laptop.commands()
+    # What is right goes on to the cloud, and is not spoken of.
+    assert "options" not in laptop.call("run", "first", "--dry-run", *TRAINING)
+
+
+def test_a_configuration_that_is_not_committed_is_refused(rent):
+    """The workers read it from the repository."""
+    laptop = rent()
+    mine = REPOSITORY / "configs" / f"mine-{os.getpid()}.yaml"
+    mine.write_text("steps: 1\n")
+    try:
+        shown = laptop.call("run", "first", "--", "--config", f"configs/{mine.name}", expect=2)
+    finally:
+        mine.unlink()
+    assert f"configs/{mine.name} is not committed" in shown
+    assert not laptop.commands()
+
+
+@pytest.mark.parametrize("words", [["create"], ["install"], ["run", "first", *TRAINING], ["fetch", "first"]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "There was a problem refreshing your current auth tokens: Reauthentication failed.",
+        "You do not currently have an active account selected.",
+    ],
+)
+def test_who_is_not_logged_in_is_told_how(rent, words, text):
+    laptop = rent()
+    (laptop.cloud / "logged_out").write_text(text)
+    shown = laptop.call(*words, expect=1)
+    assert "gcloud is not logged in: run gcloud auth login. It said: " in shown and text in shown
+
+
+def test_the_unedited_example_is_refused_before_anything_costs(rent):
+    laptop = rent()
+    example = (REPOSITORY / "launch" / "tpu.env.example").read_text()
+    laptop.settings.write_text(example)
+    for words in (["create"], ["create", "--dry-run"], ["run", "first", *TRAINING]):
+        shown = laptop.call(*words, expect=2)
+        assert shown.endswith("fill in PROJECT BUCKET REPOSITORY: the example's value still stands there\n")
+    laptop.settings.write_text(example.replace("YOUR-PROJECT", "ours").replace("YOUR-BUCKET", "ours"))
+    assert "fill in REPOSITORY: " in laptop.call("create", expect=2)
     assert not laptop.commands()
 
 
@@ -814,7 +880,10 @@ def commands_of(file: Path, program: str) -> list[list[str]]:
 
 def test_the_documented_commands_are_right(rent):
     laptop = rent()
-    laptop.settings.write_text((REPOSITORY / "launch" / "tpu.env.example").read_text())
+    example = (REPOSITORY / "launch" / "tpu.env.example").read_text()
+    for name, value in (("YOUR-PROJECT", "ours"), ("YOUR-BUCKET", "ours"), ("OWNER", "us")):
+        example = example.replace(name, value)
+    laptop.settings.write_text(example)
     (laptop.path / "launch").mkdir()
     (laptop.path / "launch" / "tpu.env").symlink_to(laptop.settings)
     commands = commands_of(REPOSITORY / "launch" / "README.md", "launch/tpu.sh")
