@@ -10,12 +10,14 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import jsonargparse
 
-from fr3e_jax.config.files import merged_options, read_files
+from fr3e_jax.config.files import Written, merged_options, read_files
 from fr3e_jax.config.flags import flat, others_chosen, refuse_unknown, spell_out, split_files, split_sources
 from fr3e_jax.config.values import check_mapping, check_options, described, kinds_of, shown_value, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
 ConfigT = TypeVar("ConfigT")
+READ: list[Written] = []
+"""What the files of this process's command say, for the file and line of a mistake that is found later."""
 OWN_FILE = "configs/own_task.yaml"
 SMALLER = {
     "train": "rollout.queries, explore.rollouts, rollout.max_response, evaluate.rows or "
@@ -122,6 +124,7 @@ def parse(
             )
             applied += f"flags do. {OWN_FILE} is a beginning for a file of your own"
         written = read_files(files, config_class)
+        READ[:] = [written]
         flags, sources = split_sources(config_class, flags, written.options)
         check_mapping(config_class, sources)
         parser = make_parser(config_class, command, files=default is not None)
@@ -189,7 +192,7 @@ def one_line(
     try:
         yield
     except mistakes as error:
-        fail(command, error)
+        fail(command, READ[0].explain(error) if READ else error)
     except failures as error:
         fail(command, error, 1)
     except KeyboardInterrupt:

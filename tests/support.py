@@ -28,7 +28,8 @@ from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placement, place_model
 from fr3e_jax.planning.topology import available
-from fr3e_jax.pretrained.weights import read_params, write_params
+from fr3e_jax.pretrained.weights import read_params
+from fr3e_jax.pretrained.write_weights import write_params
 from fr3e_jax.run.reporter import read_metrics
 
 needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
@@ -88,8 +89,8 @@ def tiny_params(config: Qwen2Config = TINY, scale: float = 4.0) -> Params:
 
 
 def examples(count: int) -> settings:
-    """So many examples of what takes long to try; six times as many where `FR3E_TESTS_EXAMPLES` is deep."""
-    return settings(max_examples=count * (6 if settings.get_current_profile_name() == "deep" else 1))
+    """So many examples of what takes long to try; three times as many where `FR3E_TESTS_EXAMPLES` is deep."""
+    return settings(max_examples=count * (3 if settings.get_current_profile_name() == "deep" else 1))
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:

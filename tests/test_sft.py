@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from support import call, placement, read, run
 
-from fr3e_jax.algorithm.explore import positions_of
+from fr3e_jax.algorithm.explore import Trajectories, positions_of
 from fr3e_jax.cli import parse
 from fr3e_jax.config import ConfigError, DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine
@@ -90,9 +90,15 @@ def test_the_shipped_config_says_how_the_shipped_model_was_made():
     config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml", [])
     shipped = find_model("quickstart")
     vocabulary = len(load_text(shipped, "plain").tokenizer)
-    heads = config.num_attention_heads, config.num_key_value_heads
-    sizes = config.intermediate_size, vocabulary, config.max_position_embeddings
-    assert read_config(shipped) == small(config.hidden_size, config.num_hidden_layers, *heads, *sizes)
+    assert read_config(shipped) == small(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        intermediate=config.intermediate_size,
+        vocab=vocabulary,
+        context=config.max_position_embeddings,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +141,8 @@ def test_entropy_finds_the_decision_points_and_random_positions_do_not(rollouts)
     keys = jax.vmap(row_key, (None, None, 0, None))(jax.random.key(1), 0, np.arange(len(known)), 0)
     share = {}
     for rule in ("entropy", "surprisal", "random", "uniform"):
-        position, valid = positions_of(rule, flat.entropy, flat.logprob, flat.length, K, 0, keys)
+        base = Trajectories(flat.entropy, flat.logprob, flat.length, keys, count=K, min_gap=0)
+        position, valid = positions_of(rule, base)
         chosen = [set(p[v].tolist()) for p, v in zip(np.asarray(position), np.asarray(valid), strict=True)]
         hit = sum(len(set(places) & picks) for places, picks in zip(known, chosen, strict=True))
         share[rule] = hit / sum(len(places) for places in known)

@@ -9,9 +9,9 @@ from typing import Any, get_type_hints
 
 import jsonargparse
 
-from fr3e_jax.bench.load import load
+from fr3e_jax.bench.load import measure_loading
 from fr3e_jax.bench.rollout import rollout
-from fr3e_jax.bench.score import score
+from fr3e_jax.bench.score import measure_scoring
 from fr3e_jax.bench.update import update
 from fr3e_jax.cli import one_line, plain_error
 from fr3e_jax.config import ConfigError
@@ -20,9 +20,9 @@ from fr3e_jax.parallel.devices import leave_out_absent_tpu
 from fr3e_jax.parallel.mesh import PlacementError
 
 BENCHMARKS: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    "load": load,
+    "load": measure_loading,
     "rollout": rollout,
-    "score": score,
+    "score": measure_scoring,
     "update": update,
 }
 

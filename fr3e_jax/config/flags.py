@@ -166,13 +166,13 @@ def default_of(config_class: type, name: str) -> Any:
 
 def entry_class(kind: Any) -> type | None:
     """The dataclass of the entries of an option that may be a list of mappings; None for other options."""
-    entries = [get_args(part)[0] for part in get_args(kind) if get_origin(part) is list]
-    return next((entry for entry in entries if dataclasses.is_dataclass(entry)), None)  # type: ignore[misc]
+    entries: list[type] = [get_args(part)[0] for part in get_args(kind) if get_origin(part) is list]
+    return next((entry for entry in entries if dataclasses.is_dataclass(entry)), None)
 
 
 def flat(section: type, options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`section.option` -> value, of options that are checked."""
-    kinds, values = get_type_hints(section), {}
+    kinds, values = get_type_hints(section), dict[str, Any]()
     for name, value in options.items():
         if dataclasses.is_dataclass(kinds[name]):
             values |= flat(kinds[name], value, f"{prefix}{name}.")  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from fr3e_jax.config.values import (
     PositiveNumber,
     Rows,
     Seed,
+    Share,
     Size,
 )
 
@@ -122,6 +123,9 @@ class RewardConfig:
     """Regular expression of Python that a response with the right form contains somewhere. `.` is any
     character but a new line; behind (?s) at the beginning of the pattern it is any. It is searched for within
     scoring.time_limit; a response that takes longer has not the form, and reward/timed_out counts it."""
+    success_at: Share = 1.0
+    """Least reward of an answer that counts as right: explore.keep, states/all_right and the accuracy of
+    evaluations go by it. Only scorers that give numbers, and reward.format, need less than 1."""
     cut: Literal["wrong", "judged"] = "wrong"
     """Answers that the length limit cut off: `wrong` whatever they say, or `judged` like others."""
 

@@ -192,7 +192,7 @@ def check_option(kind: Any, value: Any, path: OptionPath, tables: Mapping[str, A
     Raises:
       OptionError: with one line that says what to change.
     """
-    table = tables.get(path[-1])  # type: ignore[call-overload]
+    table = tables.get(str(path[-1]))
     if table is None:
         check_value(kind, value, path)
     elif not callable(value) and not (isinstance(value, str) and value in table):
@@ -269,7 +269,7 @@ def takes(kind: Any, value: Any) -> bool:
     if origin is dict:
         return isinstance(value, Mapping)
     if dataclasses.is_dataclass(kind):
-        return isinstance(value, (kind, Mapping))
+        return isinstance(value, Mapping) or (isinstance(kind, type) and isinstance(value, kind))
     return isinstance(value, origin)
 
 
