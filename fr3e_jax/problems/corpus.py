@@ -106,7 +106,7 @@ def path_of(source: SourceConfig, data: DataConfig) -> OptionPath:
     return ("data", "source", *number)
 
 
-def refuse_unread(source: SourceConfig, path: OptionPath) -> None:
+def refuse_unread(source: SourceConfig, path: OptionPath = ()) -> None:
     """Refuse settings that a source of this kind does not read, and scorers that are not there.
 
     Args:
