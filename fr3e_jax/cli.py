@@ -122,7 +122,9 @@ def parse(
             applied = (
                 f"no file applies, since {default} is not for {', '.join(others)}: the defaults and the "
             )
-            applied += f"flags do. {OWN_FILE} is a beginning for a file of your own"
+            applied += "flags do"
+            if command != "sft":
+                applied += f". {OWN_FILE} is a beginning for a file of your own"
         written = read_files(files, config_class)
         READ[:] = [written]
         flags, sources = split_sources(config_class, flags, written.options)

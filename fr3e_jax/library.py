@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Float32
 
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
-from fr3e_jax.config import ConfigError, ExploreConfig, LossConfig, OptimizerConfig
+from fr3e_jax.config import ConfigError, ExploreConfig, LossConfig, OptimizerConfig, check_options
 from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
@@ -258,8 +258,14 @@ class Model:
         loss: LossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
     ) -> "PolicyLearner":
-        """The learner that updates these parameters; by default with the settings of training."""
+        """The learner that updates these parameters; by default with the settings of training.
+
+        Raises:
+          ConfigError: a setting does not take its value.
+        """
         settings = (loss or LossConfig(), optimizer or OptimizerConfig())
+        check_options(settings[0], ("loss",))
+        check_options(settings[1], ("optimizer",))
         if settings not in self.learners:
             self.learners[settings] = self.policy.learner(*settings)
         return PolicyLearner(self, settings[1], self.learners[settings])
@@ -352,9 +358,11 @@ def states(
       keep_rule: which trajectories are kept, as explore.keep, or a function.
 
     Raises:
-      ConfigError: a rule needs rewards and there are none, or their shape is another.
+      ConfigError: a rule needs rewards and there are none, or their shape is another; or `count` or `min_gap`
+        is below 0.
       RuleError: there is no rule of a name, or its function gives something else than it must.
     """
+    check_options(ExploreConfig(positions=count, min_gap=min_gap))
     rules = ExploreConfig(positions=count, rule=rule, min_gap=min_gap, keep=keep_rule)
     rollouts, asked = base.rollouts, len(base.encoded.questions)
     b, r = rollouts.length.shape
