@@ -1,5 +1,5 @@
-"""Stands in for gcloud in the tests of launch/tpu.sh: records every command, refuses flags that gcloud does not
-have, and keeps a slice, its workers and a bucket as files. Commands for a worker are run, by bash, in its home.
+"""Stands in for gcloud in the tests of launch/tpu.sh: records every command, refuses flags that it does not
+have, and keeps a slice, its workers and a bucket as files. Commands for a worker run here, in its home.
 
 The directory is $FAKE_GCLOUD:
   commands.jsonl           argv of each call
