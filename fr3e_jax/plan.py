@@ -10,7 +10,7 @@ another reason than memory.
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 from rich.console import Console
@@ -92,16 +92,6 @@ def model_of(name: str) -> DecoderConfig:
     )
 
 
-def with_underscores(argv: Sequence[str]) -> list[str]:
-    """Command-line arguments with the dashes in their flags replaced, as options are declared."""
-    return [
-        part.partition("=")[0].replace("-", "_").replace("__", "--", 1) + "".join(part.partition("=")[1:])
-        if part.startswith("--")
-        else part
-        for part in argv
-    ]
-
-
 def questions(options: PlanConfig, name: str) -> Iterator[Question]:
     """The plans that are asked for: of one configuration, or with `--all` of all shipped ones.
 
@@ -143,8 +133,7 @@ def report(plan: Plan, options: PlanConfig, first: bool) -> None:
 def main() -> None:
     """Parse the command line, compile, report; a user's mistake is one line and exit code 2."""
     applied: list[str] = []
-    argv = with_underscores(sys.argv[1:])
-    options, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", argv, applied.append)
+    options, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", None, applied.append)
     all_fit, console = True, Console(stderr=True)
     with one_line("plan", (ConfigError, PlacementError, CheckpointError)):
         try:
