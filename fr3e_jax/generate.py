@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 
 from fr3e_jax.cli import one_line, parse
 from fr3e_jax.config import ConfigError, check_options
-from fr3e_jax.config.values import CountOrNone, Name, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
+from fr3e_jax.config.values import Name, NonNegativeInt, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.decoder import Params, abstract_params, logical_axes
@@ -61,7 +61,7 @@ class GenerateConfig:
     """All randomness is a function of it."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    tensor: CountOrNone = 0
+    tensor: NonNegativeInt = 0
     """Parts that heads, MLP and vocabulary are split into over the devices; 0 takes as many as the model's
     shape allows."""
 
