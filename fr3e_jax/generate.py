@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from fr3e_jax.cli import fail, parse
+from fr3e_jax.cli import one_line, parse
 from fr3e_jax.config import ConfigError, check_options
-from fr3e_jax.config.values import CountOrNone, Name, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
+from fr3e_jax.config.values import Name, NonNegativeInt, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.decoder import Params, abstract_params, logical_axes
@@ -61,7 +61,7 @@ class GenerateConfig:
     """All randomness is a function of it."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    tensor: CountOrNone = 0
+    tensor: NonNegativeInt = 0
     """Parts that heads, MLP and vocabulary are split into over the devices; 0 takes as many as the model's
     shape allows."""
 
@@ -218,16 +218,11 @@ def say(message: str) -> None:
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(GenerateConfig, "generate", None)
-    try:
-        generate(config)
-    except (ConfigError, CheckpointError) as error:
-        fail("generate", error)
-    except NotFiniteError as error:
-        fail("generate", error, 1)
-    except BrokenPipeError:  # the reader had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        fail("generate", "interrupted", 130)
+    with one_line("generate", (ConfigError, CheckpointError), (NotFiniteError,)):
+        try:
+            generate(config)
+        except BrokenPipeError:  # the reader had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

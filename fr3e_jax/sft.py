@@ -20,7 +20,7 @@ from jax import Array
 from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
-from fr3e_jax.cli import fail, parse
+from fr3e_jax.cli import one_line, parse
 from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig, check_options
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.learner.state import TrainState, decayed, init_state
@@ -49,9 +49,9 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
       ConfigError: with one line that says what to change.
     """
     check_options(config)
-    if not 0 <= config.warmup_steps < config.steps:
+    if config.warmup >= config.steps:
         raise ConfigError(
-            f"warmup_steps {config.warmup_steps} must be at least 0 and below steps {config.steps}"
+            f"warmup_steps is {config.warmup}, must be below steps, which is {config.steps}; lower it"
         )
     if config.batch % row_parts:
         raise ConfigError(f"batch {config.batch} does not divide by the mesh's data x fsdp {row_parts}")
@@ -170,9 +170,7 @@ def warm_up(config: SFTConfig, task: CarryAddition, model: PlacedModel) -> Param
         params = init_params(model.config, config.seed)
     else:
         params = model.read_params(placement)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps
-    )
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed(model.axes)),
@@ -196,12 +194,8 @@ def warm_up(config: SFTConfig, task: CarryAddition, model: PlacedModel) -> Param
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml")
-    try:
+    with one_line("sft", (ConfigError, PlacementError, CheckpointError), (NotFiniteError,)):
         run(config)
-    except (ConfigError, PlacementError, CheckpointError) as error:
-        fail("sft", error)
-    except NotFiniteError as error:
-        fail("sft", error, 1)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LONGEST = (
     "test_real_model",
     "test_train",
     "test_sampler",
-    "test_launch",
+    "test_launch_run",
     "test_shared_prefix",
     "test_evaluate",
     "test_damage",
@@ -69,7 +69,7 @@ LONGEST_SLOW = (
     "test_engine",
 )
 # One after the other: they measure time, or wait for processes that do.
-CLOCK = ("test_pool", "test_hostile", "test_launch")
+CLOCK = ("test_pool", "test_hostile", "test_launch", "test_launch_run", "test_launch_slice")
 
 # Few examples, the same in every run, so that what they compile is kept; `.ci/run` draws more, and new ones.
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=40)

@@ -116,8 +116,14 @@ class Model:
         loss: LossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
     ) -> "PolicyLearner":
-        """The learner that updates these parameters; by default with the settings of training."""
+        """The learner that updates these parameters; by default with the settings of training.
+
+        Raises:
+          ConfigError: a setting does not take its value.
+        """
         settings = (loss or LossConfig(), optimizer or OptimizerConfig())
+        check_options(settings[0], ("loss",))
+        check_options(settings[1], ("optimizer",))
         if settings not in self.learners:
             self.learners[settings] = self.policy.learner(*settings)
         return PolicyLearner(self, settings[1], self.learners[settings])

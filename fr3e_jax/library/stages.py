@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
-from fr3e_jax.config import ConfigError, ExploreConfig
+from fr3e_jax.config import ConfigError, ExploreConfig, check_options
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.library.results import Answers, Base, Restarts, shaped
 from fr3e_jax.parallel.hosts import gather
@@ -34,9 +34,11 @@ def states(
       keep_rule: which trajectories are kept, as explore.keep, or a function.
 
     Raises:
-      ConfigError: a rule needs rewards and there are none, or their shape is another.
+      ConfigError: a rule needs rewards and there are none, or their shape is another; or `count` or `min_gap`
+        is below 0.
       RuleError: there is no rule of a name, or its function gives something else than it must.
     """
+    check_options(ExploreConfig(positions=count, min_gap=min_gap))
     rules = ExploreConfig(positions=count, rule=rule, min_gap=min_gap, keep=keep_rule)
     rollouts, asked = base.rollouts, len(base.encoded.questions)
     b, r = rollouts.length.shape
