@@ -222,8 +222,8 @@ def test_a_score_of_minus_infinity_is_never_a_position():
             r"scores \[N, S\] must have shape \[1, 6\]; the rule's function gave \[1\]",
         ),
         (
-            lambda: keep_trajectories(jnp.ones((2, 3)), lambda reward, key: True, KEYS),
-            r"kept trajectories \[B, R\] must have shape \[2, 3\]; the rule's function gave bool",
+            lambda: keep_trajectories(jnp.ones((1, 3)), lambda reward, key: True, KEYS),
+            r"kept trajectories \[B, R\] must have shape \[1, 3\]; the rule's function gave bool",
         ),
         (
             lambda: modulated_advantage(
