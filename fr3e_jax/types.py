@@ -18,6 +18,7 @@ T tokens of a whole sequence, G groups (a state with its rollouts).
 Words of this package:
   branch  a response that is sampled from a state: a base trajectory (state 0) or a partial rollout
   seat    the batch row that a branch is decoded in (engine)
+  lane    a seat's place among those of its trajectory (engine)
   leg     the decoding between two looks at which branches still run; the others' rows are given up (engine)
   rung    a number of rows that a leg may have; few, since each is a program (engine)
   tree    a kept trajectory with its states and their rollouts
@@ -95,6 +96,10 @@ class Problem:
     """What the scorer needs beside the answer; goes to a worker process."""
     before: Turns = ()
     """What is said before the question, where it is the last turn of a chat: a system turn, earlier turns."""
+    place: str = dataclasses.field(default="", compare=False)
+    """Where it stands, for messages: `problems.jsonl, line 3`."""
+    solution: str = dataclasses.field(default="", compare=False, repr=False)
+    """A worked solution, which `sft` teaches."""
 
     @property
     def asked(self) -> str:

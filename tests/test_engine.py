@@ -214,10 +214,12 @@ def explored(sampling, padding=(4, 5)):
 
     states = jax.tree.map(pad, states)
     at = e.placement.place_rows(states)
-    partial, _ = e.explore(PARAMS, placed, caches, at, SEED_KEY, STEP, M, sampling)
+    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": M, "sampling": sampling}
+    partial, _ = e.explore(PARAMS, placed, caches, at, **how)
     return jax.device_get(base), states, jax.device_get(partial)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("sampling", [GREEDY, POLICY], ids=["greedy", "policy"])
 def test_rollouts_equal_decoding_alone(sampling):
     base, states, partial = explored(sampling)
@@ -355,7 +357,8 @@ def test_moved_rows_generate_what_branches_generate_alone():
         states = states_of(chosen, base)
         placed, at = e.placement.place_rows((q, states))
         with small_ladder() as moved:
-            partial, row_steps = e.explore(PARAMS, placed, caches, at, SEED_KEY, STEP, 1, FILTERED)
+            how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": 1, "sampling": FILTERED}
+            partial, row_steps = e.explore(PARAMS, placed, caches, at, **how)
         partial = jax.device_get(partial)
         check(partial, starts_of_states(q, base, states, 1, 2), FILTERED, MANY_ENDS)
         assert partial.length.sum() <= row_steps <= N * J * partial.length.max()

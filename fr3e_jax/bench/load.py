@@ -21,11 +21,14 @@ from safetensors.numpy import load_file
 from fr3e_jax.bench.process import in_fresh_process
 from fr3e_jax.config import ConfigError
 from fr3e_jax.models.decoder import abstract_params, logical_axes
-from fr3e_jax.models.hf import LAYOUTS, Tensor, config_json, read_config, tensors_of
+from fr3e_jax.models.hf import config_json, read_config
+from fr3e_jax.models.hf_tensors import LAYOUTS, Tensor, tensors_of
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.parallel.mesh import make_mesh, place_model
 from fr3e_jax.planning.slices import GIB
-from fr3e_jax.pretrained.weights import find_tensors, read_params, write_tensors
+from fr3e_jax.pretrained.safetensors_files import find_tensors
+from fr3e_jax.pretrained.weights import read_params
+from fr3e_jax.pretrained.write_weights import write_tensors
 
 
 class Load(NamedTuple):

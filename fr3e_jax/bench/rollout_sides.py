@@ -54,7 +54,7 @@ def opening(engine: Engine) -> Callable[[Params, Branches], Decoding]:
 
 
 def exploring(exploration: Exploration, params: Params) -> Callable[[], Any]:
-    """Explore from caches like those of a first return; they hold random numbers, which cost the same."""
+    """Make the side that explores, from caches of random numbers, which cost the same as others."""
     model, engine = exploration.model, engine_of(exploration.model, exploration.new)
     prefix = exploration.prefix_length[None]
     branches = branches_of(
@@ -98,7 +98,7 @@ def branches_of(
 
 
 def sampling(model: DecoderConfig, params: Params, length: np.ndarray, new: int) -> Callable[[], Any]:
-    """Sample one answer of `new` tokens to each of B prompts of `length` int [B] tokens."""
+    """Make the side that samples `new` tokens to each of B prompts of `length` int [B] tokens."""
     engine, rng = engine_of(model, new), np.random.default_rng(0)
     token = rng.integers(2, model.vocab_size, (len(length), length.max())).astype(np.int32)
     index = np.arange(len(length), dtype=np.int32)
@@ -112,9 +112,9 @@ def sampling(model: DecoderConfig, params: Params, length: np.ndarray, new: int)
 
 
 def generating_with_hugging_face(length: np.ndarray, new: int) -> Callable[[], Any]:
-    """Generate with Hugging Face and a model of the shape of `TINY`, from prompts of int [B] tokens.
+    """Make the side that generates with Hugging Face and a model of the shape of `TINY`.
 
-    Prompts are padded on the left.
+    Prompts have `length` int [B] tokens, padded on the left.
 
     Raises:
       ImportError: without torch.

@@ -111,7 +111,7 @@ def forms(tree: TreeSizes) -> tuple[list[Bundle], list[Bundle]]:
 
 
 def updating(bundles: list[Bundle], model: DecoderConfig = TINY) -> Callable[[], Any]:
-    """Update with this project's learner, AdamW included."""
+    """Make the side that updates with this project's learner, AdamW included."""
     axes = logical_axes(model)
     placement, _ = place_model(make_mesh(1, 1, 1), axes, abstract_params(model))
     optimizer = make_optimizer(OptimizerConfig(), axes)
@@ -134,7 +134,7 @@ def updating(bundles: list[Bundle], model: DecoderConfig = TINY) -> Callable[[],
 
 
 def updating_with_torch(rows: int, prompt: int, new: int, chunk: int) -> Callable[[], Any]:
-    """Update in the flat form with torch and Hugging Face's model, `chunk` rows at a time, AdamW included.
+    """Make the side that updates in the flat form with torch, `chunk` rows at a time, AdamW included.
 
     Raises:
       ImportError: without torch.

@@ -95,6 +95,7 @@ class Engine:
         queries: Queries,
         caches: Caches,
         states: States,
+        *,
         seed_key: Key[AnyArray, ""],
         step: Int[AnyArray, ""] | int,
         rollouts: int,

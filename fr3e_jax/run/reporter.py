@@ -1,17 +1,18 @@
-"""What a run tells: JSON lines for machines, a progress bar, lines and a summary for people."""
+"""Reports of a run: JSON lines for programs; a progress bar, lines and a summary for people."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from etils import epath
 from rich.console import Console
@@ -20,6 +21,8 @@ from rich.table import Table
 from fr3e_jax.parallel.hosts import is_first
 from fr3e_jax.parallel.waiting import waiting
 from fr3e_jax.progress import bars
+from fr3e_jax.run.jsonl import Lines, LineWriter, read_lines, to_line
+from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.run.storage import StorageError, in_bucket, upload, write_atomically, writing
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -27,14 +30,14 @@ SUMMARY_FILE, LOG_FILE = "summary.json", "log.txt"
 
 
 class Stopwatch:
-    """Seconds spent per stage."""
+    """Measures the seconds that each stage takes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a stage; the block ends with its results on the host."""
+        """Add the time of the block to a stage. The block must end with its results on the host."""
         start = time.perf_counter()
         try:
             with waiting(name):
@@ -43,71 +46,83 @@ class Stopwatch:
             self.seconds[name] += time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """`time/STAGE` in seconds."""
+        """Name the seconds `time/STAGE`, as metrics."""
         return {f"time/{name}": round(value, 4) for name, value in self.seconds.items()}
 
 
 def read_metrics(directory: epath.PathLike, name: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """The lines of a run's metrics (or samples), by step; one that is cut short or damaged is left out."""
-    return read_lines(epath.Path(directory) / name)[0]
+    """Read the metrics of a run (or its samples), in the order of steps; damaged lines are left out."""
+    return by_step(read_lines(epath.Path(directory) / name))[0]
 
 
-def read_lines(file: epath.Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The JSON lines of a file, by step, and the numbers from 1 of those that are cut short or damaged.
-
-    Of several lines of a step, the last is taken.
-    """
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    found, damaged = {}, []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line) if line.endswith(b"\n") else None
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict) and type(step := value.get("step")) is int:
-            found[step] = value
-        else:
-            damaged.append(number)
-    return [found[step] for step in sorted(found)], damaged
-
-
-def reopen(directory: epath.Path, folder: Path, name: str, start: int) -> tuple[TextIO, list[str]]:
-    """Open a file of JSON lines to append to at step `start`: what came after it is dropped.
-
-    It is read from `directory`, and written in `folder`.
+def by_step(lines: Lines) -> tuple[list[dict[str, Any]], Lines]:
+    """Sort lines by their step; of several lines of a step, the last one counts.
 
     Returns:
-      (the file, lines on what of it is lost).
+      (objects in the order of steps, the lines with those that name no step among the damaged).
     """
-    found, damaged = read_lines(directory / name)
+    kept: dict[int, dict[str, Any]] = {}
+    damaged = list(lines.damaged)
+    for number, value in lines.objects:
+        if type(step := value.get("step")) is int:
+            kept[step] = value
+        else:
+            damaged.append(number)
+    return [kept[step] for step in sorted(kept)], dataclasses.replace(lines, damaged=sorted(damaged))
+
+
+def accuracies_of(metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Step -> held-out accuracy, of the steps that have been evaluated."""
+    return {line["step"]: line["eval/accuracy"] for line in metrics if "eval/accuracy" in line}
+
+
+def reopen(directory: epath.Path, folder: Path, name: str, start: int) -> tuple[LineWriter, list[str]]:
+    """Open a file of JSON lines to append to at step `start`; lines of later steps are dropped.
+
+    Args:
+      directory: of the run, where the file is read.
+      folder: where it is written.
+      name: of the file.
+      start: the step that the run goes on from; at 0 the file begins anew.
+
+    Returns:
+      (the file, lines for people on what of it is lost).
+    """
+    found, lines = by_step(read_lines(directory / name))
     kept = [line for line in found if start and line["step"] <= start]
-    told = []
-    if damaged and start:
-        several = f"lines {', '.join(map(str, damaged))} are" if len(damaged) > 1 else f"line {damaged[0]} is"
-        told.append(f"warning: {directory / name}: {several} cut short or damaged, and left out")
+    messages = lines.warnings() if start else []
     missing = sorted(set(range(start + 1)) - {line["step"] for line in kept})
     if missing and start and name == METRICS_FILE:
         steps = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        told.append(f"warning: {directory / name} has no line of step {steps}")
-    write_atomically(folder / name, "".join(map(to_json_line, kept)))
-    return (folder / name).open("a"), told
+        messages.append(f"warning: {directory / name} has no line of step {steps}")
+    write_atomically(folder / name, b"".join(map(to_line, kept)))
+    return LineWriter(folder / name), messages
 
 
 class LogFile(logging.FileHandler):
-    """A log whose errors are raised, where logging would print them."""
+    """A log file whose errors are raised; logging would print them."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raise what went wrong."""
+        """Raise the error that is being handled."""
         raise
 
 
 def open_reporter(directory: epath.PathLike, total: int, start: int) -> "Reporter | Silent":
-    """What tells of a run at step `start` of `total`: the first process tells, the others are silent."""
-    return Reporter(epath.Path(directory), total, start) if is_first() else Silent()
+    """Open what reports a run at step `start` of `total`: in the first process; in others it is silent."""
+    directory = epath.Path(directory)
+    return Reporter(directory, total, start) if is_first() else Silent(directory, start)
 
 
 class Silent:
-    """Tells nothing, where another process tells it."""
+    """Reports nothing, where another process reports the run.
+
+    accuracies: step -> held-out accuracy, as `Reporter` has it.
+    """
+
+    def __init__(self, directory: epath.Path, start: int) -> None:
+        earlier = read_metrics(directory) if start else []
+        self.accuracies = accuracies_of(line for line in earlier if line["step"] <= start)
+        self.within_step = StepProgress(say=self.say)
 
     def __enter__(self) -> "Silent":
         return self
@@ -116,20 +131,24 @@ class Silent:
         pass
 
     def say(self, message: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step(self, metrics: Mapping[str, Any], sample: Mapping[str, Any] | None = None) -> None:
-        """Nothing."""
+        """Remember the accuracy."""
+        self.accuracies |= accuracies_of([metrics])
 
     def summary(self, summary: Mapping[str, Any], rows: Mapping[str, str]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Reporter:
     """Writes metrics, log and summary of a run, and shows them on the terminal.
 
-    Of a run in a bucket the files are written in a folder here, and copied there after every step: nothing is
-    appended to in a bucket.
+    The files of a run in a bucket are written in a folder on this machine, and copied to the bucket after
+    every step, since nothing can be appended to in a bucket.
+
+    accuracies: step -> held-out accuracy, of all steps of this run, those before it was resumed included.
+    within_step: shows the progress of the step that is being made.
     """
 
     def __init__(self, directory: epath.Path, total: int, start: int) -> None:
@@ -147,7 +166,8 @@ class Reporter:
                 (directory / SUMMARY_FILE).unlink(missing_ok=True)
             if in_bucket(directory) and (directory / LOG_FILE).exists():
                 (self.folder / LOG_FILE).write_bytes((directory / LOG_FILE).read_bytes())
-            handler = LogFile(self.folder / LOG_FILE)
+            handler = LogFile(self.folder / LOG_FILE, encoding="utf-8")
+        self.accuracies = accuracies_of(read_metrics(self.folder))
         self.log = logging.getLogger(f"fr3e_jax.{directory}")
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
@@ -156,6 +176,7 @@ class Reporter:
         self.console = Console(highlight=False, soft_wrap=True)
         self.progress = bars(self.console, transient=True)
         self.bar = self.progress.add_task("training", total=total, completed=start)
+        self.within_step = StepProgress(self.say, self.describe if self.console.is_terminal else None)
         self.lost = [*lost_metrics, *lost_samples]
 
     def __enter__(self) -> "Reporter":
@@ -176,10 +197,10 @@ class Reporter:
                 self.close(error)
         except StorageError:
             if error is None:
-                raise  # else it is told why the run ended, which may be the same full disk
+                raise  # otherwise the user is told why the run ended, which may be the same full disk
 
     def close(self, error: BaseException | None) -> None:
-        """Write to the end, with the error that the run ended by."""
+        """Write the error that the run ended by, if any, and close all files."""
         with contextlib.ExitStack() as stack:
             if in_bucket(self.directory):
                 stack.callback(shutil.rmtree, self.folder)
@@ -191,25 +212,28 @@ class Reporter:
                 self.log.error("ended by %s: %s", type(error).__name__, error)
 
     def publish(self) -> None:
-        """Copy what was written to the bucket, if the run is in one."""
+        """Copy the files to the bucket, if the run is in one."""
         if in_bucket(self.directory):
             for name in (METRICS_FILE, SAMPLES_FILE, LOG_FILE):
                 upload(self.folder / name, self.directory / name)
 
     def say(self, message: str) -> None:
-        """A line to the terminal and the log."""
+        """Show a line on the terminal, and write it to the log."""
         self.console.print(message, markup=False)
         with writing(self.directory):
             self.log.info(message)
+
+    def describe(self, doing: str) -> None:
+        """Show on the progress bar what the run is doing; empty for what it always does."""
+        self.progress.update(self.bar, description=doing or "training")
 
     def step(self, metrics: Mapping[str, Any], sample: Mapping[str, Any] | None = None) -> None:
         """Write the metrics of a step and a state to read, and show the step's line."""
         with writing(self.directory):
             if sample is not None:
-                self.samples_file.write(to_json_line({"step": metrics["step"], **sample}))
-                self.samples_file.flush()
-            self.metrics_file.write(to_json_line(metrics))
-            self.metrics_file.flush()
+                self.samples_file.write([{"step": metrics["step"], **sample}])
+            self.metrics_file.write([metrics])
+        self.accuracies |= accuracies_of([metrics])
         self.say(step_line(metrics))
         self.progress.update(self.bar, completed=metrics["step"])
         self.publish()
@@ -229,7 +253,7 @@ class Reporter:
 
 
 def step_line(metrics: Mapping[str, Any]) -> str:
-    """One readable line of a step."""
+    """Describe a step in one line for people."""
     parts = [f"step {metrics['step']:>4}"]
     if "reward/root_mean" in metrics:
         parts += [
@@ -252,8 +276,3 @@ def step_line(metrics: Mapping[str, Any]) -> str:
     if "eval/accuracy" in metrics:
         parts.append(f"held-out accuracy {metrics['eval/accuracy']:.1%}")
     return " | ".join(parts)
-
-
-def to_json_line(metrics: Mapping[str, Any]) -> str:
-    """One object, one line."""
-    return json.dumps(metrics) + "\n"

@@ -1,7 +1,9 @@
-"""A run's directory: new, or held by a run that goes on."""
+"""The directory of a run: which settings it may go on with, and what it holds."""
 
 import dataclasses
 import itertools
+import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -13,9 +15,13 @@ from flax import traverse_util
 
 from fr3e_jax.config import Config, ConfigError, dump, resolve
 from fr3e_jax.parallel.hosts import is_first
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.reporter import SUMMARY_FILE
+from fr3e_jax.run.saved import CHECKPOINTS
 from fr3e_jax.run.storage import FULL, StorageError, brief, location, write_atomically
 
-CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
+CONFIG_FILE = "config.yaml"
+MODEL = "model"  # the directory of the final model, in the run directory
 ALGORITHMS = get_args(get_type_hints(Config)["algorithm"])
 
 RESUMABLE = {
@@ -35,8 +41,8 @@ RESUMABLE = {
     "optimizer.remat",
     "optimizer.max_skipped",
 }
-"""Sections and settings that a resumed run may have otherwise: they do not change what is learned, or
-are what a failed run is told to change. `steps` is none of them where the learning rate decays over it."""
+"""Sections and settings that may change when a run is resumed: they do not change what is learned, or an
+error message advises to change them. `steps` may not change where the learning rate decays over it."""
 
 
 AnyPath = TypeVar("AnyPath", Path, epath.Path)
@@ -54,11 +60,11 @@ def refuse_other_settings(config: Config) -> LostSettingsError | None:
     """Refuse a run directory that holds another run.
 
     Returns:
-      Why its config.yaml says nothing, where it holds a run without one; its checkpoints say more.
+      The reason why the settings of its run are not known from config.yaml, where that is missing or damaged.
 
     Raises:
-      ConfigError: the directory holds a run that was started with other settings, or any run where
-        `resume` is `never`, or it is no directory; or several processes have none that they share.
+      ConfigError: the directory holds a run with saved steps that was started with other settings, or any run
+        where `resume` is `never`, or it is no directory; or several processes have none that they share.
     """
     if config.run_dir is None and jax.process_count() > 1:
         raise ConfigError(
@@ -76,12 +82,88 @@ def refuse_other_settings(config: Config) -> LostSettingsError | None:
         held = read_settings(directory)
     except LostSettingsError as error:
         return error
-    refuse_differing(held, config, str(directory), f"its {CONFIG_FILE} has")
+    if saved_steps(directory):
+        refuse_differing(held, config, str(directory), f"its {CONFIG_FILE} has")
     return None
 
 
+def begun_anew(config: Config) -> list[str]:
+    """Describe, for people, the settings that change where a run without a saved step begins anew."""
+    if config.run_dir is None or not holds_run(directory := location(config.run_dir)):
+        return []
+    if saved_steps(directory):
+        return []
+    try:
+        changed = changes(read_settings(directory), yaml.safe_load(dump(config)))
+    except LostSettingsError:
+        return []
+    begins = f"{directory} has no saved step, and begins anew"
+    return [f"{begins} with other settings: {arrows(changed)}" if changed else begins]
+
+
+def saved_steps(directory: epath.Path) -> list[int]:
+    """Steps of the checkpoints of a run, ascending; they may be damaged."""
+    return Checkpoints(directory, keep=None).steps() if (directory / CHECKPOINTS).is_dir() else []
+
+
+def completed(config: Config) -> dict[str, Any] | None:
+    """What summary.json says of a complete run with which nothing is left to do; None of others.
+
+    Something is left where more steps are asked for, where the model is to be exported in another type, and
+    where it is not there any more.
+    """
+    if config.run_dir is None:
+        return None
+    directory = location(config.run_dir)
+    try:
+        held = read_settings(directory)
+        summary = json.loads((directory / SUMMARY_FILE).read_text())
+        done = summary["steps"] >= config.steps
+        same_type = held["model"]["export_dtype"] == config.model.export_dtype
+    except (LostSettingsError, OSError, ValueError, KeyError, TypeError):
+        return None
+    there = (directory / MODEL / "config.json").exists()
+    return summary if done and same_type and there else None
+
+
+def describe_completed(summary: dict[str, Any], config: Config) -> list[str]:
+    """Lines for people on a run that is complete."""
+    steps = summary["steps"]
+    accuracies = [
+        "not recorded" if share is None else f"{share:.1%}"
+        for share in (summary.get("accuracy_before"), summary.get("accuracy_after"))
+    ]
+    lines = [
+        f"{config.run_dir} holds a complete run of {steps} steps; nothing is left to do",
+        f"held-out accuracy {accuracies[0]} -> {accuracies[1]}; model: {config.run_dir}/{MODEL}",
+    ]
+    if steps > config.steps:
+        lines.append(
+            f"--steps {config.steps} asks for fewer steps than it has; python -m fr3e_jax.export --run "
+            f"{config.run_dir} --step N writes the model of an earlier step whose checkpoint is kept"
+        )
+    elif config.optimizer.schedule == "constant":
+        lines.append(f"--steps with more than {steps} goes on from there")
+    return lines
+
+
+def what_may_change(message: str, run: epath.Path) -> str:
+    """Say which of the settings that an error advises to change may change in the run directory.
+
+    Args:
+      message: of the error, in which the settings are named.
+      run: directory.
+    """
+    if not saved_steps(run):
+        return f"No step is saved in {run}: the same command with changed settings begins it anew."
+    named = sorted(name for name in options(Config()) if re.search(rf"\b{re.escape(name)}\b", message))
+    free = [name for name in named if not RESUMABLE.isdisjoint(beginnings(name))]
+    may = f"of these only {', '.join(free)} may change" if free else "none of these may change"
+    return f"{run} has saved steps, so that {may} there; for others choose another --run_dir."
+
+
 def holds_run(directory: epath.Path) -> bool:
-    """Whether a directory is one of a run, perhaps of one whose config.yaml is lost."""
+    """Decide whether a directory holds a run, perhaps one whose config.yaml is lost."""
     if (directory / CONFIG_FILE).exists():
         return True
     # A model's directory may have a folder of that name as well.
@@ -89,10 +171,10 @@ def holds_run(directory: epath.Path) -> bool:
 
 
 def read_settings(directory: epath.Path) -> dict[str, Any]:
-    """What a run's config.yaml says.
+    """Read a run's settings from its config.yaml.
 
     Raises:
-      LostSettingsError: there is none, or it holds nothing that settings are.
+      LostSettingsError: there is no such file, or it holds no settings.
     """
     file = directory / CONFIG_FILE
     if not file.exists():
@@ -104,10 +186,10 @@ def read_settings(directory: epath.Path) -> dict[str, Any]:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Section -> option -> value, out of the text of a config.yaml.
+    """Parse the text of a config.yaml into section -> option -> value.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it holds no settings.
     """
     try:
         held = yaml.safe_load(text)
@@ -136,17 +218,17 @@ def refuse_differing(held: dict[str, Any], config: Config, holder: str, where: s
             f"{holder} was started with options that this version does not know: {', '.join(unknown)[:200]}; "
             "go on with the version that began it, or choose another --run_dir"
         )
-    if changed := differing(held, ours):
+    if changed := changes(held, ours):
         raise ConfigError(
-            f"{holder} was started with other settings of {', '.join(changed)}; choose another "
-            f"--run_dir, or restore them as {where} them"
+            f"{holder} was started with other settings: {arrows(changed)}; choose another --run_dir, or "
+            f"restore them as {where} them"
         )
 
 
 def open_run_dir(config: Config, name: str) -> epath.Path:
-    """Make the run's directory and write config.yaml into it; by default it is a new one.
+    """Make the run's directory, by default a new one, and write config.yaml into it.
 
-    One process writes; before, all must have read what lies there.
+    The first process writes, after all have read what lies there.
 
     Raises:
       ConfigError: it cannot be made.
@@ -170,12 +252,12 @@ def open_run_dir(config: Config, name: str) -> epath.Path:
 
 
 def numbered(directory: AnyPath, number: int) -> AnyPath:
-    """`directory`, or with a number from 1 behind its name."""
+    """Append a number to the name of a directory; 0 leaves it as it is."""
     return directory.with_name(f"{directory.name}-{number}") if number else directory
 
 
-def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of the settings that a resumed run may not change and that differ.
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (old value, new value) of the settings that a resumed run may not change and that differ.
 
     An option that `old` does not have is newer than the version that wrote it, and has its default: what
     that version did. So the default of a new option must be what was done before there was a choice.
@@ -185,23 +267,34 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     implied = resolve(Config(algorithm=algorithm if algorithm in ALGORITHMS else "fr3e"))
     before = flatten(yaml.safe_load(dump(implied))) | flatten(old)
     resumable = RESUMABLE if after["optimizer.schedule"] == "constant" else RESUMABLE - {"steps"}
-    return [
-        name
+    return {
+        name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
         if name not in resumable
         and name.partition(".")[0] not in resumable
         and before.get(name) != after.get(name)
-    ]
+    }
+
+
+def arrows(changed: dict[str, tuple[Any, Any]]) -> str:
+    """Write changes as `name: old -> new`, as in YAML."""
+
+    def short(value: Any) -> str:
+        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+        text = text.removesuffix("...\n").strip()
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    return ", ".join(f"{name}: {short(old)} -> {short(new)}" for name, (old, new) in changed.items())
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """`section.key` -> value."""
+    """Flatten settings to `section.key` -> value."""
     flat = traverse_util.flatten_dict(config, keep_empty_nodes=False)
     return {".".join(map(str, path)): value for path, value in flat.items()}
 
 
 def options(config: Any, prefix: str = "") -> set[str]:
-    """Names of all options of a configuration, `section.key`."""
+    """Collect the names of all options of a configuration, `section.key`."""
     names = set()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -211,6 +304,6 @@ def options(config: Any, prefix: str = "") -> set[str]:
 
 
 def beginnings(name: str) -> list[str]:
-    """`a.b.c` -> `a`, `a.b`, `a.b.c`: an option may be a mapping."""
+    """Split `a.b.c` into `a`, `a.b`, `a.b.c`, one of which is an option; its value may be a mapping."""
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -17,18 +17,17 @@ BUCKET = "gs://"
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# As tensorstore and safetensors tell of an error of the operating system.
+# Texts of tensorstore and safetensors for errors of the operating system.
 FROM_SYSTEM = re.compile(r"\[os_error_code=|\[OS error|Os \{ code")
 DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec)=.*", re.DOTALL)
 
 
 class StorageError(RuntimeError):
-    """A disk or a bucket did not take what was to be written, or cannot be read now; the message says what
-    and why."""
+    """A disk or a bucket refused a write, or cannot be read now; the message says which and why."""
 
 
 def location(path: str) -> epath.Path:
-    """A directory, or a place in a bucket.
+    """Parse the name of a directory, or of a place in a bucket.
 
     Raises:
       ConfigError: a bucket that cannot be used from here, or another kind of address.
@@ -52,7 +51,7 @@ def location(path: str) -> epath.Path:
 
 @functools.cache
 def refuse_unusable(bucket: str) -> None:
-    """Refuse a bucket that is not there or not open to this account, asked as orbax asks before it lists.
+    """Refuse a bucket that is not there or not open to this account, with the request that orbax makes too.
 
     Raises:
       ConfigError: with what to do.
@@ -83,9 +82,13 @@ def refuse_unusable(bucket: str) -> None:
         raise ConfigError(f"{place} cannot be reached: {type(error).__name__}: {error}") from None
 
 
+class ChangedError(Exception):
+    """Another process has written a file since it was read or written here."""
+
+
 @contextmanager
 def writing(place: epath.PathLike) -> Iterator[None]:
-    """Around what writes at a place.
+    """Turn errors of a block that writes at a place into one kind, with what to do.
 
     Raises:
       StorageError: it was not written, such as where a disk is full.
@@ -93,7 +96,7 @@ def writing(place: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, StorageError | HostError):
+        if isinstance(error, StorageError | HostError | ChangedError):
             raise
         # Of buckets, gcsfs, tensorstore, aiohttp and google.auth each have their own errors.
         if not in_bucket(place) and not of_system(error):
@@ -105,48 +108,49 @@ def writing(place: epath.PathLike) -> Iterator[None]:
 
 
 def of_system(error: BaseException) -> bool:
-    """Whether the operating system refused what an error tells of, such as where a disk is full."""
+    """Decide whether an error comes from the operating system, such as that of a full disk."""
     root = innermost(error)
     return isinstance(root, OSError) or FROM_SYSTEM.search(str(root)) is not None
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What an error was raised from, in the end."""
+    """Return the error that an error was raised from, at the end of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line, without what libraries say of themselves."""
+    """Write an error in one line, without the details that libraries add about themselves."""
     text = " ".join(DETAILS.sub("", str(error)).split())
     return f"{type(error).__name__}: {text[:400]}"
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The same place whatever the working directory is."""
+    """Return the place by a name that does not depend on the working directory."""
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
 def in_bucket(path: epath.PathLike) -> bool:
-    """Whether it is a place in a bucket."""
+    """Decide whether a path names a place in a bucket."""
     return str(path).startswith(BUCKET)
 
 
-def write_atomically(file: epath.PathLike, text: str) -> None:
-    """Replace a file so that a kill leaves the old or the new one."""
+def write_atomically(file: epath.PathLike, content: str | bytes) -> None:
+    """Replace a file so that a kill leaves the old or the new one; text is written as UTF-8."""
     file = epath.Path(file)
+    content = content.encode() if isinstance(content, str) else content
     if in_bucket(file):  # where a file appears whole
         with writing(file):
-            file.write_text(text)
+            file.write_bytes(content)
         return
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(file)
 
 
 def upload(source: Path, target: epath.Path) -> None:
-    """Copy a file to a bucket, or a directory, which replaces what lies there."""
+    """Copy a file, or a directory with its files, to a bucket; what lies there is replaced."""
     if source.is_dir():
         with writing(target):
             target.rmtree(missing_ok=True)
@@ -158,7 +162,7 @@ def upload(source: Path, target: epath.Path) -> None:
 
 
 def move(source: epath.Path, target: epath.Path) -> None:
-    """Move a directory, in one rename; in a bucket file by file, and what is moved is deleted at the end."""
+    """Move a directory in one rename; in a bucket file by file, deleting the source at the end."""
     if not in_bucket(source):
         target.parent.mkdir(exist_ok=True)
         source.rename(target)
@@ -169,7 +173,7 @@ def move(source: epath.Path, target: epath.Path) -> None:
 
 
 def copy_folder(source: epath.Path, target: epath.Path) -> None:
-    """Copy all files of a folder of a bucket, which the bucket does by itself."""
+    """Copy all files of a folder within a bucket, without reading them here."""
     for each in source.iterdir():
         if each.is_dir():
             copy_folder(each, target / each.name)
