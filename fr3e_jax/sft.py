@@ -21,10 +21,10 @@ from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
 from fr3e_jax.cli import one_line, parse
-from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig, check_options
+from fr3e_jax.config import ConfigError, OptimizerConfig, SFTConfig, check_options
 from fr3e_jax.engine.finite import NotFiniteError
+from fr3e_jax.learner.forward import Forward, Prefilled, row_statistics, trained
 from fr3e_jax.learner.state import TrainState, decayed, init_state
-from fr3e_jax.learner.update import Learner, Prefilled, row_statistics, trained
 from fr3e_jax.models.decoder import Decoder, Params, init_params
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.presets import small
@@ -117,16 +117,14 @@ def make_step(
     """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
 
     chunk = OptimizerConfig().logit_chunk
-    learner = Learner(
-        graph, placement, optimizer, LossConfig(), compute_dtype=jnp.float32, logit_chunk=chunk, remat=False
-    )
+    forward = Forward(graph, placement, compute_dtype=jnp.float32, logit_chunk=chunk, remat=False)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
         mask = trained(batch)
 
         def loss(params: Params) -> Array:
-            logprob, _ = row_statistics(learner, Prefilled(params, None), batch, entropy=False)
+            logprob, _ = row_statistics(forward, Prefilled(params, None), batch, entropy=False)
             return -masked_sum(logprob, mask) / jnp.sum(mask)
 
         value, gradient = jax.value_and_grad(loss)(state.params)

@@ -18,8 +18,9 @@ from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.learner.forward import Prefilled
 from fr3e_jax.learner.state import make_optimizer
-from fr3e_jax.learner.update import Learner, Prefilled
+from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE, PlacementError
 from fr3e_jax.plan import PLANS, PlanConfig, model_of
