@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32
 
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
@@ -81,11 +82,12 @@ class Encoded:
 class Base:
     """Base trajectories of queries, and the KV caches that exploration restarts from.
 
-    rollouts: leaves [B, R, S], padding queries included. seed, step: what they were drawn with.
+    seed, step: what they were drawn with.
     """
 
     encoded: Encoded
     rollouts: Rollouts
+    """Leaves [B, R, S], those of queries that are only padding included."""
     caches: Caches
     engine: "Explorer"
     seed: int
@@ -111,17 +113,17 @@ class Base:
 class Restarts:
     """States of kept trajectories, N x J, to restart from.
 
-    arrays: laid out for the mesh, so that N has rows of padding, which are not valid. value: float32 [N, J],
-    once it is known (`with_values`).
+    arrays: laid out for the mesh, so that N has rows of padding, which are not valid. value: once it is known
+    (`with_values`).
     """
 
     base: Base
     arrays: States
-    value: np.ndarray | None = None
+    value: Float[np.ndarray, "N J"] | None = None
 
     @property
-    def valid(self) -> np.ndarray:
-        """Which states there are, bool [N, J]."""
+    def valid(self) -> Bool[np.ndarray, "N J"]:
+        """Which states there are."""
         return np.asarray(self.arrays.valid)
 
     @property
@@ -239,17 +241,17 @@ class Model:
         arrays, valid = states.arrays, states.valid
         n, j = valid.shape
         m = rollouts.length.shape[1] // j
-        found: list[list[list[str] | None]] = []
+        answers: list[list[list[str] | None]] = []
         for a in range(n):
             row: list[list[str] | None] = []
             for b in range(j):
                 whole = [whole_answer(arrays, rollouts, a, b, c) for c in range(m)]
                 ended = [bool(end) for end in rollouts.stopped[a, b * m : (b + 1) * m]]
                 row.append(self.text.answers(whole, ended) if valid[a, b] else None)
-            found.append(row)
+            answers.append(row)
         questions = states.base.encoded.questions
         asked = [questions[q] if q < len(questions) else questions[0] for q in arrays.query.tolist()]
-        return Answers(asked, found, m)
+        return Answers(asked, answers, m)
 
     def learner(
         self,
@@ -370,8 +372,8 @@ def states(
     return Restarts(base, find_states(rules, engine, draws, queries, rollouts, kept, sampled)[0])
 
 
-def judge(answers: Answers, verifier: Callable[[str, str], float]) -> np.ndarray:
-    """Rewards of whole answers, float32 [N, J, M], 0 where there is no state.
+def judge(answers: Answers, verifier: Callable[[str, str], float]) -> Float32[np.ndarray, "N J M"]:
+    """Rewards of whole answers, 0 where there is no state.
 
     Args:
       answers: as `Model.texts` makes them.

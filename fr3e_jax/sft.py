@@ -90,13 +90,13 @@ def write_new_model(config: SFTConfig, task: CarryAddition, directory: Path) -> 
     """Write config.json and tokenizer of a new model with one token per character of the task."""
     tokenizer = character_tokenizer(task.alphabet)
     model = small(
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.intermediate_size,
-        len(tokenizer),
-        config.max_position_embeddings,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        intermediate=config.intermediate_size,
+        vocab=len(tokenizer),
+        context=config.max_position_embeddings,
     )
     tokenizer.save_pretrained(directory)
     raw = config_json(model, [tokenizer.eos_token_id], tokenizer.pad_token_id)

@@ -13,10 +13,21 @@ Paper symbol, meaning, name here:
 
 Axis letters: B queries, R base trajectories per query, N kept trajectories, J states, M rollouts
 per state, C branches of a trajectory (R, or J x M), P prompt tokens, S response tokens,
-T tokens of a whole sequence.
+T tokens of a whole sequence, G groups (a state with its rollouts).
 
-Decoding: a seat is the batch row that a branch has, a lane that row's place among those of its trajectory, a
-leg a run of the decoding program between two compactions, a rung a number of rows that a leg may have.
+Words of this package:
+  branch  a response that is sampled from a state: a base trajectory (state 0) or a partial rollout
+  seat    the batch row that a branch is decoded in (engine)
+  lane    a seat's place among those of its trajectory (engine)
+  leg     the decoding between two looks at which branches still run; the others' rows are given up (engine)
+  rung    a number of rows that a leg may have; few, since each is a program (engine)
+  tree    a kept trajectory with its states and their rollouts
+  trunk   query and base response of a tree up to the last token that one of its rollouts follows (learner)
+  row     a rollout as the learner computes it: it follows the beginning of a trunk (learner)
+  chunk   rows of one width, padded, that one call of a program computes (learner)
+  bundle  trunks that are in memory together, and the chunks of rows that follow them (learner)
+  window  the first slots of the trunks, as far as a chunk's rows follow them (learner)
+  part    the devices that hold the same batch rows: one of data x fsdp parts of the mesh
 """
 
 import dataclasses
@@ -31,8 +42,6 @@ if TYPE_CHECKING:
 else:
     AnyArray = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 """An array on devices (jax) or on the host (numpy), or the shape of one, of which programs are planned."""
-
-Leaf = AnyArray
 
 Tree = TypeVar("Tree")
 
@@ -87,6 +96,10 @@ class Problem:
     """What the scorer needs beside the answer; goes to a worker process."""
     before: Turns = ()
     """What is said before the question, where it is the last turn of a chat: a system turn, earlier turns."""
+    place: str = dataclasses.field(default="", compare=False)
+    """Where it stands, for messages: `problems.jsonl, line 3`."""
+    solution: str = dataclasses.field(default="", compare=False, repr=False)
+    """A worked solution, which `sft` teaches."""
 
     @property
     def asked(self) -> str:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 
 from fr3e_jax.models.attention import Prefix
 
-LANES = 128  # the kernel's blocks are multiples of it
+SPLASH_LANES = 128  # the kernel's blocks are multiples of it
 SPLASH_BLOCK = 512  # the most tokens in a block; a block of scores is this square, float32
 PADDING, REAL, HIDDEN = 0, 1, 2  # who sees whom: a token sees those of its own kind
 
@@ -86,7 +86,7 @@ def splash_sequence(
 def block_of(size: int) -> int:
     """Compute the tokens of a block when `size` tokens are split into as few equal blocks as possible."""
     blocks = pallas.cdiv(size, SPLASH_BLOCK)
-    return round_up(pallas.cdiv(size, blocks), LANES)
+    return round_up(pallas.cdiv(size, blocks), SPLASH_LANES)
 
 
 def round_up(size: int, multiple: int) -> int:

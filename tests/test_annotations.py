@@ -11,11 +11,13 @@ from support import TINY, placement, tiny_params
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.loss import policy_loss
 from fr3e_jax.config import LossConfig
-from fr3e_jax.engine.sampler import GREEDY, draw, row_key
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import GREEDY, Sampling, draw, row_key
 from fr3e_jax.engine.seats import Leg, Seats, take_seats
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.decoder import graph_of
+from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.types import Batch, Bundle, Queries, pytree
 
 REWARD, VALID = jnp.ones((3, 2, 4)), jnp.ones((3, 2), bool)
@@ -95,6 +97,31 @@ def test_the_learner_checks_what_it_is_given():
         learner.gradient(tiny_params(), [batch])
     with pytest.raises(TypeCheckError, match="parameter 'chunks'"):
         Bundle(None, (NUMBERS,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda engine, queries: engine.arrange(np.ones((2, 3))), "kept"),
+        (lambda engine, queries: engine.arrange(np.ones(3, bool)), "kept"),
+        (
+            lambda engine, queries: engine.first_return(
+                tiny_params(), queries, jax.random.PRNGKey(0), 0, 2, Sampling()
+            ),
+            "seed_key",
+        ),
+        (
+            lambda engine, queries: engine.first_return(
+                tiny_params(), queries.token, jax.random.key(0), 0, 2, Sampling()
+            ),
+            "queries",
+        ),
+    ],
+)
+def test_the_engine_checks_what_it_is_given(call, argument):
+    engine = Engine(graph_of(TINY), placement(table=SAMPLING_TABLE), 8, (3,))
+    with pytest.raises(TypeCheckError, match=f"parameter '{argument}'"):
+        call(engine, Queries(np.zeros((2, 7), np.int32), NUMBERS, NUMBERS))
 
 
 def test_trees_of_other_things_than_arrays_are_not_checked():

@@ -110,6 +110,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_may_be_named_as_a_model(trained, tmp_path):
+    directory, saved = trained
+    assert "step 3" in exported_model(directory, tmp_path / "out")
+    chex.assert_trees_all_equal(jax.device_get(read(tmp_path / "out")), saved[3])
+
+
+def test_a_hugging_face_directory_or_a_name_is_written_bit_for_bit(tmp_path):
+    source = find_model("quickstart")
+    expected = jax.device_get(read(source))
+    for number, name in enumerate(("quickstart", str(source))):
+        out = tmp_path / str(number)
+        assert exported_model(name, out, "--max_file_gb=0.001").startswith(name)
+        chex.assert_trees_all_equal(jax.device_get(read(out)), expected)
+        assert (out / write_weights.INDEX_FILE).is_file()
+        assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--run or --model says what to write"),
+        (["--model=quickstart", "--step=1"], "--step is for runs"),
+        (["--model=gs://bucket/nothing"], "gs://bucket/nothing"),
+        (["--model=not a name"], "not a name"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr("fr3e_jax.export.holds_run", lambda _: False)
+    assert message in refused(monkeypatch, capsys, ["--out", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def exported_model(name, out, *flags):
+    """What `export --model` prints."""
+    done = call("export", "--model", name, "--out", out, *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_what_lies_in_out_is_never_overwritten(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.txt").write_text("precious")
     for out in (tmp_path, tmp_path / "mine.txt"):

@@ -98,7 +98,7 @@ def branches_of(
 
 
 def sampling(model: DecoderConfig, params: Params, length: np.ndarray, new: int) -> Callable[[], Any]:
-    """Make the side that samples an answer of `new` tokens to each prompt of `length` int [B] tokens."""
+    """Make the side that samples `new` tokens to each of B prompts of `length` int [B] tokens."""
     engine, rng = engine_of(model, new), np.random.default_rng(0)
     token = rng.integers(2, model.vocab_size, (len(length), length.max())).astype(np.int32)
     index = np.arange(len(length), dtype=np.int32)

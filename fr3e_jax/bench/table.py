@@ -17,7 +17,10 @@ from fr3e_jax.models.presets import qwen25
 Measurement = dict[str, Any]
 """name, ratio (ours / other, or as the name says), ours, other, unit, of (what was measured)."""
 
-TINY = dataclasses.replace(qwen25(256, 8, 4, 2, 1_024, 4_096, tied=True), max_position_embeddings=4_096)
+TINY = dataclasses.replace(
+    qwen25(hidden=256, layers=8, heads=4, kv_heads=2, intermediate=1_024, vocab=4_096, tied=True),
+    max_position_embeddings=4_096,
+)
 """8.92 million parameters."""
 
 COLUMNS = ("ratio", "ours", "other")

@@ -209,7 +209,15 @@ def chunk_of(groups: StateGroups, rows: list[PartRows], count: int, width: int, 
             old[i, start[i] : length[i]] = groups.logprob[state, rollout, :new]
             advantage[i] = groups.advantage[state, rollout]
             trunk[i], prefix[i] = number, follow[state] if shared else 0
-    return Batch(token, length, start, old, advantage, trunk, prefix)
+    return Batch(
+        token=token,
+        length=length,
+        start=start,
+        old_logprob=old,
+        advantage=advantage,
+        trunk=trunk,
+        prefix=prefix,
+    )
 
 
 def token_counts(bundles: list[Bundle]) -> tuple[int, int]:

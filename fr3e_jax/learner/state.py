@@ -140,8 +140,8 @@ def apply_gradient(
     """Take one optimizer step, or none where loss or gradient are not finite.
 
     A skipped step leaves parameters, moments and the schedule's count as they are, bit for bit. Pure; jitted
-    by the caller. (optax.apply_if_finite looks at the gradient alone, takes a step that is not finite after
-    too many in a row, branches, and would add its counters to the state that checkpoints hold.)
+    by the caller. (optax.apply_if_finite does not look at the loss or at the gradient's norm, takes a step
+    that is not finite after too many in a row, and would add counters to the state that checkpoints hold.)
 
     Args:
       optimizer: made by `make_optimizer`, or any other.

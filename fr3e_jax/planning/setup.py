@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +12,12 @@ from jax.sharding import Mesh
 
 from fr3e_jax.config import Config, updates_of
 from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.learner.make import learner_of
 from fr3e_jax.learner.state import TrainState, state_shardings
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
-from fr3e_jax.parallel.mesh import place_model, row_parts
+from fr3e_jax.models.decoder import DecoderConfig, abstract_params
+from fr3e_jax.parallel.mesh import Placement, row_parts
+from fr3e_jax.pretrained.model import UnplacedModel
+from fr3e_jax.run.build import Policy
 
 END_TOKENS = (0, 1)
 """Any two ids: which ones they are does not change a program."""
@@ -46,23 +48,30 @@ class Setup:
     mesh: Mesh
 
     @functools.cached_property
+    def policy(self) -> Policy:
+        """The model on the mesh, from which a run makes its engine and its learner.
+
+        Raises:
+          PlacementError: the model does not divide by the mesh.
+        """
+        config: Any = self.model
+        model = UnplacedModel(self.config.model.path, Path(), config)  # its files are not read
+        return Policy(model.place(self.mesh), END_TOKENS, None, self.dtype)
+
+    @property
     def axes(self) -> Any:
         """Logical axes of the parameters."""
-        return logical_axes(self.model)
+        return self.policy.model.axes
 
     @functools.cached_property
     def shapes(self) -> Any:
         """The parameters as ShapeDtypeStructs."""
         return abstract_params(self.model)
 
-    @functools.cached_property
-    def placements(self) -> Any:
-        """The placements (for training, for sampling).
-
-        Raises:
-          PlacementError: the model does not divide by the mesh.
-        """
-        return place_model(self.mesh, self.axes, self.shapes)
+    @property
+    def placements(self) -> tuple[Placement, Placement]:
+        """The placements (for training, for sampling); errors as of `policy`."""
+        return self.policy.model.training, self.policy.model.sampling
 
     @functools.cached_property
     def dtype(self) -> Any:
@@ -76,15 +85,14 @@ class Setup:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """The engine that training makes."""
-        return Engine(graph_of(self.model), self.placements[1], self.config.rollout.max_response, END_TOKENS)
+        """The engine that training makes, without stop texts."""
+        return self.policy.engine(self.config.rollout.max_response)
 
     @functools.cached_property
     def learner(self) -> Learner:
         """The learner that training makes on a TPU."""
-        training, _ = self.placements
-        settings = (self.config.loss, self.config.optimizer, self.dtype, updates_of(self.config))
-        return learner_of(graph_of(self.model), training, self.axes, *settings, on_tpu=True)
+        updates = updates_of(self.config)
+        return self.policy.learner(self.config.loss, self.config.optimizer, updates, on_tpu=True)
 
     @functools.cached_property
     def state(self) -> TrainState:
