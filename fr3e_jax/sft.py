@@ -29,6 +29,7 @@ from fr3e_jax.models.decoder import Decoder, Params, init_params
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.presets import small
 from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.export import check_out, export_model
 from fr3e_jax.pretrained.model import PlacedModel, open_model
 from fr3e_jax.pretrained.text import Text, load_text
@@ -105,7 +106,7 @@ def make_batch(config: SFTConfig, task: CarryAddition, text: Text, step: int, wi
             )
         token[row, : len(ids)] = ids
         start[row], length[row] = len(query), len(ids)
-    longest = -(-int(length.max()) // 16) * 16
+    longest = next_multiple(int(length.max()), 16)
     nothing = np.zeros((config.batch, longest), np.float32)
     none = np.zeros((config.batch,), np.int32)
     return Batch(token[:, :longest], length, start, nothing, nothing[:, 0], none, none)

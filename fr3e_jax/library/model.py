@@ -17,6 +17,7 @@ from fr3e_jax.library.results import Answers, Base, Encoded, Restarts
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.model import compute_type
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.problems.stream import padded_width
@@ -86,7 +87,7 @@ class Model:
             raise ConfigError("encode takes a list of questions, at least one")
         rows = [self.text.query(question) for question in questions]
         parts = row_parts(self.policy.model.sampling.mesh)
-        count, width = -(-len(rows) // parts) * parts, padded_width(max(map(len, rows)))
+        count, width = next_multiple(len(rows), parts), padded_width(max(map(len, rows)))
         padded = [rows[i] if i < len(rows) else rows[0] for i in range(count)]
         token = np.zeros((count, width), np.int32)
         for i, row in enumerate(padded):
