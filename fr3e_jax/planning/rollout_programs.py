@@ -19,8 +19,11 @@ from fr3e_jax.types import Queries, States
 def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     """Compile the programs of first return and exploration.
 
-    Programs that need the results of one that is too large are left out.
+    Left out are programs that are not wanted, unless one that is wanted needs their results, and those that
+    need the results of one that is too large.
     """
+    if not compiler.wants("first return") and not compiler.wants("explore"):
+        return
     setup, always = compiler.setup, compiler.always
     config, engine = setup.config, setup.engine
     rollout, params = config.rollout, setup.params(setup.dtype, sampling=True)
@@ -43,8 +46,9 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
         return
     branches, decoding = opened
     leg = work.first_return.largest
-    yield compile_decode(compiler, ("first return", "decode"), opened, leg, held=always)
-    if work.explore is None:
+    if compiler.wants("first return", "decode"):
+        yield compile_decode(compiler, ("first return", "decode"), opened, leg, held=always)
+    if work.explore is None or not compiler.wants("explore"):
         return
 
     own = decoding.own.key
@@ -77,8 +81,8 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
         return
     held = {**always, "queries' caches": bytes_on_chip(caches.query)}
     for leg in legs_to_compile(work):
-        name = f"decode {leg.rows} x {leg.slots}" + (" after a move" if leg.moves else "")
-        yield compile_decode(compiler, ("explore", name), opened, leg, held=held)
+        if compiler.wants("explore", leg.name):
+            yield compile_decode(compiler, ("explore", leg.name), opened, leg, held=held)
 
 
 def legs_to_compile(work: Workload) -> list[Leg]:

@@ -75,6 +75,11 @@ class Leg:
     seats: Seats
 
     @property
+    def name(self) -> str:
+        """Name of its program in reports."""
+        return f"decode {self.rows} x {self.slots}" + (" after a move" if self.moves else "")
+
+    @property
     def moves(self) -> bool:
         """Whether rows are compacted, or the KV cache grows, before the call."""
         return (self.before, self.before_slots) != (self.rows, self.slots)
@@ -155,6 +160,11 @@ class Chunk:
     rows: int
     width: int
     window: int
+
+    @property
+    def name(self) -> str:
+        """Name of its program in reports."""
+        return f"chunk {self.rows} x {self.width}"
 
     @property
     def tokens(self) -> int:
