@@ -164,6 +164,9 @@ class RewardConfig:
     """Regular expression of Python that a response with the right form contains somewhere. `.` is any
     character but a new line; behind (?s) at the beginning of the pattern it is any. It is searched for within
     scoring.time_limit; a response that takes longer has not the form, and reward/timed_out counts it."""
+    success_at: float = 1.0
+    """Least reward of an answer that counts as right, in (0, 1]: explore.keep, states/all_right and the
+    accuracy of evaluations go by it. Only scorers that give numbers, and reward.format, need less than 1."""
     cut: Literal["wrong", "judged"] = "wrong"
     """Answers that the length limit cut off: `wrong` whatever they say, or `judged` like others."""
 
@@ -632,6 +635,8 @@ def check_reward(reward: RewardConfig) -> None:
     """
     if not (reward.answer >= 0 and reward.format >= 0 and 0 < reward.answer + reward.format < math.inf):
         raise ConfigError("reward.answer and reward.format must be at least 0, and one of them above 0")
+    if not 0 < reward.success_at <= 1:
+        raise ConfigError(f"reward.success_at is {reward.success_at}, must be above 0 and at most 1")
     try:
         re.compile(reward.pattern)
     except re.error as error:

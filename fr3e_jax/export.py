@@ -88,7 +88,7 @@ def read_model(config: ExportConfig, mesh: Mesh) -> tuple[PlacedModel, Params, s
         base = config.model if run == config.run else None
         hosts = Hosts(mesh, DistributedConfig().timeout)
         trained = read_trained(location(run), config.step, base, hosts)
-        for line in trained.told:
+        for line in trained.messages:
             warn("export", line)
         return trained.model, trained.params, f"step {trained.step} of {run}"
     if config.model is None:

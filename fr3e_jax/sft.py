@@ -24,7 +24,7 @@ from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.learner.state import TrainState, decayed, init_state
-from fr3e_jax.learner.update import Learner, row_statistics, trained
+from fr3e_jax.learner.update import Learner, Prefilled, row_statistics, trained
 from fr3e_jax.models.decoder import Decoder, Params, init_params
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.presets import small
@@ -90,13 +90,13 @@ def write_new_model(config: SFTConfig, task: CarryAddition, directory: Path) -> 
     """Write config.json and tokenizer of a new model with one token per character of the task."""
     tokenizer = character_tokenizer(task.alphabet)
     model = small(
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.intermediate_size,
-        len(tokenizer),
-        config.max_position_embeddings,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        intermediate=config.intermediate_size,
+        vocab=len(tokenizer),
+        context=config.max_position_embeddings,
     )
     tokenizer.save_pretrained(directory)
     raw = config_json(model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
@@ -136,15 +136,16 @@ def make_step(
     """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
 
     chunk = OptimizerConfig().logit_chunk
-    learner = Learner(graph, placement, optimizer, LossConfig(), jnp.float32, chunk, remat=False)
+    learner = Learner(
+        graph, placement, optimizer, LossConfig(), compute_dtype=jnp.float32, logit_chunk=chunk, remat=False
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
         mask = trained(batch)
 
         def loss(params: Params) -> Array:
-            model = nnx.merge(graph, params)
-            logprob, _ = row_statistics(learner, model, None, batch, entropy=False)
+            logprob, _ = row_statistics(learner, Prefilled(params, None), batch, entropy=False)
             return -masked_sum(logprob, mask) / jnp.sum(mask)
 
         value, gradient = jax.value_and_grad(loss)(state.params)

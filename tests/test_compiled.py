@@ -5,10 +5,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support import TINY, needs_compiler
 
-from fr3e_jax.bench.compiled import Shape, compile_decoding
+from fr3e_jax.bench.compiled import DecodingShape, compile_decoding
+from fr3e_jax.bench.process import compilations
 from fr3e_jax.planning.hlo import Program
 from fr3e_jax.planning.hlo_text import array_types
 
@@ -42,7 +44,7 @@ def test_no_branch_cache_is_copied_on_a_tpu(topology, split, moving):
     chips = SLICES[topology]
     mesh = {"fsdp": (1, chips, 1), "tensor": (1, 1, 4), "all": (1, chips // 2, 2)}[split]
     parts = mesh[0] * mesh[1]
-    shape = Shape(topology, mesh, 2 * parts, 32, (64, 128), 2048)
+    shape = DecodingShape(topology, mesh, 2 * parts, 32, (64, 128), 2048)
     told = compile_decoding(SMALL, shape, before=128 if moving else None)
     assert told.moves == []
     # On the move are the keys or the values of one of four layers, gathered, padded and stored.
@@ -54,6 +56,29 @@ def test_a_copied_cache_is_seen():
     """What the test above looks for is found where it is."""
     text = jax.jit(lambda x: (x.T @ x, x.T + 1)).lower(jnp.zeros((64, 32))).compile().as_text()
     assert Program(text).moves(64 * 32)
+
+
+# --- counting programs
+
+
+def test_programs_are_counted_by_what_is_compiled_and_not_by_signatures():
+    """Two signatures share a program, which the cache of a jitted function counts twice."""
+
+    @jax.jit
+    def advance(x):
+        return x + 1
+
+    @jax.jit
+    def start(x):
+        return x - 1
+
+    host, device, longer = np.ones(3, np.float32), jnp.ones(3), jnp.ones(4)
+    with compilations("advance") as compiled:
+        for x in (host, device, longer, host):
+            start(advance(x))
+    assert compiled == ["advance", "advance"] and advance._cache_size() == 3
+    advance(jnp.ones(5))
+    assert len(compiled) == 2
 
 
 # --- counting bytes

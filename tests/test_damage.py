@@ -5,7 +5,6 @@ import gc
 import json
 import random
 import shutil
-import signal
 import time
 
 import damage
@@ -56,9 +55,7 @@ class Opening:
 
 @pytest.fixture(scope="module")
 def opening():
-    before = signal.getsignal(signal.SIGTERM)
-    yield Opening()
-    signal.signal(signal.SIGTERM, before)
+    return Opening()
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +151,8 @@ def test_of_a_damaged_checkpoint_it_is_told_what_is_damaged(opening, right, copy
     spoil_array(copy, item)
     found = opening(copy)
     assert found.progress.step == 2 and found.damaged == [4]
-    assert f"the checkpoint of step 4 of {copy} is damaged: the checksum of {item}/" in found.told[0]
-    assert "step 2 is taken" in found.told[1]
+    assert f"the checkpoint of step 4 of {copy} is damaged: the checksum of {item}/" in found.messages[0]
+    assert "step 2 is taken" in found.messages[1]
     assert opening.bits(copy) == right[2]
 
 
@@ -193,7 +190,7 @@ def test_without_its_config_a_run_goes_on_with_the_settings_of_its_checkpoint_on
     if content is not None:
         (copy / "config.yaml").write_bytes(content)
     assert opening.bits(copy) == right[4]
-    assert "config.yaml is" in opening(copy).told[-1]
+    assert "config.yaml is" in opening(copy).messages[-1]
     assert "other settings: seed: " in refused(copy, opening, seed=1)
     loss = dataclasses.replace(opening.config.loss, clip_high=0.4)
     assert "other settings: loss.clip_high: 0.28 -> 0.4" in refused(copy, opening, loss=loss)
@@ -216,13 +213,13 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_be_unverified(op
     old = json.loads(file.read_text())["progress"]
     damage.write(file, json.dumps(old).encode())
     assert opening.bits(copy) == right[4]
-    assert any("not verified" in line for line in opening(copy).told)
+    assert any("not verified" in line for line in opening(copy).messages)
     damage.remove(copy / "config.yaml")
     assert "seed 0, not 1" in refused_other_seed(opening, copy)
-    assert "only its seed" in opening(copy).told[-1]
+    assert "only its seed" in opening(copy).messages[-1]
     damage.write(file, json.dumps(old | {"depth": 3}).encode())
     found = opening(copy)
-    assert found.progress.step == 2 and "the unknown key depth" in found.told[0]
+    assert found.progress.step == 2 and "the unknown key depth" in found.messages[0]
 
 
 def refused_other_seed(opening, copy):

@@ -228,7 +228,7 @@ def test_each_process_reads_and_verifies_its_own_rows_and_knows_all(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES not; set all three"),
+        ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES not; set all 3"),
         (
             {"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
             "must be whole numbers",

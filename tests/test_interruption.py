@@ -15,6 +15,7 @@ from support import SMALL, command, mesh_of, metrics
 
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.run.interruption import Interrupted, Interruption, exiting_at_sigterm
+from fr3e_jax.run.lock_file import LOCK_FILE
 
 # Training that is asked to stop at one call of a function: before it, or in the midst of a rollout.
 STOPPING = """
@@ -60,6 +61,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, whole_run, w
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped as asked" in stopped.stdout
     assert not (directory / "summary.json").exists()  # the mark of a run that is complete
+    assert not (directory / LOCK_FILE).exists()
     steps = sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
     if saved != "some":
         assert steps[-1:] == ([] if saved is None else [saved])

@@ -178,7 +178,7 @@ def test_jax_has_what_ends_processes_with_the_line():
     from jaxlib import _jax
 
     make = _jax.get_distributed_runtime_client
-    with waiting.told_of_losses():
+    with waiting.reporting_losses():
         assert _jax.get_distributed_runtime_client.keywords == {
             "missed_heartbeat_callback": waiting.HERE.last_words
         }

@@ -19,7 +19,7 @@ from fr3e_jax.config import Config, ConfigError, LossConfig, MeshConfig, Optimiz
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.state import make_optimizer
-from fr3e_jax.learner.update import Learner
+from fr3e_jax.learner.update import Learner, Prefilled
 from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE, PlacementError
 from fr3e_jax.plan import PLANS, model_of, with_underscores
@@ -263,7 +263,15 @@ def test_flops_of_a_forward_pass_are_the_models():
 def learner_of(config):
     at = placement(1, 1, 1)
     optimizer = make_optimizer(OptimizerConfig(), logical_axes(config))
-    return Learner(graph_of(config), at, optimizer, LossConfig(), jnp.dtype(jnp.float32), 64, remat=False)
+    return Learner(
+        graph_of(config),
+        at,
+        optimizer,
+        LossConfig(),
+        compute_dtype=jnp.dtype(jnp.float32),
+        logit_chunk=64,
+        remat=False,
+    )
 
 
 def array(dtype, *sizes):
@@ -275,13 +283,13 @@ def test_flops_of_an_update_are_the_models():
     rows, width, trunk = 4, 64, 128
     learner, params = learner_of(WIDE), abstract_params(WIDE)
     trunks = Trunks(array(jnp.int32, 1, 1, trunk), array(jnp.int32, 1, 1))
-    caches, slope = jax.eval_shape(learner.open, params, trunks)
+    caches, cache_gradient = jax.eval_shape(learner.prefill_and_zero_gradient, params, trunks)
     numbers, cells = array(jnp.int32, rows), array(jnp.float32, rows, width + 1)
     chunk = Batch(
         array(jnp.int32, rows, width + 1), numbers, numbers, cells, array(jnp.float32, rows), numbers, numbers
     )
-    told = (learner, params, slope, params, caches, None, None, chunk, array(jnp.float32), trunk)
-    counted = Program(Learner.add_chunk.lower(*told).compile().as_text()).flops()
+    arguments = (learner, params, cache_gradient, Prefilled(params, caches), None, chunk, array(jnp.float32))
+    counted = Program(Learner.add_chunk.lower(*arguments, window=trunk).compile().as_text()).flops()
     tokens = rows * width
     pairs = tokens * (width + trunk)  # what is masked is computed: one block
     layers = WIDE.forward_flops(tokens, 0, 0)

@@ -261,7 +261,7 @@ def check_rows(bundles):
 
 
 def test_reordering_the_batch_does_not_mix_the_values_of_states():
-    waiting = groups.join(round_at(0), round_at(B))
+    waiting = groups.concatenate(round_at(0), round_at(B))
     waiting, _ = groups.split(waiting, groups.count(waiting) // 2 * 2)
     seen, order = [], []
     for part in groups.minibatches(waiting, 2, np.random.default_rng(0)):
@@ -298,7 +298,7 @@ def test_a_response_is_cut_at_its_own_uncertain_tokens(keep):
 def test_accumulated_rounds_do_not_merge_groups_of_different_prompts():
     """Row 0 is another prompt in every round."""
     first, second = round_at(0), round_at(B)
-    both = groups.join(first, second)
+    both = groups.concatenate(first, second)
     assert groups.count(both) == groups.count(first) + groups.count(second)
     assert set(both.source[:, 0]) == set(first.source[:, 0]) | set(second.source[:, 0])
     assert not set(first.source[:, 0]) & set(second.source[:, 0])
@@ -457,7 +457,7 @@ def test_a_ratio_of_exactly_one_is_never_clipped(advantage):
 
 
 def test_a_batch_takes_whole_states_whatever_its_size():
-    waiting = groups.join(round_at(0), round_at(B))
+    waiting = groups.concatenate(round_at(0), round_at(B))
     total = groups.count(waiting)
     for size in range(1, total):
         batch, rest = groups.split(waiting, size)
@@ -469,7 +469,7 @@ def test_a_batch_takes_whole_states_whatever_its_size():
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_minibatches_take_whole_states(parts):
-    batch, _ = groups.split(groups.join(round_at(0), round_at(B)), 8)
+    batch, _ = groups.split(groups.concatenate(round_at(0), round_at(B)), 8)
     cut = groups.minibatches(batch, parts, np.random.default_rng(3))
     found = [check_rows(laid_out(part)) for part in cut]
     assert [len(rows) for rows in found] == [8 // parts * M] * parts
@@ -570,7 +570,9 @@ def test_a_round_that_teaches_nothing_has_finite_metrics_and_no_states(monkeypat
     assert all(math.isfinite(value) for value in metrics.values())
     # Joined with the states of other rounds it changes nothing.
     other = round_at(B)
-    for ours, theirs in zip(jax.tree.leaves(groups.join(found, other)), jax.tree.leaves(other), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(groups.concatenate(found, other)), jax.tree.leaves(other), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 

@@ -63,7 +63,15 @@ def groups(states, rollouts, rng):
 def learner(mesh=(1, 1, 1), remat=False, dtype=jnp.float32, **loss):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_updates=0), AXES)
     objective = LossConfig(clip_low=0.22, clip_high=0.28, **loss)
-    return Learner(graph_of(TINY), placement(*mesh), optimizer, objective, dtype, 8, remat)
+    return Learner(
+        graph_of(TINY),
+        placement(*mesh),
+        optimizer,
+        objective,
+        compute_dtype=dtype,
+        logit_chunk=8,
+        remat=remat,
+    )
 
 
 def gradient(found, shared, budget=64, reference=None, mesh=(1, 1, 1), **options):

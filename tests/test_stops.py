@@ -142,8 +142,8 @@ def sampled(letters, mesh, stops, states=None):
     rollouts, caches, _ = engine.first_return(params, queries, key, 0, 32, policy)
     if states is None:
         return jax.device_get(rollouts)
-    told = (params, queries, caches, place.place_rows(states), key, 0, 32, policy)
-    return jax.device_get(engine.explore(*told)[0])
+    how = {"seed_key": key, "step": 0, "rollouts": 32, "sampling": policy}
+    return jax.device_get(engine.explore(params, queries, caches, place.place_rows(states), **how)[0])
 
 
 def text_of(letters, tokens):

@@ -1,5 +1,6 @@
 """Runs in a bucket, which is a stand-in on this machine: tests/fake_gcs.py."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,13 +13,17 @@ from pathlib import Path
 import pytest
 import yaml
 from environment import COMPILED
+from etils import epath
 from fake_gcs import FakeGCS, Refused
 from support import SMALL, call, command, metrics, run
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.run import storage
+from fr3e_jax.run.lock import HeldError, Lock, this_process
+from fr3e_jax.run.lock_file import lock_file
 from fr3e_jax.run.saved import CHECKPOINTS
-from fr3e_jax.run.storage import StorageError, location, writing
+from fr3e_jax.run.storage import ChangedError, StorageError, location, writing
 
 RUN = "gs://bucket/runs/a"
 CACHE = "--compilation_cache=gs://bucket/compiled"
@@ -276,6 +281,41 @@ def test_a_listing_of_several_pages_is_read_to_its_end(here):
         "from fr3e_jax.run.storage import location\nprint(len(list(location('gs://bucket/run').iterdir())))"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "120\n"
+
+
+def test_the_lock_of_a_place_in_a_bucket_is_held_by_one_process(here):
+    """By the generation of the object: of two that saw the same, one replaces it."""
+    place = epath.Path("gs://bucket/run")
+    files = [lock_file(place) for _ in range(2)]
+    assert [file.read() for file in files] == [None, None]
+    files[0].write(b"a")
+    files[0].write(b"b")
+    with pytest.raises(ChangedError):
+        files[1].write(b"c")
+    assert files[1].read() == b"b"
+    files[1].write(b"d")
+    with pytest.raises(ChangedError):
+        files[0].remove()
+    assert here.files("gs://bucket/run") == {"lock.json": b"d"}
+    files[1].remove()
+    assert here.files("gs://bucket/run") == {}
+
+
+def test_a_run_in_a_bucket_is_refused_while_another_goes_on_and_takes_over_from_a_dead_one(here):
+    place, hosts = epath.Path("gs://bucket/run"), Hosts(None, 9)
+    with Lock("train", hosts) as first:
+        first.take(place)
+        with pytest.raises(HeldError, match="gs://bucket/run is in use by train, process"):
+            Lock("train", hosts).take(place)
+    assert here.files("gs://bucket/run") == {}
+    owner = dataclasses.replace(this_process("train"), machine="another", host="spot-1", time=1e9)
+    here.put("bucket", "run/lock.json", json.dumps(dataclasses.asdict(owner)).encode(), {})
+    with Lock("train", hosts) as second:
+        second.take(place)
+        assert "was left by train, process" in second.messages[0] and "on spot-1" in second.messages[0]
+        here.refuse = lambda *_: Refused(403, "May only read.")
+    here.refuse = lambda *_: None
+    assert here.files("gs://bucket/run").keys() == {"lock.json"}  # could not be given back: of a dead process
 
 
 def test_only_what_was_not_taken_is_an_error_of_storage(tmp_path):

@@ -95,6 +95,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole_run, tmp_path, ch
     again = run("train", *SMALL, often, "--run_dir", directory)
     assert again.returncode == 0, again.stderr
     assert ("resumed from the checkpoint of step" in again.stdout) == (checkpoint is not None)
+    assert f"left by train, process {process.pid} on " in again.stdout and "taken over" in again.stdout
+    assert not (directory / LOCK_FILE).exists()
     assert metrics(directory) == metrics(whole_run[0])
     ours, theirs = ((d / "model" / "model.safetensors").read_bytes() for d in (directory, whole_run[0]))
     assert ours == theirs

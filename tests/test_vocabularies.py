@@ -137,8 +137,8 @@ def test_first_return_and_explore(vocabulary, rows, mesh):
     response, prefix = base.token[query, trajectory], np.full((len(query), 1), 2, np.int32)
     states = States(query, trajectory, response, prefix, real[:, None])
     placed_states = engine.placement.place_rows(states)
-    told = (params, placed, caches, placed_states, SEED_KEY, STEP, 1, Sampling())
-    rollouts = jax.device_get(engine.explore(*told)[0])
+    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": 1, "sampling": Sampling()}
+    rollouts = jax.device_get(engine.explore(params, placed, caches, placed_states, **how)[0])
     for n in np.flatnonzero(real):
         assert rollouts.length[n, 0] == 1
         position = queries.length[query[n]] - 1 + 2

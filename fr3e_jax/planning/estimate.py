@@ -7,14 +7,15 @@ and writing of activations in main memory while decoding, and collectives other 
 gradients and activations. Compiled plans say how far that is off: see planning/README.md.
 """
 
+from fr3e_jax.engine.seats import Leg
 from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.model_sizes import ModelSizes
 from fr3e_jax.planning.program_costs import Costs
-from fr3e_jax.planning.rollout_programs import legs_to_compile
+from fr3e_jax.planning.rollout_programs import decode_name, legs_to_compile
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.stages import Stage, state_bytes, without
 from fr3e_jax.planning.update_programs import typical_chunk
-from fr3e_jax.planning.workload import Chunk, Leg, Workload
+from fr3e_jax.planning.workload import Chunk, Workload
 
 FREE_OF_COSTS = Costs()
 
@@ -31,7 +32,7 @@ def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
         stages.append(open_states_stage(sizes, work, always))
         held = {**always, "queries' caches": sizes.query_cache}
         for leg in legs_to_compile(work):
-            stages.append(decode_stage(sizes, work, "explore", leg.name, leg, held))
+            stages.append(decode_stage(sizes, work, "explore", decode_name(leg), leg, held))
     return [*stages, *update_stages(sizes, work, always)]
 
 
@@ -73,7 +74,7 @@ def prefill_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> 
     """The prefill of the queries, with the empty caches of their branches."""
     tokens = sizes.queries * sizes.setup.config.rollout.max_prompt
     first = work.first_return.legs[0]
-    opened = sizes.query_cache + sizes.slot * first.rows * first.slots + sizes.rollouts(first.rows)
+    opened = sizes.query_cache + sizes.slot * first.size + sizes.rollouts(first.rows)
     pairs = tokens * sizes.setup.config.rollout.max_prompt / 2
     return stage_of(
         "first return",
@@ -95,10 +96,10 @@ def open_states_stage(sizes: ModelSizes, work: Workload, always: dict[str, int])
     """The opening of branches from states: caches of kept trajectories are taken out, and empty ones made."""
     assert work.explore is not None
     first = work.explore.legs[0]
-    opened = shared_cache(sizes, work, "explore") + sizes.slot * first.rows * first.slots
+    opened = shared_cache(sizes, work, "explore") + sizes.slot * first.size
     opened += sizes.rollouts(work.explore.lengths[0].size)
     last = work.first_return.legs[-1]
-    base = sizes.slot * last.rows * last.slots
+    base = sizes.slot * last.size
     return stage_of(
         "explore",
         "open states",
@@ -124,8 +125,8 @@ def decode_stage(
     config, rows = sizes.setup.config, leg.rows
     decode = work.first_return if phase == "first return" else work.explore
     assert decode is not None
-    shared, before = shared_cache(sizes, work, phase), sizes.slot * leg.before * leg.before_slots
-    after = sizes.slot * leg.rows * leg.slots
+    shared, before = shared_cache(sizes, work, phase), sizes.slot * leg.size_before
+    after = sizes.slot * leg.size
     grown = after if after != before else 0
     context = config.rollout.max_prompt
     context += work.first_return.legs[-1].slots if phase == "explore" else 0

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fr3e_jax.parallel.mesh import logical_sizes
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.planning.setup import Setup, bytes_on_chip
 
 ROLLOUT_BYTES = 16  # of a token: its id, two log-probabilities, and the entropy
@@ -64,7 +65,7 @@ class ModelSizes:
     def padding(self) -> float:
         """Factor by which a TPU pads the last axis of a cache whose layout is not compact."""
         head_dim = self.setup.model.head_dim
-        return -(-head_dim // LANES) * LANES / head_dim
+        return next_multiple(head_dim, LANES) / head_dim
 
     @property
     def queries(self) -> int:

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fr3e_jax.engine.rollout import Caches, Engine, roots
+from fr3e_jax.engine.caches import Caches
+from fr3e_jax.engine.rollout import Engine, root_branches
 from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.engine.seats import Leg
 from fr3e_jax.planning.setup import abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler
-from fr3e_jax.planning.workload import Leg, Workload
+from fr3e_jax.planning.workload import Workload
 from fr3e_jax.types import Queries, States
 
 
@@ -32,7 +34,7 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     numbers = setup.rows(jnp.int32, rollout.queries)
     queries = Queries(setup.rows(jnp.int32, rollout.queries, rollout.max_prompt), numbers, numbers)
     count = work.first_return.lengths.shape[2]
-    branch_numbers = jax.eval_shape(lambda queries: roots(queries, count), queries)
+    branch_numbers = jax.eval_shape(lambda queries: root_branches(queries, count), queries)
 
     prefill, opened = compiler(
         "first return",
@@ -54,7 +56,7 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     own = decoding.own.key
     rows = own.shape[3] // work.first_return.legs[0].slots
     last = work.first_return.legs[-1]
-    cache = abstract((*own.shape[:3], last.rows * last.slots, own.shape[4]), own.dtype, own.sharding)
+    cache = abstract((*own.shape[:3], last.size, own.shape[4]), own.dtype, own.sharding)
     (query_segment,) = branches.context
     caches = Caches(
         query_segment._replace(length=numbers), decoding.own._replace(key=cache, value=cache), rows, count
@@ -71,7 +73,7 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
         "explore",
         "open states",
         lambda: Engine.open_states.lower(
-            engine, params, queries, caches, states, seed, 0, config.explore.rollouts
+            engine, params, queries, caches, states, seed_key=seed, step=0, rollouts=config.explore.rollouts
         ),
         held=always,
         own={"sampling copy": weights, "shared caches": bytes_on_chip(caches)},
@@ -81,8 +83,9 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
         return
     held = {**always, "queries' caches": bytes_on_chip(caches.query)}
     for leg in legs_to_compile(work):
-        if compiler.wants("explore", leg.name):
-            yield compile_decode(compiler, ("explore", leg.name), opened, leg, held=held)
+        names = ("explore", decode_name(leg))
+        if compiler.wants(*names):
+            yield compile_decode(compiler, names, opened, leg, held=held)
 
 
 def legs_to_compile(work: Workload) -> list[Leg]:
@@ -94,6 +97,11 @@ def legs_to_compile(work: Workload) -> list[Leg]:
     elif len(work.explore.legs) > 1:
         legs.append(work.explore.legs[1])
     return legs
+
+
+def decode_name(leg: Leg) -> str:
+    """The name of the program of a leg of exploration in reports."""
+    return f"decode {leg.rows} x {leg.slots}" + (" after a move" if leg.moves else "")
 
 
 def compile_decode(
@@ -110,26 +118,15 @@ def compile_decode(
     setup, (branches, decoding) = compiler.setup, opened
     rollout, params = setup.config.rollout, setup.params(setup.dtype, sampling=True)
     sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p)
-    size = leg.before * leg.before_slots
     own = decoding.own
-    cache = abstract((*own.key.shape[:3], size, own.key.shape[4]), own.key.dtype, own.key.sharding)
+    shape = (*own.key.shape[:3], leg.size_before, own.key.shape[4])
+    cache = abstract(shape, own.key.dtype, own.key.sharding)
     before = dataclasses.replace(decoding, own=own._replace(key=cache, value=cache))
-    seats = jax.tree.map(lambda x: setup.rows(jnp.int32, *x.shape), leg.seats)
-    origin = setup.rows(jnp.int32, setup.parts, leg.rows) if leg.moves else None
+    seats, origin = jax.tree.map(lambda x: setup.rows(jnp.int32, *x.shape), (leg.seats, leg.origin))
     number = abstract((), jnp.int32)
+    placed = dataclasses.replace(leg, seats=seats, origin=origin, until=number, leave=number)
     lower = functools.partial(
-        Engine.advance.lower,
-        setup.engine,
-        params,
-        branches,
-        before,
-        seats,
-        origin,
-        number,
-        number,
-        sampling,
-        leg.before,
-        leg.slots,
+        Engine.advance.lower, setup.engine, params, branches, before, placed, sampling=sampling
     )
     sizes = {
         "sampling copy": bytes_on_chip(params),

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fr3e_jax.engine.seats import Leg
 from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.planning.compiled import CompiledProgram, compile_program
 from fr3e_jax.planning.setup import Setup, bytes_on_chip
-from fr3e_jax.planning.workload import Chunk, Leg
+from fr3e_jax.planning.workload import Chunk
 
 ResultsStage = tuple["Stage", Any]
 """A stage, and the results of its program as abstract arrays; None if the program is too large."""

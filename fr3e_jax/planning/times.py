@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
+from fr3e_jax.engine.seats import Leg
 from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.program_costs import Costs
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import Slice
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.topology import lane_of
-from fr3e_jax.planning.workload import Assumptions, Decode, Leg, Workload
+from fr3e_jax.planning.workload import Assumptions, Decode, Workload
 
 Runs = list[tuple[float, Costs]]
 """Programs with their number of runs: (runs, costs of one run)."""
@@ -128,14 +129,14 @@ def decode_costs(
       compiled: decoding programs with the calls that they were compiled for.
     """
     costs = []
-    for leg in decode.legs:
+    for leg, steps in zip(decode.legs, decode.steps, strict=True):
         nearest = min(compiled, key=lambda x: (abs(x[1].rows - leg.rows), x[1].slots < leg.slots))
-        costs.append(leg_costs(setup, leg, *nearest))
+        costs.append(leg_costs(setup, leg, steps, *nearest))
     return costs
 
 
-def leg_costs(setup: Setup, leg: Leg, program: CompiledProgram, compiled_leg: Leg) -> Costs:
-    """The costs of a call of the decoding program, from a program that was compiled for another call."""
+def leg_costs(setup: Setup, leg: Leg, steps: int, program: CompiledProgram, compiled_leg: Leg) -> Costs:
+    """The costs of a leg of `steps` tokens a row, from a program that was compiled for another leg."""
     ratio = leg.rows / compiled_leg.rows
     read = setup.cache_bytes(leg.rows, leg.slots)
     read -= setup.cache_bytes(compiled_leg.rows, compiled_leg.slots)
@@ -145,7 +146,7 @@ def leg_costs(setup: Setup, leg: Leg, program: CompiledProgram, compiled_leg: Le
         bytes=max(program.each.bytes + read, 0.0),
         wire={key: size * ratio for key, size in program.each.wire.items()},
     )
-    total = each.times(leg.steps)
+    total = each.times(steps)
     return total + program.once if leg.moves and compiled_leg.moves else total
 
 

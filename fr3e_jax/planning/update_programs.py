@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fr3e_jax.learner.update import Learner, applying
+from fr3e_jax.learner.update import Learner, Prefilled, applying
 from fr3e_jax.planning.setup import Setup, abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler, without
 from fr3e_jax.planning.workload import Chunk, Workload
@@ -31,7 +31,7 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     beginning, begun = compiler(
         "update",
         "begin",
-        lambda: Learner.begin.lower(learner, state.params),
+        lambda: Learner.cast_and_zero_gradient.lower(learner, state.params),
         held=without(held, "parameters"),
         own={"parameters": held["parameters"]},
     )
@@ -45,7 +45,7 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     opening, opened = compiler(
         "update",
         "open trunks",
-        lambda: Learner.open.lower(learner, compute, trunks),
+        lambda: Learner.prefill_and_zero_gradient.lower(learner, compute, trunks),
         held={**held, "gradient": sizes["gradient"]},
         own={"compute copy": sizes["compute copy"]},
     )
@@ -58,28 +58,23 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
         "gradient": sizes["gradient"],
         "trunk caches": bytes_on_chip((caches, cache_gradient)),
     }
-    references = (reference, None if reference is None else caches)
+    prefilled = Prefilled(compute, caches)
+    prefilled_reference = None if reference is None else Prefilled(reference, caches)
     for chunk in dict.fromkeys((typical_chunk(work), work.widest)):
         if not compiler.wants("update", chunk.name):
             continue
         lower = functools.partial(
             Learner.add_chunk.lower,
-            learner,
-            gradient,
-            cache_gradient,
-            compute,
-            caches,
-            *references,
-            abstract_batch(setup, chunk),
-            abstract((), jnp.float32),
-            chunk.window,
+            *(learner, gradient, cache_gradient, prefilled, prefilled_reference),
+            *(abstract_batch(setup, chunk), abstract((), jnp.float32)),
+            window=chunk.window,
         )
         yield compiler("update", chunk.name, lower, held=held, own=own, chunk=chunk)[0]
     if compiler.wants("update", "close trunks"):
         yield compiler(
             "update",
             "close trunks",
-            lambda: Learner.close.lower(learner, gradient, cache_gradient, compute, trunks),
+            lambda: Learner.add_trunks.lower(learner, gradient, cache_gradient, compute, trunks),
             held={**held, "trunk caches": bytes_on_chip(caches)},
             own={**own, "trunk caches": bytes_on_chip(cache_gradient)},
         )[0]

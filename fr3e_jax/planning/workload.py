@@ -1,6 +1,6 @@
 """The work of a step under assumptions about lengths of answers: shapes of its programs, and runs of each.
 
-The engine's own ladder of rows and the learner's own layout of rows decide on both.
+The engine's own schedule of a decoding and the learner's own layout of rows decide on both.
 """
 
 import collections
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from fr3e_jax.config import Config, ConfigError
-from fr3e_jax.engine.seats import Ladder, Seats, first_slots, take_seats
+from fr3e_jax.engine.seats import Leg, first_slots, schedule
 from fr3e_jax.learner import groups
-from fr3e_jax.learner.layout import bucket, bundles_of, most_of
+from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
+from fr3e_jax.parallel.sizes import next_power_of_two
 from fr3e_jax.types import StateGroups
 
 SPREAD = 0.8  # standard deviation of the logarithm of answers' lengths
@@ -59,47 +60,16 @@ class Assumptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Leg:
-    """One call of the decoding program, between two moves of batch rows.
-
-    before, before_slots: rows of a part, and slots of each row, before the call. rows, slots: the same during
-    the call. steps: tokens that every row generates in it. seats: assignment of branches to rows that the
-    engine would make.
-    """
-
-    before: int
-    before_slots: int
-    rows: int
-    slots: int
-    steps: int
-    seats: Seats
-
-    @property
-    def name(self) -> str:
-        """Name of its program in reports."""
-        return f"decode {self.rows} x {self.slots}" + (" after a move" if self.moves else "")
-
-    @property
-    def moves(self) -> bool:
-        """Whether rows are compacted, or the KV cache grows, before the call."""
-        return (self.before, self.before_slots) != (self.rows, self.slots)
-
-    @property
-    def cache(self) -> int:
-        """Slots of the KV caches that exist at the same time; a cache that grows needs its old one too."""
-        size, was = self.rows * self.slots, self.before * self.before_slots
-        return size if size == was else size + was
-
-
-@dataclasses.dataclass(frozen=True)
 class Decode:
-    """A decoding: its branches, and the calls that it takes.
+    """A decoding: its branches, and the legs that it takes.
 
-    lengths: int [P, n, C], number of tokens of each branch.
+    lengths: int [P, n, C], number of tokens of each branch. steps: number of tokens that every row generates
+    in each leg.
     """
 
     lengths: np.ndarray
     legs: tuple[Leg, ...]
+    steps: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -109,42 +79,37 @@ class Decode:
     @property
     def row_steps(self) -> int:
         """Number of rows that are decoded, summed over tokens, idle rows included, on all parts."""
-        return sum(leg.rows * leg.steps for leg in self.legs) * len(self.lengths)
+        rows = sum(leg.rows * steps for leg, steps in zip(self.legs, self.steps, strict=True))
+        return rows * len(self.lengths)
 
     @property
     def largest(self) -> Leg:
-        """The call that needs most memory."""
+        """The leg that needs most memory."""
         return max(self.legs, key=lambda leg: (leg.cache, leg.rows))
 
 
 def decode_of(lengths: np.ndarray, max_new: int, compact: bool) -> Decode:
-    """The calls that `Engine.decode` would make for branches of these lengths, without a device.
+    """The legs that `Engine.decode` would run for branches of these lengths, without a device.
 
     Args:
       lengths: int [P, n, C], number of tokens that each branch generates, at least 1.
       max_new: most tokens of a response.
       compact: whether rows of branches that have stopped are given to others.
     """
-    parts = len(lengths)
-    rows = int(lengths[0].size)
-    slots, slot = first_slots(max_new), 0
-    ladder, legs = Ladder(rows, slots, max_new), list[Leg]()
-    seats, before = take_seats(np.ones(lengths.shape, bool), rows), (rows, slots)
-    ordered = np.sort(lengths.reshape(parts, -1), axis=1)
+    ordered = np.sort(lengths.reshape(len(lengths), -1), axis=1)
+    calls = schedule(lengths.shape, first_slots(max_new), max_new, compact)
+    leg, legs, steps, filled = next(calls), list[Leg](), list[int](), 0
     while True:
-        window, leave = min(slots, max_new), ladder.below(rows) if compact else 0
         # The part that is the last to have few running branches decides.
-        last = int(ordered[:, ordered.shape[1] - leave - 1].max()) if leave < ordered.shape[1] else slot
-        end = min(max(last, slot), window)
-        legs.append(Leg(*before, rows, slots, end - slot, seats))
-        slot, before = end, (rows, slots)
-        running = lengths > slot
-        if not running.any():
-            return Decode(lengths, tuple(legs))
-        most = int(running.sum(axis=(1, 2)).max()) if compact else rows
-        rows, slots = ladder.next(most, rows, slots, slot == slots)
-        if (rows, slots) != before and compact:
-            seats = take_seats(running, rows)
+        fewer = ordered[:, : ordered.shape[1] - leg.leave]
+        end = min(max(int(fewer[:, -1].max()) if fewer.size else filled, filled), leg.until)
+        legs.append(leg)
+        steps.append(end - filled)
+        filled = end
+        try:
+            leg = calls.send((lengths > filled, filled))
+        except StopIteration:
+            return Decode(lengths, tuple(legs), tuple(steps))
 
 
 def lengths_of(count: int, mean: float, limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -235,7 +200,7 @@ def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: boo
     # The engine pads the kept trajectories of a part to a power of two.
     most = 2 if explore.keep in ("first_of_each", "random_of_each") else count
     wanted = max(min(assumptions.kept, most), 1) * per_part if restarts else per_part
-    kept = 1 << max(math.ceil(wanted) - 1, 0).bit_length() if restarts else per_part
+    kept = next_power_of_two(math.ceil(wanted)) if restarts else per_part
     states = explore.positions + 1
     continuations = lengths_of(parts * kept * states * explore.rollouts, mean, limit, rng)
     continuations = continuations.reshape(parts, kept, states, explore.rollouts)
@@ -270,17 +235,17 @@ def update_shapes(config: Config, parts: int, accepted: StateGroups) -> dict[str
                 rows, width = batch.token.shape
                 chunks[Chunk(rows // parts, width - 1, window)] += 1
                 real += int((batch.length - 1).sum())
-    longest, width = bucket(rollout.max_prompt + rollout.max_response - 1), bucket(rollout.max_response)
+    longest, width = width_of(rollout.max_prompt + rollout.max_response - 1), width_of(rollout.max_response)
     rows = optimizer.batch_states // optimizer.minibatches * config.explore.rollouts
     # Whole answers after a whole trunk, or many short ones: each row has the slots that it sees of its trunk.
-    possible = [Chunk(most_of(rows, width, budget), width, longest), *chunks]
+    possible = [Chunk(most_rows(rows, width, budget), width, longest), *chunks]
     return {
         "trunks": {shape: epochs * times for shape, times in trunks.items()},
         "chunks": {shape: epochs * times for shape, times in chunks.items()},
         "real": epochs * real,
         "trained": epochs * int(accepted.length.sum()),
         "widest": max(possible, key=lambda chunk: (chunk.seen, chunk.tokens)),
-        "widest_trunks": (most_of(rows, longest, budget), longest),
+        "widest_trunks": (most_rows(rows, longest, budget), longest),
     }
 
 
