@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fr3e_jax.cli import fail, parse, warn
-from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig
+from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig, check_options
+from fr3e_jax.config.values import CountOrNone, Name, PositiveNumber
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts
@@ -29,19 +30,19 @@ from fr3e_jax.run.trained import read_trained
 class ExportConfig:
     """Write a model in the Hugging Face format: configuration, tokenizer, safetensors."""
 
-    out: str
+    out: Name
     """Directory to write; it must not exist, or be empty."""
-    run: str | None = None
+    run: Name | None = None
     """Run directory, as --run_dir of train; it may be `gs://BUCKET/PATH`."""
-    model: str | None = None
+    model: Name | None = None
     """Without --run, what to write: a run directory, a Hugging Face directory, a name on the hub (`Org/Name`
     or `Org/Name@REVISION`), or `quickstart`. With --run, the model that the run started from, for
     configuration and tokenizer; by default where the run's config.yaml says."""
-    step: int | None = None
+    step: CountOrNone | None = None
     """Checkpoint of a run to write; by default the last one that is whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights. Training holds float32; bfloat16 halves the size and rounds to the nearest."""
-    max_file_gb: float = 5.0
+    max_file_gb: PositiveNumber = 5.0
     """Most gigabytes (10^9 bytes) in a file of weights."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Devices that hold the parameters while they are written."""
@@ -64,8 +65,7 @@ def export(config: ExportConfig) -> Path:
             f"out {config.out} is in a bucket; write to a directory and copy that with `gcloud storage cp`"
         )
     check_out(out)
-    if not config.max_file_gb > 0:
-        raise ConfigError(f"max_file_gb is {config.max_file_gb}, must be above 0")
+    check_options(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model, params, name = read_model(config, mesh)
     size = int(config.max_file_gb * 10**9)

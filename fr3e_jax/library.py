@@ -47,7 +47,7 @@ from fr3e_jax.pretrained.text import Text
 from fr3e_jax.problems.stream import padded_width
 from fr3e_jax.rewards.verify import whole_answer
 from fr3e_jax.run.build import Policy, open_policy
-from fr3e_jax.step.rounds import draws_of, find_states, keep
+from fr3e_jax.step.stages import draws_of, find_states, keep
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 __all__ = [

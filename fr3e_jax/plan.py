@@ -1,5 +1,5 @@
 """Whether a run fits a slice of TPUs, and how long its steps take: `python -m fr3e_jax.plan --config
-configs/qwen2.5_7b_v5e16.yaml --topology v5e-16`.
+configs/slices/qwen2.5_7b_v5e16.yaml --topology v5e-16`.
 
 Every program of a step is compiled for the slice, on any Linux machine with libtpu (`pip install
 'fr3e_jax[tpu]'`) and without a TPU, in minutes. `--quick` estimates by arithmetic in seconds. The exit code
@@ -16,7 +16,8 @@ import jax
 from rich.console import Console
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import Config, ConfigError
+from fr3e_jax.config import Config, ConfigError, check_options
+from fr3e_jax.config.values import Name, NonNegativeNumber
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.models.hf import CheckpointError, read_config
 from fr3e_jax.models.presets import PRESETS
@@ -51,7 +52,7 @@ class PlanConfig(Config):
     training are taken too.
     """
 
-    topology: str | None = None
+    topology: Name | None = None
     """The slice as it is rented, such as v5litepod-16, v5e-16, v5p-128, v6e-256, v4-64, or as jax has it,
     such as v5p:2x2x1."""
     quick: bool = False
@@ -65,7 +66,7 @@ class PlanConfig(Config):
     """Print rows of the table in fr3e_jax/planning/README.md instead."""
     all: bool = False
     """Plan all shipped configurations, each for its slice: an hour or more, or half a minute with --quick."""
-    price_per_chip_hour: float | None = None
+    price_per_chip_hour: NonNegativeNumber | None = None
     """In any currency; the cost of 1,000 steps is given in it."""
     assume: Assumptions = dataclasses.field(default_factory=Assumptions)
     """Numbers that cannot be known before the run."""
@@ -108,12 +109,12 @@ def questions(options: PlanConfig, name: str) -> Iterator[Question]:
     """The plans that are asked for: of one configuration, or with `--all` of all shipped ones.
 
     Raises:
-      ConfigError: there is no slice, or an assumption is out of range.
+      ConfigError: there is no slice, or an option is out of range.
     """
-    options.assume.check()
+    check_options(options)
     if options.all:
         for shipped, topology in PLANS.items():
-            config, _ = parse(Config, "plan", f"configs/{shipped}.yaml", [])
+            config, _ = parse(Config, "plan", f"configs/slices/{shipped}.yaml", [])
             yield question(options, shipped, config, topology)
         return
     if options.topology is None:

@@ -38,7 +38,7 @@ from fr3e_jax.models.rope import rotate
 from fr3e_jax.parallel.mesh import place_model
 from fr3e_jax.types import Queries, StateGroups, States
 
-MESHES = [(1, 1, 1), (2, 1, 4), (1, 2, 2)]
+MESHES = [(1, 1, 1), (2, 1, 4), pytest.param((1, 2, 2), marks=pytest.mark.slow)]
 
 # --- the decoder
 

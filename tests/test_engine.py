@@ -219,6 +219,7 @@ def explored(sampling, padding=(4, 5)):
     return jax.device_get(base), states, jax.device_get(partial)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("sampling", [GREEDY, POLICY], ids=["greedy", "policy"])
 def test_rollouts_equal_decoding_alone(sampling):
     base, states, partial = explored(sampling)

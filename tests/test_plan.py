@@ -504,13 +504,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, message):
 
 def test_every_planned_preset_is_there_and_has_the_numbers_of_the_release():
     for name in PLANS:
-        config, _ = parse(Config, "plan", f"configs/{name}.yaml", [])
+        config, _ = parse(Config, "plan", f"configs/slices/{name}.yaml", [])
         assert (config.explore.positions, config.explore.rollouts) == (4, 16), name
         assert (config.rollout.base_trajectories, config.optimizer.learning_rate) == (4, 2e-6), name
         assert config.rollout.max_prompt == 1024
         assert config.rollout.max_response == (16384 if "16k" in name else 3072)
         assert config.model.compute_dtype == "bfloat16"
-    files = {path.stem for path in (REPOSITORY / "configs").glob("qwen2.5_*.yaml")}
+    files = {path.stem for path in (REPOSITORY / "configs" / "slices").glob("*.yaml")}
     assert files == set(PLANS)
 
 
@@ -569,7 +569,7 @@ def test_shipped_presets_fit_their_slices(name):
 
     Of the others the estimate says that they fit, and `test_plan_estimate.py` how near it comes.
     """
-    flags = ("--config", f"configs/{name}.yaml", "--topology", PLANS[name], "--json", "--peak")
+    flags = ("--config", f"configs/slices/{name}.yaml", "--topology", PLANS[name], "--json", "--peak")
     done = subprocess.run(**command("plan", *flags), timeout=3600)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)

@@ -29,7 +29,7 @@ COMPILED = json.loads((REPOSITORY / "tests" / "compiled_plans.json").read_text()
 
 def asked(name, topology=None):
     """The question of a shipped preset on its slice, or on another."""
-    config, _ = parse(Config, "plan", f"configs/{name}.yaml", [])
+    config, _ = parse(Config, "plan", f"configs/slices/{name}.yaml", [])
     return Question(name, config, model_of(config.model.path), topology or PLANS[name], Assumptions())
 
 
@@ -67,7 +67,7 @@ def test_an_estimate_has_the_programs_of_the_compiled_plan_each_near_its_size(na
 def test_a_quick_plan_needs_no_compiler_and_says_what_it_leaves_out(monkeypatch):
     monkeypatch.setattr(topology, "available", lambda: False)
     monkeypatch.setattr(jax.stages.Lowered, "compile", None)
-    flags = ["--config", "configs/qwen2.5_0.5b_v5e1.yaml", "--topology", "v5e-1", "--quick"]
+    flags = ["--config", "configs/slices/qwen2.5_0.5b_v5e1.yaml", "--topology", "v5e-1", "--quick"]
     done = call("plan", *flags)
     assert done.returncode == 0, done.stderr
     assert "estimated by arithmetic (--quick), nothing was compiled" in done.stdout
@@ -81,7 +81,7 @@ def test_a_quick_plan_needs_no_compiler_and_says_what_it_leaves_out(monkeypatch)
 
 def test_a_plan_that_cannot_fit_names_the_smallest_slice_that_does():
     """Of 7B, the one that it is shipped for: on the next smaller one no mesh fits."""
-    flags = ["--config", "configs/qwen2.5_7b_v5e16.yaml", "--topology", "v5e-4", "--quick"]
+    flags = ["--config", "configs/slices/qwen2.5_7b_v5e16.yaml", "--topology", "v5e-4", "--quick"]
     done = call("plan", *flags, "--mesh.fsdp", "1")
     assert done.returncode == 1
     named = "v5e-16 with --mesh.data 1 --mesh.fsdp 4 --mesh.tensor 4"

@@ -120,6 +120,7 @@ def clear_of_steps(uniform, probability):
 # --- the distribution
 
 
+@pytest.mark.optimised
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     logits = random_logits(1000)
     token = draw_many(logits, uniforms(100_000))
@@ -127,6 +128,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     check_chi_square(token, probabilities(logits))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 2.0])
 def test_the_temperature_divides_the_logits(temperature):
     logits = random_logits(1000, 1, 1.0)
@@ -137,6 +139,7 @@ def test_the_temperature_divides_the_logits(temperature):
         check_chi_square(token, probabilities(logits))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("size", [1, 7, BLOCK_TOKENS, BLOCK_TOKENS + 1, 640, 768, 1000, 1024])
 def test_a_draw_is_where_the_cdf_passes_the_uniform_number(size):
     logits = random_logits(size, 2, 1.0)
@@ -146,13 +149,15 @@ def test_a_draw_is_where_the_cdf_passes_the_uniform_number(size):
     check_inverse_cdf(token, uniform, probabilities(logits))
 
 
+@pytest.mark.optimised
 def test_a_step_of_the_cdf_holds_its_lower_end_and_not_its_upper():
     places = np.arange(1024)
     np.testing.assert_array_equal(draw_many(np.zeros(1024, np.float32), places / 1024), places)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
-    ("count", "hotter"), [(200_000, 1.05), pytest.param(1_000_000, 1.02, marks=pytest.mark.slow)]
+    ("count", "hotter"), [(100_000, 1.07), pytest.param(800_000, 1.025, marks=pytest.mark.slow)]
 )
 def test_draws_with_the_engines_numbers_from_the_vocabulary_of_qwen_fit(count, hotter):
     logits = random_logits(152_064, 3, 3.0)
@@ -169,6 +174,7 @@ def test_draws_with_the_engines_numbers_from_the_vocabulary_of_qwen_fit(count, h
 # --- tokens that cannot be drawn
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("size", [2, 7, BLOCK_TOKENS, BLOCK_TOKENS + 44, 1000])
 @pytest.mark.parametrize("uniform", [0.0, 0.5, LAST])
 def test_zero_heads_and_tails_are_never_drawn(size, uniform):
@@ -194,6 +200,7 @@ def test_a_certain_token_is_always_drawn():
         np.testing.assert_array_equal(token, place)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("size", [300, 1000])
 def test_no_uniform_number_draws_a_token_of_probability_zero(size):
     """The numbers where rounding could: at every step of the CDF and a few float32 to either side."""
@@ -245,6 +252,7 @@ def kept(logits, sampling):
         return np.abs(below) <= np.asarray(cutoff(below, sampling))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("sampling", FILTERS, ids=str)
 def test_filtered_tokens_are_drawn_as_often_as_they_are_likely_and_no_others(sampling):
     logits = random_logits(1000, 4)
@@ -309,6 +317,7 @@ def test_tokens_as_likely_as_the_last_that_is_kept_are_kept():
     np.testing.assert_array_equal(kept(steps, Sampling(top_k=5)), steps >= 1)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("sampling", FILTERS, ids=str)
 @pytest.mark.parametrize("left", [1, 3, 200])
 def test_filters_never_let_a_token_of_probability_zero_through(sampling, left):
@@ -444,6 +453,7 @@ def test_equals_of_the_last_kept_token_in_blocks_that_were_not_looked_at_are_kep
 # --- log-probabilities and entropy
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("sampling", ALL, ids=str)
 @pytest.mark.parametrize("left", [300, pytest.param(1000, marks=pytest.mark.slow)])
 def test_logprobs_and_entropy_are_those_of_the_two_distributions(sampling, left):
@@ -473,6 +483,7 @@ def check_same(ours, theirs):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("sampling", FEW, ids=str)
 @pytest.mark.parametrize("size, parts", [(1000, 2), (2408, 4)])
 def test_parts_of_the_vocabulary_change_nothing(sampling, size, parts):
@@ -502,6 +513,7 @@ def compiled_over(mesh, sampling):
     return jax.jit(jax.vmap(draw_part, spmd_axis_name=BATCH_AXES)).lower(logits, uniform).compile()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("sampling", FEW, ids=str)
 @over
 def test_a_sharded_vocabulary_gives_what_one_device_gives(mesh, sampling):

@@ -113,6 +113,7 @@ def assert_same(ours, theirs, atol=1e-6):
     chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_loss_and_gradient_equal_the_plain_form_for_any_number_of_chunks(parts):
     ours, metrics = gradient(make_batch(), parts)
@@ -121,12 +122,14 @@ def test_loss_and_gradient_equal_the_plain_form_for_any_number_of_chunks(parts):
     assert_same(ours, expected_gradient)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("options", [{"chunk": 4}, {"chunk": 7}, {"chunk": 8, "remat": True}])
 def test_chunks_of_logits_and_recomputed_layers_do_not_change_the_gradient(options):
     ours, _ = gradient(make_batch(), 2, **options)
     assert_same(ours, expected()[1])
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2)])
 def test_loss_and_gradient_do_not_depend_on_the_mesh(mesh):
     ours, metrics = gradient(make_batch(), 1, mesh)
@@ -135,6 +138,7 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(mesh):
     assert_same(ours, expected_gradient)
 
 
+@pytest.mark.optimised
 def test_kl_to_a_reference_is_part_of_loss_and_gradient():
     other = jax.tree.map(lambda x: x * 1.1, PARAMS)
     batch = make_batch()
@@ -149,6 +153,7 @@ def test_kl_to_a_reference_is_part_of_loss_and_gradient():
     assert_same(ours, jax.device_get(expected_gradient))
 
 
+@pytest.mark.optimised
 def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy():
     batch, bonus = make_batch(), 0.25
     logits = np.asarray(full_logits(PARAMS, batch.token), np.float64)
@@ -163,18 +168,21 @@ def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy():
     np.testing.assert_allclose(metrics["loss"], expected()[0] - bonus * mean, rtol=1e-4)
 
 
+@pytest.mark.optimised
 def test_the_first_minibatch_is_on_policy_and_never_clipped():
     _, metrics = gradient(make_batch(off_policy=0.0), 2)
     assert metrics["abs_log_ratio"] < 1e-6
     assert metrics["clip_low"] == metrics["clip_high"] == 0.0
 
 
+@pytest.mark.optimised
 def test_a_stale_batch_is_clipped():
     _, metrics = gradient(make_batch(off_policy=0.5), 2)
     assert metrics["clip_low"] > 0.05
     assert metrics["clip_high"] > 0.05
 
 
+@pytest.mark.optimised
 def test_an_empty_batch_has_a_finite_loss_and_no_gradient():
     batch = make_batch()
     empty = dataclasses.replace(batch, length=batch.start)
@@ -216,6 +224,7 @@ def test_warm_up_is_linear_and_then_constant(updates, rate):
     np.testing.assert_allclose(change["w"], -rate, rtol=1e-5)  # without momentum, Adam's step is the rate
 
 
+@pytest.mark.optimised
 def test_an_update_is_the_optimizers_step_on_that_gradient_on_any_mesh():
     settings = OptimizerConfig(learning_rate=1e-2, warmup_updates=0, max_grad_norm=0.5)
     batch = make_batch()

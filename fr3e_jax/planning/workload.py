@@ -6,11 +6,12 @@ The engine's own schedule of a decoding and the learner's own layout of rows dec
 import collections
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from fr3e_jax.config import Config, ConfigError
+from fr3e_jax.config import Config
+from fr3e_jax.config.values import Bounds, NonNegativeNumber, Share
 from fr3e_jax.engine.seats import Leg, first_slots, schedule
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
@@ -27,36 +28,22 @@ class Assumptions:
     Lengths of answers are log-normal and cut at the limit.
     """
 
-    response: float = 0.35
+    response: Share = 0.35
     """Mean length of an answer as a share of rollout.max_response."""
-    prompt: float = 0.25
+    prompt: Share = 0.25
     """Mean length of a query as a share of rollout.max_prompt."""
-    accepted: float = 0.5
+    accepted: Share = 0.5
     """Share of states that carry a gradient."""
-    kept: float = 2.0
+    kept: Annotated[float, Bounds(least=1)] = 2.0
     """Mean number of base trajectories of a query that are explored."""
-    compute: float = 0.5
+    compute: Share = 0.5
     """Share of the chip's FLOP/s that programs reach."""
-    memory: float = 0.7
+    memory: Share = 0.7
     """Share of the bandwidth of its memory that programs reach."""
-    network: float = 0.7
+    network: Share = 0.7
     """Share of the bandwidth of its links that collectives reach."""
-    latency: float = 5e-6
+    latency: NonNegativeNumber = 5e-6
     """Least time of a collective, seconds."""
-
-    def check(self) -> None:
-        """Refuse numbers that are out of range.
-
-        Raises:
-          ConfigError: a number is out of range; the message says which range it has.
-        """
-        for name in ("response", "prompt", "accepted", "compute", "memory", "network"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"assume.{name} is {getattr(self, name)}; it is a share, above 0 and at most 1"
-                )
-        if self.kept < 1 or self.latency < 0:
-            raise ConfigError("assume.kept must be at least 1 and assume.latency at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
