@@ -12,7 +12,6 @@ from support import call, needs_compiler
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, MeshConfig
-from fr3e_jax.parallel.mesh import PlacementError
 from fr3e_jax.plan import PLANS, model_of
 from fr3e_jax.planning import make, stages, topology
 from fr3e_jax.planning.compiled import CompiledProgram
@@ -80,22 +79,16 @@ def test_a_quick_plan_needs_no_compiler_and_says_what_it_leaves_out(monkeypatch)
 
 
 def test_a_plan_that_cannot_fit_names_the_smallest_slice_that_does():
-    """Of 7B, the one that it is shipped for: on the next smaller one no mesh fits."""
+    """Of 7B, the one that it is shipped for: on the next smaller one it does not fit."""
     flags = ["--config", "configs/slices/qwen2.5_7b_v5e16.yaml", "--topology", "v5e-4", "--quick"]
     done = call("plan", *flags, "--mesh.fsdp", "1")
     assert done.returncode == 1
     named = "v5e-16 with --mesh.data 1 --mesh.fsdp 4 --mesh.tensor 4"
     assert f"by an estimate without compiling, the smallest slice that it fits is {named}" in done.stdout
-    config = dataclasses.replace(asked("qwen2.5_7b_v5e16").config)
-    for fsdp, tensor in splits(8):
-        question = asked("qwen2.5_7b_v5e16", "v5e-8")
-        question = dataclasses.replace(
-            question, config=dataclasses.replace(config, mesh=MeshConfig(1, fsdp, tensor))
-        )
-        try:
-            assert not estimated_plan(question, find_slice("v5e-8")).fits
-        except PlacementError:
-            continue
+    question = asked("qwen2.5_7b_v5e16", "v5e-8")
+    for fsdp, tensor in ((4, 2), (2, 4)):
+        config = dataclasses.replace(question.config, mesh=MeshConfig(1, fsdp, tensor))
+        assert not estimated_plan(dataclasses.replace(question, config=config), find_slice("v5e-8")).fits
 
 
 def test_slices_are_tried_from_small_to_large_those_of_the_same_generation_first():
