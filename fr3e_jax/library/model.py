@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig
+from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, check_options
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
