@@ -18,15 +18,15 @@ from tokenizers.decoders import DecodeStream
 from fr3e_jax.cli import fail, parse
 from fr3e_jax.config import ConfigError, check_at_least, check_filters, check_seed
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
-from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.decoder import Params, abstract_params, logical_axes
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts, widest_tensor
-from fr3e_jax.pretrained.model import PlacedModel, compute_type, open_model
+from fr3e_jax.pretrained.model import compute_type, open_model
 from fr3e_jax.pretrained.stops import before_stop
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.stream import padded_width
+from fr3e_jax.run.build import Policy, policy_of
 from fr3e_jax.types import Queries, Rollouts
 
 CHUNK = 4  # tokens between two looks at what was generated
@@ -102,7 +102,7 @@ def generate(config: GenerateConfig) -> list[str]:
     widest = widest_tensor(logical_axes(described.config), shapes, devices)
     tensor = config.tensor or widest
     try:
-        model = described.place(make_mesh(-1, 1, tensor))
+        placed = described.place(make_mesh(-1, 1, tensor))
     except PlacementError:
         raise ConfigError(
             f"tensor {tensor} does not divide this model and the {devices} device(s); the largest that does "
@@ -113,28 +113,27 @@ def generate(config: GenerateConfig) -> list[str]:
         f"{config.model}: {parameter_count(shapes):,} parameters, {dtype} | {devices} "
         f"{jax.default_backend()} device(s), {tensor} to a copy"
     )
-    params = model.read_params(model.sampling, dtype)
-    return show(config, text, answer(config, model, text, params, query))
+    policy = policy_of(placed, text, dtype)
+    return show(config, text, answer(config, policy, policy.read(), query))
 
 
-def answer(
-    config: GenerateConfig, model: PlacedModel, text: Text, params: Params, query: list[int]
-) -> Iterator[Rollouts]:
+def answer(config: GenerateConfig, policy: Policy, params: Params, query: list[int]) -> Iterator[Rollouts]:
     """What the `n` branches have generated, again and again as they go on: Rollouts [copies, branches].
 
     The copies of the model take the branches in turns, and some more where `n` does not divide. A branch's
     number, and with it what it draws, does not depend on how many copies there are.
     """
-    copies = row_parts(model.sampling.mesh)
+    place = policy.model.sampling
+    copies = row_parts(place.mesh)
     width = padded_width(len(query))
     token = np.zeros((copies, width), np.int32)
     token[:, : len(query)] = query
     length = np.full(copies, len(query), np.int32)
     number = np.arange(copies * -(-config.n // copies), dtype=np.int32).reshape(-1, copies).T
     asked = number < config.n
-    queries, number = model.sampling.place_rows((Queries(token, length, np.zeros_like(length)), number))
-    most = min(config.max_new_tokens, model.config.context - len(query))
-    engine = Engine(model.graph, model.sampling, most, text.end_tokens, stops=text.stops)
+    queries, number = place.place_rows((Queries(token, length, np.zeros_like(length)), number))
+    most = min(config.max_new_tokens, policy.model.config.context - len(query))
+    engine = policy.engine(most)
     branches, opened = engine.open_queries(params, queries, number, jax.random.key(config.seed), 0)
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     for decoding in engine.decode(params, branches, opened, sampling, every=CHUNK):

@@ -24,9 +24,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32
 
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
@@ -36,17 +36,17 @@ from fr3e_jax.engine.rollout import Caches, Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.learner.layout import bundles_of
-from fr3e_jax.learner.make import learner_of
-from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
+from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner, Metrics
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
-from fr3e_jax.pretrained.model import PlacedModel, compute_type, open_model
-from fr3e_jax.pretrained.text import Text, load_text
+from fr3e_jax.pretrained.model import compute_type
+from fr3e_jax.pretrained.text import Text
 from fr3e_jax.problems.stream import padded_width
 from fr3e_jax.rewards.verify import whole_answer
-from fr3e_jax.step.rounds import keep, make_key, states_of_kept
+from fr3e_jax.run.build import Policy, open_policy
+from fr3e_jax.step.rounds import draws_of, find_states, keep
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 __all__ = [
@@ -81,11 +81,12 @@ class Encoded:
 class Base:
     """Base trajectories of queries, and the KV caches that exploration restarts from.
 
-    rollouts: leaves [B, R, S], padding queries included. seed, step: what they were drawn with.
+    seed, step: what they were drawn with.
     """
 
     encoded: Encoded
     rollouts: Rollouts
+    """Leaves [B, R, S], those of queries that are only padding included."""
     caches: Caches
     engine: "Explorer"
     seed: int
@@ -111,17 +112,17 @@ class Base:
 class Restarts:
     """States of kept trajectories, N x J, to restart from.
 
-    arrays: laid out for the mesh, so that N has rows of padding, which are not valid. value: float32 [N, J],
-    once it is known (`with_values`).
+    arrays: laid out for the mesh, so that N has rows of padding, which are not valid. value: once it is known
+    (`with_values`).
     """
 
     base: Base
     arrays: States
-    value: np.ndarray | None = None
+    value: Float[np.ndarray, "N J"] | None = None
 
     @property
-    def valid(self) -> np.ndarray:
-        """Which states there are, bool [N, J]."""
+    def valid(self) -> Bool[np.ndarray, "N J"]:
+        """Which states there are."""
         return np.asarray(self.arrays.valid)
 
     @property
@@ -174,10 +175,9 @@ class Model:
     so that equal settings share compiled programs.
     """
 
-    placed: PlacedModel
+    policy: Policy
     text: Text
     params: Params
-    dtype: Any
     engines: dict[tuple[int, Sampling], Engine] = dataclasses.field(default_factory=dict)
     learners: dict[tuple[LossConfig, OptimizerConfig], Learner] = dataclasses.field(default_factory=dict)
 
@@ -204,9 +204,8 @@ class Model:
           CheckpointError: its files cannot be read.
           PlacementError: it does not divide by the mesh.
         """
-        placed, dtype = open_model(name).place(make_mesh(*mesh)), compute_type(compute_dtype)
-        text = load_text(placed.source, template, stop)
-        return cls(placed, text, placed.read_params(placed.sampling, dtype), dtype)
+        policy, text = open_policy(name, template, stop, make_mesh(*mesh), compute_type(compute_dtype))
+        return cls(policy, text, policy.read())
 
     def engine(
         self, max_response: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
@@ -215,8 +214,7 @@ class Model:
         sampling = Sampling(temperature, top_k, top_p)
         key = (max_response, sampling)
         if key not in self.engines:
-            sampler, ends = self.placed.sampling, self.text.end_tokens
-            self.engines[key] = Engine(self.placed.graph, sampler, max_response, ends, stops=self.text.stops)
+            self.engines[key] = self.policy.engine(max_response)
         return Explorer(self, self.engines[key], sampling)
 
     def encode(self, questions: Sequence[str]) -> Encoded:
@@ -228,7 +226,7 @@ class Model:
         if isinstance(questions, str) or not questions:
             raise ConfigError("encode takes a list of questions, at least one")
         rows = [self.text.query(question) for question in questions]
-        parts = row_parts(self.placed.sampling.mesh)
+        parts = row_parts(self.policy.model.sampling.mesh)
         count, width = -(-len(rows) // parts) * parts, padded_width(max(map(len, rows)))
         padded = [rows[i] if i < len(rows) else rows[0] for i in range(count)]
         token = np.zeros((count, width), np.int32)
@@ -242,17 +240,17 @@ class Model:
         arrays, valid = states.arrays, states.valid
         n, j = valid.shape
         m = rollouts.length.shape[1] // j
-        found: list[list[list[str] | None]] = []
+        answers: list[list[list[str] | None]] = []
         for a in range(n):
             row: list[list[str] | None] = []
             for b in range(j):
                 whole = [whole_answer(arrays, rollouts, a, b, c) for c in range(m)]
                 ended = [bool(end) for end in rollouts.stopped[a, b * m : (b + 1) * m]]
                 row.append(self.text.answers(whole, ended) if valid[a, b] else None)
-            found.append(row)
+            answers.append(row)
         questions = states.base.encoded.questions
         asked = [questions[q] if q < len(questions) else questions[0] for q in arrays.query.tolist()]
-        return Answers(asked, found, m)
+        return Answers(asked, answers, m)
 
     def learner(
         self,
@@ -262,21 +260,17 @@ class Model:
         """The learner that updates these parameters; by default with the settings of training."""
         settings = (loss or LossConfig(), optimizer or OptimizerConfig())
         if settings not in self.learners:
-            placed = self.placed
-            self.learners[settings] = learner_of(
-                placed.graph, placed.training, placed.axes, *settings, self.dtype
-            )
+            self.learners[settings] = self.policy.learner(*settings)
         return PolicyLearner(self, settings[1], self.learners[settings])
 
     def updated(self, state: TrainState) -> "Model":
         """The same model with the parameters of a state; engines and their programs are shared."""
-        cast = sampling_cast(self.placed.sampling, self.placed.axes, state.params, self.dtype)
-        return dataclasses.replace(self, params=cast(state.params))
+        return dataclasses.replace(self, params=self.policy.sampling_params(state.params))
 
     def __repr__(self) -> str:
         count = sum(x.size for x in jax.tree.leaves(self.params))
-        mesh = dict(self.placed.sampling.mesh.shape)
-        return f"{self.placed.name}: {count:,} parameters, {jnp.dtype(self.dtype)}, mesh {mesh}"
+        mesh = dict(self.policy.model.sampling.mesh.shape)
+        return f"{self.policy.model.name}: {count:,} parameters, {self.policy.dtype}, mesh {mesh}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -296,9 +290,10 @@ class Explorer:
           NotFiniteError: tokens were drawn from logits that are not finite.
         """
         place = self.engine.placement
-        placed, key = place.place_rows(encoded.queries), make_key(seed, 0, place.sharding())
-        told = (self.model.params, placed, key, place.place(np.int32(step)))
-        rollouts, caches, _ = self.engine.first_return(*told, count, self.sampling)
+        placed, draws = place.place_rows(encoded.queries), draws_of(seed, step, place)
+        rollouts, caches, _ = self.engine.first_return(
+            self.model.params, placed, draws.tokens, draws.step, count, self.sampling
+        )
         rollouts = gather(rollouts)
         require_finite(rollouts, "first return")
         return Base(encoded, self.model.text.trimmed(rollouts), caches, self, seed, step)
@@ -319,10 +314,11 @@ class Explorer:
         if states.base is not base:
             raise ConfigError("these states are of other base trajectories; make them with states(base, ...)")
         place = self.engine.placement
-        placed, key = place.place_rows(base.encoded.queries), make_key(base.seed, 0, place.sharding())
-        told = (self.model.params, placed, base.caches, place.place_rows(states.arrays), key)
-        step = place.place(np.int32(base.step))
-        rollouts = gather(self.engine.explore(*told, step, count, self.sampling, keep)[0])
+        placed, draws = place.place_rows(base.encoded.queries), draws_of(base.seed, base.step, place)
+        arrays = place.place_rows(states.arrays)
+        where = (self.model.params, placed, base.caches, arrays)
+        rollouts, _ = self.engine.explore(*where, draws.tokens, draws.step, count, self.sampling, keep)
+        rollouts = gather(rollouts)
         require_finite(rollouts, "exploration")
         return self.model.text.trimmed(rollouts, states.arrays)
 
@@ -359,15 +355,15 @@ def states(
         shaped("reward", reward, (asked, r))
         rewards[:asked] = reward
     place = engine.placement
-    key, step = make_key(base.seed, 1, place.sharding()), place.place(np.int32(base.step))
-    kept = gather(keep(rules, key, step, *place.place_rows((base.encoded.queries.index, rewards))))
+    draws, queries = draws_of(base.seed, base.step, place), base.encoded.queries
+    kept = gather(keep(rules, draws, *place.place_rows((queries.index, rewards))))
     kept = kept & (np.arange(b) < asked)[:, None]
-    queries = base.encoded.queries
-    return Restarts(base, states_of_kept(engine, rules, key, step, queries, rollouts, kept))
+    sampled = place.place_rows(rollouts)
+    return Restarts(base, find_states(rules, engine, draws, queries, rollouts, kept, sampled)[0])
 
 
-def judge(answers: Answers, verifier: Callable[[str, str], float]) -> np.ndarray:
-    """Rewards of whole answers, float32 [N, J, M], 0 where there is no state.
+def judge(answers: Answers, verifier: Callable[[str, str], float]) -> Float32[np.ndarray, "N J M"]:
+    """Rewards of whole answers, 0 where there is no state.
 
     Args:
       answers: as `Model.texts` makes them.
@@ -405,9 +401,7 @@ class PolicyLearner:
 
     def init(self) -> TrainState:
         """The model's parameters in float32, and fresh moments."""
-        placed = self.model.placed
-        params = placed.read_params(placed.training)
-        return init_state(placed.training, self.learner.optimizer, placed.axes, params)
+        return self.model.policy.fresh_state(self.learner)
 
     def update(
         self, state: TrainState, batch: StateGroups, reference: Params | None = None
@@ -429,7 +423,7 @@ class PolicyLearner:
             raise ConfigError("loss.kl_coefficient is above 0; give reference, such as init().params")
         if len(batch.query) == 0:
             raise ConfigError("no state carries a gradient: all rollouts of each had one reward")
-        parts = row_parts(self.model.placed.training.mesh)
+        parts = row_parts(self.model.policy.model.training.mesh)
         bundles = bundles_of(batch, parts, self.settings.micro_tokens)
         state, metrics = self.learner.update(state, bundles, reference)
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}

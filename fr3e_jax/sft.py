@@ -125,9 +125,9 @@ def make_batch(config: SFTConfig, task: CarryAddition, text: Text, step: int, wi
         token[row, : len(ids)] = ids
         start[row], length[row] = len(query), len(ids)
     longest = -(-int(length.max()) // 16) * 16
-    nothing = np.zeros((config.batch,), np.float32)
+    nothing = np.zeros((config.batch, longest), np.float32)
     none = np.zeros((config.batch,), np.int32)
-    return Batch(token[:, :longest], length, start, np.zeros((config.batch, longest)), nothing, none, none)
+    return Batch(token[:, :longest], length, start, nothing, nothing[:, 0], none, none)
 
 
 def make_step(

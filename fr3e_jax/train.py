@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,21 @@ from etils import epath
 
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import Config, ConfigError, as_written, check, dump, resolve, updates_of, without_effect
+from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
-from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.learner import groups
-from fr3e_jax.learner.make import learner_of
-from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
-from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.mesh import PlacementError
 from fr3e_jax.parallel.waiting import HostError, waiting
 from fr3e_jax.pretrained.export import export_model
-from fr3e_jax.pretrained.model import PlacedModel, open_model
-from fr3e_jax.pretrained.text import load_text
-from fr3e_jax.problems.corpus import Corpus, make_corpus, names_of
-from fr3e_jax.problems.stream import QueryStream
-from fr3e_jax.rewards.pool import ScoringPool
+from fr3e_jax.problems.corpus import names_of
 from fr3e_jax.rewards.verdict import ScorerError
-from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.run.build import Parts, build, mesh_of
 from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.compilation import keep_compiled
 from fr3e_jax.run.interruption import Interrupted, Interruption
@@ -60,59 +52,24 @@ from fr3e_jax.run.run_dir import (
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
 from fr3e_jax.step.metrics import Metrics
-from fr3e_jax.step.rounds import Run
+from fr3e_jax.step.rounds import draws_of
 from fr3e_jax.step.update import SamplingError, SkippedError, train_step
-from fr3e_jax.types import Problem
+
+LINE = (
+    "a step's line: root reward, the mean reward from the bare question; entropy of a token; states that are "
+    "trained on (+) and that are not (-); tokens drawn; seconds, by stage (all numbers: "
+    "python -m fr3e_jax.step.meanings)"
+)
 
 
-def setup(config: Config) -> tuple[Run, PlacedModel, TrainState, Corpus]:
-    """Check the configuration, then load the model and place it on the mesh.
-
-    Returns:
-      (the run, the model that it starts from, its fresh state, its problems).
-    """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = open_model(config.model.path).place(mesh)
-    check(config, row_parts(mesh), model.config.context)
-    text = load_text(model.source, config.data.template, config.rollout.stop)
-    if endless := text.endless():
-        raise ConfigError(f"data.template {config.data.template}: {endless} (rollout.stop)")
-    corpus = make_corpus(config.data, config.seed, text, config.rollout.max_prompt)
-    hosts = Hosts(mesh, config.distributed.timeout)
-    hosts.require_same(corpus.checksum, "the problems of data.source")
-    interruption = Interruption(hosts)
-    engine = Engine(
-        model.graph,
-        model.sampling,
-        config.rollout.max_response,
-        text.end_tokens,
-        interruption.check,
-        text.stops,
-    )
-    dtype = jnp.dtype(config.model.compute_dtype)
-    settings = (config.loss, config.optimizer, dtype, updates_of(config))
-    learner = learner_of(model.graph, model.training, model.axes, *settings)
-    state = init_state(model.training, learner.optimizer, model.axes, model.read_params(model.training))
-    reference = None
-    if config.loss.kl_coefficient > 0:
-        reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
-    stream = QueryStream(corpus.stream(config.seed), text, config.rollout.max_prompt, hosts)
-    pool = ScoringPool(corpus.scorers, **asdict(config.scoring))
-    verifier = Verifier(text, hosts, pool, config.reward)
-    cast = sampling_cast(model.sampling, model.axes, state.params, dtype)
-    run = Run(
-        config, model.config, model.training, engine, learner, stream, verifier, reference, cast, interruption
-    )
-    return run, model, state, corpus
-
-
-def evaluate(run: Run, params: Params, held_out: list[Problem], step: int) -> Metrics:
+def evaluate(config: Config, parts: Parts, params: Params, step: int) -> Metrics:
     """Greedy answers to the held-out problems: share right, share cut off, mean length in tokens."""
     begun, where = time.perf_counter(), f"evaluation after step {step}"
-    respondent = Respondent(run.engine, run.stream, run.verifier, run.config.evaluate.rows, where)
-    asks = [Ask(problem, number) for number, problem in enumerate(held_out)]
+    respondent = Respondent(parts.engine, parts.stream, parts.verifier, config.evaluate.rows, where)
+    asks = [Ask(problem, number) for number, problem in enumerate(parts.corpus.held_out)]
+    key = draws_of(config.seed, step, parts.engine.placement).tokens
     with waiting("an evaluation"):
-        batches = respondent.answers(run.sampling_params(params), asks, run.key(0), GREEDY)
+        batches = respondent.answers(parts.policy.sampling_params(params), asks, key, GREEDY)
         answers = [answer for batch in batches for answer in batch]
     return {
         "eval/accuracy": float(np.mean([answer.right for answer in answers])),
@@ -129,9 +86,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
       What summary.json says; None if the run was asked to stop before its end.
     """
     refuse_other_settings(resolve(config))  # before anything is written
-    hosts = Hosts(
-        make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), config.distributed.timeout
-    )
+    hosts = Hosts(mesh_of(config.mesh), config.distributed.timeout)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(Lock("train", hosts))
         if config.run_dir is not None:
@@ -154,15 +109,18 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     started = time.perf_counter()
     given, config = config, resolve(config)
     lost = refuse_other_settings(config)
+    hosts = lock.hosts
     summary = completed(config) if lost is None else None
-    if lock.hosts.of_first(summary is not None, "whether the run is complete"):
+    if hosts.of_first(summary is not None, "whether the run is complete"):
         for line in describe_completed(summary, config) if is_first() and summary else []:
             print(line, flush=True)
         return summary
     anew = begun_anew(config)
-    run, model, state, corpus = setup(config)
-    stack.enter_context(run.interruption)
-    held_out = corpus.held_out
+    parts = build(config, hosts, stack.enter_context(Interruption(hosts)).check)
+    corpus, policy = parts.corpus, parts.policy
+    state, reference = policy.fresh_state(parts.learner), None
+    if config.loss.kl_coefficient > 0:
+        reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
     carried = groups.empty_groups(
         config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
     )
@@ -170,12 +128,12 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     resumed = Resumed(state, carried, progress, [], [])
     if config.run_dir is not None:
         fresh = (state, carried, progress)
-        resumed = resume(location(config.run_dir), config, fresh, run.hosts, lost)
+        resumed = resume(location(config.run_dir), config, fresh, hosts, lost)
     state, carried, progress = resumed.state, resumed.carried, resumed.progress
-    run.hosts.meet("the run directory is read, and not written yet")
+    hosts.meet("the run directory is read, and not written yet")
     directory = open_run_dir(config, name)
     set_aside(directory, resumed.damaged)
-    run.hosts.meet("the run directory is there")
+    hosts.meet("the run directory is there")
     lock.take(directory)
     keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
     checkpoints = Checkpoints(directory, keep, keep_every, dump(config))
@@ -184,7 +142,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     with open_reporter(directory, config.steps, progress.step) as reporter:
         reporter.say(
             f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
-            f"{dict(run.placement.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
+            f"{dict(hosts.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
         )
         if implied := changes(as_written(given), as_written(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
@@ -192,6 +150,8 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             reporter.say(line)
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
+        if progress.step < config.steps:
+            reporter.say(LINE)
         if progress.step > config.steps:
             reporter.say(
                 f"--steps {config.steps} asks for fewer steps than there are: none is trained, and the model "
@@ -199,26 +159,28 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             )
         try:
             if not progress.step:
-                first = held_out[0]
-                seen = run.stream.text.seen(first.question, first.before)
+                first = corpus.held_out[0]
+                seen = parts.text.seen(first.question, first.before)
                 reporter.say(f"the model sees, for example: {seen!r}")
-                reporter.step({"step": 0} | evaluate(run, state.params, held_out, 0) | {"tokens/total": 0})
+                reporter.step({"step": 0} | evaluate(config, parts, state.params, 0) | {"tokens/total": 0})
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
                     checkpoints.check()
                     lock.check()
                     with waiting(f"step {progress.step + 1}"):
-                        state, carried, progress, metrics, sample = train_step(run, state, carried, progress)
+                        state, carried, progress, metrics, sample = train_step(
+                            config, parts, reference, state, carried, progress
+                        )
                     told = {"metrics": metrics, "sample": sample}
                     progress = dataclasses.replace(progress, unreported=told)
                 else:
                     metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
                 every, last = config.evaluate.every, progress.step == config.steps
                 if last or (every and progress.step % every == 0):
-                    metrics |= evaluate(run, state.params, held_out, progress.step)
+                    metrics |= evaluate(config, parts, state.params, progress.step)
                 seconds = time.perf_counter() - started
                 progress = dataclasses.replace(progress, unreported=None, seconds=seconds)
-                metrics |= utilisation(metrics, run.placement.mesh.devices.flat)
+                metrics |= utilisation(metrics, hosts.mesh.devices.flat)
                 reporter.step(metrics, sample)
                 if progress.skipped >= config.optimizer.max_skipped:
                     # Counted from 0 when it is resumed: whoever starts it again wants it to try on.
@@ -241,11 +203,12 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             )
             return None
         finally:
-            run.verifier.pool.close()
+            parts.verifier.pool.close()
         checkpoints.close()
         lock.check()
         with waiting("the export"):
-            export_run(directory / MODEL, model.source, state.params, jnp.dtype(config.model.export_dtype))
+            export_type = jnp.dtype(config.model.export_dtype)
+            export_run(directory / MODEL, policy.model.source, state.params, export_type)
         return finish(reporter, directory, progress)
 
 

@@ -17,12 +17,48 @@ T tokens of a whole sequence.
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
-Leaf = Any
-"""A jax.Array on the devices, a numpy array on the host; the docstrings give shape and dtype."""
+if TYPE_CHECKING:
+    AnyArray: TypeAlias = Any
+else:
+    AnyArray = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+"""An array on devices (jax) or on the host (numpy), or the shape of one, of which programs are planned."""
+
+Leaf = AnyArray
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass that is, to jax, the tree of its fields.
+
+    jax also fills such trees with axis numbers, shardings and marks of its own. It does so without `__init__`
+    (with `jax.tree_util.register_dataclass` it would call it), so that the check of the annotations while
+    tests run sees the arrays of this package alone.
+    """
+    made = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    keys = [jax.tree_util.GetAttrKey(name) for name in names]
+
+    def flatten(tree: T) -> tuple[list[Any], None]:
+        return [getattr(tree, name) for name in names], None
+
+    def flatten_with_keys(tree: T) -> tuple[list[Any], None]:
+        return list(zip(keys, flatten(tree)[0], strict=True)), None
+
+    def unflatten(_: None, leaves: Any) -> T:
+        tree = object.__new__(made)
+        tree.__dict__.update(zip(names, leaves, strict=True))
+        return tree
+
+    jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+    return made
 
 
 Turns = tuple[tuple[str, str], ...]
@@ -50,134 +86,123 @@ class Problem:
         return "\n".join([*(text for role, text in self.before if role != "system"), self.question])
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Queries:
-    """B queries, right-padded.
+    """B queries, right-padded."""
 
-    token: int32 [B, P]. length: int32 [B], at least 1. index: int32 [B], the query's place in the
-    endless stream of queries; randomness is derived from it.
-    """
-
-    token: Leaf
-    length: Leaf
-    index: Leaf
+    token: Int32[AnyArray, "B P"]
+    length: Int32[AnyArray, " B"]
+    """At least 1."""
+    index: Int32[AnyArray, " B"]
+    """The query's place in the endless stream of queries; randomness is derived from it."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Rollouts:
     """What C branches of N trajectories generated; entries from `length` on are 0.
 
-    token: int32 [N, C, S]. logprob: float32 [N, C, S], of the drawn token, nats. entropy: float32
-    [N, C, S], of the distribution before the draw, nats; both of the unfiltered distribution at
-    temperature 1. sampled_logprob: float32 [N, C, S], of the drawn token in the distribution that it was
-    drawn from (temperature, top-k, top-p), nats. length: int32 [N, C], the token that ended the answer
-    included. stopped: bool [N, C], an end token was drawn (False: cut at the limit).
+    Log-probabilities and entropy are in nats.
     """
 
-    token: Leaf
-    logprob: Leaf
-    sampled_logprob: Leaf
-    entropy: Leaf
-    length: Leaf
-    stopped: Leaf
+    token: Int32[AnyArray, "N C S"]
+    logprob: Float32[AnyArray, "N C S"]
+    """Of the drawn token in the unfiltered distribution at temperature 1."""
+    sampled_logprob: Float32[AnyArray, "N C S"]
+    """Of the drawn token in the distribution that it was drawn from (temperature, top-k, top-p)."""
+    entropy: Float32[AnyArray, "N C S"]
+    """Of the unfiltered distribution at temperature 1, before the token is drawn."""
+    length: Int32[AnyArray, "N C"]
+    """Tokens, the one that ended the answer included."""
+    stopped: Bool[AnyArray, "N C"]
+    """Whether an end token was drawn; False: cut at the limit."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class StopTable:
     """An automaton over tokens that recognises texts which end an answer.
 
     Its states are numbers: 0, nothing of such a text, up to the last, in which one is complete and which is
-    never left. group: int32 [V], tokens that change every state alike have one number. following: int32
-    [states, groups], the state after a token of a group.
+    never left.
     """
 
-    group: Leaf
-    following: Leaf
+    group: Int32[AnyArray, " V"]
+    """Tokens that change every state alike have one number."""
+    following: Int32[AnyArray, "states groups"]
+    """The state after a token of a group."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class States:
-    """Where partial rollouts start: J states of each of N kept trajectories.
+    """Where partial rollouts start: J states of each of N kept trajectories."""
 
-    query: int32 [N], row of `Queries`. base: int32 [N], which of the R base trajectories.
-    response: int32 [N, S], the tokens of that trajectory. prefix_length: int32 [N, J], how many of them
-    the state keeps; 0 is the root. valid: bool [N, J].
-    """
+    query: Int32[AnyArray, " N"]
+    """Row of `Queries`."""
+    base: Int32[AnyArray, " N"]
+    """Which of the R base trajectories."""
+    response: Int32[AnyArray, "N S"]
+    """The tokens of that trajectory."""
+    prefix_length: Int32[AnyArray, "N J"]
+    """How many tokens of the response the state keeps; 0 is the root."""
+    valid: Bool[AnyArray, "N J"]
+    """False of states that a short response does not have."""
 
-    query: Leaf
-    base: Leaf
-    response: Leaf
-    prefix_length: Leaf
-    valid: Leaf
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class StateGroups:
-    """G accepted states with their M rollouts, on the host: what waits for the learner.
+    """G accepted states with their M rollouts, on the host: what waits for the learner."""
 
-    query: int32 [G, P]. query_length: int32 [G]. prefix: int32 [G, S], the base response, of which
-    the state holds the first `prefix_length` (int32 [G]) tokens. token: int32 [G, M, S], logprob:
-    float32 [G, M, S], length: int32 [G, M], the continuations. advantage: float32 [G, M], modulated.
-    source: int32 [G, 3], index of the query, base trajectory and state.
-    """
+    query: Int32[AnyArray, "G P"]
+    query_length: Int32[AnyArray, " G"]
+    prefix: Int32[AnyArray, "G S"]
+    """The base response, of which the state holds the first `prefix_length` tokens."""
+    prefix_length: Int32[AnyArray, " G"]
+    token: Int32[AnyArray, "G M new"]
+    """Of the continuations."""
+    logprob: Float32[AnyArray, "G M new"]
+    """Of these tokens, as recorded while sampling, nats."""
+    length: Int32[AnyArray, "G M"]
+    advantage: Float32[AnyArray, "G M"]
+    """Modulated."""
+    source: Int32[AnyArray, "G 3"]
+    """Index of the query, base trajectory and state."""
 
-    query: Leaf
-    query_length: Leaf
-    prefix: Leaf
-    prefix_length: Leaf
-    token: Leaf
-    logprob: Leaf
-    length: Leaf
-    advantage: Leaf
-    source: Leaf
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Trunks:
     """What rows share: query and base response up to the last token that a row follows.
 
-    token: int32 [P, n, S], right-padded, n for each of the mesh's P row parts. length: int32 [P, n].
+    There are n trunks for each of the P parts that the mesh splits rows into.
     """
 
-    token: Leaf
-    length: Leaf
+    token: Int32[AnyArray, "P n S"]
+    """Right-padded."""
+    length: Int32[AnyArray, "P n"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Batch:
-    """Rows for the learner; a row follows the beginning of a trunk, or nothing (the flat form).
+    """Rows for the learner; a row follows the beginning of a trunk, or nothing (the flat form)."""
 
-    token: int32 [rows, T], right-padded: the last token of the state and the continuation, or in the flat
-    form query, prefix and continuation; the last column is only a target. length: int32 [rows]. start: int32
-    [rows], index of the first trained token, at least 1. old_logprob: float32 [rows, T], aligned with
-    `token`, as recorded while sampling.
-    advantage: float32 [rows]. trunk: int32 [rows], which of the trunks of its part. prefix: int32 [rows],
-    tokens of it that the row follows; 0 in the flat form.
-    """
-
-    token: Leaf
-    length: Leaf
-    start: Leaf
-    old_logprob: Leaf
-    advantage: Leaf
-    trunk: Leaf
-    prefix: Leaf
+    token: Int32[AnyArray, "rows T"]
+    """Right-padded: the last token of the state and the continuation, or in the flat form query, prefix and
+    continuation; the last column is only a target."""
+    length: Int32[AnyArray, " rows"]
+    start: Int32[AnyArray, " rows"]
+    """Index of the first trained token, at least 1."""
+    old_logprob: Float32[AnyArray, "rows T"]
+    """Of `token`, as recorded while sampling, nats."""
+    advantage: Float32[AnyArray, " rows"]
+    trunk: Int32[AnyArray, " rows"]
+    """Which of the trunks of its part."""
+    prefix: Int32[AnyArray, " rows"]
+    """Tokens of the trunk that the row follows; 0 in the flat form."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """Trunks, None in the flat form, and chunks of rows that follow them, in any order.
-
-    window: for each chunk, slots of the trunks that its rows see (static).
-    """
+    """Trunks, None in the flat form, and chunks of rows that follow them, in any order."""
 
     trunks: Trunks | None
     chunks: tuple[Batch, ...]
     window: tuple[int, ...]
+    """For each chunk, the number of the trunks' slots that its rows see: static, a shape of the program."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int32
 
 MASKED = -1e30  # finite, so that a wholly masked part joins with weight 0 instead of nan
 
@@ -18,39 +19,41 @@ MASKED = -1e30  # finite, so that a wholly masked part joins with weight 0 inste
 class Segment(NamedTuple):
     """Keys (rotated) and values of consecutive tokens, for all layers.
 
-    key, value: [L, K, S, D] for L layers, K key-value heads, S slots, D per head; axes of a batch
-    follow L. length: int32 [], slots that hold tokens; the rest is never read.
-    (Any, since trees of axis numbers and of shapes have this form too.)
+    L layers, K key-value heads, S slots, D per head. (Any, since trees of axis numbers and of shapes have
+    this form too.)
     """
 
-    key: Any
-    value: Any
-    length: Any
+    key: Float[Any, "L *batch K S D"]
+    value: Float[Any, "L *batch K S D"]
+    length: Int32[Any, "*batch"]
+    """Slots that hold tokens; the rest is never read."""
 
 
 class Part(NamedTuple):
-    """What one layer attends to in one link: key, value [K, S, D]; mask bool [T, S] or [1, S]."""
+    """Keys and values that one layer attends to in one segment, and which of them each query sees."""
 
-    key: Array
-    value: Array
-    mask: Array
+    key: Float[Array, "K S D"]
+    value: Float[Array, "K S D"]
+    mask: Bool[Array, "#T S"]
 
 
 class Partial(NamedTuple):
-    """Attention to one part, not yet normalised, float32.
+    """Attention to one part, not yet normalised, of G query heads to each key-value head.
 
-    top: [T, K, G], the largest score. total: [T, K, G], the sum of exp(score - top). output: [T, K, G, D],
-    the values weighted by it. G query heads to a key-value head. Where nothing is attended to, top is
-    `MASKED`, total and output are any numbers, and another part's larger top makes them join with weight 0.
+    Where nothing is attended to, top is `MASKED`, total and output are any numbers, and another part's
+    larger top makes them join with weight 0.
     """
 
-    top: Array
-    total: Array
-    output: Array
+    top: Float32[Array, "T K G"]
+    """The largest score."""
+    total: Float32[Array, "T K G"]
+    """The sum of exp(score - top)."""
+    output: Float32[Array, "T K G D"]
+    """The sum of the values, weighted by exp(score - top)."""
 
 
-def attend_part(query: Array, part: Part) -> Partial:
-    """Attention of queries [T, H, D] to one part.
+def attend_part(query: Float[Array, "T H D"], part: Part) -> Partial:
+    """Attend to one part.
 
     Scores, softmax and accumulation are float32 whatever the inputs are. H is a multiple of the key-value
     heads; the query heads of one are adjacent.
@@ -68,14 +71,11 @@ def attend_part(query: Array, part: Part) -> Partial:
     return Partial(*(jnp.moveaxis(x, 2, 0) for x in (top, jnp.sum(weight, axis=-1), output)))
 
 
-def join(partials: Sequence[Partial]) -> Array:
-    """Softmax attention over the union of parts, by log-sum-exp.
+def join(partials: Sequence[Partial]) -> Float32[Array, "*axes H D"]:
+    """Compute softmax attention over the union of parts, by log-sum-exp.
 
     Args:
       partials: of the same queries, with any leading axes; every query sees at least one key over all parts.
-
-    Returns:
-      float32 [..., H, D].
     """
     peak = functools.reduce(jnp.maximum, [partial.top for partial in partials])
     scales = [jnp.exp(partial.top - peak) for partial in partials]
@@ -85,44 +85,56 @@ def join(partials: Sequence[Partial]) -> Array:
     return joined.reshape(*joined.shape[:-3], -1, joined.shape[-1])
 
 
-def attend(query: Array, parts: Sequence[Part]) -> Array:
-    """Attention of queries [T, H, D] to the union of `parts`: [T, H, D], dtype of `query`."""
+def attend(query: Float[Array, "T H D"], parts: Sequence[Part]) -> Float[Array, "T H D"]:
+    """Attend to the union of `parts`; the result has the dtype of `query`."""
     return join([attend_part(query, part) for part in parts]).astype(query.dtype)
 
 
 class Prefix(NamedTuple):
-    """What a sequence follows: one of n segments that several sequences share, or the beginning of one.
+    """The KV cache that a sequence follows: one of n segments that several sequences share, or its beginning.
 
-    key, value: [L, n, K, S, D], or [n, K, S, D] of a layer. which: int32 [], the segment. length: int32 [],
-    slots of it that the sequence sees. Before n and before which and length there may be axes of a batch.
+    The axis L is there for all layers, and gone for one. (Any: as in `Segment`.)
     """
 
-    key: Any
-    value: Any
-    which: Any
-    length: Any
+    key: Float[Any, "L *batch n K S D"]
+    value: Float[Any, "L *batch n K S D"]
+    which: Int32[Any, "*batch"]
+    """Index of the segment."""
+    length: Int32[Any, "*batch"]
+    """Slots of the segment that the sequence sees."""
 
 
-Attend = Callable[[Array, Array, Array, Array, Prefix | None], Array]
-"""`attend_sequence`, or what computes the same in another way, or for a batch of sequences."""
+Attend = Callable[
+    [
+        Float[Array, "*batch T H D"],
+        Float[Array, "*batch K T D"],
+        Float[Array, "*batch K T D"],
+        Bool[Array, "*batch T"],
+        Prefix | None,
+    ],
+    Float[Array, "*batch T H D"],
+]
+"""`attend_sequence`, or a function that computes the same in another way, or for a batch of sequences."""
 
 QUERY_BLOCK = 256  # tokens whose scores exist at a time
 
 
-def attend_sequence(query: Array, key: Array, value: Array, real: Array, prefix: Prefix | None) -> Array:
-    """Causal attention of a sequence to its prefix and to itself.
+def attend_sequence(
+    query: Float[Array, "T H D"],
+    key: Float[Array, "K T D"],
+    value: Float[Array, "K T D"],
+    real: Bool[Array, " T"],
+    prefix: Prefix | None,
+) -> Float[Array, "T H D"]:
+    """Attend causally, a sequence to its prefix and to itself; the result has the dtype of `query`.
 
-    Scores exist for `QUERY_BLOCK` tokens at a time, also in the backward pass, which computes them again;
-    what lies behind a block is not computed.
+    Scores exist for `QUERY_BLOCK` tokens at a time, also in the backward pass, which computes them again.
+    Scores of a block with later tokens are not computed.
 
     Args:
-      query: [T, H, D].
-      key, value: [K, T, D].
-      real: bool [T], False where there is only padding, which is seen by itself alone.
+      query, key, value: of the sequence.
+      real: False where there is only padding, which is seen by itself alone.
       prefix: of one layer, or None.
-
-    Returns:
-      [T, H, D], dtype of `query`.
     """
     length = query.shape[0]
     before: list[Part] = []

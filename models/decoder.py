@@ -1,4 +1,4 @@
-"""What the engine and the learner ask of a model, and what is done for every model alike.
+"""The protocol of a decoder, which engine and learner use, and the functions that all decoders share.
 
 A model is three classes: a config (`DecoderConfig`), the decoder that it builds (`Decoder`), and its layers
 (`Layer`). `qwen2.py` is one; another is a file of its own, and nothing else changes. All keep to this:
@@ -26,12 +26,13 @@ S slots of a segment.
 import abc
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax import Array
+from jaxtyping import Float, Float32, Int
 
 from fr3e_jax.models.attention import Attend, Prefix, Segment, attend_sequence
 
@@ -43,20 +44,21 @@ Shard = Callable[..., Array]
 
 
 def unsharded(x: Array, *_: str | None) -> Array:
-    """The `Shard` of a program without a mesh."""
+    """Return x as it is: the `Shard` of a program without a mesh."""
     return x
 
 
 def sharded_as_batch(shard: Shard) -> Shard:
-    """`shard` where the axis of tokens holds those of a batch of sequences, one after the other."""
+    """Name the axis of tokens `batch`: it holds those of a batch of sequences, one after the other."""
     return lambda x, *axes: shard(x, *("batch" if axis == "length" else axis for axis in axes))
 
 
 def cache_axes(*batch: str | None) -> tuple[str | None, ...]:
-    """Logical axes of keys or values [L, *B, K, S, D], where those of a batch follow the layers."""
+    """Name the logical axes of keys or values [L, *B, K, S, D]: those of a batch follow the layers."""
     return ("layer", *batch, "kv_heads", None, "head_dim")
 
 
+@runtime_checkable
 class DecoderConfig(Protocol):
     """An architecture: a frozen dataclass, since programs are told apart by it."""
 
@@ -82,13 +84,13 @@ class DecoderConfig(Protocol):
 
     @property
     def known_ids(self) -> tuple[tuple[int, int], ...]:
-        """Ranges [first, end) of the ids that the tokenizer has, where V is more; empty where it has all."""
+        """Ranges [first, end) of the ids that the tokenizer has; empty where it has all V."""
 
     def build(self, rngs: nnx.Rngs) -> "Decoder":
-        """The decoder with fresh parameters."""
+        """Make the decoder with fresh parameters."""
 
     def forward_flops(self, tokens: float, pairs: float, logits: float) -> float:
-        """FLOPs of a forward pass: multiplications and additions of matrix products, two for each weight.
+        """Count FLOPs of a forward pass: of matrix products, 2 for each weight and token.
 
         Args:
           tokens: that run through the layers.
@@ -97,61 +99,64 @@ class DecoderConfig(Protocol):
         """
 
 
+@runtime_checkable
 class Layer(Protocol):
-    """A layer, merged from its slice of the stacked parameters. Between its two halves is the attention."""
+    """A layer, merged from its slice of the stacked parameters. Attention is between its two halves."""
 
-    def project(self, x: Array, position: Array, shard: Shard) -> tuple[Array, Array, Array]:
-        """What attention needs, of each token by itself.
+    def project(
+        self, x: Float[Array, "T E"], position: Int[Array, " T"], shard: Shard
+    ) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
+        """Compute query, key and value of each token by itself.
 
         Args:
-          x: [T, E], the residual stream.
-          position: int32 [T], place of each token in its sequence.
+          x: the residual stream.
+          position: place of each token in its sequence.
           shard: places activations on the mesh.
 
         Returns:
-          (query [T, H, D], key [T, K, D], value [T, K, D]); query and key know their position (rotated),
-          since a cache is read without it.
+          (query, key, value); query and key are rotated by their position, since attention is not told it.
         """
 
-    def finish(self, x: Array, attended: Array, shard: Shard) -> Array:
-        """The rest of the layer, of each token by itself.
+    def finish(
+        self, x: Float[Array, "T E"], attended: Float[Array, "T H D"], shard: Shard
+    ) -> Float[Array, "T E"]:
+        """Compute the rest of the layer, of each token by itself.
 
         Args:
-          x: [T, E], the residual stream as `project` was given it.
-          attended: [T, H, D], the values weighted by attention.
+          x: the residual stream that `project` was given.
+          attended: the values weighted by attention.
           shard: places activations on the mesh.
 
         Returns:
-          [T, E], the residual stream for the next layer.
+          The residual stream for the next layer.
         """
 
 
 class Decoder(nnx.Module):
-    """A decoder with its LM head; a subclass sets the attributes and says how tokens become numbers and back.
-
-    config: what it was built from. layers: `Layer`, stacked. norm: [..., E] -> [..., E], dtype kept, of the
-    residual stream after the last layer.
-    """
+    """A decoder with its LM head; a subclass sets the attributes and defines `embed` and `logits`."""
 
     config: DecoderConfig
+    """What it was built from."""
     layers: Layer
-    norm: Callable[[Array], Array]
+    """All layers, stacked."""
+    norm: Callable[[Float[Array, "*axes E"]], Float[Array, "*axes E"]]
+    """The norm of the residual stream after the last layer; it keeps the dtype."""
 
     @abc.abstractmethod
-    def embed(self, token: Array, shard: Shard) -> Array:
-        """int32 [T] -> [T, E], the residual stream before the first layer."""
+    def embed(self, token: Int[Array, " T"], shard: Shard) -> Float[Array, "T E"]:
+        """Look tokens up: the residual stream before the first layer."""
 
     @abc.abstractmethod
-    def logits(self, hidden: Array, shard: Shard = unsharded) -> Array:
-        """What `norm` returned, [T, E] -> float32 [T, V], the vocabulary sharded; -inf of unknown ids."""
+    def logits(self, hidden: Float[Array, "T E"], shard: Shard = unsharded) -> Float32[Array, "T V"]:
+        """Compute logits of what `norm` returned, the vocabulary sharded; -inf of unknown ids."""
 
     @property
     def dtype(self) -> Any:
         """The type of the parameters, and so of activations, keys and values."""
         return jnp.result_type(*jax.tree.leaves(nnx.state(self)))
 
-    def known(self, logits: Array) -> Array:
-        """Logits float32 [T, V] with -inf where the tokenizer has no such id."""
+    def known(self, logits: Float32[Array, "T V"]) -> Float32[Array, "T V"]:
+        """Set logits to -inf where the tokenizer has no such id."""
         if not self.config.known_ids:
             return logits
         word = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -160,30 +165,30 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        token: Array,
-        position: Array,
-        length: Array,
+        token: Int[Array, "*B T"],
+        position: Int[Array, "*#B T"],
+        length: Int[Array, "*#B"] | int,
         shard: Shard = unsharded,
         remat: bool = False,
-        start: Array | int = 0,
+        start: Int[Array, "*#B"] | int = 0,
         prefix: Prefix | None = None,
         attend: Attend = attend_sequence,
-    ) -> tuple[Array, Segment]:
+    ) -> tuple[Float[Array, "*B T E"], Segment]:
         """Run whole sequences causally: one, or a batch with any axes *B that `attend` takes.
 
         Args:
-          token: int32 [*B, T], padded on the right, and before `start` on the left.
-          position: int32 [*B, T], places for the rotary embedding.
-          length: int32 [*B], index behind the last real token.
+          token: padded on the right, and before `start` on the left.
+          position: places for the rotary embedding.
+          length: index of the first padding after the real tokens.
           shard: places activations on the mesh.
           remat: recompute each layer in the backward pass instead of holding it.
-          start: int32 [*B], index of the first real token. A sequence that others go on from starts at 0,
-            since a segment is read from its first slot.
-          prefix: what they follow, of all layers.
+          start: index of the first real token. A sequence that others go on from starts at 0, since a segment
+            is read from its first slot.
+          prefix: the KV cache that they follow, of all layers.
           attend: computes the attention of the whole batch; the default, that of one sequence.
 
         Returns:
-          (hidden [*B, T, E] after the final norm, their keys and values: [L, *B, K, T, D] with length [*B]).
+          (hidden states after the final norm, keys and values of the sequences).
         """
         graph, stacked = nnx.split(self.layers)
         index = jnp.broadcast_to(jnp.arange(token.shape[-1]), token.shape)
@@ -212,32 +217,32 @@ class Decoder(nnx.Module):
 
 
 def graph_of(config: DecoderConfig) -> nnx.GraphDef[Decoder]:
-    """The static half of the model: `nnx.merge(graph, params)` is its `Decoder`."""
+    """Make the static half of the model: `nnx.merge(graph, params)` is its `Decoder`."""
     return nnx.graphdef(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
 
 
 def init_params(config: DecoderConfig, seed: int) -> Params:
-    """Fresh float32 parameters, a function of `seed`."""
+    """Draw fresh float32 parameters, a function of `seed`."""
     return nnx.to_pure_dict(nnx.state(config.build(nnx.Rngs(seed))))
 
 
 def abstract_params(config: DecoderConfig) -> Params:
-    """The parameters as ShapeDtypeStructs, without memory."""
+    """Make the parameters as ShapeDtypeStructs, without memory."""
     return jax.eval_shape(lambda: init_params(config, 0))
 
 
 def logical_axes(config: DecoderConfig) -> Params:
-    """The logical axis names of every parameter, a tree of tuples parallel to the parameters.
+    """Read the logical axis names of every parameter: a tree of tuples, parallel to the parameters.
 
     Raises:
       ValueError: a parameter of the decoder has no name for each of its axes.
     """
     state = nnx.state(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
-    found = {}
+    axes = {}
     for path, variable in nnx.to_flat_state(state):
         names = variable.get_metadata("axes", ())
         if len(names) != variable.ndim:
             name = ".".join(map(str, path))
             raise ValueError(f"{name} has {variable.ndim} axes and the names {names}; give nnx.Param axes=")
-        found[path] = names
-    return traverse_util.unflatten_dict(found)
+        axes[path] = names
+    return traverse_util.unflatten_dict(axes)

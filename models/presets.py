@@ -23,7 +23,7 @@ class Preset:
 def qwen25(
     hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, tied: bool
 ) -> Qwen2Config:
-    """The shape of a Qwen2.5."""
+    """Make the config of a Qwen2.5."""
     return Qwen2Config(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -42,7 +42,7 @@ def qwen25(
 def small(
     hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, context: int
 ) -> Qwen2Config:
-    """The shape of a small model of one's own, with the frequencies of a short context."""
+    """Make the config of a small model, with the frequencies of a short context."""
     return dataclasses.replace(
         qwen25(hidden, layers, heads, kv_heads, intermediate, vocab, tied=True),
         max_position_embeddings=context,
@@ -51,14 +51,14 @@ def small(
 
 
 def math(config: Qwen2Config) -> Qwen2Config:
-    """The shape of a Qwen2.5-Math: another base of the rotary frequencies, and a shorter context."""
+    """Make the config of a Qwen2.5-Math: another base of the rotary frequencies, and a shorter context."""
     return dataclasses.replace(config, max_position_embeddings=4_096, rope_theta=10_000.0)
 
 
 def qwen3(
     hidden: int, layers: int, heads: int, intermediate: int, tied: bool, kv_heads: int = 8
 ) -> Qwen2Config:
-    """The shape of a dense Qwen3."""
+    """Make the config of a dense Qwen3."""
     return dataclasses.replace(
         qwen25(hidden, layers, heads, kv_heads, intermediate, 151_936, tied),
         head_dim=128,
@@ -71,7 +71,7 @@ def qwen3(
 def smollm2(
     hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, theta: float
 ) -> Qwen2Config:
-    """The shape of a SmolLM2, a Llama."""
+    """Make the config of a SmolLM2, a Llama."""
     return dataclasses.replace(
         qwen25(hidden, layers, heads, kv_heads, intermediate, 49_152, tied=True),
         max_position_embeddings=8_192,
@@ -82,7 +82,7 @@ def smollm2(
 
 
 def names(family: str, size: str, *variants: str) -> tuple[str, ...]:
-    """Hub names of a size: `{}` in the variant is the size."""
+    """Make the hub's names of a size: `{}` in a variant is the size."""
     return tuple(f"{family}{variant.format(size)}" for variant in variants)
 
 

@@ -1,9 +1,8 @@
 """The Qwen2 decoder (Qwen2.5 checkpoints), in Flax NNX.
 
-Two flags make the same decoder its nearest kin: `qk_norm` without `qkv_bias` is dense Qwen3, neither is
-Llama.
+Two flags make it a related decoder: `qk_norm` without `qkv_bias` is dense Qwen3, neither is Llama.
 
-What is asked of a decoder, and what holds for every one, is in decoder.py.
+The protocol of a decoder is in decoder.py.
 
 Axis letters: T tokens, V vocabulary, E hidden, H heads, K key-value heads, D per head, L layers.
 """
@@ -15,25 +14,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Float32, Int
 
 from fr3e_jax.models.decoder import Decoder, Shard, unsharded
 from fr3e_jax.models.rope import Yarn, rotate
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def gated(gate: Array, up: Array) -> Array:
-    """silu(gate) * up; of what leads to it, a gradient holds these two and computes the rest again."""
+def gated(gate: Float[Array, "T mlp"], up: Float[Array, "T mlp"]) -> Float[Array, "T mlp"]:
+    """Compute silu(gate) * up; the backward pass holds these two and computes silu again."""
     return jax.nn.silu(gate) * up
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config:
-    """The architecture; names and meaning of Hugging Face's config.json.
-
-    qkv_bias: query, key and value have biases (Qwen2). qk_norm: query and key are normalised, head by
-    head, before they are rotated (Qwen3). yarn: scaling of the context, or None. known_ids: ranges [first,
-    end) of the ids that the tokenizer has, where the vocabulary has more; the others have no probability.
-    """
+    """The architecture; names and meaning are those of Hugging Face's config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -47,24 +42,30 @@ class Qwen2Config:
     rms_norm_eps: float
     tie_word_embeddings: bool
     qkv_bias: bool = True
+    """Whether query, key and value have biases (Qwen2)."""
     qk_norm: bool = False
+    """Whether query and key are normalised, head by head, before they are rotated (Qwen3)."""
     yarn: Yarn | None = None
+    """Scaling of the context, or None."""
     known_ids: tuple[tuple[int, int], ...] = ()
+    """Ranges [first, end) of the ids that the tokenizer has, where the vocabulary has more.
+
+    The others have no probability."""
 
     @property
     def context(self) -> int:
-        """The longest sequence, tokens; YaRN extends what the model was trained with."""
+        """The longest sequence, tokens; YaRN extends that of the training."""
         if self.yarn is None:
             return self.max_position_embeddings
         extended = int(self.yarn.factor * self.yarn.original_max_position_embeddings)
         return max(self.max_position_embeddings, extended)
 
     def build(self, rngs: nnx.Rngs) -> "Qwen2":
-        """The decoder with fresh parameters."""
+        """Make the decoder with fresh parameters."""
         return Qwen2(self, rngs)
 
     def forward_flops(self, tokens: float, pairs: float, logits: float) -> float:
-        """FLOPs of a forward pass; the arguments are those of `DecoderConfig.forward_flops`."""
+        """Count FLOPs of a forward pass; the arguments are those of `DecoderConfig.forward_flops`."""
         heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
         layer = self.hidden_size * (heads + 3 * self.intermediate_size)
         attention = 2 * self.num_attention_heads * self.head_dim
@@ -73,26 +74,26 @@ class Qwen2Config:
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
-    """A normally distributed float32 parameter that knows the logical names of its axes."""
+    """Make a normally distributed float32 parameter with the logical names of its axes."""
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32."""
+    """The norm x / rms(x) * scale, computed in float32."""
 
     def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float) -> None:
         self.scale = nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
-        """[..., E] -> [..., E], dtype of x."""
+    def __call__(self, x: Float[Array, "*axes E"]) -> Float[Array, "*axes E"]:
+        """Normalise the last axis; the result has the dtype of x."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)
 
 
 class Block(nnx.Module):
-    """One decoder layer; built stacked ([L, ...] leaves), merged and called one layer at a time."""
+    """A decoder layer, built stacked ([L, ...] parameters), merged and called one layer at a time."""
 
     def __init__(self, config: Qwen2Config, rngs: nnx.Rngs, init_scale: float = 0.02) -> None:
         c = config
@@ -124,8 +125,10 @@ class Block(nnx.Module):
         self.up = stacked((hidden, c.intermediate_size), ("embed", "mlp"))
         self.down = stacked((c.intermediate_size, hidden), ("mlp", "embed"), out_scale)
 
-    def project(self, x: Array, position: Array, shard: Shard) -> tuple[Array, Array, Array]:
-        """Residual stream [T, E] -> rotated query [T, H, D], rotated key and value [T, K, D]."""
+    def project(
+        self, x: Float[Array, "T E"], position: Int[Array, " T"], shard: Shard
+    ) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
+        """Compute rotated query, rotated key and value from the residual stream."""
         normed = self.attention_norm(x)
         query = jnp.einsum("te,ehd->thd", normed, self.q[...])
         key = jnp.einsum("te,ekd->tkd", normed, self.k[...])
@@ -143,8 +146,10 @@ class Block(nnx.Module):
         )
         return turn(query), turn(key), value
 
-    def finish(self, x: Array, attended: Array, shard: Shard) -> Array:
-        """Add attention's output [T, H, D] and the gated MLP to the residual stream [T, E]."""
+    def finish(
+        self, x: Float[Array, "T E"], attended: Float[Array, "T H D"], shard: Shard
+    ) -> Float[Array, "T E"]:
+        """Add attention's output and the gated MLP to the residual stream."""
         x = x + jnp.einsum("thd,hde->te", attended, self.o[...])
         x = shard(x, "length", "activation")
         normed = self.mlp_norm(x)
@@ -167,15 +172,15 @@ class Qwen2(Decoder):
         if not config.tie_word_embeddings:
             self.lm_head = weight(rngs, table, ("vocab", "embed"), 0.02)
 
-    def embed(self, token: Array, shard: Shard) -> Array:
-        """int32 [T] -> [T, E]."""
-        # Said of the table too: gathered over fsdp, as every other weight is, and split over the vocabulary
-        # also as a gradient, which every device would otherwise hold whole.
+    def embed(self, token: Int[Array, " T"], shard: Shard) -> Float[Array, "T E"]:
+        """Look tokens up in the embedding."""
+        # The table is sharded too: gathered over fsdp, as every other weight is, and split over the
+        # vocabulary also as a gradient, which every device would otherwise hold whole.
         table = shard(self.embedding[...], "vocab", None)
         return shard(table[token], "length", "activation")
 
-    def logits(self, hidden: Array, shard: Shard = unsharded) -> Array:
-        """Final hidden states [T, E] -> float32 [T, V], the vocabulary sharded; -inf of unknown ids."""
+    def logits(self, hidden: Float[Array, "T E"], shard: Shard = unsharded) -> Float32[Array, "T V"]:
+        """Compute logits of the final hidden states, the vocabulary sharded; -inf of unknown ids."""
         table = self.embedding if self.config.tie_word_embeddings else self.lm_head
         # As in `embed`: gathered over fsdp, or XLA may add up logits over it.
         words = shard(table[...], "vocab", None)

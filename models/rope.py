@@ -6,40 +6,41 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """YaRN (arXiv 2309.00071); names and meaning of `rope_scaling` in config.json.
-
-    factor: the new context over the old one. original_max_position_embeddings: the old one, tokens.
-    attention_factor: scale of cosine and sine. beta_fast, beta_slow: turns over the old context from
-    which a frequency is kept, and up to which it is divided by `factor`. truncate: round the bounds of
-    the ramp between the two to whole dimensions.
-    """
+    """YaRN (arXiv 2309.00071); names and meaning are those of `rope_scaling` in config.json."""
 
     factor: float
+    """The new context over the old one."""
     original_max_position_embeddings: int
+    """The old context, tokens."""
     attention_factor: float
+    """Scale of cosine and sine."""
     beta_fast: float = 32.0
+    """Turns over the old context from which a frequency is kept."""
     beta_slow: float = 1.0
+    """Turns over the old context up to which a frequency is divided by `factor`."""
     truncate: bool = True
+    """Whether the bounds of the ramp between the two are rounded to whole dimensions."""
 
 
 def attention_factor(factor: float, mscale: float = 1.0) -> float:
-    """The scale of cosine and sine that YaRN recommends (arXiv 2309.00071, equation 22)."""
+    """Compute the scale of cosine and sine that YaRN recommends (arXiv 2309.00071, equation 22)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> np.ndarray:
-    """Radians per position of each pair of dimensions, float32 [D / 2]."""
+def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> Float32[np.ndarray, " pairs"]:
+    """Compute radians per position of each pair of dimensions."""
     half = head_dim // 2
     kept = theta ** -(np.arange(half) / half)
     if yarn is None:
         return kept.astype(np.float32)
 
     def dimension(turns: float) -> float:
-        """The pair that makes `turns` turns over the old context."""
+        """Find the pair that makes `turns` turns over the old context."""
         return (
             half * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
         )
@@ -52,17 +53,16 @@ def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> np.ndarray:
     return (kept * (1 - ramp) + kept / yarn.factor * ramp).astype(np.float32)
 
 
-def rotate(x: Array, position: Array, theta: float, yarn: Yarn | None = None) -> Array:
-    """Rotary embedding, the two halves of a head paired, computed in float32.
+def rotate(
+    x: Float[Array, "T heads D"], position: Int[Array, " T"], theta: float, yarn: Yarn | None = None
+) -> Float[Array, "T heads D"]:
+    """Apply the rotary embedding, the two halves of a head paired; computed in float32, returned as `x` is.
 
     Args:
-      x: [T, heads, D].
-      position: int32 [T].
+      x: queries or keys.
+      position: of each token in its sequence.
       theta: base of the frequencies.
       yarn: scaling of the context, or None.
-
-    Returns:
-      [T, heads, D], dtype of `x`.
     """
     angle = position.astype(jnp.float32)[:, None, None] * frequencies(x.shape[-1], theta, yarn)[None, None]
     scale = 1.0 if yarn is None else yarn.attention_factor

@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
+from jaxtyping import Bool, Float
 
 from fr3e_jax.models.attention import Prefix
 
@@ -23,24 +24,30 @@ PADDING, REAL, HIDDEN = 0, 1, 2  # who sees whom: a token sees those of its own 
 
 
 def splash_sequence(
-    query: Array, key: Array, value: Array, real: Array, prefix: Prefix | None, interpret: bool = False
-) -> Array:
-    """`attend_sequence` by one kernel, on one device.
+    query: Float[Array, "T H D"],
+    key: Float[Array, "K T D"],
+    value: Float[Array, "K T D"],
+    real: Bool[Array, " T"],
+    prefix: Prefix | None,
+    interpret: bool = False,
+) -> Float[Array, "T H D"]:
+    """Compute `attend_sequence` by one kernel, on one device.
 
-    Prefix and sequence are seen by one call, not by two that are joined: the kernel's derivative is of its
-    output alone, and there is none of the log-sum-exp that joining needs. So the prefix is copied to every
-    sequence. Slots of it that are not seen cost what seen ones do.
+    One call attends to prefix and sequence, not two that are joined: the kernel's derivative is of its output
+    alone, and joining needs that of the log-sum-exp. So the prefix is copied to every sequence. Slots of it
+    that are not seen cost what seen ones do.
 
     Args:
-      query: [T, H, D], any T. Multiplied by D**-0.5 before the kernel, so rounded once more than in
-        `attend_sequence` unless D is a power of 4.
-      key, value: [K, T, D], dtype of `query`; K divides H.
-      real: bool [T], False where there is only padding, which sees padding alone.
+      query: any T. Multiplied by D**-0.5 before the kernel, so rounded once more than in `attend_sequence`
+        unless D is a power of 4.
+      key, value: dtype of `query`; K divides H.
+      real: False where there is only padding, which sees padding alone.
       prefix: of one layer, or None.
       interpret: run the kernel as ordinary operations, which any backend can.
 
     Returns:
-      [T, H, D], dtype of `query`. Differentiable once, in query, key, value and the prefix's key and value.
+      The attention, dtype of `query`. Differentiable once, in query, key, value and the prefix's key and
+      value.
     """
     length, heads, head_dim = query.shape
     kind = jnp.where(real, REAL, PADDING)
@@ -76,25 +83,25 @@ def splash_sequence(
 
 
 def block_of(size: int) -> int:
-    """Tokens in a block, where `size` tokens are split into equal blocks that are as few as they can be."""
+    """Compute the tokens of a block when `size` tokens are split into as few equal blocks as possible."""
     blocks = -(-size // BLOCK)
     return round_up(-(-size // blocks), LANES)
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple that is not less."""
+    """Round `size` up to a multiple of `multiple`."""
     return -(-size // multiple) * multiple
 
 
 def fill(x: Array, axis: int, size: int) -> Array:
-    """Zeros behind x on one axis, up to `size`."""
+    """Pad x with zeros at the end of one axis, up to `size`."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths)
 
 
 def block_sizes(rows: int, columns: int) -> Any:
-    """The same blocks forward and backward.
+    """Choose the same blocks forward and backward.
 
     The backward pass is two kernels: the one that does both holds a gradient of the queries for every block
     of keys.

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import checked  # noqa: F401  has annotations checked, before anything of the package is imported
 import environment
 
 # As a pod has many; single-device programs take the first.

@@ -37,12 +37,12 @@ def test_pairs_are_counted_one_token_after_another():
 
 
 def rollouts_of(length):
-    length = np.array(length)
+    length = np.array(length, np.int32)
     nothing = np.zeros((*length.shape, 8), np.float32)
-    return Rollouts(nothing, nothing, nothing, nothing, length, length > 0)
+    return Rollouts(nothing.astype(np.int32), nothing, nothing, nothing, length, length > 0)
 
 
-QUERIES = Queries(np.zeros((2, 8), np.int32), np.array([5, 7]), np.array([0, 1]))
+QUERIES = Queries(np.zeros((2, 8), np.int32), np.array([5, 7], np.int32), np.array([0, 1], np.int32))
 
 
 def test_answers_from_the_query_prefill_it_once_and_reuse_it():
@@ -60,10 +60,10 @@ def test_answers_from_the_query_prefill_it_once_and_reuse_it():
 
 def test_restarts_reuse_their_whole_prefix_and_states_that_did_not_start_none():
     states = States(
-        query=np.array([1]),
-        base=np.array([0]),
+        query=np.array([1], np.int32),
+        base=np.array([0], np.int32),
         response=np.zeros((1, 8), np.int32),
-        prefix_length=np.array([[0, 4, 6]]),
+        prefix_length=np.array([[0, 4, 6]], np.int32),
         valid=np.array([[True, True, False]]),
     )
     cost = rollout_cost(CONFIG, QUERIES, rollouts_of([[2, 3, 1, 1, 0, 0]]), 9, states)
@@ -75,16 +75,15 @@ def test_restarts_reuse_their_whole_prefix_and_states_that_did_not_start_none():
 def test_an_update_is_three_forward_passes_over_its_rows():
     def rows(length, start, prefix):
         number = len(length)
-        none = np.zeros(number)
-        return Batch(
-            np.zeros((number, 16)), np.array(length), np.array(start), None, none, none, np.array(prefix)
-        )
+        token, nothing = np.zeros((number, 16), np.int32), np.zeros((number, 16), np.float32)
+        numbers = [np.array(x, np.int32) for x in (length, start, [0] * number, prefix)]
+        return Batch(token, *numbers[:2], nothing, nothing[:, 0], *numbers[2:])
 
     # The last token of a row is only a target.
     flat = Bundle(None, (rows([10], [6], [0]), rows([16], [4], [0])), (0, 0))
     assert update_flops(CONFIG, [flat]) == 3 * CONFIG.forward_flops(9 + 15, 45 + 120, 4 + 12)
     # The first 5 tokens of both once; a third row only fills the chunk up.
-    trunks = Trunks(np.zeros((1, 1, 8)), np.array([[5]]))
+    trunks = Trunks(np.zeros((1, 1, 8), np.int32), np.array([[5]], np.int32))
     shared = Bundle(trunks, (rows([5, 11, 1], [1, 1, 1], [5, 5, 0]),), (8,))
     tokens, pairs = 5 + 4 + 10, 15 + (20 + 10) + (50 + 55)
     assert update_flops(CONFIG, [shared]) == 3 * CONFIG.forward_flops(tokens, pairs, 4 + 10)

@@ -18,11 +18,12 @@ from support import SMALL, call, metrics, run
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, resolve
 from fr3e_jax.learner import groups
+from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.run.build import build, mesh_of
 from fr3e_jax.run.resume import resume
 from fr3e_jax.run.run_dir import refuse_other_settings
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError
-from fr3e_jax.train import setup
 
 
 class Opening:
@@ -30,14 +31,17 @@ class Opening:
 
     def __init__(self):
         self.config = resolve(parse(Config, "train", "configs/quickstart.yaml", SMALL)[0])
-        self.run, _, self.state, corpus = setup(self.config)
+        self.hosts = Hosts(mesh_of(self.config.mesh), timeout=60)
+        parts = build(self.config, self.hosts)
+        parts.verifier.pool.close()
+        self.state, corpus = parts.policy.fresh_state(parts.learner), parts.corpus
         sizes = self.config.explore.rollouts, self.config.rollout.max_prompt, self.config.rollout.max_response
         self.fresh = self.state, groups.empty_groups(*sizes), Progress(problems=corpus.checksum)
 
     def __call__(self, directory, **changes):
         config = dataclasses.replace(self.config, run_dir=str(directory), **changes)
         lost = refuse_other_settings(config)
-        return resume(epath.Path(directory), config, self.fresh, self.run.hosts, lost)
+        return resume(epath.Path(directory), config, self.fresh, self.hosts, lost)
 
     def bits(self, directory):
         """(progress, bytes of every array) of what is gone on from; None where a run begins."""

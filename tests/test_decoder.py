@@ -246,7 +246,7 @@ def groups():
         logprob=logprob + 0.3 * rng.standard_normal(logprob.shape).astype(np.float32),
         length=partial.length[n[:, None], branch],
         advantage=rng.standard_normal(branch.shape).astype(np.float32),
-        source=np.stack([QUERIES.index[query], states.base[n], j], axis=1),
+        source=np.stack([QUERIES.index[query], states.base[n], j], axis=1).astype(np.int32),
     )
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fr3e_jax.algorithm.explore import (
+    Trajectories,
     choose_positions,
     keep_trajectories,
     positions_of,
@@ -25,7 +26,11 @@ N, S = 3, 12  # one shape for all drawn examples, so that each option is compile
 
 choose = jax.jit(choose_positions, static_argnums=(2, 3))
 spread_evenly = jax.jit(uniform_positions, static_argnums=(1, 2))
-by_rule = jax.jit(positions_of, static_argnums=(0, 4, 5))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def by_rule(rule, entropy, logprob, length, count, min_gap, key):
+    return positions_of(rule, Trajectories(entropy, logprob, length, key, count, min_gap))
 
 
 @jax.jit

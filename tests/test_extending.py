@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import yaml
 from environment import REPOSITORY
-from support import SMALL, call, metrics
+from support import SMALL, call, metrics, placement
 
 from fr3e_jax.algorithm import credit, explore, loss
 from fr3e_jax.algorithm.credit import modulated_advantage
-from fr3e_jax.algorithm.explore import choose_positions, keep_trajectories, positions_of
+from fr3e_jax.algorithm.explore import Trajectories, choose_positions, keep_trajectories, positions_of
 from fr3e_jax.algorithm.rules import Rule, RuleError
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, CreditConfig, ExploreConfig, check, dump, resolve
@@ -23,8 +23,9 @@ from fr3e_jax.problems.own_task import OwnTask
 from fr3e_jax.rewards import rules as scorers
 from fr3e_jax.rewards.pool import Asked, ScoringPool
 from fr3e_jax.step import metrics as step_metrics
-from fr3e_jax.step.metrics import Metric, measure
-from fr3e_jax.step.rounds import assign_credit, choose_states
+from fr3e_jax.step.metrics import Measured, Metric, measure
+from fr3e_jax.step.rounds import assign_credit, choose_states, draws_of
+from fr3e_jax.types import Rollouts
 
 PAGE = (REPOSITORY / "fr3e_jax" / "README.md").read_text().partition("## How to extend")[2]
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE, re.M)]
@@ -34,6 +35,7 @@ TABLES = [
     *(credit.ADVANTAGES, credit.MODULATIONS, credit.REJECT_RULES),
 ]
 KEYS = jax.random.split(jax.random.key(0), 1)
+A_ROUND = object.__new__(Measured)  # of which no metric here looks at anything
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +95,9 @@ def test_help_shows_an_added_rule_with_its_line(added, monkeypatch):
 
 def test_the_added_position_rule_chooses_by_its_score(added):
     entropy = jnp.array([[9.0, 0.5, 0.4, 0.1, 0.2]])  # times the position: 0, .5, .8, .3, .8
-    told = (entropy, entropy, jnp.array([5]), 2, 0, KEYS)
-    np.testing.assert_array_equal(positions_of("late_entropy", *told)[0], [[2, 4]])
-    np.testing.assert_array_equal(positions_of("entropy", *told)[0], [[1, 2]])
+    base = Trajectories(entropy, entropy, jnp.array([5]), KEYS, count=2, min_gap=0)
+    np.testing.assert_array_equal(positions_of("late_entropy", base)[0], [[2, 4]])
+    np.testing.assert_array_equal(positions_of("entropy", base)[0], [[1, 2]])
 
 
 def test_the_added_advantage_is_that_of_leaving_one_out(added):
@@ -162,11 +164,13 @@ def last_positions(base):
 
 
 def prefixes(rule):
-    n = np.zeros(1, np.int32)
-    same = np.ones((1, 6), np.float32)
-    told = (n, n, np.ones(1, bool), same, same, np.full(1, 6, np.int32))
-    found, _ = choose_states(ExploreConfig(positions=2, rule=rule), jax.random.key(0), np.int32(1), *told)
-    return found[0].tolist()
+    """Tokens that the states keep of one trajectory of six tokens."""
+    one, same = np.zeros(1, np.int32), np.ones((1, 1, 6), np.float32)
+    length = np.full((1, 1), 6, np.int32)
+    base = Rollouts(np.zeros((1, 1, 6), np.int32), same, same, same, length, length > 0)
+    at, rules = placement(), ExploreConfig(positions=2, rule=rule)
+    states = choose_states(rules, at, draws_of(0, 1, at), base, length, one, one, one, np.ones(1, bool))
+    return states.prefix_length[0].tolist()
 
 
 def test_a_function_may_stand_where_a_rule_is_named():
@@ -216,13 +220,14 @@ def test_a_score_of_minus_infinity_is_never_a_position():
     [
         (
             lambda: positions_of(
-                lambda b: b.length, *np.ones((2, 1, 6), np.float32), np.array([6]), 2, 0, KEYS
+                lambda b: b.length,
+                Trajectories(*np.ones((2, 1, 6), np.float32), np.array([6]), KEYS, count=2, min_gap=0),
             ),
             r"scores \[N, S\] must have shape \[1, 6\]; the rule's function gave \[1\]",
         ),
         (
-            lambda: keep_trajectories(jnp.ones((2, 3)), lambda reward, key: True, KEYS),
-            r"kept trajectories \[B, R\] must have shape \[2, 3\]; the rule's function gave bool",
+            lambda: keep_trajectories(jnp.ones((1, 3)), lambda reward, key: True, KEYS),
+            r"kept trajectories \[B, R\] must have shape \[1, 3\]; the rule's function gave bool",
         ),
         (
             lambda: modulated_advantage(
@@ -242,13 +247,13 @@ def test_a_metric_that_is_no_number_is_refused_by_its_name(given):
     step_metrics.METRICS.clear()
     step_metrics.METRICS["reward/mine"] = Metric(lambda m: given, "mine")
     with pytest.raises(RuleError, match=r"the metric reward/mine gave .* must be a number, or None"):
-        measure(None)
+        measure(A_ROUND)
 
 
 def test_a_metric_that_a_round_has_not_is_left_out_and_counts_are_whole():
     step_metrics.METRICS.clear()
     step_metrics.METRICS["a"] = Metric(lambda m: None, "none")
     step_metrics.METRICS["b"] = Metric(lambda m: np.int64(3), "a count", counted=True)
-    told = measure(None)
+    told = measure(A_ROUND)
     assert told == {"b": 3} and type(told["b"]) is int
     assert step_metrics.summarize([told, told], [])["b"] == 6

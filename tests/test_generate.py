@@ -97,9 +97,8 @@ def growing(tokens, steps, check):
         token = np.zeros((1, 1, len(tokens)), np.int32)
         token[0, 0, :step] = tokens[:step]
         nothing = np.zeros(token.shape, np.float32)
-        yield Rollouts(
-            token, nothing, nothing, nothing, np.array([[step]]), np.array([[step == len(tokens)]])
-        )
+        length, stopped = np.array([[step]], np.int32), np.array([[step == len(tokens)]])
+        yield Rollouts(token, nothing, nothing, nothing, length, stopped)
         check(step)
 
 

@@ -15,7 +15,7 @@ ALLOWED = {
     "types": set(),
     "progress": set(),
     "models": set(),
-    "algorithm": set(),
+    "algorithm": {"types"},
     "config": {"algorithm"},
     "parallel": {"config"},
     "cli": {"config", "parallel"},
@@ -25,22 +25,35 @@ ALLOWED = {
     "problems": {"config", "parallel", "pretrained", "rewards", "types"},
     "engine": {"algorithm", "models", "parallel", "types"},
     "learner": {"algorithm", "config", "models", "parallel", "types"},
-    "run": {"config", "learner", "models", "parallel", "pretrained", "progress", "types"},
+    "run": {
+        *("config", "engine", "learner", "models", "parallel", "pretrained", "problems", "progress"),
+        *("rewards", "types"),
+    },
     "step": {
-        *("algorithm", "config", "cost", "engine", "learner", "models", "parallel", "problems", "rewards"),
-        *("run", "types"),
+        *(
+            "algorithm",
+            "config",
+            "cost",
+            "engine",
+            "learner",
+            "models",
+            "parallel",
+            "rewards",
+            "run",
+            "types",
+        ),
     },
     "evaluation": {
-        *("config", "engine", "learner", "models", "parallel", "pretrained", "problems", "progress"),
+        *("config", "engine", "models", "parallel", "pretrained", "problems", "progress"),
         *("rewards", "run", "types"),
     },
     "library": {
         *("algorithm", "config", "engine", "learner", "models", "parallel", "pretrained", "problems"),
-        *("rewards", "step", "types"),
+        *("rewards", "run", "step", "types"),
     },
     "planning": {"config", "cost", "engine", "learner", "models", "parallel", "types"},
     "export": {"cli", "config", "models", "parallel", "pretrained", "run"},
-    "generate": {"cli", "config", "engine", "models", "parallel", "pretrained", "problems", "types"},
+    "generate": {"cli", "config", "engine", "models", "parallel", "pretrained", "problems", "run", "types"},
     "sft": {
         *("algorithm", "cli", "config", "engine", "learner", "models", "parallel", "pretrained", "problems"),
         "types",
@@ -62,7 +75,7 @@ ALLOWED = {
             "parallel",
             "pretrained",
         ),
-        *("problems", "rewards", "run", "step", "types"),
+        *("problems", "rewards", "run", "step"),
     },
     "__main__": {"parallel"},
     "bench": {
@@ -70,8 +83,8 @@ ALLOWED = {
         "types",
     },
 }
-PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "typing"}
-MODELS_THIRD_PARTY = {"jax", "flax", "numpy"}
+PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "jaxtyping", "typing"}
+MODELS_THIRD_PARTY = {"jax", "flax", "jaxtyping", "numpy"}
 
 
 def files():

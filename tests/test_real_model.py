@@ -152,7 +152,8 @@ def test_greedy_continuations_equal_generate(smollm2):
     rows, model = rows_of(smollm2), torch_model(smollm2)
     token, _, length = batch(rows, "right")
     engine = Engine(graph_of(read_config(smollm2)), placement(table=SAMPLING_TABLE), NEW, end_tokens=())
-    queries = engine.placement.place_rows(Queries(token, length.astype(np.int32), np.arange(len(rows))))
+    index = np.arange(len(rows), dtype=np.int32)
+    queries = engine.placement.place_rows(Queries(token, length.astype(np.int32), index))
     ours, _ = engine.sample(read(smollm2), queries, jax.random.key(0), 0, 1, GREEDY)
     for i, row in enumerate(rows):
         settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from support import call, placement, read, run
 
-from fr3e_jax.algorithm.explore import positions_of
+from fr3e_jax.algorithm.explore import Trajectories, positions_of
 from fr3e_jax.cli import parse
 from fr3e_jax.config import DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine
@@ -124,7 +124,8 @@ def test_entropy_finds_the_decision_points_and_random_positions_do_not(rollouts)
     keys = jax.vmap(row_key, (None, None, 0, None))(jax.random.key(1), 0, np.arange(len(known)), 0)
     share = {}
     for rule in ("entropy", "surprisal", "random", "uniform"):
-        position, valid = positions_of(rule, flat.entropy, flat.logprob, flat.length, K, 0, keys)
+        base = Trajectories(flat.entropy, flat.logprob, flat.length, keys, count=K, min_gap=0)
+        position, valid = positions_of(rule, base)
         chosen = [set(p[v].tolist()) for p, v in zip(np.asarray(position), np.asarray(valid), strict=True)]
         hit = sum(len(set(places) & picks) for places, picks in zip(known, chosen, strict=True))
         share[rule] = hit / sum(len(places) for places in known)

@@ -43,7 +43,9 @@ def test_rollouts_with_replicated_key_value_heads_are_those_of_one_device():
         _, sampling = place_model(mesh_of(*mesh), axes, params)
         at = jax.device_put(params, sampling.shardings(axes, params))
         engine = Engine(graph_of(QWEN3), sampling, 12, end_tokens=(3,))
-        queries = Queries(ROWS[:2, :5].astype(np.int32), np.array([5, 3], np.int32), np.arange(2))
+        queries = Queries(
+            ROWS[:2, :5].astype(np.int32), np.array([5, 3], np.int32), np.arange(2, dtype=np.int32)
+        )
         placed_queries = sampling.place_rows(queries)
         found.append(engine.sample(at, placed_queries, jax.random.key(0), 0, 3, Sampling())[0])
     one, many = map(jax.device_get, found)

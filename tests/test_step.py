@@ -1,6 +1,6 @@
 """A whole training step, rounds and update, in process on eight devices."""
 
-import signal
+import collections
 
 import jax
 import numpy as np
@@ -8,37 +8,38 @@ import pytest
 from support import SMALL
 
 from fr3e_jax.cli import parse
-from fr3e_jax.config import Config, ExploreConfig, resolve
+from fr3e_jax.config import Config, ExploreConfig, resolve, with_functions
 from fr3e_jax.learner import groups
+from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.parallel.mesh import Placement
+from fr3e_jax.run.build import build, mesh_of
+from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
-from fr3e_jax.step.rounds import choose_states
+from fr3e_jax.step.rounds import close_round, compiled_states, draws_of, open_round
 from fr3e_jax.step.update import train_step
-from fr3e_jax.train import setup
+from fr3e_jax.types import Rollouts
 
 
-@pytest.fixture
-def handlers():
-    """Put the handler of SIGTERM back, which the setup of a run replaces."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+def small_parts(*options):
+    """The configuration and the parts of a small run on eight devices."""
+    config, _ = parse(Config, "train", "configs/quickstart.yaml", [*SMALL, *options])
+    config = resolve(config)
+    return config, build(config, Hosts(mesh_of(config.mesh), timeout=60))
 
 
-@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
     "algorithm", ["fr3e", *(pytest.param(other, marks=pytest.mark.slow) for other in ("grpo++", "grpo"))]
 )
 def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorithm):
     """On eight devices: an array that lies elsewhere than a program wants it would be moved at every call."""
-    config, _ = parse(Config, "train", "configs/quickstart.yaml", [*SMALL, f"--algorithm={algorithm}"])
-    config = resolve(config)
-    run, _, state, _ = setup(config)
+    config, parts = small_parts(f"--algorithm={algorithm}")
+    state = parts.policy.fresh_state(parts.learner)
     before = jax.device_get(state.params)
     sizes = config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
-    # Which tokens are drawn and which trajectories and positions are chosen are independent.
-    assert run.key(0) != run.key(1) and run.key(1) == run.key(1)
     with jax.transfer_guard("disallow"):
-        state, _, progress, metrics, _ = train_step(run, state, groups.empty_groups(*sizes), Progress())
+        carried = groups.empty_groups(*sizes)
+        state, _, progress, metrics, _ = train_step(config, parts, None, state, carried, Progress())
+    parts.verifier.pool.close()
     assert progress.step == 1 and np.isfinite(metrics["update/loss"])
     changed = jax.tree.map(lambda a, b: (np.asarray(a) != b).any(), state.params, before)
     assert all(jax.tree.leaves(changed))
@@ -47,13 +48,75 @@ def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorith
     assert (metrics["states/rejected"] > 0) == (algorithm != "grpo")
 
 
+def test_a_round_moves_what_has_an_entry_per_token_at_most_three_times(monkeypatch):
+    """The base trajectories and the partial rollouts come to the host, and nothing of theirs goes back."""
+    config, parts = small_parts()
+    params = parts.policy.sampling_params(parts.policy.fresh_state(parts.learner).params)
+    moved = collections.Counter()
+
+    def counting(name, function):
+        def count(tree, *rest, **options):
+            leaves = [np.shape(x) for x in jax.tree.leaves(tree)]
+            moved[name] += any(len(s) > 1 and s[-1] == config.rollout.max_response for s in leaves)
+            return function(tree, *rest, **options)
+
+        return count
+
+    monkeypatch.setattr(jax, "device_get", counting("down", jax.device_get))
+    monkeypatch.setattr(jax, "device_put", counting("up", jax.device_put))
+    opened = open_round(config, parts, params, 1, 0, Stopwatch())
+    accepted, _, _ = close_round(config, parts, opened, Stopwatch())
+    parts.verifier.pool.close()
+    assert groups.count(accepted) > 0 and moved == {"down": 2, "up": 0}
+
+
+def test_tokens_and_choices_are_drawn_with_keys_of_their_own():
+    """Of a seed; every step has the same keys, and its number beside them."""
+    first, second = (draws_of(3, step, Placement(mesh_of(Config().mesh))) for step in (1, 2))
+    assert first.tokens == second.tokens and first.choices == second.choices
+    assert first.tokens != first.choices and (first.step, second.step) == (1, 2)
+
+
+def base_of(entropy, length):
+    """Base trajectories [B, R, S] whose tokens are numbered through, of an entropy."""
+    token = np.arange(entropy.size, dtype=np.int32).reshape(entropy.shape)
+    nothing, stopped = np.zeros(entropy.shape, np.float32), np.ones(length.shape, bool)
+    return Rollouts(token, nothing, nothing, entropy, length, stopped)
+
+
+def states_by(rules, base, length, query, trajectory):
+    """`compiled_states` on eight devices, each of which has B / 8 queries; on the host."""
+    placement = Placement(mesh_of(Config().mesh))
+    draws, place = draws_of(0, 1, placement), placement.place_rows
+    where = place((100 + query, query, trajectory, np.ones(len(query), bool)))
+    return jax.device_get(compiled_states(rules, placement.mesh, draws, place(base), place(length), *where))
+
+
 def test_random_positions_are_drawn_for_each_trajectory_of_a_query_by_itself():
-    """Eight trajectories of one query, equal in all but their number."""
-    rules = ExploreConfig(positions=4, rule="random")
-    query, trajectory, real = np.zeros(8, np.int32), np.arange(8, dtype=np.int32), np.ones(8, bool)
-    same, length = np.zeros((8, 100), np.float32), np.full(8, 100, np.int32)
-    told = (query, trajectory, real, same, same, length)
-    prefix, valid = choose_states(rules, jax.random.key(0), np.int32(1), *told)
-    assert valid.all() and len(np.unique(prefix, axis=0)) == 8
-    again, _ = choose_states(rules, jax.random.key(0), np.int32(1), *told)
-    np.testing.assert_array_equal(again, prefix)
+    """Of eight trajectories of each of eight queries, equal in all but their number."""
+    rules = with_functions(ExploreConfig(positions=4, rule="random"))
+    query, trajectory = np.repeat(np.arange(8, dtype=np.int32), 8), np.tile(np.arange(8, dtype=np.int32), 8)
+    length = np.full((8, 8), 100, np.int32)
+    told = (rules, base_of(np.zeros((8, 8, 100), np.float32), length), length, query, trajectory)
+    states = states_by(*told)
+    assert states.valid.all() and len(np.unique(states.prefix_length, axis=0)) == 64
+    np.testing.assert_array_equal(states_by(*told).prefix_length, states.prefix_length)
+
+
+def test_states_on_the_devices_are_of_their_own_trajectory_up_to_its_length():
+    """Two queries on each device, in an order of the caller's; behind a length entropy does not count."""
+    rng = np.random.default_rng(0)
+    entropy = rng.random((16, 3, 40)).astype(np.float32)
+    length = rng.integers(6, 30, (16, 3)).astype(np.int32)
+    # Each of the eight devices has two kept trajectories of its own two queries.
+    query = np.stack([2 * np.arange(8) + rng.integers(0, 2, 8) for _ in range(2)], axis=1)
+    query = query.reshape(-1).astype(np.int32)
+    trajectory = rng.integers(0, 3, 16).astype(np.int32)
+    base = base_of(entropy, length)
+    states = states_by(with_functions(ExploreConfig(positions=2)), base, length, query, trajectory)
+    for n, (q, t) in enumerate(zip(query, trajectory, strict=True)):
+        count = length[q, t]
+        highest = 1 + np.argsort(-entropy[q, t, 1:count], kind="stable")[:2]
+        assert states.prefix_length[n].tolist() == [0, *sorted(highest.tolist())]
+        np.testing.assert_array_equal(states.response[n, :count], base.token[q, t, :count])
+        assert (states.response[n, count:] == 0).all()

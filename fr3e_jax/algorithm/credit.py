@@ -1,4 +1,4 @@
-"""What the restarts show: state values, group advantage, modulation, rejection.
+"""Credit of partial rollouts: state values, group advantage, modulation, rejection.
 
 Shapes: N trajectories, J states each (state 0 is the bare query), M rollouts per state.
 Everything is computed over all states of a trajectory, degenerate ones included, before any is
@@ -10,19 +10,22 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
+from fr3e_jax.types import AnyArray
 
-AdvantageFunction = Callable[[Array, Array], Array]
-"""Of rewards float32 [N, J, M] and which states are valid, bool [N, J], the advantage of each rollout,
-float32 [N, J, M]. Rollouts have one advantage each, for all of their tokens."""
+AdvantageFunction = Callable[[Float32[Array, "N J M"], Bool[Array, "N J"]], Float32[Array, "N J M"]]
+"""(Rewards, which states are valid) -> the advantage of each rollout, one for all of its tokens."""
 
-ModulationFunction = Callable[[Array], Array]
-"""Of value changes delta_j, float32 [N, J], the factors alpha_j, float32 [N, J]."""
+ModulationFunction = Callable[[Float32[Array, "N J"]], Float32[Array, "N J"]]
+"""Value changes delta_j -> the factors alpha_j."""
 
-RejectFunction = Callable[[Array, Array, Array], Array]
-"""Of rewards float32 [N, J, M], which states are valid, bool [N, J], and the query of each trajectory, int32
-[N], the states that are accepted, bool [N, J]. States that are not valid are rejected in any case."""
+RejectFunction = Callable[
+    [Float32[Array, "N J M"], Bool[Array, "N J"], Int32[Array, " N"]], Bool[Array, "N J"]
+]
+"""(Rewards, which states are valid, the query of each trajectory) -> which states are accepted. States that
+are not valid are rejected in any case."""
 
 AdvantageRule = Chosen[AdvantageFunction]
 Modulation = Chosen[ModulationFunction]
@@ -33,28 +36,15 @@ SHARPEN_EXPONENT = 1.5  # release
 STD_EPSILON = 1e-6  # release
 
 
-def state_values(reward: Array) -> Array:
-    """V(S_j) = mean of the M rewards of S_j. Paper (state value).
-
-    Args:
-      reward: float32 [N, J, M].
-
-    Returns:
-      float32 [N, J].
-    """
+def state_values(reward: Float[AnyArray, "N J M"]) -> Float32[Array, "N J"]:
+    """Compute V(S_j), the mean of the M rewards of S_j. Paper (state value)."""
     return jnp.mean(reward.astype(jnp.float32), axis=-1)
 
 
-def group_advantage(reward: Array, valid: Array) -> Array:
-    """A(S_j, i) = r_ij - V(S_j). Paper (group advantage).
-
-    Args:
-      reward: float32 [N, J, M].
-      valid: bool [N, J], not read.
-
-    Returns:
-      float32 [N, J, M].
-    """
+def group_advantage(
+    reward: Float32[AnyArray, "N J M"], valid: Bool[AnyArray, "N J"]
+) -> Float32[Array, "N J M"]:
+    """Compute A(S_j, i) = r_ij - V(S_j); `valid` is not read. Paper (group advantage)."""
     alike = jnp.max(reward, axis=-1, keepdims=True) == jnp.min(reward, axis=-1, keepdims=True)
     # The mean of equal rewards is theirs only up to rounding, and the deviation would blow that up.
     return jnp.where(alike, 0.0, reward - state_values(reward)[..., None])
@@ -65,30 +55,30 @@ ADVANTAGES: dict[str, Rule[AdvantageFunction]] = {
 }
 
 
-def divided_by_std(advantage: Array, reward: Array) -> Array:
-    """Advantages over the unbiased standard deviation of their state's rewards, plus 1e-6 (release).
+def divided_by_std(
+    advantage: Float32[AnyArray, "N J M"], reward: Float32[AnyArray, "N J M"]
+) -> Float32[Array, "N J M"]:
+    """Divide advantages by the unbiased standard deviation of their state's rewards, plus 1e-6 (release).
 
-    Args:
-      advantage: float32 [N, J, M].
-      reward: float32 [N, J, M]; M is at least 2.
+    M is at least 2.
     """
     return advantage / (jnp.std(reward, axis=-1, keepdims=True, ddof=1) + STD_EPSILON)
 
 
 def value_change(
-    value: Array, valid: Array, first_state: FirstState = "neutral", sharpen: bool = False
-) -> Array:
-    """delta_j = V(S_j) - V(S_{j-1}), where j-1 is the previous state of the same trajectory.
+    value: Float32[AnyArray, "N J"],
+    valid: Bool[AnyArray, "N J"],
+    first_state: FirstState = "neutral",
+    sharpen: bool = False,
+) -> Float32[Array, "N J"]:
+    """Compute delta_j = V(S_j) - V(S_{j-1}), where j-1 is the previous state of the same trajectory.
 
     Args:
-      value: float32 [N, J].
-      valid: bool [N, J]; invalid states come last and get 0.
+      value: V(S_j).
+      valid: invalid states come last and get 0.
       first_state: `neutral` sets delta_0 = 0; `released` sets delta_0 = 1 - V(S_0).
       sharpen: replace delta_j by sign(delta_j) |delta_j|^1.5 / sum_k |delta_k|^1.5, the sum over the
         trajectory's states (release).
-
-    Returns:
-      float32 [N, J].
     """
     first = 1.0 - value[:, :1] if first_state == "released" else jnp.zeros_like(value[:, :1])
     delta = jnp.concatenate([first, value[:, 1:] - value[:, :-1]], axis=1)
@@ -100,8 +90,8 @@ def value_change(
     return delta
 
 
-def inverse_exponential(change: Array) -> Array:
-    """alpha_j = 1 / exp(delta_j): less where the value rose, more where it fell. Paper."""
+def inverse_exponential(change: Float32[AnyArray, "N J"]) -> Float32[Array, "N J"]:
+    """Compute alpha_j = 1 / exp(delta_j): less where the value rose, more where it fell. Paper."""
     return jnp.exp(-change)
 
 
@@ -112,23 +102,20 @@ MODULATIONS: dict[str, Rule[ModulationFunction]] = {
 
 
 def modulation_factor(
-    value: Array,
-    valid: Array,
-    modulation: Modulation = "paper",
+    value: Float32[AnyArray, "N J"],
+    valid: Bool[AnyArray, "N J"],
+    modulation: str | ModulationFunction = "paper",
     first_state: FirstState = "neutral",
     sharpen: bool = False,
-) -> Array:
-    """alpha_j, by which the advantages of a state are multiplied. Paper (advantage modulation).
+) -> Float32[Array, "N J"]:
+    """Compute alpha_j, by which the advantages of a state are multiplied. Paper (advantage modulation).
 
     Args:
-      value: float32 [N, J].
-      valid: bool [N, J].
+      value: V(S_j).
+      valid: which states there are.
       modulation: a name in MODULATIONS, or a function.
       first_state: see `value_change`.
       sharpen: see `value_change`.
-
-    Returns:
-      float32 [N, J].
 
     Raises:
       RuleError: there is no such modulation, or it gives something else.
@@ -137,13 +124,17 @@ def modulation_factor(
     return of_shape(function_of(MODULATIONS, modulation)(change), value.shape, "modulation factors [N, J]")
 
 
-def mixed_states(reward: Array, valid: Array, query: Array) -> Array:
-    """States whose M rewards are not all the same. Paper (rejection sampling)."""
+def mixed_states(
+    reward: Float32[AnyArray, "N J M"], valid: Bool[AnyArray, "N J"], query: Int[AnyArray, " N"]
+) -> Bool[Array, "N J"]:
+    """Accept the states whose M rewards are not all the same. Paper (rejection sampling)."""
     return jnp.max(reward, axis=-1) > jnp.min(reward, axis=-1)
 
 
-def mixed_queries(reward: Array, valid: Array, query: Array) -> Array:
-    """All states of the queries whose rewards, over all of their states, are not all the same."""
+def mixed_queries(
+    reward: Float32[AnyArray, "N J M"], valid: Bool[AnyArray, "N J"], query: Int[AnyArray, " N"]
+) -> Bool[Array, "N J"]:
+    """Accept all states of the queries whose rewards, over all of their states, are not all the same."""
     low = jnp.min(jnp.where(valid, jnp.min(reward, axis=-1), jnp.inf), axis=1)
     high = jnp.max(jnp.where(valid, jnp.max(reward, axis=-1), -jnp.inf), axis=1)
     same = query[:, None] == query[None, :]
@@ -152,8 +143,10 @@ def mixed_queries(reward: Array, valid: Array, query: Array) -> Array:
     return jnp.broadcast_to(high > low, valid.shape)
 
 
-def every_state(reward: Array, valid: Array, query: Array) -> Array:
-    """Keep every valid state, whatever its rewards: none is rejected. bool [N, J]."""
+def every_state(
+    reward: Float32[AnyArray, "N J M"], valid: Bool[AnyArray, "N J"], query: Int[AnyArray, " N"]
+) -> Bool[AnyArray, "N J"]:
+    """Accept every valid state, whatever its rewards."""
     return valid
 
 
@@ -164,17 +157,19 @@ REJECT_RULES: dict[str, Rule[RejectFunction]] = {
 }
 
 
-def accept_states(reward: Array, valid: Array, query: Array, rule: RejectRule) -> Array:
-    """Which states carry a gradient and go to the learner.
+def accept_states(
+    reward: Float32[AnyArray, "N J M"],
+    valid: Bool[AnyArray, "N J"],
+    query: Int[AnyArray, " N"],
+    rule: str | RejectFunction,
+) -> Bool[AnyArray, "N J"]:
+    """Decide which states carry a gradient and go to the learner.
 
     Args:
-      reward: float32 [N, J, M].
-      valid: bool [N, J].
-      query: int32 [N], the query that each trajectory answers.
+      reward: of the rollouts.
+      valid: which states there are.
+      query: the query that each trajectory answers.
       rule: a name in REJECT_RULES, or a function.
-
-    Returns:
-      bool [N, J].
 
     Raises:
       RuleError: there is no such rule, or it gives something else.
@@ -184,19 +179,19 @@ def accept_states(reward: Array, valid: Array, query: Array, rule: RejectRule) -
 
 
 def modulated_advantage(
-    reward: Array,
-    valid: Array,
+    reward: Float32[AnyArray, "N J M"],
+    valid: Bool[AnyArray, "N J"],
     normalize_std: bool = False,
-    modulation: Modulation = "paper",
+    modulation: str | ModulationFunction = "paper",
     first_state: FirstState = "neutral",
     sharpen: bool = False,
-    advantage: AdvantageRule = "group",
-) -> tuple[Array, Array, Array]:
-    """A'(S_j, i) = alpha_j A(S_j, i). Paper; the options are those of the functions above.
+    advantage: str | AdvantageFunction = "group",
+) -> tuple[Float32[Array, "N J M"], Float32[Array, "N J"], Float32[Array, "N J"]]:
+    """Compute A'(S_j, i) = alpha_j A(S_j, i). Paper; the options are those of the functions above.
 
     Args:
-      reward: float32 [N, J, M].
-      valid: bool [N, J].
+      reward: of the rollouts.
+      valid: which states there are.
       normalize_std: whether A is divided by its state's standard deviation; needs M of at least 2.
       modulation: a name in MODULATIONS, or a function.
       first_state: see `value_change`.
@@ -204,7 +199,7 @@ def modulated_advantage(
       advantage: a name in ADVANTAGES, or a function: A.
 
     Returns:
-      (advantage float32 [N, J, M], value float32 [N, J], alpha float32 [N, J]).
+      (advantage A', value V, alpha).
 
     Raises:
       RuleError: there is no such rule, or it gives something else, such as an advantage for each token.

@@ -12,70 +12,69 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float32, Int, Int32, Key
 
 from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
+from fr3e_jax.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
-    """N base trajectories as a position rule sees them.
+    """N base trajectories as a position rule sees them."""
 
-    entropy: float32 [N, S], nats, 0 behind the length. logprob: float32 [N, S], of the drawn tokens.
-    length: int32 [N], response tokens that are real. key: PRNG keys [N]. count: K, positions that are wanted.
-    min_gap: least distance of two.
-    """
-
-    entropy: Array
-    logprob: Array
-    length: Array
-    key: Array
+    entropy: Float32[AnyArray, "N S"]
+    """Nats; 0 from the length on."""
+    logprob: Float32[AnyArray, "N S"]
+    """Of the drawn tokens, nats; 0 from the length on."""
+    length: Int[AnyArray, " N"]
+    """Tokens of the response."""
+    key: Key[Array, " N"]
     count: int
+    """K, the number of positions that are wanted."""
     min_gap: int
+    """Least distance of two positions, tokens."""
 
 
-PositionFunction = Callable[[Trajectories], Array]
-"""Scores float32 [N, S]: the highest become positions, and -inf never does."""
+PositionFunction = Callable[[Trajectories], Float32[Array, "N S"]]
+"""Trajectories -> scores: the tokens with the highest become positions, and one with -inf never does."""
 
-KeepFunction = Callable[[Array, Array], Array]
-"""Of rewards float32 [B, R] and PRNG keys [B], the trajectories to explore, bool [B, R]."""
+KeepFunction = Callable[[Float32[Array, "B R"], Key[Array, " B"]], Bool[Array, "B R"]]
+"""(Rewards, PRNG keys) -> which trajectories to explore."""
 
 PositionRule = Chosen[PositionFunction]
 KeepRule = Chosen[KeepFunction]
 
 
-def token_entropy(total: Array, moment: Array) -> Array:
-    """H = -sum_v pi(v) log pi(v), in nats, of the distribution at temperature 1.
+def token_entropy(total: Float32[Array, "*axes"], moment: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
+    """Compute H = -sum_v pi(v) log pi(v), in nats, of the distribution at temperature 1.
 
-    Paper (first return). From two sums over the vocabulary, which the sampler has of the logits x less the
-    largest one: H = log Z - (sum_v x e^x) / Z.
+    Paper (first return). The sampler has two sums over the vocabulary, of the logits x less the largest one.
+    With them H = log Z - (sum_v x e^x) / Z.
 
     Args:
-      total: float32 [...], Z, the sum of e^x.
-      moment: float32 [...], the sum of x e^x; a token of probability 0 adds 0.
-
-    Returns:
-      float32 [...].
+      total: Z, the sum of e^x.
+      moment: the sum of x e^x; a token of probability 0 adds 0.
     """
     return jnp.log(total) - moment / total
 
 
-def keep_first_of_each(reward: Array, key: Array) -> Array:
-    """The first correct and the first wrong trajectory of each query; correct is a reward of 1."""
+def keep_first_of_each(reward: Float32[AnyArray, "B R"], key: Key[Array, " B"]) -> Bool[Array, "B R"]:
+    """Keep the first correct and the first wrong trajectory of each query; correct is a reward of 1."""
     return one_of_each(reward, jnp.arange(reward.shape[1], dtype=jnp.float32))
 
 
-def keep_random_of_each(reward: Array, key: Array) -> Array:
-    """A correct and a wrong trajectory of each query, at random."""
+def keep_random_of_each(reward: Float32[AnyArray, "B R"], key: Key[Array, " B"]) -> Bool[Array, "B R"]:
+    """Keep a correct and a wrong trajectory of each query, drawn at random."""
     return one_of_each(reward, jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key))
 
 
-def keep_all(reward: Array, key: Array) -> Array:
-    """Keep all R base trajectories of every query, whatever their rewards. bool [B, R]."""
+def keep_all(reward: Float32[AnyArray, "B R"], key: Key[Array, " B"]) -> Bool[Array, "B R"]:
+    """Keep all R base trajectories of every query, whatever their rewards."""
     return jnp.ones(reward.shape, bool)
 
 
-def one_of_each(reward: Array, order: Array) -> Array:
-    """The correct and the wrong trajectory of each query that come first in `order`, [R] or [B, R]."""
+def one_of_each(reward: Float32[AnyArray, "B R"], order: Float32[Array, "*B R"]) -> Bool[Array, "B R"]:
+    """Keep the correct and the wrong trajectory of each query whose `order` is least."""
     order = jnp.broadcast_to(order, reward.shape)
     correct = reward >= 1.0
 
@@ -94,16 +93,15 @@ KEEP_RULES: dict[str, Rule[KeepFunction]] = {
 }
 
 
-def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
+def keep_trajectories(
+    reward: Float32[AnyArray, "B R"], rule: str | KeepFunction, key: Key[Array, " B"]
+) -> Bool[AnyArray, "B R"]:
     """Choose the base trajectories to explore.
 
     Args:
-      reward: float32 [B, R]; a trajectory is correct where its reward is 1.
+      reward: a trajectory is correct where it is 1.
       rule: a name in KEEP_RULES, or a function.
-      key: PRNG keys [B].
-
-    Returns:
-      bool [B, R].
+      key: PRNG keys.
 
     Raises:
       RuleError: there is no such rule, or it gives something else.
@@ -111,21 +109,23 @@ def keep_trajectories(reward: Array, rule: KeepRule, key: Array) -> Array:
     return of_shape(function_of(KEEP_RULES, rule)(reward, key), reward.shape, "kept trajectories [B, R]")
 
 
-def choose_positions(score: Array, length: Array, count: int, min_gap: int = 0) -> tuple[Array, Array]:
-    """The `count` highest-scoring positions of each trajectory, in ascending order.
+def choose_positions(
+    score: Float32[AnyArray, "N S"], length: Int[AnyArray, " N"], count: int, min_gap: int = 0
+) -> tuple[Int32[Array, "N {count}"], Bool[Array, "N {count}"]]:
+    """Choose the `count` highest-scoring positions of each trajectory, in ascending order.
 
     Paper: score = token entropy. The released code scores by surprisal. Position 0 is
     never chosen, because its state would repeat the root; a trajectory with fewer eligible positions
     than `count` gets fewer, and the rest are marked invalid. Ties go to the earlier position.
 
     Args:
-      score: float32 [N, S], one per response token; -inf is never chosen.
-      length: int32 [N], response tokens that are real.
+      score: one per response token; -inf is never chosen.
+      length: tokens of the response.
       count: K.
       min_gap: positions are at least this far apart; 0 and 1 both mean "any two differ".
 
     Returns:
-      (position int32 [N, K], valid bool [N, K]); invalid positions come last and read 0.
+      (position, whether it is valid); invalid positions come last and read 0.
     """
     n, s = score.shape
     index = jnp.arange(s)[None, :]
@@ -145,16 +145,20 @@ def choose_positions(score: Array, length: Array, count: int, min_gap: int = 0) 
     return jnp.where(valid, ordered, 0).astype(jnp.int32), valid
 
 
-def uniform_positions(length: Array, count: int, min_gap: int = 0) -> tuple[Array, Array]:
-    """Evenly spaced positions, the ablation that ignores the model: the middles of `count` equal parts.
+def uniform_positions(
+    length: Int[AnyArray, " N"], count: int, min_gap: int = 0
+) -> tuple[Int32[Array, "N {count}"], Bool[Array, "N {count}"]]:
+    """Choose evenly spaced positions, the middles of `count` equal parts.
+
+    This is the ablation that ignores the model.
 
     Args:
-      length: int32 [N], response tokens that are real.
+      length: tokens of the response.
       count: K.
       min_gap: as in `choose_positions`; a short response may get fewer positions than would fit.
 
     Returns:
-      (position int32 [N, K], valid bool [N, K]), as `choose_positions` does.
+      (position, whether it is valid), as `choose_positions` does.
     """
     candidates = jnp.maximum(length - 1, 0)[:, None]
     fitting = jnp.maximum(candidates // max(min_gap, 1), jnp.minimum(candidates, 1))
@@ -165,22 +169,22 @@ def uniform_positions(length: Array, count: int, min_gap: int = 0) -> tuple[Arra
     return jnp.where(valid, position, 0).astype(jnp.int32), valid
 
 
-def by_entropy(base: Trajectories) -> Array:
+def by_entropy(base: Trajectories) -> Float32[AnyArray, "N S"]:
     """Score each token by the entropy before it was drawn, nats: the most uncertain come first. Paper."""
     return base.entropy
 
 
-def by_surprisal(base: Trajectories) -> Array:
+def by_surprisal(base: Trajectories) -> Float32[AnyArray, "N S"]:
     """Score each token by how unlikely it was when drawn, -log pi, nats. Release."""
     return -base.logprob
 
 
-def at_random(base: Trajectories) -> Array:
+def at_random(base: Trajectories) -> Float32[Array, "N S"]:
     """Score each token by a random number in [0, 1), so that all positions are as likely."""
     return jax.vmap(lambda k: jax.random.uniform(k, base.entropy.shape[1:]))(base.key)
 
 
-def evenly(base: Trajectories) -> Array:
+def evenly(base: Trajectories) -> Float32[Array, "N S"]:
     """Score the middles of equal parts of a response 0, and all other tokens -inf: never chosen."""
     position, valid = uniform_positions(base.length, base.count, base.min_gap)
     index = jnp.arange(base.entropy.shape[1])[None, None, :]
@@ -197,46 +201,32 @@ POSITION_RULES: dict[str, Rule[PositionFunction]] = {
 
 
 def positions_of(
-    rule: PositionRule,
-    entropy: Array,
-    logprob: Array,
-    length: Array,
-    count: int,
-    min_gap: int,
-    key: Array,
-) -> tuple[Array, Array]:
-    """The positions of each trajectory by the rule of the run.
+    rule: str | PositionFunction, base: Trajectories
+) -> tuple[Int32[Array, "N K"], Bool[Array, "N K"]]:
+    """Find the positions of each trajectory by a rule: K = `base.count`.
 
     Args:
       rule: a name in POSITION_RULES, or a function.
-      entropy: float32 [N, S], nats.
-      logprob: float32 [N, S], of the drawn tokens.
-      length: int32 [N].
-      count: K.
-      min_gap: as in `choose_positions`.
-      key: PRNG keys [N].
+      base: the trajectories.
 
     Returns:
-      (position int32 [N, K], valid bool [N, K]).
+      (position, whether it is valid), as `choose_positions` does.
 
     Raises:
       RuleError: there is no such rule, or it gives something else.
     """
-    base = Trajectories(entropy, logprob, length, key, count, min_gap)
-    score = function_of(POSITION_RULES, rule)(base)
-    return choose_positions(of_shape(score, entropy.shape, "scores [N, S]"), length, count, min_gap)
+    score = of_shape(function_of(POSITION_RULES, rule)(base), base.entropy.shape, "scores [N, S]")
+    return choose_positions(score, base.length, base.count, base.min_gap)
 
 
-def states_of(position: Array, valid: Array) -> tuple[Array, Array]:
-    """S_0 = the bare query, S_j = the query and the response before position T_j.
-
-    Args:
-      position: int32 [N, K].
-      valid: bool [N, K].
+def states_of(
+    position: Int[AnyArray, "N K"], valid: Bool[AnyArray, "N K"]
+) -> tuple[Int32[Array, "N K+1"], Bool[Array, "N K+1"]]:
+    """Add the root to the positions: S_0 = the bare query, S_j = the query and the response before T_j.
 
     Returns:
-      (prefix_length int32 [N, J], valid bool [N, J]) with J = K + 1; prefix_length counts response
-      tokens and is 0 for the root.
+      (prefix_length, whether the state is valid) of J = K + 1 states; prefix_length counts response tokens
+      and is 0 for the root.
     """
     n = position.shape[0]
     prefix_length = jnp.concatenate([jnp.zeros((n, 1), jnp.int32), position], axis=1)

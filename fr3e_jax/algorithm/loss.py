@@ -8,55 +8,53 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32
 
 from fr3e_jax.algorithm.rules import Chosen, Rule
+from fr3e_jax.types import AnyArray
 
-PolicyLossFunction = Callable[..., tuple[Array, dict[str, Array]]]
-"""Arguments and result are those of `policy_loss`; metrics are sums over tokens, over the denominator."""
+Scalar = float | Float[AnyArray, ""]
+
+PolicyLossFunction = Callable[..., tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]]
+"""Takes and returns what `policy_loss` does; metrics are sums over tokens, divided by the denominator."""
 
 PolicyLoss = Chosen[PolicyLossFunction]
 
 
-def masked_sum(x: Array, mask: Array) -> Array:
-    """Sum of x where mask holds, float32; a masked-out inf or nan does not count.
-
-    Args:
-      x: float [...].
-      mask: bool [...].
-
-    Returns:
-      float32 [].
-    """
+def masked_sum(
+    x: Float[AnyArray, "*axes"] | Bool[AnyArray, "*axes"], mask: Bool[AnyArray, "*axes"]
+) -> Float32[Array, ""]:
+    """Sum x where mask holds; a masked-out inf or nan does not count."""
     return jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0))
 
 
 def policy_loss(
-    logprob: Array,
-    old_logprob: Array,
-    advantage: Array,
-    mask: Array,
-    denominator: Array,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Clip-higher PPO, token mean: -sum min(rho A, clip(rho, 1 - low, 1 + high) A) / denominator.
+    logprob: Float32[AnyArray, "*axes"],
+    old_logprob: Float32[AnyArray, "*axes"],
+    advantage: Float32[AnyArray, "*#axes"],
+    mask: Bool[AnyArray, "*axes"],
+    denominator: Scalar,
+    clip_low: Scalar,
+    clip_high: Scalar,
+    dual_clip: Scalar | None = None,
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
+    """Compute clip-higher PPO, token mean: -sum min(rho A, clip(rho, 1 - low, 1 + high) A) / denominator.
 
     Paper (0.22 and 0.28); the released script has 0.2 and 0.3. With `dual_clip` c the
     loss of a token with negative advantage is at most -c A (release: c = 10).
 
     Args:
-      logprob: float32 [...], of the trained tokens under the policy.
-      old_logprob: float32 [...], as recorded while sampling.
-      advantage: float32 [...].
-      mask: bool [...], the tokens that are trained.
-      denominator: float32 [], trained tokens of the whole batch.
+      logprob: of the trained tokens under the policy, nats.
+      old_logprob: as recorded while sampling, nats.
+      advantage: one for each token, or one for all of a row.
+      mask: the tokens that are trained.
+      denominator: trained tokens of the whole batch.
       clip_low: the ratio's lower bound is 1 - clip_low.
       clip_high: the ratio's upper bound is 1 + clip_high.
       dual_clip: bound c > 1, or None.
 
     Returns:
-      (loss float32 [], metrics): `clip_low`, `clip_high`, `clip_dual` are the fractions of tokens
+      (loss, metrics): `clip_low`, `clip_high`, `clip_dual` are the fractions of tokens
       whose loss the bound decided, `approx_kl` is the mean of -log ratio, all over `denominator`.
     """
     log_ratio = jnp.where(mask, logprob - old_logprob, 0.0)
@@ -84,15 +82,12 @@ POLICY_LOSSES: dict[str, Rule[PolicyLossFunction]] = {
 }
 
 
-def kl_k3(logprob: Array, reference_logprob: Array) -> Array:
-    """exp(d) - d - 1 with d = log pi_ref - log pi: the unbiased, non-negative estimate of KL(pi, pi_ref).
+def kl_k3(
+    logprob: Float32[AnyArray, "*axes"], reference_logprob: Float32[AnyArray, "*axes"]
+) -> Float32[Array, "*axes"]:
+    """Estimate KL(pi, pi_ref) of each token, in nats, by exp(d) - d - 1 with d = log pi_ref - log pi.
 
-    Args:
-      logprob: float32 [...].
-      reference_logprob: float32 [...].
-
-    Returns:
-      float32 [...], nats.
+    The estimate is unbiased and not negative.
     """
     difference = reference_logprob - logprob
     return jnp.expm1(difference) - difference

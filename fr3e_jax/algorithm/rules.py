@@ -8,7 +8,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from jax import Array
+from jaxtyping import Shaped
+
+from fr3e_jax.types import AnyArray
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,22 +27,22 @@ else:
 
 
 class RuleError(ValueError):
-    """A rule that is not there, or whose function gives something else than it must."""
+    """Raised for a rule that does not exist, or whose function returns something else than it must."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule(Generic[Function]):
-    """A function, and what `--help` says of it."""
+    """An entry of a table: a function, and what `--help` says of it."""
 
     function: Function
     help: str
 
 
 def function_of(table: Mapping[str, Rule[Function]], rule: str | Function) -> Function:
-    """The function of a name; a function is itself.
+    """Look a rule up by its name; a function is returned as it is.
 
     Raises:
-      RuleError: there is none of this name.
+      RuleError: the table has no rule of this name.
     """
     if not isinstance(rule, str):
         return rule
@@ -50,25 +52,25 @@ def function_of(table: Mapping[str, Rule[Function]], rule: str | Function) -> Fu
 
 
 def name_of(table: Mapping[str, Rule[Function]], rule: str | Function) -> str:
-    """The name of a rule; of a function in no table, its module and its own name."""
+    """Name a rule; a function that is in no table is named by its module and its own name."""
     if isinstance(rule, str):
         return rule
     named = [name for name, other in table.items() if other.function is rule]
     return named[0] if named else f"{rule.__module__}.{getattr(rule, '__qualname__', type(rule).__name__)}"
 
 
-def of_shape(found: Array, shape: tuple[int, ...], what: str) -> Array:
-    """What a rule gave, which must have this shape.
+def of_shape(result: Any, shape: tuple[int, ...], what: str) -> Shaped[AnyArray, "..."]:
+    """Return what a rule's function returned, if it is an array of this shape.
 
     Args:
-      found: the array.
-      shape: that it must have.
-      what: what it is, with its axes.
+      result: what the function returned.
+      shape: the shape that it must have.
+      what: a name for it in the message, with its axes.
 
     Raises:
-      RuleError: it has another.
+      RuleError: it has another shape, or is no array.
     """
-    if getattr(found, "shape", None) != shape:
-        got = list(found.shape) if hasattr(found, "shape") else type(found).__name__
+    if getattr(result, "shape", None) != shape:
+        got = list(result.shape) if hasattr(result, "shape") else type(result).__name__
         raise RuleError(f"{what} must have shape {list(shape)}; the rule's function gave {got}")
-    return found
+    return result

@@ -10,7 +10,6 @@ import jax
 from rich.console import Console
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.evaluation.answers import MOST_PROBLEMS, Ask, Respondent
 from fr3e_jax.evaluation.asked_model import AskedModel, load
@@ -102,14 +101,13 @@ def ask_all(
       console: where people read.
     """
     text = asked.text
-    model, params = load(config, asked, trained, hosts)
+    policy, params = load(config, asked, trained, hosts)
     asks = [ask for some in missing.values() for ask in some]
     scorers = sorted({ask.problem.scorer for ask in asks})
     pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))
     verifier = Verifier(text, hosts, pool)
     # One engine for all benchmarks: programs are compiled for an engine.
-    engine = Engine(model.graph, model.sampling, config.max_response, text.end_tokens, stops=text.stops)
-    context = model.config.context
+    engine, context = policy.engine(config.max_response), policy.model.config.context
     respondents = {
         one: Respondent(engine, stream_of(config, context, verifier, wanted), verifier, config.rows, one.name)
         for one, wanted in missing.items()

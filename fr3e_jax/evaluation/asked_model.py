@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.evaluation.settings import LONGEST, EvaluationConfig
-from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import Hosts, is_first
-from fr3e_jax.pretrained.model import Model, PlacedModel, compute_type, open_model
+from fr3e_jax.pretrained.model import Model, compute_type, open_model
 from fr3e_jax.pretrained.text import Text, load_text
+from fr3e_jax.run.build import Policy, policy_of
 from fr3e_jax.run.run_dir import holds_run
 from fr3e_jax.run.storage import location
 from fr3e_jax.run.trained import Trained, read_trained, setting, steps_of
@@ -97,7 +96,7 @@ def choose_step(
 
 def load(
     config: EvaluationConfig, asked: AskedModel, trained: Trained | None, hosts: Hosts
-) -> tuple[PlacedModel, Params]:
+) -> tuple[Policy, Params]:
     """Load the weights: of a run's checkpoint, or of the model itself.
 
     Args:
@@ -107,12 +106,12 @@ def load(
       hosts: all processes, and the mesh.
 
     Returns:
-      (the model, its parameters in the layout for sampling).
+      (the model on the mesh, its parameters in the layout for sampling).
     """
-    dtype: Any = compute_type(config.compute_dtype)
+    dtype = compute_type(config.compute_dtype)
     if asked.run:
         trained = trained or read_trained(location(config.model), config.step, asked.model.name, hosts)
-        model = trained.model
-        return model, sampling_cast(model.sampling, model.axes, trained.params, dtype)(trained.params)
-    model = asked.model.place(hosts.mesh)
-    return model, model.read_params(model.sampling, dtype)
+        policy = policy_of(trained.model, asked.text, dtype)
+        return policy, policy.sampling_params(trained.params)
+    policy = policy_of(asked.model.place(hosts.mesh), asked.text, dtype)
+    return policy, policy.read()

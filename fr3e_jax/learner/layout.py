@@ -86,7 +86,7 @@ def pieces_of(groups: StateGroups, parts: int) -> list[Piece]:
         row = row[np.argsort(-new[row[:, 0], row[:, 1]], kind="stable")]
         cuts = min(max(round(int(new[states].sum()) / share), 1), len(row))
         for rows in (row[i::cuts] for i in range(cuts)):
-            last = rows[np.argmax(follow[rows[:, 0]]), 0]
+            last = int(rows[np.argmax(follow[rows[:, 0]]), 0])
             trunk = tokens_before(groups, last)[: follow[last]]
             pieces.append(Piece(trunk, rows, len(trunk) + int(new[rows[:, 0], rows[:, 1]].sum())))
     return pieces

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int
 
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cost import Cost
@@ -15,28 +16,26 @@ Metrics = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A round whose rewards are known, on the host, the same on every process.
-
-    base: leaves [B, R, S], answers sampled from the query alone. base_reward: float32 [B, R].
-    rollouts: leaves [N, J x M, S], state by state. reward, advantage: float32 [N, J, M].
-    value, alpha: float32 [N, J]. accepted: bool [N, J], the states that are trained on.
-    restarts: whether there are positions; without, the base answers are the rollouts.
-    """
+    """A round whose rewards are known, on the host, the same on every process."""
 
     base: Rollouts
-    base_reward: np.ndarray
+    """Answers sampled from the query alone, leaves [B, R, S]."""
+    base_reward: Float32[np.ndarray, "B R"]
     states: States
     rollouts: Rollouts
-    reward: np.ndarray
-    value: np.ndarray
-    alpha: np.ndarray
-    advantage: np.ndarray
-    accepted: np.ndarray
+    """Partial rollouts, leaves [N, J x M, S], state by state."""
+    reward: Float32[np.ndarray, "N J M"]
+    value: Float32[np.ndarray, "N J"]
+    alpha: Float32[np.ndarray, "N J"]
+    advantage: Float32[np.ndarray, "N J M"]
+    accepted: Bool[np.ndarray, "N J"]
+    """The states that are trained on."""
     restarts: bool
+    """Whether there are positions; without, the base answers are the rollouts."""
 
     @property
-    def valid(self) -> np.ndarray:
-        """Which states there are, bool [N, J]."""
+    def valid(self) -> Bool[np.ndarray, "N J"]:
+        """Which states there are."""
         return self.states.valid
 
 
@@ -44,22 +43,26 @@ class Measured:
 class Metric:
     """A number of a round, or None where the round has none, and what it says.
 
-    counted: whether a step has the sum over its rounds, and not the mean.
+    help: what the number is. counted: whether a step has the sum over its rounds, and not the mean. unit: of
+    the number. over: what it is an average or a count of. watch: which values are a good or a bad sign.
     """
 
     function: Callable[[Measured], Any]
     help: str
     counted: bool = False
+    unit: str = ""
+    over: str = ""
+    watch: str = ""
 
 
-def root_mean(states: States, value: np.ndarray) -> float:
+def root_mean(states: States, value: Float32[np.ndarray, "N J"]) -> float:
     """Mean of V(S_0) over queries, however many trajectories of each were kept."""
     kept = states.valid[:, 0]
     count, total = (np.bincount(states.query[kept], weights=w) for w in (None, value[kept, 0]))
     return float((total[count > 0] / count[count > 0]).mean())
 
 
-def of_accepted(x: np.ndarray, reduce: Callable[[np.ndarray], Any]) -> Any:
+def of_accepted(x: Float[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]) -> Any:
     """A statistic of what the accepted states have; None where none is accepted."""
     return reduce(x) if x.size else None
 
@@ -67,7 +70,7 @@ def of_accepted(x: np.ndarray, reduce: Callable[[np.ndarray], Any]) -> Any:
 def identical(m: Measured) -> int:
     """States whose rollouts are the same, token by token."""
     token = m.rollouts.token.reshape(*m.reward.shape, -1)
-    return (m.valid & (token == token[:, :, :1]).all(axis=(2, 3))).sum()
+    return int((m.valid & (token == token[:, :, :1]).all(axis=(2, 3))).sum())
 
 
 def position_entropy(m: Measured) -> float | None:
@@ -76,52 +79,123 @@ def position_entropy(m: Measured) -> float | None:
         return None
     entropy = m.base.entropy[m.states.query, m.states.base]
     at = np.take_along_axis(entropy, m.states.prefix_length[:, 1:], axis=1)[m.valid[:, 1:]]
-    return at.mean() if at.size else 0.0
+    return float(at.mean()) if at.size else 0.0
 
 
-def continuations(m: Measured, x: np.ndarray) -> Any:
-    """Mean over the partial rollouts that there are of x, [N, J x M]."""
+def continuations(m: Measured, x: Int[np.ndarray, "N C"] | Bool[np.ndarray, "N C"]) -> Any:
+    """Mean of x over the partial rollouts that there are; None where there are no positions."""
     return x[m.rollouts.length > 0].mean() if m.restarts else None
 
 
+BASE, STATES, ACCEPTED, PARTIAL = "base trajectories", "all states", "accepted states", "partial rollouts"
+
 METRICS: dict[str, Metric] = {
-    "reward/base_mean": Metric(lambda m: m.base_reward.mean(), "mean reward of the base trajectories"),
+    "reward/base_mean": Metric(
+        lambda m: m.base_reward.mean(),
+        "reward",
+        unit="0 to 1",
+        over=BASE,
+        watch="rises as the model learns; at 0 or 1 no state carries a gradient",
+    ),
     "entropy/mean": Metric(
         lambda m: m.base.entropy.sum() / max(int(m.base.length.sum()), 1),
-        "mean entropy of their tokens, nats",
+        "entropy of the policy at a token",
+        unit="nats",
+        over="tokens of the base trajectories",
+        watch="a fall towards 0 ends exploration; a steady rise is a policy that falls apart",
     ),
-    "response/length": Metric(lambda m: m.base.length.mean(), "their mean length, tokens"),
-    "response/cut": Metric(lambda m: 1.0 - m.base.stopped.mean(), "share that the length limit cut off"),
-    "modulation/mean": Metric(lambda m: m.alpha[m.valid].mean(), "mean alpha_j of the states"),
+    "response/length": Metric(
+        lambda m: m.base.length.mean(), "length of an answer", unit="tokens", over=BASE
+    ),
+    "response/cut": Metric(
+        lambda m: 1.0 - m.base.stopped.mean(),
+        "share that rollout.max_response cut off",
+        unit="share",
+        over=BASE,
+        watch="much above 0: the limit is too short, or the answers do not end",
+    ),
+    "modulation/mean": Metric(
+        lambda m: m.alpha[m.valid].mean(),
+        "factor alpha_j of the advantages",
+        unit="factor",
+        over=STATES,
+        watch="below 1: values rise from state to state",
+    ),
     "value/accepted_mean": Metric(
-        lambda m: of_accepted(m.value[m.accepted], np.mean), "mean value of the accepted states"
+        lambda m: of_accepted(m.value[m.accepted], np.mean), "value V(S_j)", unit="0 to 1", over=ACCEPTED
     ),
     "advantage/accepted_mean": Metric(
-        lambda m: of_accepted(m.advantage[m.accepted], np.mean), "mean advantage of their rollouts"
+        lambda m: of_accepted(m.advantage[m.accepted], np.mean),
+        "advantage",
+        over="rollouts of accepted states",
     ),
     "advantage/accepted_std": Metric(
-        lambda m: of_accepted(m.advantage[m.accepted], np.std), "standard deviation of these advantages"
+        lambda m: of_accepted(m.advantage[m.accepted], np.std),
+        "standard deviation of the advantages",
+        over="rollouts of accepted states",
     ),
-    "reward/root_mean": Metric(lambda m: root_mean(m.states, m.value), "mean V(S_0) of the queries"),
-    "value/mean": Metric(lambda m: m.value[m.valid].mean(), "mean value of the states"),
-    "states/accepted": Metric(lambda m: m.accepted.sum(), "states that are trained on", True),
-    "states/rejected": Metric(lambda m: (m.valid & ~m.accepted).sum(), "states that are not", True),
+    "reward/root_mean": Metric(
+        lambda m: root_mean(m.states, m.value),
+        "value V(S_0), the mean reward from the bare query",
+        unit="0 to 1",
+        over="queries with a kept trajectory",
+        watch="rises as the model learns",
+    ),
+    "value/mean": Metric(lambda m: m.value[m.valid].mean(), "value V(S_j)", unit="0 to 1", over=STATES),
+    "states/accepted": Metric(
+        lambda m: m.accepted.sum(), "states that are trained on", True, unit="count", over=STATES
+    ),
+    "states/rejected": Metric(
+        lambda m: (m.valid & ~m.accepted).sum(),
+        "states that are not trained on",
+        True,
+        unit="count",
+        over=STATES,
+        watch="nearly all: the problems are too easy or too hard",
+    ),
     "states/all_wrong": Metric(
-        lambda m: (m.valid & (m.reward <= 0.0).all(axis=2)).sum(), "states whose rewards are all 0", True
+        lambda m: (m.valid & (m.reward <= 0.0).all(axis=2)).sum(),
+        "states whose rewards are all 0",
+        True,
+        unit="count",
+        over=STATES,
     ),
     "states/all_right": Metric(
-        lambda m: (m.valid & (m.reward >= 1.0).all(axis=2)).sum(), "states whose rewards are all 1", True
+        lambda m: (m.valid & (m.reward >= 1.0).all(axis=2)).sum(),
+        "states whose rewards are all 1",
+        True,
+        unit="count",
+        over=STATES,
     ),
-    "states/identical": Metric(identical, "states whose rollouts are the same, token by token", True),
-    "entropy/positions": Metric(position_entropy, "mean entropy at the positions, nats"),
+    "states/identical": Metric(
+        identical,
+        "states whose rollouts are the same, token by token",
+        True,
+        unit="count",
+        over=STATES,
+        watch="many: the sampling is too sharp",
+    ),
+    "entropy/positions": Metric(
+        position_entropy,
+        "entropy of the policy at a position",
+        unit="nats",
+        over="positions",
+        watch="well above entropy/mean, or positions are no better than any token",
+    ),
     "response/continuation": Metric(
-        lambda m: continuations(m, m.rollouts.length), "mean length of the partial rollouts, tokens"
+        lambda m: continuations(m, m.rollouts.length),
+        "length of a continuation",
+        unit="tokens",
+        over=PARTIAL,
     ),
     "response/continuation_cut": Metric(
-        lambda m: continuations(m, ~m.rollouts.stopped), "share of them that the length limit cut off"
+        lambda m: continuations(m, ~m.rollouts.stopped),
+        "share that rollout.max_response cut off",
+        unit="share",
+        over=PARTIAL,
     ),
 }
-"""What is measured of every round: name -> its function and a line of help."""
+"""What is measured of every round: name -> its function, and what it says."""
 
 
 def measure(measured: Measured) -> Metrics:
@@ -132,12 +206,12 @@ def measure(measured: Measured) -> Metrics:
     """
     metrics: Metrics = {}
     for name, metric in METRICS.items():
-        found = metric.function(measured)
-        if found is None:
+        number = metric.function(measured)
+        if number is None:
             continue
-        if np.ndim(found) or not np.issubdtype(np.asarray(found).dtype, np.number):
-            raise RuleError(f"the metric {name} gave {found!r:.80}; it must be a number, or None")
-        metrics[name] = int(found) if metric.counted else float(found)
+        if np.ndim(number) or not np.issubdtype(np.asarray(number).dtype, np.number):
+            raise RuleError(f"the metric {name} gave {number!r:.80}; it must be a number, or None")
+        metrics[name] = int(number) if metric.counted else float(number)
     return metrics
 
 

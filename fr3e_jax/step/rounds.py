@@ -19,64 +19,48 @@ grpo and grpo++ have no positions: a round is M rollouts from S_0, which stages 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Bool, Float32, Int32, Key
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
-from fr3e_jax.algorithm.explore import keep_trajectories, positions_of, states_of
+from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
 from fr3e_jax.config import Config, CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.cost import Cost, rollout_cost
 from fr3e_jax.engine.finite import require_finite
-from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.engine.sampler import Sampling, row_key
+from fr3e_jax.engine.rollout import Caches, Engine
+from fr3e_jax.engine.sampler import row_key
 from fr3e_jax.learner import groups
-from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.decoder import DecoderConfig, Params
-from fr3e_jax.parallel.hosts import Hosts, gather
-from fr3e_jax.parallel.mesh import Placement
-from fr3e_jax.problems.stream import QueryStream
-from fr3e_jax.rewards.verify import Rewards, Verifier
-from fr3e_jax.run.interruption import Interruption
+from fr3e_jax.models.decoder import Params
+from fr3e_jax.parallel.hosts import gather
+from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
+from fr3e_jax.rewards.verify import Rewards
+from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure
-from fr3e_jax.types import Problem, Queries, Rollouts, StateGroups, States
+from fr3e_jax.types import AnyArray, Queries, Rollouts, StateGroups, States, pytree
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What is fixed for a run."""
+@pytree
+class Draws:
+    """What all randomness of a step is a function of, beside query, branch and position; on all devices."""
 
-    config: Config
-    model: DecoderConfig
-    placement: Placement
-    engine: Engine
-    learner: Learner
-    stream: QueryStream
-    verifier: Verifier
-    reference: Params | None
-    sampling_params: Callable[[Params], Params]
-    """Parameters in the type and layout for sampling, from those that are trained."""
-    interruption: Interruption
+    tokens: Key[Array, ""]
+    """For the tokens that are drawn."""
+    choices: Key[Array, ""]
+    """For the trajectories and positions that are chosen."""
+    step: Int32[Array, ""]
 
-    @property
-    def hosts(self) -> Hosts:
-        """The processes that run it."""
-        return self.interruption.hosts
 
-    @property
-    def sampling(self) -> Sampling:
-        """The distribution that rollouts are drawn from."""
-        rollout = self.config.rollout
-        return Sampling(rollout.temperature, rollout.top_k, rollout.top_p)
-
-    def key(self, purpose: int) -> Array:
-        """A key of the run's seed, on all devices: 0 for the tokens that are drawn, 1 for choices of them."""
-        return make_key(self.config.seed, purpose, self.placement.sharding())
+def draws_of(seed: int, step: int, placement: Placement) -> Draws:
+    """The randomness of a step of a run with a seed."""
+    at = placement.sharding()
+    return Draws(make_key(seed, 0, at), make_key(seed, 1, at), placement.place(np.int32(step)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -87,12 +71,13 @@ def make_key(seed: int, purpose: int, at: NamedSharding) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """A round whose last rewards are being found: stages 1 to 7 are done."""
+    """A round whose last rewards are being found: stages 1 to 7 are done. All arrays are on the host."""
 
     queries: Queries
-    problems: Sequence[Problem]
+    problems: Any
+    """The problem of each query by its row, read when it is asked for."""
     base: Rollouts
-    base_reward: np.ndarray | None
+    base_reward: Float32[np.ndarray, "B R"] | None
     """None where the base trajectories are what is explored, from S_0."""
     states: States
     rollouts: Rollouts
@@ -105,8 +90,13 @@ class Round:
         return int(self.states.valid.sum())
 
 
-def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwatch) -> Round:
+def open_round(
+    config: Config, parts: Parts, params: Params, step: int, position: int, watch: Stopwatch
+) -> Round:
     """Stages 1 to 7, and the beginning of 8: answers are judged while the caller goes on.
+
+    Of what has an entry per token, the base trajectories and the partial rollouts come to the host, once
+    each; the states stay on the devices.
 
     Args:
       params: in the layout for sampling.
@@ -117,35 +107,38 @@ def open_round(run: Run, params: Params, step: int, position: int, watch: Stopwa
     Raises:
       NotFiniteError: tokens were drawn from logits that are not finite.
     """
-    config = run.config
+    engine, verifier, model = parts.engine, parts.verifier, parts.policy.model.config
+    draws, place = draws_of(config.seed, step, engine.placement), engine.placement.place_rows
     with watch.stage("tokenize"):
-        queries, problems = run.stream.take(position, config.rollout.queries)
-    place = run.engine.placement.place_rows
-    placed, placed_step = place(queries), run.placement.place(np.int32(step))
+        queries, problems = parts.stream.take(position, config.rollout.queries)
+    placed = place(queries)
     with watch.stage("first_return"):
-        base, caches, row_steps = first_return(run, params, placed_step, placed)
+        sampled, caches, row_steps = first_return(config, engine, params, draws, placed)
+        base = gather(sampled)
     require_finite(base, f"step {step}, base trajectories")
-    costs = {"first_return": rollout_cost(run.model, queries, base, row_steps)}
+    costs = {"first_return": rollout_cost(model, queries, base, int(row_steps))}
     with watch.stage("verify"):
-        base_rewards = run.verifier.base(base, problems)
-        base = run.stream.text.trimmed(base)
-    if not config.explore.positions:
+        base_rewards = verifier.base(base, problems)
+        base = parts.text.trimmed(base)
+    if caches is None:
         return Round(queries, problems, base, None, roots(base), base, base_rewards, costs)
     with watch.stage("verify"):
         base_reward = base_rewards()
-    states = find_states(run, placed_step, queries, base, base_reward)
+    kept = gather(keep(config.explore, draws, *place((queries.index, base_reward))))
+    states, placed_states = find_states(config.explore, engine, draws, queries, base, kept, sampled)
     with watch.stage("explore"):
-        rollouts, row_steps = explore(run, params, placed_step, placed, caches, place(states))
+        rollouts, row_steps = explore(config, engine, params, draws, placed, caches, placed_states)
+        rollouts = gather(rollouts)
     require_finite(rollouts, f"step {step}, partial rollouts")
-    costs["explore"] = rollout_cost(run.model, queries, rollouts, row_steps, states)
+    costs["explore"] = rollout_cost(model, queries, rollouts, int(row_steps), states)
     with watch.stage("verify"):
-        rewards = run.verifier.whole(states, rollouts, problems)
-        rollouts = run.stream.text.trimmed(rollouts, states)
+        rewards = verifier.whole(states, rollouts, problems)
+        rollouts = parts.text.trimmed(rollouts, states)
     return Round(queries, problems, base, base_reward, states, rollouts, rewards, costs)
 
 
 def close_round(
-    run: Run, opened: Round, watch: Stopwatch
+    config: Config, parts: Parts, opened: Round, watch: Stopwatch
 ) -> tuple[StateGroups, Metrics, dict[str, Any] | None]:
     """The end of stage 8, and 9.
 
@@ -153,134 +146,151 @@ def close_round(
       (accepted states, metrics, a state with two of its continuations for people to read).
     """
     queries, states, rollouts, base = opened.queries, opened.states, opened.rollouts, opened.base
-    credit, place = run.config.credit, run.engine.placement.place_rows
+    place = parts.engine.placement.place_rows
     with watch.stage("verify"):
         reward = opened.rewards()
     base_reward = opened.base_reward
     if base_reward is None:
         base_reward, reward = reward, reward[:, None]
     advantage, value, alpha, accepted = gather(
-        assign_credit(credit, *place((reward, states.valid, states.query)))
+        assign_credit(config.credit, *place((reward, states.valid, states.query)))
     )
 
+    credit = (reward, value, alpha, advantage, accepted)
     restarts = opened.base_reward is not None
-    found = (reward, value, alpha, advantage, accepted)
-    metrics = measure(Measured(base, base_reward, states, rollouts, *found, restarts))
+    metrics = measure(Measured(base, base_reward, states, rollouts, *credit, restarts))
     metrics |= cost_metrics(opened.costs)
     gathered = groups.collect(accepted, queries, states, rollouts, advantage)
-    return gathered, metrics, run.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
+    return gathered, metrics, parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
 
 
-def first_return(run: Run, params: Params, step: Array, queries: Queries) -> tuple[Rollouts, Any, int]:
-    """R whole answers per query, or M where no other are sampled.
+def first_return(
+    config: Config, engine: Engine, params: Params, draws: Draws, queries: Queries
+) -> tuple[Rollouts, Caches | None, Array]:
+    """Stage 2: R whole answers per query, or M where no other are sampled; all on the devices.
 
     Returns:
-      (rollouts on the host, their `Caches` if there is to be exploration, rows decoded).
+      (rollouts, their KV caches if there is to be exploration, rows decoded).
     """
-    explore, caches = run.config.explore, None
-    told = (params, queries, run.key(0), step)
+    explore, sampling = config.explore, sampling_of(config.rollout)
     if explore.positions:
-        count = run.config.rollout.base_trajectories
-        rollouts, caches, row_steps = run.engine.first_return(*told, count, run.sampling)
-    else:
-        rollouts, row_steps = run.engine.sample(*told, explore.rollouts, run.sampling)
-    return gather(rollouts), caches, int(row_steps)
+        count = config.rollout.base_trajectories
+        return engine.first_return(params, queries, draws.tokens, draws.step, count, sampling)
+    count = explore.rollouts
+    rollouts, row_steps = engine.sample(params, queries, draws.tokens, draws.step, count, sampling)
+    return rollouts, None, row_steps
 
 
-def find_states(run: Run, step: Array, queries: Queries, base: Rollouts, base_reward: np.ndarray) -> States:
-    """Stages 4 to 6; states on the host.
-
-    The kept trajectories are padded to a bucket, with some that have no valid state, so that few shapes
-    are compiled.
-    """
-    rules, place = run.config.explore, run.engine.placement.place_rows
-    kept = gather(keep(rules, run.key(1), step, *place((queries.index, base_reward))))
-    return states_of_kept(run.engine, rules, run.key(1), step, queries, base, kept)
-
-
-def states_of_kept(
-    engine: Engine,
-    rules: ExploreConfig,
-    key: Array,
-    step: Array,
-    queries: Queries,
-    base: Rollouts,
-    kept: np.ndarray,
-) -> States:
-    """Stages 5 and 6: the states of kept trajectories, on the host.
-
-    Args:
-      engine: what samples from the states, and lays trajectories out for its mesh.
-      rules: how positions are chosen.
-      key: of the run's seed, for choices.
-      step: int32 [].
-      queries: of the round. base: base trajectories, [B, R, S] leaves; both on the host.
-      kept: bool [B, R].
-    """
-    query, trajectory, real = engine.arrange(kept)
-    chosen = jax.tree.map(lambda x: x[query, trajectory], base)
-    told = (queries.index[query], trajectory, real, chosen.entropy, chosen.logprob, chosen.length)
-    prefix_length, valid = gather(choose_states(rules, key, step, *engine.placement.place_rows(told)))
-    return States(query, trajectory, chosen.token, prefix_length, valid)
-
-
-def keep(rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array) -> Array:
-    """Stage 4: bool [B, R] from rewards [B, R] of queries [B]."""
-    return compiled_keep(with_functions(rules), key, step, query, base_reward)
-
-
-@functools.partial(jax.jit, static_argnames="rules")
-def compiled_keep(rules: ExploreConfig, key: Array, step: Array, query: Array, base_reward: Array) -> Array:
-    """`keep` of rules that are functions."""
-    keys = jax.vmap(row_key, (None, None, 0, None))(key, step, query, 0)
-    return keep_trajectories(base_reward, rules.keep, keys)
-
-
-def choose_states(rules: ExploreConfig, *told: Array) -> tuple[Array, Array]:
-    """Stages 5 and 6: (prefix_length int32 [N, J], valid bool [N, J]) of N kept trajectories.
+def keep(
+    rules: ExploreConfig, draws: Draws, query: Int32[Array, " B"], base_reward: Float32[Array, "B R"]
+) -> Bool[Array, "B R"]:
+    """Stage 4: which base trajectories are explored.
 
     Args:
       rules: names or functions.
-      told: the other arguments of `compiled_states`.
+      query: the queries' places in the stream.
+      base_reward: of the base trajectories.
     """
-    return compiled_states(with_functions(rules), *told)
+    return compiled_keep(with_functions(rules), draws, query, base_reward)
 
 
 @functools.partial(jax.jit, static_argnames="rules")
+def compiled_keep(rules: ExploreConfig, draws: Draws, query: Array, base_reward: Array) -> Array:
+    """`keep` of rules that are functions."""
+    keys = jax.vmap(row_key, (None, None, 0, None))(draws.choices, draws.step, query, 0)
+    return keep_trajectories(base_reward, rules.keep, keys)
+
+
+def find_states(
+    rules: ExploreConfig,
+    engine: Engine,
+    draws: Draws,
+    queries: Queries,
+    base: Rollouts,
+    kept: Bool[np.ndarray, "B R"],
+    sampled: Rollouts,
+) -> tuple[States, States]:
+    """Stages 5 and 6: the states of kept trajectories.
+
+    The kept trajectories are padded to a bucket, with some that have no valid state, so that few shapes
+    are compiled.
+
+    Args:
+      rules: how positions are chosen.
+      engine: what samples from the states, and lays trajectories out for its mesh.
+      queries, base: of the round, on the host; base trajectories have leaves [B, R, S].
+      kept: which are explored.
+      sampled: base trajectories as they lie on the devices; longer than `base` where a stop text was cut off.
+
+    Returns:
+      (states on the host, the same on the devices).
+    """
+    query, trajectory, real = engine.arrange(kept)
+    place = engine.placement.place_rows
+    where = place((queries.index[query], query, trajectory, real))
+    placed = choose_states(rules, engine.placement, draws, sampled, place(base.length), *where)
+    prefix_length, valid = gather((placed.prefix_length, placed.valid))
+    return States(query, trajectory, base.token[query, trajectory], prefix_length, valid), placed
+
+
+def choose_states(rules: ExploreConfig, placement: Placement, draws: Draws, *rest: Any) -> States:
+    """`compiled_states` of rules that are names or functions; the arguments are its."""
+    return compiled_states(with_functions(rules), placement.mesh, draws, *rest)
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "mesh"))
 def compiled_states(
     rules: ExploreConfig,
-    key: Array,
-    step: Array,
-    query: Array,
-    trajectory: Array,
-    real: Array,
-    entropy: Array,
-    logprob: Array,
-    length: Array,
-) -> tuple[Array, Array]:
-    """`choose_states` of rules that are functions."""
+    mesh: Mesh,
+    draws: Draws,
+    base: Rollouts,
+    length: Int32[AnyArray, "B R"],
+    index: Int32[AnyArray, " N"],
+    query: Int32[AnyArray, " N"],
+    trajectory: Int32[AnyArray, " N"],
+    real: Bool[AnyArray, " N"],
+) -> States:
+    """Stages 5 and 6 on the devices: the states of N kept trajectories, each in the part of its query.
+
+    Args:
+      rules: functions.
+      base: leaves [B, R, S].
+      length: tokens of each that count.
+      index: the queries' places in the stream.
+      query, trajectory: row and column of the kept trajectories in `base`.
+      real: False where a row is only padding.
+    """
+    placement, parts = Placement(mesh), row_parts(mesh)
+    per_part = length.shape[0] // parts
+
+    def take(x: Array) -> Array:
+        """[B, R, ...] -> [N, ...], each part of the mesh its own rows."""
+        rows = jax.vmap(lambda x, n, r: x[n, r], spmd_axis_name=BATCH_AXES)(
+            x.reshape(parts, per_part, *x.shape[1:]),
+            query.reshape(parts, -1) % per_part,
+            trajectory.reshape(parts, -1),
+        )
+        return placement.shard(rows.reshape(-1, *x.shape[2:]), "batch")
+
+    count = take(length)
+    counts = jnp.arange(base.token.shape[2])[None, :] < count[:, None]
+    response, entropy, logprob = (
+        jnp.where(counts, take(x), 0) for x in (base.token, base.entropy, base.logprob)
+    )
     # Branch numbers from 1: 0 chose the trajectories.
-    keys = jax.vmap(row_key, (None, None, 0, 0))(key, step, query, 1 + trajectory)
-    position, valid = positions_of(rules.rule, entropy, logprob, length, rules.positions, rules.min_gap, keys)
+    keys = jax.vmap(row_key, (None, None, 0, 0))(draws.choices, draws.step, index, 1 + trajectory)
+    trajectories = Trajectories(
+        entropy=entropy,
+        logprob=logprob,
+        length=count,
+        key=keys,
+        count=rules.positions,
+        min_gap=rules.min_gap,
+    )
+    position, valid = positions_of(rules.rule, trajectories)
     prefix_length, valid = states_of(position, valid)
-    return prefix_length, valid & real[:, None]
-
-
-def assign_credit(
-    credit: CreditConfig, reward: Array, valid: Array, query: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Stage 9: (advantage [N, J, M], value [N, J], alpha [N, J], accepted bool [N, J])."""
-    return compiled_credit(with_functions(credit), reward, valid, query)
-
-
-@functools.partial(jax.jit, static_argnames="credit")
-def compiled_credit(
-    credit: CreditConfig, reward: Array, valid: Array, query: Array
-) -> tuple[Array, Array, Array, Array]:
-    """`assign_credit` of rules that are functions."""
-    told = (credit.normalize_std, credit.modulation, credit.first_state, credit.sharpen, credit.advantage)
-    advantage, value, alpha = modulated_advantage(reward, valid, *told)
-    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject)
+    states = States(query, trajectory, response, prefix_length, valid & real[:, None])
+    return jax.tree.map(lambda x: placement.shard(x, "batch"), states)
 
 
 def roots(base: Rollouts) -> States:
@@ -293,14 +303,53 @@ def roots(base: Rollouts) -> States:
 
 
 def explore(
-    run: Run, params: Params, step: Array, queries: Queries, caches: Any, states: States
-) -> tuple[Rollouts, int]:
-    """M rollouts from every valid state; queries, caches and states on the mesh.
+    config: Config,
+    engine: Engine,
+    params: Params,
+    draws: Draws,
+    queries: Queries,
+    caches: Caches,
+    states: States,
+) -> tuple[Rollouts, Array]:
+    """Stage 7: M rollouts from every valid state; all on the devices.
 
     Returns:
-      (rollouts on the host, rows decoded).
+      (rollouts, rows decoded).
     """
-    rollouts, row_steps = run.engine.explore(
-        params, queries, caches, states, run.key(0), step, run.config.explore.rollouts, run.sampling
+    count, sampling = config.explore.rollouts, sampling_of(config.rollout)
+    return engine.explore(params, queries, caches, states, draws.tokens, draws.step, count, sampling)
+
+
+Credit = tuple[Float32[Array, "N J M"], Float32[Array, "N J"], Float32[Array, "N J"], Bool[Array, "N J"]]
+
+
+def assign_credit(
+    credit: CreditConfig,
+    reward: Float32[AnyArray, "N J M"],
+    valid: Bool[AnyArray, "N J"],
+    query: Int32[AnyArray, " N"],
+) -> Credit:
+    """Stage 9: (advantage, value, alpha, accepted) of the states of kept trajectories.
+
+    Args:
+      credit: names or functions.
+      reward: of the partial rollouts, whole answers.
+      valid: which states there are.
+      query: row of the round's queries, of each trajectory.
+    """
+    return compiled_credit(with_functions(credit), reward, valid, query)
+
+
+@functools.partial(jax.jit, static_argnames="credit")
+def compiled_credit(credit: CreditConfig, reward: Array, valid: Array, query: Array) -> Credit:
+    """`assign_credit` of rules that are functions."""
+    advantage, value, alpha = modulated_advantage(
+        reward,
+        valid,
+        normalize_std=credit.normalize_std,
+        modulation=credit.modulation,
+        first_state=credit.first_state,
+        sharpen=credit.sharpen,
+        advantage=credit.advantage,
     )
-    return gather(rollouts), int(row_steps)
+    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject)

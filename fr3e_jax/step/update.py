@@ -7,16 +7,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from fr3e_jax.config import Config
 from fr3e_jax.cost import update_flops
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import TrainState
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.mesh import row_parts
+from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.run.build import Parts
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.step.diagnosis import no_signal
 from fr3e_jax.step.metrics import Metrics, summarize
-from fr3e_jax.step.rounds import Run, close_round, open_round
+from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.types import StateGroups
 
 
@@ -29,38 +33,54 @@ class SkippedError(RuntimeError):
 
 
 def train_step(
-    run: Run, state: TrainState, carried: StateGroups, progress: Progress
+    config: Config,
+    parts: Parts,
+    reference: Params | None,
+    state: TrainState,
+    carried: StateGroups,
+    progress: Progress,
 ) -> tuple[TrainState, StateGroups, Progress, Metrics, dict[str, Any] | None]:
     """Rounds until the batch is full, then the update.
+
+    Args:
+      config: resolved.
+      parts: as `build` makes them from it.
+      reference: parameters that the policy is held near, where loss.kl_coefficient is above 0.
+      state: used up by the update.
+      carried: accepted states that the step before left over.
+      progress: up to the step before.
+
+    Returns:
+      (state, carried and progress after this step, its metrics, a state for people to read).
 
     Raises:
       SamplingError: the batch is not full after `credit.max_rounds` rounds.
       NotFiniteError: tokens were drawn from logits that are not finite.
       Interrupted: the run is asked to stop, and `state` is untouched.
     """
-    config, watch, started = run.config, Stopwatch(), time.perf_counter()
-    timed_out = run.verifier.pool.timed_out
+    watch, started, placement = Stopwatch(), time.perf_counter(), parts.engine.placement
+    timed_out = parts.verifier.pool.timed_out
     step, position, wanted = progress.step + 1, progress.data_position, config.optimizer.batch_states
     rounds: list[Metrics] = []
     sample, waiting, sampler_params, ahead = None, carried, None, None
     while groups.count(waiting) < wanted:
         if len(rounds) == config.credit.max_rounds:
-            late = count_timed_out(run, timed_out)
+            late = count_timed_out(parts.verifier, timed_out)
             raise SamplingError(
                 f"step {step}: {len(rounds)} rounds gave {groups.count(waiting)} of {wanted} states that "
                 f"carry a gradient. {no_signal(config, rounds, late)}"
             )
         if sampler_params is None:
-            sampler_params = run.sampling_params(state.params)
-        opened, ahead = ahead or open_round(run, sampler_params, step, position, watch), None
+            sampler_params = parts.policy.sampling_params(state.params)
+        opened, ahead = ahead or open_round(config, parts, sampler_params, step, position, watch), None
         position += config.rollout.queries
         if groups.count(waiting) + opened.most < wanted and len(rounds) + 1 < config.credit.max_rounds:
             # There will be another round, whatever the verdicts on this one.
-            ahead = open_round(run, sampler_params, step, position, watch)
-        accepted, metrics, sample = close_round(run, opened, watch)
+            ahead = open_round(config, parts, sampler_params, step, position, watch)
+        accepted, round_metrics, sample = close_round(config, parts, opened, watch)
         waiting = groups.join(waiting, accepted)
-        rounds.append(metrics)
-    run.interruption.check()  # for the last time while there is a state to save: updates replace it
+        rounds.append(round_metrics)
+    parts.between()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)
 
@@ -69,37 +89,37 @@ def train_step(
         for epoch in range(config.optimizer.epochs):
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in groups.minibatches(batch, config.optimizer.minibatches, rng):
-                bundles = bundles_of(part, row_parts(run.placement.mesh), config.optimizer.micro_tokens)
-                flops += update_flops(run.model, bundles)
+                bundles = bundles_of(part, row_parts(placement.mesh), config.optimizer.micro_tokens)
+                flops += update_flops(parts.policy.model.config, bundles)
                 tokens += np.array(token_counts(bundles))
-                state, metrics = run.learner.update(state, bundles, run.reference)
-                updates.append(metrics)
+                state, update_metrics = parts.learner.update(state, bundles, reference)
+                updates.append(update_metrics)
         updates = jax.device_get(updates)
 
-    told: Metrics = {"step": step} | summarize(rounds, updates) | {"flops/update": flops}
-    told |= {"tokens/trained": tokens[0], "update/padding": tokens[1] / tokens[0]}
-    if "rows/decoded" in told:
-        told["rows/occupancy"] = told["tokens/generated"] / told["rows/decoded"]
-    generated = progress.tokens_generated + told.get("tokens/generated", 0)
-    told |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
+    metrics: Metrics = {"step": step} | summarize(rounds, updates) | {"flops/update": flops}
+    metrics |= {"tokens/trained": tokens[0], "update/padding": tokens[1] / tokens[0]}
+    if "rows/decoded" in metrics:
+        metrics["rows/occupancy"] = metrics["tokens/generated"] / metrics["rows/decoded"]
+    generated = progress.tokens_generated + metrics.get("tokens/generated", 0)
+    metrics |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
     if rounds:
-        told["reward/timed_out"] = count_timed_out(run, timed_out)
-    told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
+        metrics["reward/timed_out"] = count_timed_out(parts.verifier, timed_out)
+    metrics |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
     skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
     progress = dataclasses.replace(
         progress, step=step, data_position=position, tokens_generated=generated, skipped=skipped
     )
-    return state, carried, progress, told, sample
+    return state, carried, progress, metrics, sample
 
 
-def count_timed_out(run: Run, before: int) -> int:
+def count_timed_out(verifier: Verifier, before: int) -> int:
     """Answers on which the scorers of all hosts ran out of time.
 
     Args:
       before: that it had on this host when the count began.
     """
-    here = np.array([run.verifier.pool.timed_out - before])
-    return int(run.hosts.add_up(here, "answers that timed out")[0])
+    here = np.array([verifier.pool.timed_out - before])
+    return int(verifier.hosts.add_up(here, "answers that timed out")[0])
 
 
 def skipped_in_a_row(before: int, updates: list[Metrics], limit: int) -> int:

@@ -1,0 +1,182 @@
+"""Makes the parts of a command from its settings, the same for training, evaluation, plan and notebook.
+
+`Policy` is a model on a mesh; engines, learners and states are made from it. `build` makes all that a run of
+training needs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from fr3e_jax.config import (
+    Config,
+    ConfigError,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    check,
+    updates_of,
+)
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.learner.make import learner_of
+from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
+from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.decoder import Params, abstract_params
+from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.parallel.mesh import make_mesh, row_parts
+from fr3e_jax.pretrained.model import PlacedModel, open_model
+from fr3e_jax.pretrained.text import Text, load_text
+from fr3e_jax.problems.corpus import Corpus, make_corpus
+from fr3e_jax.problems.stream import QueryStream
+from fr3e_jax.rewards.pool import ScoringPool
+from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.types import StopTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model on a mesh, and what ends its answers: what is sampled from, and what is trained.
+
+    model: without its weights. end_tokens: an answer ends with one of these. stops: texts that end one too.
+    dtype: of matrix products, and of the parameters that are sampled with.
+    """
+
+    model: PlacedModel
+    end_tokens: tuple[int, ...]
+    stops: StopTable | None
+    dtype: Any
+
+    def engine(self, max_response: int, between: Callable[[], None] = lambda: None) -> Engine:
+        """What samples answers of at most `max_response` tokens.
+
+        Args:
+          max_response: tokens.
+          between: called before each program of a decoding, and may end it with an exception.
+        """
+        model = self.model
+        return Engine(model.graph, model.sampling, max_response, self.end_tokens, between, self.stops)
+
+    def learner(
+        self,
+        loss: LossConfig,
+        optimizer: OptimizerConfig,
+        updates: int | None = None,
+        on_tpu: bool | None = None,
+    ) -> Learner:
+        """What updates the parameters; the arguments are those of `learner_of`."""
+        model = self.model
+        settings = (loss, optimizer, self.dtype, updates, on_tpu)
+        return learner_of(model.graph, model.training, model.axes, *settings)
+
+    def fresh_state(self, learner: Learner) -> TrainState:
+        """The model's weights in float32, and moments of 0.
+
+        Raises:
+          ConfigError: the weights cannot be fetched.
+          CheckpointError: they are not there, or not this model's.
+        """
+        model = self.model
+        params = model.read_params(model.training)
+        return init_state(model.training, learner.optimizer, model.axes, params)
+
+    def read(self) -> Params:
+        """The model's weights as they are sampled with; errors as of `fresh_state`."""
+        return self.model.read_params(self.model.sampling, self.dtype)
+
+    @functools.cached_property
+    def sampling_params(self) -> Callable[[Params], Params]:
+        """Gives parameters as they are sampled with, from those that are trained."""
+        model = self.model
+        return sampling_cast(model.sampling, model.axes, abstract_params(model.config), self.dtype)
+
+
+def policy_of(model: PlacedModel, text: Text, dtype: Any) -> Policy:
+    """The policy of a model with its tokenizer."""
+    return Policy(model, text.end_tokens, text.stops, dtype)
+
+
+def open_policy(name: str, template: str, stop: Sequence[str], mesh: Mesh, dtype: Any) -> tuple[Policy, Text]:
+    """Find a model, and place it, without its weights.
+
+    Args:
+      name: as model.path.
+      template: as data.template.
+      stop: as rollout.stop.
+      mesh: of `mesh_of`.
+      dtype: of matrix products.
+
+    Raises:
+      ConfigError: it is not found, or template or tokenizer do not fit.
+      CheckpointError: its config.json is not one of a supported model.
+      PlacementError: it does not divide by the mesh.
+    """
+    model = open_model(name).place(mesh)
+    text = load_text(model.source, template, stop)
+    return policy_of(model, text, dtype), text
+
+
+def mesh_of(config: MeshConfig) -> Mesh:
+    """The mesh of a command over all devices.
+
+    Raises:
+      PlacementError: it does not cover them.
+    """
+    return make_mesh(config.data, config.fsdp, config.tensor)
+
+
+def sampling_of(config: RolloutConfig) -> Sampling:
+    """The distribution that rollouts are drawn from."""
+    return Sampling(config.temperature, config.top_k, config.top_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run of training is made of, without its state.
+
+    text: tokenizer and template. corpus: problems to train on, and held out. stream: those to train on, as
+    queries. between: ends the run where it is asked to stop; called where a state is whole.
+    """
+
+    policy: Policy
+    text: Text
+    engine: Engine
+    learner: Learner
+    corpus: Corpus
+    stream: QueryStream
+    verifier: Verifier
+    hosts: Hosts
+    between: Callable[[], None]
+
+
+def build(config: Config, hosts: Hosts, between: Callable[[], None] = lambda: None) -> Parts:
+    """Check the configuration, and make the parts of its run.
+
+    Args:
+      config: resolved.
+      hosts: the processes, with the mesh of `mesh_of`.
+      between: called before each program of a decoding and before each update; may raise to end the run.
+
+    Raises:
+      ConfigError, PlacementError, CheckpointError: what cannot run.
+    """
+    dtype = jnp.dtype(config.model.compute_dtype)
+    model = open_model(config.model.path).place(hosts.mesh)
+    check(config, row_parts(hosts.mesh), model.config.context)
+    text = load_text(model.source, config.data.template, config.rollout.stop)
+    if endless := text.endless():
+        raise ConfigError(f"data.template {config.data.template}: {endless} (rollout.stop)")
+    corpus = make_corpus(config.data, config.seed, text, config.rollout.max_prompt)
+    hosts.require_same(corpus.checksum, "the problems of data.source")
+    policy = policy_of(model, text, dtype)
+    engine = policy.engine(config.rollout.max_response, between)
+    learner = policy.learner(config.loss, config.optimizer, updates_of(config))
+    stream = QueryStream(corpus.stream(config.seed), text, config.rollout.max_prompt, hosts)
+    verifier = Verifier(text, hosts, ScoringPool(corpus.scorers, **asdict(config.scoring)), config.reward)
+    return Parts(policy, text, engine, learner, corpus, stream, verifier, hosts, between)

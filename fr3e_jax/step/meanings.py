@@ -1,0 +1,144 @@
+"""What every number in metrics.jsonl says: `python -m fr3e_jax.step.meanings` prints the table."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from fr3e_jax.step.metrics import METRICS
+
+UPDATES, STEP, RUN, HELD_OUT = "updates that were taken", "the step", "the run so far", "held-out problems"
+TRAINED = "trained tokens"
+
+
+class Meaning(NamedTuple):
+    """A metric for people.
+
+    help: what the number is. unit: of it. over: what it is an average or a count of. watch: which values are
+    a good or a bad sign.
+    """
+
+    help: str
+    unit: str
+    over: str
+    watch: str = ""
+
+
+OTHERS: dict[str, Meaning] = {
+    "step": Meaning("number of the step; 0 is the model before training", "count", RUN),
+    "rounds": Meaning("rounds of queries that were sampled", "count", STEP),
+    "reward/timed_out": Meaning(
+        "answers on which the scorer ran out of time, which count as wrong",
+        "count",
+        STEP,
+        "should be 0, or nearly",
+    ),
+    "states/carried": Meaning("accepted states that wait for the next step", "count", STEP),
+    "tokens/generated": Meaning("tokens that were drawn", "tokens", STEP),
+    "tokens/prefilled": Meaning("query tokens that ran through the model", "tokens", STEP),
+    "tokens/reused": Meaning(
+        "prefix tokens read from a KV cache, where each branch alone would have prefilled them",
+        "tokens",
+        STEP,
+    ),
+    "tokens/trained": Meaning("tokens that carry loss, over all epochs", "tokens", STEP),
+    "tokens/total": Meaning("tokens that were drawn", "tokens", RUN),
+    "rows/decoded": Meaning("batch rows that were decoded, one a token, idle ones too", "tokens", STEP),
+    "rows/occupancy": Meaning(
+        "share of these rows that drew a token",
+        "share",
+        STEP,
+        "low: a few long answers hold up the others",
+    ),
+    "flops/first_return": Meaning("of the base trajectories, without padding", "FLOPs", STEP),
+    "flops/explore": Meaning("of the partial rollouts, without padding", "FLOPs", STEP),
+    "flops/update": Meaning("of the updates, without padding and recomputation", "FLOPs", STEP),
+    "flops/utilisation_STAGE": Meaning(
+        "share of the devices' bfloat16 peak that the FLOPs of a stage are; on devices whose peak is known, "
+        "and compilation counts as time",
+        "share",
+        STEP,
+    ),
+    "time/STAGE": Meaning(
+        "of a stage: tokenize, first_return, verify, explore, update, and step for all", "seconds", STEP
+    ),
+    "time/evaluate": Meaning("of the evaluation after the step", "seconds", STEP),
+    "update/loss": Meaning("the loss", "", UPDATES),
+    "update/skipped": Meaning(
+        "updates without effect, since their loss or gradient was not finite",
+        "count",
+        STEP,
+        "should be 0; optimizer.max_skipped in a row end the run",
+    ),
+    "update/grad_norm": Meaning(
+        "global norm of the gradient before it is clipped",
+        "",
+        UPDATES,
+        "spikes come before a policy that falls apart",
+    ),
+    "update/learning_rate": Meaning("learning rate", "", UPDATES),
+    "update/ratio_mean": Meaning(
+        "probability of a trained token, now to when it was drawn", "ratio", TRAINED, "stays near 1"
+    ),
+    "update/ratio_max": Meaning("largest such ratio", "ratio", TRAINED),
+    "update/ratio_min": Meaning("least such ratio", "ratio", TRAINED),
+    "update/abs_log_ratio": Meaning(
+        "absolute log of that ratio",
+        "nats",
+        TRAINED,
+        "with one update a step: how far sampler and learner differ by rounding",
+    ),
+    "update/abs_log_ratio_max": Meaning("largest absolute log of that ratio", "nats", TRAINED),
+    "update/clip_low": Meaning(
+        "share whose ratio met the lower clip", "share", TRAINED, "much above 0.1: lower the learning rate"
+    ),
+    "update/clip_high": Meaning(
+        "share whose ratio met the upper clip", "share", TRAINED, "much above 0.1: lower the learning rate"
+    ),
+    "update/clip_dual": Meaning("share that loss.dual_clip bounded", "share", TRAINED),
+    "update/approx_kl": Meaning(
+        "KL divergence from the policy that sampled to this one, the mean of -log ratio",
+        "nats",
+        TRAINED,
+        "a rise over steps: updates are too large",
+    ),
+    "update/reference_kl": Meaning(
+        "KL divergence from the reference policy (k3), where loss.kl_coefficient is above 0", "nats", TRAINED
+    ),
+    "update/entropy": Meaning(
+        "entropy of the policy, where loss.entropy_coefficient is not 0", "nats", TRAINED
+    ),
+    "update/padding": Meaning("tokens computed for each that is there", "ratio", STEP),
+    "eval/accuracy": Meaning(
+        "greedy answers that are right", "share", HELD_OUT, "what training is for; look at it, not at rewards"
+    ),
+    "eval/cut": Meaning("greedy answers that rollout.max_response cut off", "share", HELD_OUT),
+    "eval/length": Meaning("length of a greedy answer", "tokens", HELD_OUT),
+}
+"""Metrics that are not in `METRICS`. STAGE stands for the name of a stage."""
+
+
+def meanings() -> dict[str, Meaning]:
+    """All of them, those of rounds first."""
+    rounds = {name: Meaning(m.help, m.unit, m.over, m.watch) for name, m in METRICS.items()}
+    return rounds | OTHERS
+
+
+def meaning_of(name: str) -> Meaning | None:
+    """What a name in metrics.jsonl says, or None where it is not known."""
+    known = meanings()
+    general = {"time/": "time/STAGE", "flops/utilisation_": "flops/utilisation_STAGE"}
+    for prefix, entry in general.items():
+        if name.startswith(prefix) and name not in known:
+            return known[entry]
+    return known.get(name)
+
+
+def page() -> Iterator[str]:
+    """The lines of a table in Markdown."""
+    yield "| name | what it is | unit | over | look for |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name, (text, unit, over, watch) in meanings().items():
+        yield f"| `{name}` | {text} | {unit} | {over} | {watch} |"
+
+
+if __name__ == "__main__":
+    print("\n".join(page()))
