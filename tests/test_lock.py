@@ -11,7 +11,7 @@ import time
 
 import pytest
 from etils import epath
-from support import call
+from support import SMALL, call, ends_of, start_pair
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.parallel.hosts import Hosts
@@ -219,3 +219,13 @@ def test_all_processes_of_a_run_refuse_alike(monkeypatch, holder, tmp_path):
     with pytest.raises(HeldError) as second:
         Lock("train", Told(None, 9)).take(epath.Path(tmp_path))
     assert str(second.value) == str(first.value) and said[1] == ""
+
+
+@pytest.mark.slow
+def test_two_hosts_of_one_run_are_both_refused_with_exit_code_2(holder, tmp_path):
+    ended = ends_of(start_pair("train", *SMALL, "--run_dir", tmp_path))
+    assert [code for code, _, _ in ended] == [2, 2]
+    for _, _, said in ended:
+        (line,) = [line for line in said.splitlines() if "error" in line]
+        assert f"{tmp_path} is in use by train, process {holder.pid}" in line
+    assert [file.name for file in tmp_path.iterdir()] == [LOCK_FILE]
