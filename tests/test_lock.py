@@ -17,7 +17,7 @@ from fr3e_jax.config import ConfigError
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.run import lock as module
 from fr3e_jax.run.lock import HeldError, Lock, parse_owner, start_of, this_process
-from fr3e_jax.run.lock_file import LOCK_FILE, lock_file
+from fr3e_jax.run.lock_file import LOCK_FILE, DirectoryLockFile
 from fr3e_jax.run.storage import ChangedError, StorageError
 
 HERE = Hosts(None, 9)
@@ -173,10 +173,19 @@ def test_an_owner_goes_on_writing_and_finds_out_that_it_was_replaced(quick, tmp_
     assert parse_owner((tmp_path / LOCK_FILE).read_bytes()).token == "theirs"  # which is not given back
 
 
+class Slow(DirectoryLockFile):
+    """A lock file between whose reading and writing others have time to come."""
+
+    def _content(self):
+        content = super()._content()
+        time.sleep(0.02)
+        return content
+
+
 def test_of_many_that_try_at_once_one_succeeds(tmp_path):
     """Of those that all saw the same dead owner."""
     write_owner(tmp_path, started="1")
-    files = [lock_file(epath.Path(tmp_path)) for _ in range(8)]
+    files = [Slow(tmp_path) for _ in range(8)]
     for file in files:
         file.read()
     won, barrier = [], threading.Barrier(len(files))
