@@ -128,9 +128,9 @@ def test_an_evaluation_goes_on_only_where_its_settings_come_to_the_same(done, su
     other = held | {"resolved": held["resolved"] | {"compute_dtype": "bfloat16"}}
     (out / SETTINGS).write_text(yaml.safe_dump(other))
     (out / ANSWERS).write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(ConfigError, match=r"other settings of compute_dtype \('float32' now\)"):
+    with pytest.raises(ConfigError, match="other settings: compute_dtype: bfloat16 -> float32;"):
         evaluate(settings(suite, out))
-    with pytest.raises(ConfigError, match="other settings of compute_dtype"):
+    with pytest.raises(ConfigError, match="other settings: compute_dtype: bfloat16 -> float32;"):
         evaluate(settings(suite, out, compute_dtype="float32"))
     assert (out / ANSWERS).read_bytes() == b"".join(lines[:-1])
     (out / SETTINGS).write_text(yaml.safe_dump(held))
@@ -172,12 +172,12 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(done, suite, tmp_path,
 
 def test_a_directory_of_another_evaluation_is_refused_with_what_differs(done, suite, tmp_path):
     before = (done[0] / ANSWERS).read_bytes()
-    with pytest.raises(ConfigError, match="other settings of samples, seed"):
+    with pytest.raises(ConfigError, match="other settings: samples: 3 -> 4, seed: 0 -> 3;"):
         evaluate(settings(suite, done[0], seed=3, samples=4))
     assert (done[0] / ANSWERS).read_bytes() == before
     # One that was ended before its model was found: nothing is what `auto` came to.
     (tmp_path / SETTINGS).write_text(yaml.safe_dump({"stop": ["x"], "model": "quickstart"}))
-    with pytest.raises(ConfigError, match="other settings of seed, stop"):
+    with pytest.raises(ConfigError, match=r"other settings: seed: null -> 0, stop: \[x\] -> null;"):
         open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0}, answered=True)
     # Without answers it begins with any settings.
     open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0}, answered=False)
