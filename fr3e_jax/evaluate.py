@@ -34,10 +34,11 @@ from fr3e_jax.evaluation.settings import HOW_IT_IS_DONE, EvaluationConfig, check
 from fr3e_jax.evaluation.suites import benchmarks_of
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
-from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.mesh import PlacementError, row_parts
 from fr3e_jax.parallel.waiting import HostError
 from fr3e_jax.problems.corpus import checksum
 from fr3e_jax.rewards.verdict import ScorerError
+from fr3e_jax.run.build import mesh_of
 from fr3e_jax.run.compilation import keep_compiled
 from fr3e_jax.run.interruption import exiting_at_sigterm
 from fr3e_jax.run.lock import Lock
@@ -52,7 +53,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """
     if in_bucket(config.out or ""):
         raise ConfigError(f"out {config.out} is in a bucket; write to a directory")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     hosts = Hosts(mesh, config.distributed.timeout)
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
     if config.rescore is not None:

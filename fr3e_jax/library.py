@@ -31,13 +31,14 @@ from jaxtyping import Bool, Float, Float32
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
 from fr3e_jax.config import ConfigError, ExploreConfig, LossConfig, OptimizerConfig
+from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
-from fr3e_jax.engine.rollout import Caches, Engine
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import TrainState
-from fr3e_jax.learner.update import Learner, Metrics
+from fr3e_jax.learner.update import Learner, UpdateMetrics
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
@@ -46,7 +47,7 @@ from fr3e_jax.pretrained.text import Text
 from fr3e_jax.problems.stream import padded_width
 from fr3e_jax.rewards.verify import whole_answer
 from fr3e_jax.run.build import Policy, open_policy
-from fr3e_jax.step.rounds import draws_of, find_states, keep
+from fr3e_jax.step.stages import draws_of, find_states, keep
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 __all__ = [
@@ -316,8 +317,17 @@ class Explorer:
         place = self.engine.placement
         placed, draws = place.place_rows(base.encoded.queries), draws_of(base.seed, base.step, place)
         arrays = place.place_rows(states.arrays)
-        where = (self.model.params, placed, base.caches, arrays)
-        rollouts, _ = self.engine.explore(*where, draws.tokens, draws.step, count, self.sampling, keep)
+        rollouts, _ = self.engine.explore(
+            self.model.params,
+            placed,
+            base.caches,
+            arrays,
+            seed_key=draws.tokens,
+            step=draws.step,
+            rollouts=count,
+            sampling=self.sampling,
+            keep=keep,
+        )
         rollouts = gather(rollouts)
         require_finite(rollouts, "exploration")
         return self.model.text.trimmed(rollouts, states.arrays)
@@ -405,7 +415,7 @@ class PolicyLearner:
 
     def update(
         self, state: TrainState, batch: StateGroups, reference: Params | None = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, UpdateMetrics]:
         """One optimizer step over a batch; `state` is used up.
 
         Args:

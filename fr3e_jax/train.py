@@ -52,7 +52,7 @@ from fr3e_jax.run.run_dir import (
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
 from fr3e_jax.step.metrics import Metrics
-from fr3e_jax.step.rounds import draws_of
+from fr3e_jax.step.stages import draws_of
 from fr3e_jax.step.update import SamplingError, SkippedError, train_step
 
 LINE = (

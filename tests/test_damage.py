@@ -107,20 +107,20 @@ def try_all(opening, right, run, cases, folder, capfd):
 
 @pytest.mark.slow
 def test_no_damage_is_trained_on(opening, right, whole_run, tmp_path, capfd):
-    """A byte, a file, a folder, a key at a time; 560 of some 1,300 such damages."""
-    cases = random.Random(1).sample(damage.damages(whole_run[0]), 560)
+    """A byte, a file, a folder, a key at a time; 200 of some 1,300 such damages."""
+    cases = random.Random(1).sample(damage.damages(whole_run[0]), 200)
     outcomes = try_all(opening, right, whole_run[0], cases, tmp_path, capfd)
-    assert len(outcomes) >= 500
+    assert len(outcomes) > 180
     taken = [outcomes[name] for name in outcomes]
     # Most leave a checkpoint to go on from, and many damage the newest.
-    assert taken.count("step 2") > 50 and taken.count("step 4") > 50
+    assert taken.count("step 2") > 20 and taken.count("step 4") > 20
     assert sum(x.startswith("step") for x in taken) > 0.7 * len(taken)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(3))
 def test_few_damages_of_each_kind_are_not_trained_on(opening, right, whole_run, tmp_path, capfd, part):
     cases = damage.damages(whole_run[0])
-    some = random.Random(part).sample(cases, 12)
+    some = random.Random(part).sample(cases, 10)
     try_all(opening, right, whole_run[0], some, tmp_path, capfd)
 
 
@@ -235,7 +235,6 @@ def refused_other_seed(opening, copy):
 # --- whole commands
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_bit_for_bit(copy, whole_run):
     spoil_array(copy)
     (copy / "checkpoints" / "99").mkdir()
@@ -277,11 +276,11 @@ def test_a_damaged_checkpoint_is_not_asked(copy, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_few_dozen_damages_are_one_line_of_a_command_or_none(whole_run, tmp_path):
+def test_a_dozen_damages_are_one_line_of_a_command_or_none(whole_run, tmp_path):
     """Of training, which is done already, so that it ends when it has opened the run; and of export."""
     cases = [case for case in damage.damages(whole_run[0]) if damage.OLDER not in case[0]]
     ends = []
-    for name, spoil in random.Random(5).sample(cases, 40):
+    for name, spoil in random.Random(5).sample(cases, 14):
         for command in (["train", *SMALL, "--run_dir"], ["export", "--out", tmp_path / "out", "--run"]):
             copy = damage.linked_copy(whole_run[0], tmp_path / "run")
             spoil(copy)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from etils import epath
-from support import mesh_of, run, two_processes
+from support import call, mesh_of, two_processes
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import ConfigError, DataConfig, MeshConfig, SourceConfig
@@ -94,7 +94,7 @@ def test_what_was_asked_of_whom_is_in_the_answers_the_summary_and_the_table(suit
     shown = capsys.readouterr().out
     asked = {"model": "quickstart", "source": "quickstart", "step": None, "template": template}
     asked |= {"compute_dtype": "float32", "stop": []}
-    drawn = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_response": 48, "seed": 0}  # a file's: greedy
+    drawn = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_response": 48, "seed": 0, "success_at": 1.0}
     for line in answers(tmp_path / "e"):
         assert line["prompt"] == line["question"]
         assert line["settings"] == asked | drawn
@@ -181,6 +181,10 @@ def test_a_directory_of_another_evaluation_is_refused_with_what_differs(done, su
         open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0}, answered=True)
     # Without answers it begins with any settings.
     open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0}, answered=False)
+    # What an earlier version did not have is at what that version did.
+    open_directory(tmp_path, {"model": "quickstart", "success_at": 1.0}, answered=True)
+    with pytest.raises(ConfigError, match=r"other settings: success_at: 1.0 -> 0.5;"):
+        open_directory(tmp_path, {"model": "quickstart", "success_at": 0.5}, answered=True)
     assert yaml.safe_load((tmp_path / SETTINGS).read_text())["seed"] == 0
 
 
@@ -334,12 +338,12 @@ def test_the_command_shows_its_table_and_a_checkpoint_is_compared_with_where_it_
     flags = ["--suite", suite, "--samples=1", "--max_response=48", "--template=auto", "--rows=8"]
     small = ["--steps=2", "--checkpoint.every=1", "--rollout.queries=8", "--explore.positions=1"]
     small += ["--explore.rollouts=4", "--optimizer.batch_states=4", "--data.held_out=8", "--evaluate.rows=8"]
-    trained = run("train", *small, "--run_dir", tmp_path / "run")
+    trained = call("train", *small, "--run_dir", tmp_path / "run")
     assert trained.returncode == 0, trained.stderr
-    before = run("evaluate", "--model=quickstart", *flags, "--template=plain", "--out", tmp_path / "before")
+    before = call("evaluate", "--model=quickstart", *flags, "--template=plain", "--out", tmp_path / "before")
     assert before.returncode == 0, before.stderr
     both = ["--out", tmp_path / "after", "--compare", tmp_path / "before"]
-    after = run("evaluate", "--model", tmp_path / "run", *flags, *both)
+    after = call("evaluate", "--model", tmp_path / "run", *flags, *both)
     assert after.returncode == 0, after.stderr
     assert f"step 2 of {tmp_path / 'run'}" in after.stdout
     assert "sums" in after.stdout and "avg@1" in after.stdout and "a - b" in after.stdout
@@ -349,12 +353,12 @@ def test_the_command_shows_its_table_and_a_checkpoint_is_compared_with_where_it_
     shares = [np.mean([line["right"] for line in answers(tmp_path / name)]) for name in ("after", "before")]
     assert row["difference"] == pytest.approx(shares[0] - shares[1])
     # The run goes on, and the same command still asks the checkpoint that it began with.
-    again = run("train", *small, "--steps=3", "--run_dir", tmp_path / "run")
+    again = call("train", *small, "--steps=3", "--run_dir", tmp_path / "run")
     assert again.returncode == 0, again.stderr
-    same = run("evaluate", "--model", tmp_path / "run", *flags, *both)
+    same = call("evaluate", "--model", tmp_path / "run", *flags, *both)
     assert same.returncode == 0, same.stderr
     assert json.loads((tmp_path / "after" / SUMMARY).read_text()) == summary
-    missing = run("evaluate", "--model", tmp_path / "run", *flags, "--step=7", "--out", tmp_path / "no")
+    missing = call("evaluate", "--model", tmp_path / "run", *flags, "--step=7", "--out", tmp_path / "no")
     assert missing.returncode == 2 and "it holds those of steps 2, 3" in missing.stderr
 
 

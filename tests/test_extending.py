@@ -24,7 +24,7 @@ from fr3e_jax.rewards import rules as scorers
 from fr3e_jax.rewards.pool import Asked, ScoringPool
 from fr3e_jax.step import metrics as step_metrics
 from fr3e_jax.step.metrics import Measured, Metric, measure
-from fr3e_jax.step.rounds import assign_credit, choose_states, draws_of
+from fr3e_jax.step.stages import assign_credit, choose_states, draws_of
 from fr3e_jax.types import Rollouts
 
 PAGE = (REPOSITORY / "fr3e_jax" / "README.md").read_text().partition("## How to extend")[2]
@@ -226,7 +226,7 @@ def test_a_score_of_minus_infinity_is_never_a_position():
             r"scores \[N, S\] must have shape \[1, 6\]; the rule's function gave \[1\]",
         ),
         (
-            lambda: keep_trajectories(jnp.ones((1, 3)), lambda reward, key: True, KEYS),
+            lambda: keep_trajectories(jnp.ones((1, 3)), lambda reward, correct, key: True, KEYS),
             r"kept trajectories \[B, R\] must have shape \[1, 3\]; the rule's function gave bool",
         ),
         (

@@ -8,6 +8,7 @@ tokens *before* t, so the uncertain token itself is drawn again.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jaxtyping import Bool, Float32, Int, Int32, Key
 
 from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
 from fr3e_jax.types import AnyArray
+
+REWARD_ROUNDING = 1e-6  # by which a weighted mean of parts may miss the number that it should be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Trajectories:
 PositionFunction = Callable[[Trajectories], Float32[Array, "N S"]]
 """Trajectories -> scores: the tokens with the highest become positions, and one with -inf never does."""
 
-KeepFunction = Callable[[Float32[Array, "B R"], Key[Array, " B"]], Bool[Array, "B R"]]
-"""(Rewards, PRNG keys) -> which trajectories to explore."""
+KeepFunction = Callable[[Float32[Array, "B R"], Bool[Array, "B R"], Key[Array, " B"]], Bool[Array, "B R"]]
+"""(Rewards, which of them are solved, PRNG keys) -> which trajectories to explore."""
 
 PositionRule = Chosen[PositionFunction]
 KeepRule = Chosen[KeepFunction]
@@ -58,29 +61,47 @@ def token_entropy(total: Float32[Array, "*axes"], moment: Float32[Array, "*axes"
     return jnp.log(total) - moment / total
 
 
-def keep_first_of_each(reward: Float32[AnyArray, "B R"], key: Key[Array, " B"]) -> Bool[Array, "B R"]:
-    """Keep the first correct and the first wrong trajectory of each query; correct is a reward of 1."""
-    return one_of_each(reward, jnp.arange(reward.shape[1], dtype=jnp.float32))
+def solved(reward: Any, success_at: float) -> Any:
+    """Tell whether an answer of this reward counts as correct: whether the reward is at least `success_at`.
+
+    Args:
+      reward: a number, or an array of any shape.
+      success_at: reward.success_at, in (0, 1].
+
+    Returns:
+      bool, of the shape of `reward`.
+    """
+    return reward >= success_at - REWARD_ROUNDING
 
 
-def keep_random_of_each(reward: Float32[AnyArray, "B R"], key: Key[Array, " B"]) -> Bool[Array, "B R"]:
+def keep_first_of_each(
+    reward: Float32[AnyArray, "B R"], correct: Bool[AnyArray, "B R"], key: Key[Array, " B"]
+) -> Bool[Array, "B R"]:
+    """Keep the first correct and the first wrong trajectory of each query."""
+    return one_of_each(correct, jnp.arange(reward.shape[1], dtype=jnp.float32))
+
+
+def keep_random_of_each(
+    reward: Float32[AnyArray, "B R"], correct: Bool[AnyArray, "B R"], key: Key[Array, " B"]
+) -> Bool[Array, "B R"]:
     """Keep a correct and a wrong trajectory of each query, drawn at random."""
-    return one_of_each(reward, jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key))
+    return one_of_each(correct, jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key))
 
 
-def keep_all(reward: Float32[AnyArray, "B R"], key: Key[Array, " B"]) -> Bool[Array, "B R"]:
+def keep_all(
+    reward: Float32[AnyArray, "B R"], correct: Bool[AnyArray, "B R"], key: Key[Array, " B"]
+) -> Bool[Array, "B R"]:
     """Keep all R base trajectories of every query, whatever their rewards."""
     return jnp.ones(reward.shape, bool)
 
 
-def one_of_each(reward: Float32[AnyArray, "B R"], order: Float32[Array, "*B R"]) -> Bool[Array, "B R"]:
+def one_of_each(correct: Bool[AnyArray, "B R"], order: Float32[Array, "*B R"]) -> Bool[Array, "B R"]:
     """Keep the correct and the wrong trajectory of each query whose `order` is least."""
-    order = jnp.broadcast_to(order, reward.shape)
-    correct = reward >= 1.0
+    order = jnp.broadcast_to(order, correct.shape)
 
     def first(eligible: Array) -> Array:
         best = jnp.argmin(jnp.where(eligible, order, jnp.inf), axis=1)
-        chosen = jnp.arange(reward.shape[1])[None, :] == best[:, None]
+        chosen = jnp.arange(correct.shape[1])[None, :] == best[:, None]
         return chosen & eligible
 
     return first(correct) | first(~correct)
@@ -94,19 +115,24 @@ KEEP_RULES: dict[str, Rule[KeepFunction]] = {
 
 
 def keep_trajectories(
-    reward: Float32[AnyArray, "B R"], rule: str | KeepFunction, key: Key[Array, " B"]
+    reward: Float32[AnyArray, "B R"],
+    rule: str | KeepFunction,
+    key: Key[Array, " B"],
+    success_at: float = 1.0,
 ) -> Bool[AnyArray, "B R"]:
     """Choose the base trajectories to explore.
 
     Args:
-      reward: a trajectory is correct where it is 1.
+      reward: of each base trajectory.
       rule: a name in KEEP_RULES, or a function.
       key: PRNG keys.
+      success_at: least reward of a correct trajectory.
 
     Raises:
       RuleError: there is no such rule, or it gives something else.
     """
-    return of_shape(function_of(KEEP_RULES, rule)(reward, key), reward.shape, "kept trajectories [B, R]")
+    kept = function_of(KEEP_RULES, rule)(reward, solved(reward, success_at), key)
+    return of_shape(kept, reward.shape, "kept trajectories [B, R]")
 
 
 def choose_positions(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jax import Array
 
+from fr3e_jax.algorithm.explore import solved
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
@@ -114,8 +115,8 @@ class Respondent:
             verdicts = self.verifier.begin(texts, [ask.problem for ask in asks])
 
         def result() -> list[Answer]:
-            judged = verdicts()
-            right = np.array([verdict.right for verdict in judged], np.int32)
+            judged, success_at = verdicts(), self.verifier.config.success_at
+            right = np.array([solved(verdict.score, success_at) for verdict in judged], np.int32)
             right = self.verifier.hosts.add_up(right, "verdicts of an evaluation")
             each = zip(right.tolist(), judged, stopped, lengths, texts, strict=True)
             return [Answer(bool(r) and end, v.extracted, not end, n, text) for r, v, end, n, text in each]

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.evaluation.settings import LONGEST, EvaluationConfig
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import Hosts, is_first
-from fr3e_jax.pretrained.model import Model, compute_type, open_model
+from fr3e_jax.pretrained.model import UnplacedModel, compute_type, open_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.run.build import Policy, policy_of
 from fr3e_jax.run.run_dir import holds_run
@@ -22,7 +23,7 @@ class AskedModel:
     model: of a run the one that it began from. run: whether a run trained it.
     """
 
-    model: Model
+    model: UnplacedModel
     text: Text
     run: bool
 
@@ -44,12 +45,17 @@ def find_asked(config: EvaluationConfig) -> AskedModel:
 
 
 def with_limits(config: EvaluationConfig) -> EvaluationConfig:
-    """Write out the longest answer, where it is left to the run that is evaluated."""
-    if config.max_response:
-        return config
+    """Write out the longest answer and the least score, where they are left to the run that is evaluated."""
     run = location(config.model)
-    longest = setting(run, "rollout", "max_response", LONGEST) if holds_run(run) else LONGEST
-    return dataclasses.replace(config, max_response=longest)
+
+    def of_run(section: str, key: str, otherwise: Any) -> Any:
+        return setting(run, section, key, otherwise) if holds_run(run) else otherwise
+
+    return dataclasses.replace(
+        config,
+        max_response=config.max_response or of_run("rollout", "max_response", LONGEST),
+        success_at=config.success_at or of_run("reward", "success_at", 1.0),
+    )
 
 
 def choose_step(
@@ -108,7 +114,7 @@ def load(
     Returns:
       (the model on the mesh, its parameters in the layout for sampling).
     """
-    dtype = compute_type(config.compute_dtype)
+    dtype: Any = compute_type(config.compute_dtype)
     if asked.run:
         trained = trained or read_trained(location(config.model), config.step, asked.model.name, hosts)
         policy = policy_of(trained.model, asked.text, dtype)

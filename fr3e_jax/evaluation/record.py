@@ -11,6 +11,7 @@ import yaml
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.evaluation.answers import Answer, Ask
+from fr3e_jax.evaluation.settings import NEWER
 from fr3e_jax.parallel.hosts import Hosts, is_first
 from fr3e_jax.run.jsonl import LineWriter
 from fr3e_jax.run.run_dir import arrows
@@ -40,6 +41,7 @@ def open_directory(directory: Path, settings: dict[str, Any], answered: bool) ->
             raise ConfigError(f"--out {directory} cannot be written: {error}") from None
         return
     # What `auto` and a branch of the hub came to may also be given.
+    held = NEWER | held
     resolved = held | (held.get(RESOLVED) or {})
     changed = {
         name: (resolved.get(name), value)

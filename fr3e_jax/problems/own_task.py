@@ -1,23 +1,30 @@
-"""A task of the user's own: two functions in a file, or in an installed module.
+"""A task of the user's own: functions in a file, or in an installed module.
 
-`problems(split, **parameters)` returns the problems of `train` or `held_out`: a sequence of dicts with a
-`question` and an `answer`, both text. `score(response, answer)` says whether a response is right; it runs in
-worker processes, within scoring.time_limit.
+`problems(split, **parameters)` returns the problems of `train` or `held_out`: a sequence of rows, which are
+dicts with a `question` and an `answer`, both text, and whatever else the task's other functions need.
+`score(response, answer)` judges a response, and `score_group(responses, answer)` all responses of a group at
+once. Both run in worker processes, within scoring.time_limit, and are given the problem's row if they have a
+parameter `row`. `solution(row)` writes a worked solution for `sft`; if it has a parameter `random`, it is
+given a random.Random.
 """
 
 import importlib.metadata
 import inspect
+import pickle
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fr3e_jax.config import ConfigError
-from fr3e_jax.rewards.own import GROUP, load, said
-from fr3e_jax.rewards.rules import OWN
+from fr3e_jax.config import PACKAGE, ConfigError
+from fr3e_jax.rewards.own import GROUP, ROW, load, one_line, takes_row
+from fr3e_jax.rewards.rules import OWN, OWN_GROUP
 from fr3e_jax.types import Problem
 
 COMPARED = 4096  # training problems that held-out ones are compared with
+RANDOM = "random"  # the parameter of solution that takes a generator of random numbers
+SOLUTION = "solution"
 
 
 def is_own(name: str) -> bool:
@@ -25,8 +32,25 @@ def is_own(name: str) -> bool:
     return name.endswith(".py") or name in importlib.metadata.entry_points(group=GROUP).names
 
 
+def place_of(name: str) -> str:
+    """Where a task is: the absolute path of its file, since workers may start elsewhere; or its entry point.
+
+    A file that is not there may be one that is shipped, such as examples/roman.py.
+    """
+    if not name.endswith(".py"):
+        return name
+    shipped = PACKAGE / name
+    return str(shipped if not Path(name).exists() and shipped.is_file() else Path(name).absolute())
+
+
 def function(module: ModuleType, name: str, call: str, *args: Any, **keywords: Any) -> Callable[..., Any]:
-    """A function of the user's module that can be called so.
+    """A function of the user's module that can be called with these arguments.
+
+    Args:
+      module: the user's.
+      name: of the function.
+      call: how it is called, for messages.
+      args, keywords: its arguments.
 
     Raises:
       ConfigError: there is none, or it takes other arguments.
@@ -35,6 +59,8 @@ def function(module: ModuleType, name: str, call: str, *args: Any, **keywords: A
     found = getattr(module, name, None)
     if not callable(found):
         raise ConfigError(f"{where} has no function {call}; write one")
+    if takes_row(found) and name != SOLUTION:
+        keywords = {ROW: {}, **keywords}
     try:
         inspect.signature(found).bind(*args, **keywords)
     except TypeError as error:
@@ -49,24 +75,36 @@ class OwnTask:
     """The problems of a user's own task."""
 
     def __init__(self, name: str, parameters: dict[str, Any]) -> None:
-        """Load the file or module, and ask it for the training problems.
+        """Import the file or module, and ask it for the training problems.
 
         Raises:
-          ConfigError: it cannot be loaded, lacks a function, does not take the parameters, fails, or has no
+          ConfigError: it cannot be imported, lacks a function, does not take the parameters, fails, or has no
             problems.
         """
         self.name, self.parameters = name, parameters
-        # Workers may start elsewhere.
-        self.place = str(Path(name).absolute()) if name.endswith(".py") else name
+        self.place = place_of(name)
         try:
-            module = load(self.place)
+            self.module = load(self.place)
         except Exception as error:
-            raise ConfigError(f"{name} cannot be loaded: {said(error, self.place)}") from error
-        self.file = module.__file__
-        self.make = function(module, "problems", "problems(split, **parameters)", "train", **parameters)
-        function(module, "score", "score(response, answer)", "", "")
+            raise ConfigError(f"{name} cannot be loaded: {one_line(error, self.place)}") from error
+        self.file = self.module.__file__
+        self.make = function(self.module, "problems", "problems(split, **parameters)", "train", **parameters)
+        if hasattr(self.module, "score_group"):
+            judge = function(self.module, "score_group", "score_group(responses, answer)", [""], "")
+            self.scorer = OWN_GROUP + self.place
+        else:
+            judge = function(self.module, "score", "score(response, answer)", "", "")
+            self.scorer = OWN + self.place
+        self.judged_by_row = takes_row(judge)
         self.train = self.split("train")
-        self.problem("train", self.train, 0)
+        first = self.problem("train", self.train, 0)
+        try:
+            pickle.dumps(first.facts)
+        except Exception as error:
+            raise ConfigError(
+                f"{name}: problem 0 of train cannot be sent to a worker process, where score() is to see its "
+                f"row ({one_line(error, None)}); put text, numbers, lists and dicts into rows"
+            ) from error
 
     def split(self, split: str) -> Sequence[dict[str, Any]]:
         """The user's problems of a split.
@@ -77,7 +115,9 @@ class OwnTask:
         try:
             rows = self.make(split, **self.parameters)
         except Exception as error:
-            raise ConfigError(f"{self.name}: problems({split!r}) failed: {said(error, self.file)}") from error
+            raise ConfigError(
+                f"{self.name}: problems({split!r}) failed: {one_line(error, self.file)}"
+            ) from error
         if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
             raise ConfigError(
                 f"{self.name}: problems({split!r}) returned a {type(rows).__name__}; return a list"
@@ -86,24 +126,40 @@ class OwnTask:
             raise ConfigError(f"{self.name}: problems({split!r}) returned no problems")
         return rows
 
-    def problem(self, split: str, rows: Sequence[dict[str, Any]], index: int) -> Problem:
-        """One of the user's problems.
+    def row(self, split: str, rows: Sequence[dict[str, Any]], index: int) -> dict[str, Any]:
+        """One row of the user's, with a question and an answer.
 
         Raises:
-          ConfigError: it has no question or no answer, or they are not text.
+          ConfigError: it cannot be had, has no question or no answer, or they are not text.
         """
         try:
             row = rows[index]
         except Exception as error:
             raise ConfigError(
-                f"{self.name}: problem {index} of {split} cannot be read: {said(error, self.file)}"
+                f"{self.name}: problem {index} of {split} cannot be read: {one_line(error, self.file)}"
             ) from error
         for key in ("question", "answer"):
             if not (isinstance(row, dict) and isinstance(row.get(key), str)):
                 raise ConfigError(
                     f"{self.name}: problem {index} of {split} needs {key!r}, a str; it is {row!r:.120}"
                 )
-        return Problem(row["question"], row["answer"], OWN + self.place, self.name)
+        return row
+
+    def problem(self, split: str, rows: Sequence[dict[str, Any]], index: int) -> Problem:
+        """One of the user's problems.
+
+        Raises:
+          ConfigError: as `row`.
+        """
+        row = self.row(split, rows, index)
+        return Problem(
+            row["question"],
+            row["answer"],
+            self.scorer,
+            self.name,
+            facts=row if self.judged_by_row else None,
+            place=f"{self.name}, problem {index} of {split}",
+        )
 
     def __len__(self) -> int:
         """Number of training problems."""
@@ -135,3 +191,38 @@ class OwnTask:
                 )
             found.setdefault(problem.question, problem)
         return list(found.values())
+
+    def solution(self, index: int, seed: int) -> str:
+        """A worked solution of a training problem, by `solution()` or the column of that name.
+
+        Args:
+          index: of the problem.
+          seed: of the random numbers that `solution` may ask for.
+
+        Raises:
+          ConfigError: there is none, or it is no text; `solution` failed.
+        """
+        row = self.row("train", self.train, index)
+        where = f"{self.name}: the solution of problem {index} of train"
+        if not hasattr(self.module, SOLUTION):
+            if SOLUTION not in row:
+                raise ConfigError(
+                    f"{self.name} has no worked solutions: write a function solution(row) that returns a "
+                    f"text, or give rows a {SOLUTION!r}"
+                )
+            written = row[SOLUTION]
+        else:
+            write = function(self.module, SOLUTION, "solution(row)", row, **self.random(seed))
+            keywords = self.random(seed)
+            try:
+                written = write(row, **keywords)
+            except Exception as error:
+                raise ConfigError(f"{where} failed: {one_line(error, self.file)}") from error
+        if not isinstance(written, str) or not written:
+            raise ConfigError(f"{where} is {written!r:.80}; it must be a text")
+        return written
+
+    def random(self, seed: int) -> dict[str, random.Random]:
+        """A generator of random numbers for `solution`, where it has a parameter for one."""
+        wanted = RANDOM in inspect.signature(self.module.solution).parameters
+        return {RANDOM: random.Random(seed)} if wanted else {}

@@ -1,22 +1,34 @@
-"""Verdicts of a user's own task: the `score` of the file, or of the installed module, that a run names."""
+"""Verdicts of a user's own task: `score` or `score_group` of the file, or of the installed module, that a run
+names.
+"""
 
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
+import math
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fr3e_jax.rewards.verdict import Scorer, ScorerError, Verdict
+from fr3e_jax.rewards.verdict import Facts, GroupScorer, Scorer, ScorerError, Verdict
 
 GROUP = "fr3e_jax.tasks"
+ROW = "row"  # the parameter of score and score_group that takes the whole row of the problem
+TOTAL = "score"  # the named part that is the score itself, where there is one
+ROUNDING = 1e-6  # by which a sum of parts may be outside of [0, 1]
+EXPECTED = (
+    "return True, False, a number in [0, 1], or named parts such as {'answer': 0.8, 'form': 0.2}, whose sum "
+    f"(or whose {TOTAL!r}, where there is one) lies in [0, 1]"
+)
 
 
 @functools.cache
 def load(place: str) -> ModuleType:
-    """The module of a task, once per process.
+    """The module of a task, imported once per process.
 
     Args:
       place: a file `*.py`, or the name of an entry point in the group `fr3e_jax.tasks`.
@@ -41,43 +53,131 @@ def load(place: str) -> ModuleType:
     return module
 
 
-def said(error: Exception, file: str | None) -> str:
+def one_line(error: Exception, file: str | None) -> str:
     """An error of the user's code in one line: its type, its text, and the line of `file` that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" (line {lines[-1]})" if lines else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
+def takes_row(function: Callable[..., Any]) -> bool:
+    """Whether a function of the user's has a parameter for the row of the problem."""
+    return ROW in inspect.signature(function).parameters
+
+
 def scorer(place: str) -> Scorer:
-    """The scorer of the task at a place, whose module is loaded now, while no time limit runs.
+    """The scorer of the task at a place, whose module is imported now, while no time limit runs.
+
+    Raises:
+      ScorerError: it cannot be loaded.
+    """
+    return functools.partial(score, loaded(place), place)
+
+
+def group_scorer(place: str) -> GroupScorer:
+    """The scorer of whole groups of the task at a place, whose module is imported now.
+
+    Raises:
+      ScorerError: it cannot be loaded.
+    """
+    return functools.partial(score_group, loaded(place), place)
+
+
+def loaded(place: str) -> ModuleType:
+    """The module of a task.
 
     Raises:
       ScorerError: it cannot be loaded.
     """
     try:
-        load(place)
+        return load(place)
     except Exception as error:
-        raise ScorerError(f"{place} cannot be loaded: {said(error, place)}") from error
-    return functools.partial(score, place)
+        raise ScorerError(f"{place} cannot be loaded: {one_line(error, place)}") from error
 
 
-def score(place: str, response: str, answer: str, facts: Any) -> Verdict:
-    """What the task's own `score` says.
+def score(module: ModuleType, place: str, response: str, answer: str, facts: Facts) -> Verdict:
+    """What the task's own `score` says of a response.
 
     Raises:
-      ScorerError: it failed, or said neither yes nor no.
+      ScorerError: it failed, or returned something else than a score.
     """
-    module = load(place)
+    value = called(module, place, "score", response, answer, facts)
+    return verdict(value, response, f"{place}: score() returned {value!r:.80} over {response[:80]!r}")
+
+
+def score_group(
+    module: ModuleType, place: str, responses: tuple[str, ...], answer: str, facts: Facts
+) -> tuple[Verdict, ...]:
+    """What the task's own `score_group` says of the responses to one problem.
+
+    Raises:
+      ScorerError: it failed, or returned something else than a score for each.
+    """
+    values = called(module, place, "score_group", list(responses), answer, facts)
+    if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__"):
+        count = f"{values!r:.80}"
+    else:
+        count = str(len(values))
+    if count != str(len(responses)):
+        raise ScorerError(
+            f"{place}: score_group() returned {count} over {len(responses)} responses; return a list with "
+            "one score for each, in their order"
+        )
+    return tuple(
+        verdict(value, response, f"{place}: score_group() returned {value!r:.80} over {response[:80]!r}")
+        for value, response in zip(values, responses, strict=True)
+    )
+
+
+def called(
+    module: ModuleType, place: str, name: str, said: str | list[str], answer: str, facts: Facts
+) -> Any:
+    """What a function of the user's module returns of responses.
+
+    Raises:
+      ScorerError: it failed.
+    """
+    function = getattr(module, name)
+    row = {ROW: facts} if takes_row(function) else {}
     try:
-        right = module.score(response, answer)
-        decided = right in (0, 1)
+        return function(said, answer, **row)
     except (MemoryError, RecursionError):
         raise  # which make an answer wrong, as a time limit does
     except Exception as error:
-        why = said(error, module.__file__)
-        raise ScorerError(f"{place}: score() failed over {response[:80]!r}: {why}") from error
-    if not decided:
-        raise ScorerError(
-            f"{place}: score() returned {right!r:.80} over {response[:80]!r}, must be True or False"
-        )
-    return Verdict(bool(right), response)
+        why = one_line(error, module.__file__)
+        raise ScorerError(f"{place}: {name}() failed over {said!r:.80}: {why}") from error
+
+
+def verdict(value: Any, response: str, returned: str) -> Verdict:
+    """The verdict that a returned value says: a score, or named parts.
+
+    Args:
+      value: what the user's function returned for one response.
+      response: the text that was judged.
+      returned: the beginning of an error, with the value in it.
+
+    Raises:
+      ScorerError: it is no score.
+    """
+    parts: tuple[tuple[str, float], ...] = ()
+    total = number(value)
+    if isinstance(value, dict):
+        numbers = {name: number(part) for name, part in value.items()}
+        if not numbers or any(part is None or not isinstance(name, str) for name, part in numbers.items()):
+            raise ScorerError(f"{returned}; {EXPECTED}")
+        parts = tuple((name, part) for name, part in numbers.items() if part is not None)
+        total = dict(parts).get(TOTAL, math.fsum(part for _, part in parts))
+    if total is None or not -ROUNDING <= total <= 1 + ROUNDING:
+        raise ScorerError(f"{returned}; {EXPECTED}")
+    return Verdict(min(max(total, 0.0), 1.0), response, parts)
+
+
+def number(value: Any) -> float | None:
+    """A finite number as float, of Python's, numpy's or another library's types; None of anything else."""
+    if value is None or isinstance(value, str | bytes | dict | Sequence):
+        return None
+    try:
+        converted = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return converted if math.isfinite(converted) else None

@@ -1,8 +1,10 @@
 """Worker processes that judge answers, each within a time limit, however long one would take.
 
-Answers go to the workers some at a time, and such a piece has the time that one answer may take: hundreds
-of ordinary ones are done in it. If it runs out, or the worker dies, the worker is ended and another started,
-and the answers of the piece are judged again one by one, so that an answer spoils its own verdict alone.
+Answers go to the workers in pieces of several, and a piece has the time that one answer may take: hundreds
+of ordinary ones are judged in it. If it runs out, or the worker dies, the worker is ended and another is
+started, and the answers of the piece are judged again one by one, so that an answer spoils its own verdict
+alone.
+A group of answers that is judged at once is a piece of its own.
 Workers that end while they have nothing to do are replaced too.
 """
 
@@ -23,8 +25,8 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from fr3e_jax.rewards.rules import INLINE, scorer_of
-from fr3e_jax.rewards.verdict import WRONG, ScorerError, Verdict
+from fr3e_jax.rewards.rules import INLINE, judges_groups, scorer_of
+from fr3e_jax.rewards.verdict import WRONG, Facts, ScorerError, Verdict
 
 PIECE = 16  # answers that a worker takes at a time
 PIECES = 512  # after which a worker is replaced, whatever it has gathered
@@ -33,49 +35,59 @@ DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 class Asked(NamedTuple):
-    """An answer to judge: the arguments of a scorer, and its name."""
+    """An answer to judge, or the answers of a group: the arguments of a scorer, and its name."""
 
     scorer: str
-    response: str
+    response: str | tuple[str, ...]
     answer: str
-    facts: Any
+    facts: Facts
+
+    @property
+    def wrong(self) -> "Verdicts":
+        """The verdict without one of the scorer's: that the answer, or each of the group, is wrong."""
+        return WRONG if isinstance(self.response, str) else (WRONG,) * len(self.response)
 
 
-Piece = tuple[list[int], list[Asked], ProcessFuture[list[Verdict]]]
-"""Numbers of answers, the answers, and who judges them."""
+Verdicts = Verdict | tuple[Verdict, ...]
+"""The verdict on an answer, or those on the answers of a group."""
+
+Piece = tuple[list[int], list[Asked], ProcessFuture[list[Any]]]
+"""Numbers of answers, the answers, and the future of their verdicts."""
 
 
-def judge(piece: Sequence[Asked]) -> list[Verdict]:
+def judge(piece: Sequence[Asked]) -> list[Verdicts]:
     """The verdicts on a piece; an answer that takes too much memory is wrong."""
-    verdicts = []
-    for scorer, *told in piece:
+    verdicts: list[Verdicts] = []
+    for asked in piece:
+        scorer: Any = scorer_of(asked.scorer)
         try:
-            verdicts.append(scorer_of(scorer)(*told))
+            verdicts.append(scorer(asked.response, asked.answer, asked.facts))
         except (MemoryError, RecursionError):
-            verdicts.append(WRONG)
+            verdicts.append(asked.wrong)
     return verdicts
 
 
 def prepare(scorers: Sequence[str], memory_gb: float, command: int) -> None:
-    """What a worker does before it is asked anything: take its limits, and import what will be needed.
+    """Make a worker ready before it is asked anything: set its limits, and import what will be needed.
 
     Time limits do not run yet.
 
     Args:
-      scorers: that it will be asked for.
-      memory_gb: most that it may hold, GiB.
-      command: the process that it works for, whose end is its own.
+      scorers: names of those that it will be asked for.
+      memory_gb: most memory that it may hold, GiB.
+      command: id of the process that it works for; when that ends, the worker ends.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != command:
             os._exit(1)
-    os.setpgid(0, 0)  # Ctrl-C, or a SIGTERM to all, is for the command, which ends its workers
+    # Ctrl-C, or a SIGTERM to the process group, is for the command, which ends its workers.
+    os.setpgid(0, 0)
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     most = int(memory_gb * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     for name in scorers:
-        with contextlib.suppress(ScorerError):  # which is told where an answer is judged
+        with contextlib.suppress(ScorerError):  # it is raised again where an answer is judged
             scorer_of(name)
 
 
@@ -85,20 +97,20 @@ class Worker(SpawnProcess):
     lock = threading.Lock()
 
     def start(self) -> None:
-        """Start it."""
+        """Start the process."""
         with self.lock, unnamed_main():
             super().start()
 
 
 class Workers(SpawnContext):
-    """Starts workers."""
+    """The context that pebble takes processes from: they are `Worker`s."""
 
     Process = Worker
 
 
 @contextlib.contextmanager
 def unnamed_main() -> Iterator[None]:
-    """Within, multiprocessing finds nothing of __main__ that a new process should import."""
+    """Hide from multiprocessing, while the context lasts, what a new process would import of __main__."""
     main = sys.modules["__main__"]
     found = [name for name in ("__spec__", "__file__") if name in vars(main)]
     names: dict[str, Any] = {name: vars(main).pop(name) for name in found}
@@ -118,13 +130,13 @@ class ScoringPool:
     def __init__(
         self, scorers: Sequence[str], workers: int = 0, time_limit: float = 5.0, memory_gb: float = 4.0
     ) -> None:
-        """Nothing is started yet.
+        """Set the pool up; no process is started yet.
 
         Args:
-          scorers: names that may be asked for.
+          scorers: names of those that may be asked for.
           workers: processes; 0 takes one for each core but one, up to 16.
-          time_limit: seconds that an answer may take.
-          memory_gb: most that a worker may hold, GiB.
+          time_limit: seconds that an answer, or a group that is judged at once, may take.
+          memory_gb: most memory that a worker may hold, GiB.
 
         Raises:
           ValueError: there is no scorer of a name.
@@ -145,22 +157,23 @@ class ScoringPool:
         self.pool, self.renewed = self.make(), 0
 
     def begin(self, asked: Sequence[Asked]) -> "Judging":
-        """Start to judge; the caller goes on. What is asked twice is judged once."""
-        # By what identifies them: facts may be anything.
-        first: dict[tuple[str, str, str, int], int] = {}
+        """Start to judge; the caller goes on. An answer that is asked twice is judged once."""
+        # Facts count by their identity: they need not have a hash.
+        first: dict[tuple[str, str | tuple[str, ...], str, int], int] = {}
         place = [first.setdefault((a.scorer, a.response, a.answer, id(a.facts)), len(first)) for a in asked]
         different = dict(zip(place, asked, strict=True))
         inline = {n: judge([a])[0] for n, a in different.items() if a.scorer in INLINE}
-        others = [n for n in sorted(different) if n not in inline]
+        groups = [n for n, a in different.items() if judges_groups(a.scorer)]
+        others = sorted(different.keys() - inline.keys() - set(groups))
+        parts = [others[start : start + PIECE] for start in range(0, len(others), PIECE)]
         pieces: collections.deque[Piece] = collections.deque()
-        for start in range(0, len(others), PIECE):
-            numbers = others[start : start + PIECE]
+        for numbers in [*parts, *([n] for n in groups)]:
             piece = [different[n] for n in numbers]
             pieces.append((numbers, piece, self.send(piece)))
         return Judging(self, place, inline, pieces)
 
-    def send(self, piece: list[Asked]) -> ProcessFuture[list[Verdict]]:
-        """Hand a piece to the workers; where they are gone, to others.
+    def send(self, piece: list[Asked]) -> ProcessFuture[list[Any]]:
+        """Hand a piece to the workers; where they have all ended, to new ones.
 
         Raises:
           ScorerError: workers end as soon as they start.
@@ -177,7 +190,7 @@ class ScoringPool:
         return self.pool.schedule(judge, (piece,), timeout=self.time_limit)
 
     def close(self) -> None:
-        """End the workers, whatever they are at."""
+        """End the workers, whatever they are doing."""
         self.pool.stop()
         self.pool.join()
 
@@ -189,13 +202,13 @@ class Judging:
         self,
         pool: ScoringPool,
         place: list[int],
-        verdicts: dict[int, Verdict],
+        verdicts: dict[int, Verdicts],
         pieces: collections.deque[Piece],
     ) -> None:
         self.pool, self.place, self.verdicts, self.pieces = pool, place, verdicts, pieces
 
-    def result(self) -> list[Verdict]:
-        """Wait for the verdicts, in the order that was asked.
+    def result(self) -> list[Any]:
+        """Wait for the verdicts, in the order that was asked; of a group the tuple of its verdicts.
 
         Raises:
           ScorerError: a user's own scorer failed, or workers end as soon as they start.
@@ -209,8 +222,8 @@ class Judging:
                 self.pieces.append((numbers, piece, self.pool.send(piece)))
             except (TimeoutError, ProcessExpired):
                 if len(piece) == 1:
-                    self.pool.timed_out += 1
-                    self.verdicts[numbers[0]] = WRONG
+                    self.verdicts[numbers[0]] = wrong = piece[0].wrong
+                    self.pool.timed_out += 1 if isinstance(wrong, Verdict) else len(wrong)
                     continue
                 alone = [([n], [a], self.pool.send([a])) for n, a in zip(numbers, piece, strict=True)]
                 self.pieces.extend(alone)

@@ -3,7 +3,7 @@
 import functools
 import importlib
 
-from fr3e_jax.rewards.verdict import Scorer
+from fr3e_jax.rewards.verdict import GroupScorer, Scorer
 
 INLINE: dict[str, str | Scorer] = {
     "carry_addition": "additions.carry_addition",
@@ -23,7 +23,10 @@ ISOLATED: dict[str, str | Scorer] = {
 """Those that may take long or never end, or come from elsewhere: they run in worker processes."""
 
 OWN = "own:"
-"""Before the place of a task of the user's own, whose scorer is isolated too."""
+"""Begins the name of the scorer of a user's own task, before its place. It runs in worker processes too."""
+
+OWN_GROUP = "own_group:"
+"""Begins the name of a scorer of the user's that judges all answers of a group at once."""
 
 
 BOUND = ("carry_addition", "word_addition", "gym", "form")
@@ -35,22 +38,27 @@ def named_scorers() -> list[str]:
     return [name for name in INLINE | ISOLATED if name not in BOUND]
 
 
-def scorer_of(name: str) -> Scorer:
+def judges_groups(name: str) -> bool:
+    """Whether the scorer of a name is a `GroupScorer`."""
+    return name.startswith(OWN_GROUP)
+
+
+def scorer_of(name: str) -> Scorer | GroupScorer:
     """The scorer of a name; its module is imported only now.
 
     Raises:
       ValueError: there is none of this name.
       ScorerError: a task of the user's own cannot be loaded.
     """
-    if name.startswith(OWN):
-        return importlib.import_module("fr3e_jax.rewards.own").scorer(name.removeprefix(OWN))
+    if name.startswith((OWN, OWN_GROUP)):
+        own = importlib.import_module("fr3e_jax.rewards.own")
+        kind, _, place = name.partition(":")
+        return own.group_scorer(place) if f"{kind}:" == OWN_GROUP else own.scorer(place)
     places = INLINE | ISOLATED
     if name not in places:
         raise ValueError(f"there is no scorer {name!r}; choose one of {', '.join(sorted(places))}")
-    place = places[name]
-    if not isinstance(place, str):
-        return place
-    return imported(place)
+    found = places[name]
+    return imported(found) if isinstance(found, str) else found
 
 
 @functools.cache

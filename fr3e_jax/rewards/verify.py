@@ -1,7 +1,9 @@
-"""Rewards: rollouts decoded to text and judged, a whole answer at a time."""
+"""Rewards: rollouts decoded to text and judged, a whole answer at a time, or a group of whole answers."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,36 +13,108 @@ from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.rewards import form
 from fr3e_jax.rewards.pool import Asked, ScoringPool
+from fr3e_jax.rewards.rules import judges_groups
 from fr3e_jax.rewards.verdict import Verdict
 from fr3e_jax.types import Problem, Rollouts, States
 
 Rewards = Callable[[], np.ndarray]
-"""Waits for the verdicts, and says what they come to."""
+"""Waits for the verdicts, and returns the rewards that they give."""
+
+
+class PartMeans:
+    """Running means of the named parts that a user's own scorer reports."""
+
+    def __init__(self) -> None:
+        self.total: collections.Counter[str] = collections.Counter()
+        self.count: collections.Counter[str] = collections.Counter()
+
+    def add(self, verdicts: Iterable[Verdict]) -> None:
+        """Add the parts of verdicts."""
+        for name, part in itertools.chain.from_iterable(verdict.parts for verdict in verdicts):
+            self.total[name] += part  # type: ignore[assignment]
+            self.count[name] += 1
+
+    def take(self) -> dict[str, float]:
+        """The means by metric, `reward/part/NAME`; they start again from nothing."""
+        means = {f"reward/part/{name}": self.total[name] / self.count[name] for name in sorted(self.count)}
+        self.total.clear()
+        self.count.clear()
+        return means
+
+
+def begin_judging(
+    pool: ScoringPool,
+    responses: Sequence[str],
+    problems: Sequence[Problem],
+    groups: Sequence[int] | None = None,
+) -> Callable[[], list[Verdict]]:
+    """Start to judge whole responses in a pool; arguments and result are those of `Verifier.begin`."""
+    asked: list[Asked] = []
+    members: list[list[int]] = []
+    for group in grouped(problems, groups):
+        problem = problems[group[0]]
+        if judges_groups(problem.scorer):
+            texts = tuple(responses[i] for i in group)
+            asked.append(Asked(problem.scorer, texts, problem.answer, problem.facts))
+            members.append(group)
+        else:
+            asked += [Asked(problem.scorer, responses[i], problem.answer, problem.facts) for i in group]
+            members += [[i] for i in group]
+    judging = pool.begin(asked)
+
+    def result() -> list[Verdict]:
+        verdicts: dict[int, Verdict] = {}
+        for one, group, found in zip(asked, members, judging.result(), strict=True):
+            verdicts |= zip(group, [found] if isinstance(one.response, str) else found, strict=True)
+        return [verdicts[i] for i in range(len(responses))]
+
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
 class Verifier:
-    """Verdicts on token ids, and rewards from them."""
+    """Judges token ids, and makes rewards of the verdicts.
+
+    parts: means of the parts that a user's own scorer names, over the rewards of this process since they were
+    last taken.
+    """
 
     text: Text
     hosts: Hosts
     pool: ScoringPool
     config: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    parts: PartMeans = dataclasses.field(default_factory=PartMeans)
 
-    def begin(self, responses: Sequence[str], problems: Sequence[Problem]) -> Callable[[], list[Verdict]]:
-        """Start to judge whole responses, as text; the result waits for the verdicts."""
-        pairs = zip(responses, problems, strict=True)
-        return self.pool.begin([Asked(p.scorer, text, p.answer, p.facts) for text, p in pairs]).result
+    def begin(
+        self, responses: Sequence[str], problems: Sequence[Problem], groups: Sequence[int] | None = None
+    ) -> Callable[[], list[Verdict]]:
+        """Start to judge whole responses, as text.
+
+        Args:
+          responses: the texts.
+          problems: which problem each is a response to.
+          groups: number of the group that each belongs to, whose members have one problem and are judged at
+            once where the scorer judges groups. By default each is a group of its own.
+
+        Returns:
+          A function that waits for the verdicts, in the order of the responses.
+        """
+        return begin_judging(self.pool, responses, problems, groups)
 
     def rewards(
-        self, answers: Sequence[np.ndarray], stopped: Sequence[bool], problems: Sequence[Problem]
+        self,
+        answers: Sequence[np.ndarray],
+        stopped: Sequence[bool],
+        problems: Sequence[Problem],
+        groups: Sequence[int] | None = None,
     ) -> Rewards:
         """Start to find the rewards of whole answers.
 
         Args:
           answers: token ids.
           stopped: whether each came to an end.
-          problems: which each is an answer to.
+          problems: which problem each is an answer to.
+          groups: number of the group that each belongs to, as for `begin`.
 
         Returns:
           A function that waits for them, float32 [len(answers)], in [0, 1].
@@ -53,7 +127,8 @@ class Verifier:
         nothing: Callable[[], list[Verdict]] = list
         answered = formed = nothing
         if config.answer > 0:
-            answered = self.begin(responses, [problems[i] for i in counted])
+            own = None if groups is None else [groups[i] for i in counted]
+            answered = self.begin(responses, [problems[i] for i in counted], own)
         if config.format > 0:
             asked = [Asked(form.NAME, response, config.pattern, None) for response in responses]
             formed = self.pool.begin(asked).result
@@ -62,13 +137,14 @@ class Verifier:
             total = np.zeros(len(texts), np.float32)
             for weight, verdicts in ((config.answer, answered()), (config.format, formed())):
                 if verdicts:
-                    total[counted] += weight * np.array([verdict.right for verdict in verdicts], np.float32)
+                    total[counted] += weight * np.array([verdict.score for verdict in verdicts], np.float32)
+                self.parts.add(verdicts)
             return total / np.float32(config.answer + config.format)
 
         return result
 
     def base(self, rollouts: Rollouts, problems: Sequence[Problem]) -> Rewards:
-        """Start to find the rewards of answers that were sampled from the query alone.
+        """Start to find the rewards of answers that were sampled from the query alone; a query's are a group.
 
         Args:
           rollouts: on the host, [B, R, S] leaves.
@@ -81,7 +157,8 @@ class Verifier:
         here = np.flatnonzero(self.hosts.rows_here(b)).tolist()
         answers = [rollouts.token[i, j, : rollouts.length[i, j]] for i in here for j in range(r)]
         own = [problem for problem in (problems[i] for i in here) for _ in range(r)]
-        wait = self.rewards(answers, rollouts.stopped[here].reshape(-1), own)
+        groups = [i for i in here for _ in range(r)]
+        wait = self.rewards(answers, rollouts.stopped[here].reshape(-1), own, groups)
 
         def result() -> np.ndarray:
             reward = np.zeros((b, r), np.float32)
@@ -92,6 +169,8 @@ class Verifier:
 
     def whole(self, states: States, rollouts: Rollouts, problems: Sequence[Problem]) -> Rewards:
         """Start to find the rewards of the whole answers that partial rollouts complete, with their prefixes.
+
+        The answers of a state are a group.
 
         Args:
           states: on the host.
@@ -108,7 +187,8 @@ class Verifier:
         answers = [whole_answer(states, rollouts, *place) for place in where]
         stopped = rollouts.stopped.reshape(n, j, m)[mine].reshape(-1)
         own = {query: problems[query] for query in sorted({int(states.query[a]) for a, _, _ in where})}
-        wait = self.rewards(answers, stopped, [own[int(states.query[a])] for a, _, _ in where])
+        asked = [own[int(states.query[a])] for a, _, _ in where]
+        wait = self.rewards(answers, stopped, asked, [a * j + b for a, b, _ in where])
 
         def result() -> np.ndarray:
             reward = np.zeros((n, j, m), np.float32)
@@ -157,6 +237,14 @@ class Verifier:
             "rewards": [float(reward[n, j, m]) for m in picks],
             "value": float(reward[n, j].mean()),
         }
+
+
+def grouped(problems: Sequence[Problem], groups: Sequence[int] | None) -> list[list[int]]:
+    """The indices of the members of each group, in the order in which the groups first occur."""
+    members: dict[int, list[int]] = {}
+    for i in range(len(problems)):
+        members.setdefault(i if groups is None else groups[i], []).append(i)
+    return list(members.values())
 
 
 def whole_answer(states: States, rollouts: Rollouts, n: int, j: int, m: int) -> np.ndarray:

@@ -31,6 +31,11 @@ OTHERS: dict[str, Meaning] = {
         STEP,
         "should be 0, or nearly",
     ),
+    "reward/part/NAME": Meaning(
+        "a named part of what a score() of one's own returns",
+        "",
+        "answers of the step that the first process judged",
+    ),
     "states/carried": Meaning("accepted states that wait for the next step", "count", STEP),
     "tokens/generated": Meaning("tokens that were drawn", "tokens", STEP),
     "tokens/prefilled": Meaning("query tokens that ran through the model", "tokens", STEP),
@@ -113,7 +118,7 @@ OTHERS: dict[str, Meaning] = {
     "eval/cut": Meaning("greedy answers that rollout.max_response cut off", "share", HELD_OUT),
     "eval/length": Meaning("length of a greedy answer", "tokens", HELD_OUT),
 }
-"""Metrics that are not in `METRICS`. STAGE stands for the name of a stage."""
+"""Metrics that are not in `METRICS`. STAGE stands for the name of a stage, NAME for one of the user's."""
 
 
 def meanings() -> dict[str, Meaning]:
@@ -125,7 +130,11 @@ def meanings() -> dict[str, Meaning]:
 def meaning_of(name: str) -> Meaning | None:
     """What a name in metrics.jsonl says, or None where it is not known."""
     known = meanings()
-    general = {"time/": "time/STAGE", "flops/utilisation_": "flops/utilisation_STAGE"}
+    general = {
+        "time/": "time/STAGE",
+        "flops/utilisation_": "flops/utilisation_STAGE",
+        "reward/part/": "reward/part/NAME",
+    }
     for prefix, entry in general.items():
         if name.startswith(prefix) and name not in known:
             return known[entry]

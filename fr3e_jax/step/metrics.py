@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
+from fr3e_jax.algorithm.explore import solved
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cost import Cost
 from fr3e_jax.types import Rollouts, States
@@ -32,6 +33,13 @@ class Measured:
     """The states that are trained on."""
     restarts: bool
     """Whether there are positions; without, the base answers are the rollouts."""
+    success_at: float = 1.0
+    """Least reward of an answer that is right."""
+
+    @property
+    def right(self) -> Bool[np.ndarray, "N J M"]:
+        """Which rollouts have a right answer."""
+        return solved(self.reward, self.success_at)
 
     @property
     def valid(self) -> Bool[np.ndarray, "N J"]:
@@ -154,15 +162,15 @@ METRICS: dict[str, Metric] = {
         watch="nearly all: the problems are too easy or too hard",
     ),
     "states/all_wrong": Metric(
-        lambda m: (m.valid & (m.reward <= 0.0).all(axis=2)).sum(),
-        "states whose rewards are all 0",
+        lambda m: (m.valid & ~m.right.any(axis=2)).sum(),
+        "states whose answers are all wrong: rewards below reward.success_at",
         True,
         unit="count",
         over=STATES,
     ),
     "states/all_right": Metric(
-        lambda m: (m.valid & (m.reward >= 1.0).all(axis=2)).sum(),
-        "states whose rewards are all 1",
+        lambda m: (m.valid & m.right.all(axis=2)).sum(),
+        "states whose answers are all right: rewards of at least reward.success_at",
         True,
         unit="count",
         over=STATES,

@@ -78,7 +78,7 @@ def train_step(
             # There will be another round, whatever the verdicts on this one.
             ahead = open_round(config, parts, sampler_params, step, position, watch)
         accepted, round_metrics, sample = close_round(config, parts, opened, watch)
-        waiting = groups.join(waiting, accepted)
+        waiting = groups.concatenate(waiting, accepted)
         rounds.append(round_metrics)
     parts.between()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
@@ -104,6 +104,7 @@ def train_step(
     metrics |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
     if rounds:
         metrics["reward/timed_out"] = count_timed_out(parts.verifier, timed_out)
+        metrics |= parts.verifier.parts.take()
     metrics |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
     skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
     progress = dataclasses.replace(
