@@ -256,7 +256,9 @@ def test_a_file_of_a_suite_has_columns_and_a_scorer(done, suite, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in asked))
     source = {"name": str(file), "prompt": "extra.q", "answer": "sum", "scorer": "numeric"}
     source["where"] = {"kind": ["a"]}
-    flags = ["--model=quickstart", "--suite", json.dumps([source]), "--out", str(tmp_path / "e")]
+    flags = ["--model=quickstart", "--suite", str(file), "--out", str(tmp_path / "e")]
+    flags += [f"--suite.{name}={json.dumps(value)}" for name, value in source.items() if name == "where"]
+    flags += [f"--suite.{name}={source[name]}" for name in ("prompt", "answer", "scorer")]
     flags += [f"--samples={SAMPLES}", "--temperature=1", "--max_response=48", "--template=plain", "--rows=8"]
     config, _ = parse(EvaluationConfig, "evaluate", None, [*flags, "--compilation_cache=off"])
     assert config.suite == [SourceConfig(**source)]
