@@ -1,18 +1,40 @@
 """The command lines: dataclasses parsed from YAML and flags, and mistakes told in one line."""
 
+import contextlib
 import dataclasses
-import itertools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import jsonargparse
 
-from fr3e_jax.config import PACKAGE, ConfigError, check_names, tables_of
+from fr3e_jax.config.files import merged_options, read_files
+from fr3e_jax.config.flags import flat, others_chosen, refuse_unknown, spell_out, split_files, split_sources
+from fr3e_jax.config.values import check_mapping, check_options, described, kinds_of, shown_value, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
 ConfigT = TypeVar("ConfigT")
+OWN_FILE = "configs/own_task.yaml"
+SMALLER = {
+    "train": "rollout.queries, explore.rollouts, rollout.max_response, evaluate.rows or "
+    "optimizer.micro_tokens; `python -m fr3e_jax.plan` says what fits a slice of TPUs",
+    "sft": "batch, or the sizes of the model",
+    "evaluate": "rows, max_response or scoring.workers",
+    "generate": "n or max_new_tokens",
+    "export": "max_file_gb, or take more devices (--mesh.fsdp)",
+    "plan": "rollout.queries, explore.rollouts or optimizer.micro_tokens",
+    "bench": "repeats, or the number of measurements (--only)",
+}
+"""What to lower where the memory does not suffice, for each command."""
+
+
+class Formatter(jsonargparse.DefaultHelpFormatter):
+    """Help in which a type stands with its limits, as in `int, at least 1`."""
+
+    def _expand_help(self, action: Any) -> str:
+        return re.sub(r"Annotated\[(\w+), ([^\]]*)\]", r"\1, \2", super()._expand_help(action))
 
 
 def make_parser(config_class: type, command: str, files: bool) -> jsonargparse.ArgumentParser:
@@ -38,9 +60,10 @@ def make_parser(config_class: type, command: str, files: bool) -> jsonargparse.A
         description=config_class.__doc__,
         exit_on_error=False,
         allow_abbrev=False,
+        formatter_class=Formatter,
     )
     if files:
-        parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
+        parser.add_argument("--config", action="config", help="YAML file; flags override it.")
     parser.add_class_arguments(config_class)
     lines = dict(rule_lines(config_class))
     for action in parser._actions:
@@ -50,9 +73,9 @@ def make_parser(config_class: type, command: str, files: bool) -> jsonargparse.A
 
 
 def rule_lines(config_class: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(setting as on the command line, its table's names with their help), of those that have a table."""
+    """(option as on the command line, its table's names with their help), of options that have a table."""
     for name, table in tables_of(config_class).items():
-        rules = [f"`{rule}`, {told.help}" for rule, told in table.items()]
+        rules = [f"`{name_of_rule}`, {rule.help}" for name_of_rule, rule in table.items()]
         yield prefix + name, "; ".join(rules) + "."
     for name, kind in get_type_hints(config_class).items():
         if dataclasses.is_dataclass(kind):
@@ -64,84 +87,67 @@ def parse(
 ) -> tuple[ConfigT, str]:
     """Parse the command line of a command; a mistake in it is one line and exit code 2.
 
-    Every command begins here, so that none starts the library of a TPU that is not there.
+    Every command begins here, so that none starts the library of a TPU that is not there. Flags override
+    files, and a later file overrides an earlier one. A command that takes files says on stderr which apply.
 
     Args:
       config_class: frozen dataclass of the command.
       command: name of the module that is run.
-      default: config file without `--config`; None for a command that takes no files.
+      default: configuration file of the shipped model and task, which applies where neither `--config` nor
+        another model or task is named; None for a command that takes no files.
       argv: arguments; the process's by default.
 
     Returns:
-      (the configuration, the stem of the config file).
+      (the configuration, the stem of the last configuration file, or `run` where there is none).
     """
     leave_out_absent_tpu()
-    argv = spell_out(config_class, list(sys.argv[1:] if argv is None else argv))
-    flags = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
-    if default is not None and not flags:
-        argv, flags = ["--config", str(PACKAGE / default), *argv], [0]
-    name = "run"
-    for i in flags:
-        flag, equals, value = argv[i].partition("=")
-        if equals:
-            argv[i] = flag + equals + find_config(value)
-        elif i + 1 < len(argv):
-            value = argv[i + 1]
-            argv[i + 1] = find_config(value)
-        name = Path(value).stem
-    parser = make_parser(config_class, command, files=default is not None)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        values = parser.instantiate(parser.parse_args(argv))
-    except TypeError:  # from a section that is given as a number, which the parser lets through
-        fail(command, "a section of the configuration is not a mapping of options to values")
-    except (jsonargparse.ArgumentError, ValueError) as error:
+        files, flags = split_files(given) if default is not None else ([], given)
+        flags = spell_out(config_class, flags)
+        refuse_unknown(config_class, flags)
+        others = others_chosen(config_class, flags)
+        if default is not None and not files and not others:
+            files, applied = [default], f"{default} applies, since no --config is given"
+        elif files:
+            applied = f"{', then '.join(files)} applies" + (", and the flags over it" if flags else "")
+        else:
+            applied = (
+                f"no file applies, since {default} is not for {', '.join(others)}: the defaults and the "
+            )
+            applied += f"flags do. {OWN_FILE} is a beginning for a file of your own"
+        written = read_files(files, config_class)
+        flags, sources = split_sources(config_class, flags, written.options)
+        check_mapping(config_class, sources)
+        parser = make_parser(config_class, command, files=default is not None)
+        if default is not None:
+            what = f"{parser.description} What applies here: {applied}. Defaults are shown as they apply."
+            parser.description = what.replace("%", "%%")
+        parser.set_defaults(flat(config_class, merged_options(written.options, sources)))
+        values = parser.instantiate(parser.parse_args(flags))
+        config = config_class(**{name: getattr(values, name) for name in get_type_hints(config_class)})
+        check_options(config)
+    except jsonargparse.ArgumentError as error:
+        fail(command, plain_error(config_class, str(error)))
+    except ValueError as error:
         fail(command, error)
-    fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    config = config_class(**fields)
-    if empty := nulls(config):
-        fail(command, ConfigError(f"{', '.join(empty)}: null is not a value of this option"))
-    try:
-        check_names(config)
-    except ConfigError as error:
-        fail(command, error)
-    return config, name
+    if default is not None:
+        warn(command, applied)
+    return config, Path(files[-1]).stem if files else "run"
 
 
-def spell_out(config_class: type, argv: list[str]) -> list[str]:
-    """`--flag` of a setting that is true or false, without a value, as `--flag=true`."""
-    switches = {f"--{name}" for name in booleans(config_class)}
-    return [
-        f"{part}=true" if part in switches and (following is None or following.startswith("--")) else part
-        for part, following in itertools.zip_longest(argv, argv[1:])
-    ]
-
-
-def booleans(config_class: type, prefix: str = "") -> Iterator[str]:
-    """Names of the settings that are true or false, as on the command line."""
-    for name, kind in get_type_hints(config_class).items():
-        if dataclasses.is_dataclass(kind):
-            yield from booleans(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif kind is bool:
-            yield prefix + name
-
-
-def nulls(config: Any) -> list[str]:
-    """Names of options that are null and may not be, which the parser lets through."""
-    names = []
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            names += [f"{field.name}.{name}" for name in nulls(value)]
-        elif value is None and type(None) not in get_args(hints[field.name]):
-            names.append(field.name)
-    return names
-
-
-def find_config(path: str) -> str:
-    """A config file as given, or the one of that name that is shipped (`configs/NAME.yaml`)."""
-    shipped = PACKAGE / path
-    return str(shipped) if not Path(path).exists() and shipped.exists() else path
+def plain_error(config_class: type, message: str) -> str:
+    """What the parser says of a flag, in one line for people."""
+    lines = [line.strip() for line in message.splitlines()]
+    name = next(iter(re.findall(r'^Parser key "([^"]+)"', message)), None)
+    if name is None:
+        missing = re.sub(r"^argument (--\S+): expected one argument$", r"\1 needs a value", lines[0])
+        return re.sub(r"^unrecognized arguments: (.*)$", r"\1: options are written --key VALUE", missing)
+    kinds = kinds_of(config_class)
+    value = next(iter(re.findall(r"(?:Got|Given) value: (.*)$", message)), None)
+    if name in kinds and value is not None:
+        return f"{name} is {shown_value(value)}, must be {described(kinds[name])}"
+    return f"{name}: {' '.join(lines[1:])}" if name in kinds else f"{name} is a section: set its options"
 
 
 def fail(command: str, error: Exception | str, code: int = 2) -> NoReturn:
@@ -154,3 +160,41 @@ def fail(command: str, error: Exception | str, code: int = 2) -> NoReturn:
 def warn(command: str, message: str) -> None:
     """A line on stderr of a command that goes on."""
     print(f"fr3e_jax.{command}: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def one_line(
+    command: str,
+    mistakes: tuple[type[Exception], ...],
+    failures: tuple[type[Exception], ...] = (),
+    interrupted: str = "interrupted",
+) -> Iterator[None]:
+    """End a command whose work fails with one line on stderr and the exit code for it.
+
+    Args:
+      command: name of the module that is run.
+      mistakes: exceptions that the user's settings are the cause of; exit code 2.
+      failures: exceptions of a run that could not go on; exit code 1, as where the memory does not suffice.
+      interrupted: what is said after Ctrl-C; exit code 130.
+    """
+    try:
+        yield
+    except mistakes as error:
+        fail(command, error)
+    except failures as error:
+        fail(command, error, 1)
+    except KeyboardInterrupt:
+        fail(command, interrupted, 130)
+    except (MemoryError, RuntimeError) as error:
+        if (shortage := out_of_memory(error)) is None:
+            raise
+        fail(command, f"the memory does not suffice ({shortage}); lower {SMALLER[command]}", 1)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What says that memory is short, of an exception of Python, numpy or XLA; None of other exceptions."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return text or "Python has none left"
+    found = re.search(r"RESOURCE_EXHAUSTED:? *(.{0,160})|(std::bad_alloc)", text)
+    return (found[1] or found[2] or "of a device") if found else None

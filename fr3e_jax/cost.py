@@ -1,14 +1,14 @@
-"""What a step costs, so that algorithms can be compared at equal cost: tokens, and FLOPs of the model.
+"""The cost of a step in tokens and FLOPs of the model, by which algorithms can be compared at equal cost.
 
-FLOPs are those that the algorithm asks for: multiplications and additions of matrix products of real tokens.
-Padding, idle rows and recomputation are left out; seconds show them.
+FLOPs are those that the algorithm needs: multiplications and additions of matrix products of real tokens.
+Padding, idle rows and recomputation are not counted. They show in the seconds.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
+from jaxtyping import Int
 
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.types import Bundle, Queries, Rollouts, States
@@ -30,27 +30,37 @@ PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Device kind, as JAX names it -> FLOP/s of dense bfloat16 matrix products, as its maker states them. Whole
-names: cards in PCIe slots and parts of a card (MIG) have names that begin alike, and are slower."""
+"""FLOP/s of dense bfloat16 matrix products by device kind, as JAX names it and its maker states them.
+
+Names are compared whole: cards in PCIe slots and parts of a card (MIG) have names that begin alike, and are
+slower."""
 
 
 def pairs_of(start: Any, new: Any) -> float:
-    """Pairs of a token and one it attends to, over `new` tokens that each follow `start` and one another."""
+    """Count the pairs of a token and one that it attends to (itself included).
+
+    Args:
+      start: int, any shape, tokens before each sequence's new ones.
+      new: int, of its shape, new tokens of each sequence.
+    """
     start, new = np.asarray(start, np.float64), np.asarray(new, np.float64)
     return float((new * start + new * (new + 1) / 2).sum())
 
 
-def prefill_cost(config: DecoderConfig, length: np.ndarray) -> Cost:
-    """Of running queries of int [B] tokens once each."""
+def prefill_cost(config: DecoderConfig, length: Int[np.ndarray, " B"]) -> Cost:
+    """Count the cost of prefilling queries of these lengths, each once."""
     tokens = float(length.sum())
     return {"tokens/prefilled": tokens, "flops": config.forward_flops(tokens, pairs_of(0, length), 0)}
 
 
-def decode_cost(config: DecoderConfig, prefix: np.ndarray, rollouts: Rollouts, row_steps: int) -> Cost:
-    """Of decoding branches from prefixes that are cached.
+def decode_cost(
+    config: DecoderConfig, prefix: Int[np.ndarray, "N C"], rollouts: Rollouts, row_steps: int
+) -> Cost:
+    """Count the cost of decoding branches from cached prefixes.
 
     Args:
-      prefix: int [N, C], tokens before the first that is drawn.
+      config: the architecture.
+      prefix: tokens before the first that is drawn.
       rollouts: on the host.
       row_steps: rows that were decoded, idle ones too, added up over steps.
     """
@@ -67,11 +77,17 @@ def decode_cost(config: DecoderConfig, prefix: np.ndarray, rollouts: Rollouts, r
 def rollout_cost(
     config: DecoderConfig, queries: Queries, rollouts: Rollouts, row_steps: int, states: States | None = None
 ) -> Cost:
-    """Of a rollout stage: from the queries, which it prefills, or from states of cached trajectories.
+    """Count the cost of a rollout stage: from the queries, which it prefills, or from cached trajectories.
+
+    Args:
+      config: the architecture.
+      queries, rollouts: on the host.
+      row_steps: rows that were decoded, added up over steps.
+      states: where the rollouts started; None for the queries.
 
     Returns:
-      tokens/generated; tokens/prefilled; tokens/reused, tokens of prefixes that were read from a cache where
-      every branch alone would have had to prefill them; rows/decoded; flops.
+      tokens/generated; tokens/prefilled; tokens/reused, tokens of prefixes that were read from a KV cache and
+      that each branch alone would have had to prefill; rows/decoded; flops.
     """
     if states is None:
         prefilled = prefill_cost(config, queries.length)
@@ -86,28 +102,28 @@ def rollout_cost(
 
 
 def update_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
-    """Of a forward and a backward pass, which is twice the forward: each trunk once, and the rows."""
+    """Count the FLOPs of a forward and a backward pass (twice the forward): each trunk once, and the rows."""
     total = 0.0
     for bundle in bundles:
         if bundle.trunks is not None:
             length = np.asarray(bundle.trunks.length)
             total += config.forward_flops(float(length.sum()), pairs_of(0, length), 0)
         for rows in bundle.chunks:
-            new = rows.length - 1  # the last token is only a target; 0 of rows that only fill a chunk up
+            new = rows.length - 1  # the last token is only a target; 0 in rows that are padding
             trained = float((rows.length - rows.start).sum())
             total += config.forward_flops(float(new.sum()), pairs_of(rows.prefix, new), trained)
     return 3 * total
 
 
-def utilisation(metrics: Mapping[str, float], devices: Iterable[jax.Device]) -> Cost:
-    """Which share of the devices' peak each stage of a step used: FLOPs of the model per second of the stage.
+def utilisation(metrics: Mapping[str, float], devices: Iterable[Any]) -> Cost:
+    """Compute the share of the devices' peak FLOP/s that each stage of a step used.
 
-    The peak is that of bfloat16, whatever the type of matrix products. What is compiled counts as time of the
-    step that compiles it.
+    The peak is that of bfloat16, whatever the type of matrix products. The time of compilation counts in the
+    step that compiles.
 
     Args:
       metrics: of the step; `flops/STAGE`, and `time/STAGE` in seconds.
-      devices: of the mesh.
+      devices: those of the mesh, of which `device_kind` is looked up.
 
     Returns:
       flops/utilisation_STAGE, in [0, 1]; nothing where a device's peak is not known, as on CPUs.

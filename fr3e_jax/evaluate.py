@@ -7,378 +7,126 @@ than another.
 
 import dataclasses
 import json
-import time
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
 from rich.console import Console
 
 from fr3e_jax.cli import fail, parse, warn
-from fr3e_jax.config import (
-    ConfigError,
-    DistributedConfig,
-    MeshConfig,
-    ScoringConfig,
-    check_at_least,
-    check_filters,
-    check_scoring,
-    check_seed,
-)
+from fr3e_jax.config import ConfigError
 from fr3e_jax.engine.finite import NotFiniteError
-from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.evaluation.answers import MOST_PROBLEMS, MOST_SAMPLES, Ask, Respondent
+from fr3e_jax.evaluation.ask import ask_all, asks_of, how_asked, problems_of, resolved_settings
+from fr3e_jax.evaluation.asked_model import AskedModel, choose_step, find_asked, with_limits
+from fr3e_jax.evaluation.compare import check_comparison, compare, comparison_table
 from fr3e_jax.evaluation.record import (
     ANSWERS,
     SUMMARY,
-    Writer,
-    check_comparison,
     held_settings,
     note_resolved,
     open_directory,
     without_done,
 )
-from fr3e_jax.evaluation.report import (
-    asked_of,
-    compare,
-    comparison_table,
-    read_answers,
-    scores_of,
-    summarize,
-    table,
-)
-from fr3e_jax.evaluation.suites import Benchmark, benchmarks_of
-from fr3e_jax.models.decoder import Params
+from fr3e_jax.evaluation.report import table
+from fr3e_jax.evaluation.rescore import changes_table, rescore, write_rescored
+from fr3e_jax.evaluation.scores import HowAsked, read_answers, scores_of, summarize
+from fr3e_jax.evaluation.settings import HOW_IT_IS_DONE, EvaluationConfig, check
+from fr3e_jax.evaluation.suites import benchmarks_of
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError, row_parts
-from fr3e_jax.parallel.waiting import HostError, waiting
-from fr3e_jax.pretrained.model import Model, compute_type, open_model
-from fr3e_jax.pretrained.text import Text, load_text
-from fr3e_jax.problems.corpus import checksum, judging_problems, judging_source
-from fr3e_jax.problems.stream import QueryStream, padded_width
-from fr3e_jax.progress import bars
-from fr3e_jax.rewards.pool import ScoringPool
+from fr3e_jax.parallel.waiting import HostError
+from fr3e_jax.problems.corpus import checksum
 from fr3e_jax.rewards.verdict import ScorerError
-from fr3e_jax.rewards.verify import Verifier
-from fr3e_jax.run.build import Policy, mesh_of, policy_of
+from fr3e_jax.run.build import mesh_of
 from fr3e_jax.run.compilation import keep_compiled
-from fr3e_jax.run.run_dir import holds_run
+from fr3e_jax.run.interruption import exiting_at_sigterm
+from fr3e_jax.run.lock import Lock
 from fr3e_jax.run.storage import StorageError, in_bucket, location, write_atomically
-from fr3e_jax.run.trained import read_trained, setting, steps_of
-from fr3e_jax.types import Problem
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """Ask a model the problems of benchmarks, and tell what share it answers right."""
-
-    model: str
-    """Run directory of train (its last whole checkpoint), Hugging Face directory, name on the hub, or
-    `quickstart`."""
-    suite: str = "math"
-    """`math`, or names of benchmarks with commas between (fr3e_jax/evaluation/README.md), or sources of
-    problems as data.source has them, such as FILE.jsonl."""
-    step: int | None = None
-    """Checkpoint of a run; by default the last."""
-    files: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Benchmark -> a copy of its data here (`--files.aime24 aime24.jsonl`), read instead of the hub's."""
-    samples: int = 0
-    """Answers to each problem, k; 0 takes each benchmark's own."""
-    temperature: float = -1.0
-    """Of sampling; 0 takes the most likely token, -1 each benchmark's own."""
-    top_k: int = 0
-    """Draw from this many of the most likely tokens; 0 from all."""
-    top_p: float = 1.0
-    """Draw from the fewest most likely tokens that together have this probability; 1 from all."""
-    max_response: int = 3072
-    """Longest answer, tokens; one that is cut off is wrong."""
-    template: str = "auto"
-    """What the model sees, as data.template of train; `auto`: as the run was trained, else `boxed_chat` where
-    the chat template ends its turns as the model does, and `boxed` for base models."""
-    stop: list[str] | None = None
-    """Texts that end an answer, as rollout.stop of train; by default those that the run was trained with."""
-    limit: int = 0
-    """Take the first so many problems of each benchmark; 0 takes all."""
-    rows: int = 64
-    """Answers decoded at a time, of any problems; bounds memory. In bfloat16 an answer now and then differs
-    with other rows."""
-    seed: int = 0
-    """The random numbers of an answer are a function of it, its problem and its sample's number; in float32
-    so is the answer."""
-    out: str | None = None
-    """Directory for answers and table; by default runs/evaluate-TIME. One that holds an evaluation that was
-    ended goes on."""
-    compare: str | None = None
-    """Directory of another evaluation: tell whether this model is better than that one, with a p-value."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights and matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    compilation_cache: str = "auto"
-    """Where compiled programs are kept, as in train."""
-    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
-
-
-HOW = {
-    "out",
-    "compare",
-    "compilation_cache",
-    "mesh",
-    "distributed",
-    "rows",
-    "scoring",
-    "files",
-}
-"""Settings that an evaluation may go on with otherwise: how it is done, not what is asked of whom."""
-
-
-def check(config: EvaluationConfig, row_parts: int) -> None:
-    """Refuse what cannot run.
-
-    Raises:
-      ConfigError: with one line that says what to change.
-    """
-    least = {"samples": 0, "max_response": 1, "limit": 0, "rows": 1, "seed": 0, "distributed.timeout": 1}
-    values = dataclasses.asdict(config) | {"distributed.timeout": config.distributed.timeout}
-    check_at_least({name: (values[name], bound) for name, bound in least.items()})
-    if config.samples > MOST_SAMPLES:
-        raise ConfigError(f"samples is {config.samples}, must be at most {MOST_SAMPLES}")
-    check_seed(config.seed)
-    if not (config.temperature >= 0 or config.temperature == -1):
-        raise ConfigError(
-            f"temperature is {config.temperature}, must be at least 0, or -1 for the benchmarks'"
-        )
-    if config.rows % row_parts:
-        raise ConfigError(
-            f"rows is {config.rows}, which does not divide by the mesh's data x fsdp = {row_parts}"
-        )
-    check_filters(config.top_k, config.top_p)
-    check_scoring(config.scoring)
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Ask, write, and tell.
+    """Ask, write, and show the table; or judge stored answers again.
 
     Returns:
-      What summary.json says.
+      What summary.json says, in the first process; nothing in others.
     """
-    mesh = mesh_of(config.mesh)
-    check(config, row_parts(mesh))
     if in_bucket(config.out or ""):
         raise ConfigError(f"out {config.out} is in a bucket; write to a directory")
+    mesh = mesh_of(config.mesh)
+    hosts = Hosts(mesh, config.distributed.timeout)
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    if config.rescore is not None:
+        with Lock("evaluate", hosts, say) as lock:
+            return judge_again(config, config.rescore, lock, console)
+    check(config, row_parts(mesh))
+    directory = Path(config.out or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}")
+    with Lock("evaluate", hosts, say) as lock:
+        lock.take(location(str(directory)), "--out")
+        for line in lock.messages:
+            say(line)
+        return evaluate_into(config, directory, lock, console)
+
+
+def evaluate_into(config: EvaluationConfig, directory: Path, lock: Lock, console: Console) -> dict[str, Any]:
+    """Ask and write into a directory that no other process writes to."""
+    hosts = lock.hosts
     benchmarks = benchmarks_of(config.suite)
     if unknown := sorted(config.files.keys() - {one.name for one in benchmarks}):
         raise ConfigError(
             f"files names {', '.join(unknown)}, which is not in the suite; it has "
             f"{', '.join(one.name for one in benchmarks)}"
         )
-    directory = Path(config.out or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}")
-    hosts = Hosts(mesh, config.distributed.timeout)
-    config = dataclasses.replace(config, step=step_asked(config, directory, hosts))
+    begun_with = held_settings(directory).get("step") if is_first() else None
+    step, trained = choose_step(config, begun_with, hosts, say)
+    config = with_limits(dataclasses.replace(config, step=step))
     read = {one: problems_of(one, config) for one in benchmarks}
-    asked = {one: asks_of(one, problems, config) for one, (problems, _) in read.items()}
-    number = checksum([ask.problem for asks in asked.values() for ask in asks])
+    asks = {one: asks_of(one, problems, config) for one, (problems, _) in read.items()}
+    number = checksum([ask.problem for some in asks.values() for ask in some])
     hosts.require_same(number, "the problems of the suite")
+
+    def plan(asked: AskedModel) -> dict[str, HowAsked]:
+        resolved = resolved_settings(config, asked)
+        return {one.name: how_asked(config, one, resolved, problems) for one, (problems, _) in read.items()}
+
+    if is_first() and config.compare:
+        there = Path(config.compare)
+        check_comparison(there, plan(find_asked(config)), config.compare_anyway, say)
+    held = read_answers(directory / ANSWERS, say) if is_first() else []
     if is_first():
-        if config.compare:
-            check_comparison(Path(config.compare), [one.name for one in benchmarks])
-        open_directory(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in HOW})
-    held = read_answers(directory / ANSWERS) if is_first() else []
-    missing = {one: without_done(one.name, asks, held, directory, hosts) for one, asks in asked.items()}
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
-    for line in (line for _, told in read.values() for line in told):
+        given = dataclasses.asdict(config)
+        kept = {name: value for name, value in given.items() if name not in HOW_IT_IS_DONE}
+        open_directory(directory, kept, answered=bool(held))
+    missing = {one: without_done(one.name, some, held, directory, hosts) for one, some in asks.items()}
+    for line in (line for _, messages in read.values() for line in messages):
         console.print(line, markup=False)
     if any(missing.values()):
-        ask_all(config, missing, hosts, directory, console)
+        asked = find_asked(config)
+        if is_first():
+            note_resolved(directory, resolved_settings(config, asked))
+        ask_all(config, asked, trained, missing, plan(asked), hosts, directory, console)
     if not is_first():
         return {}
-    return tell(config, directory, console)
+    return show(config, directory, console)
 
 
-def step_asked(config: EvaluationConfig, directory: Path, hosts: Hosts) -> int | None:
-    """The checkpoint that is asked, as the first process knows it: of a run, and None of other models.
-
-    Without a step an evaluation that goes on asks the one that it began with, whatever was saved since.
-
-    Raises:
-      ConfigError: the run has no such checkpoint, none of it is whole, or it is no run.
-    """
-    run = location(config.model)
-    if not holds_run(run):
-        if config.step is not None:
-            raise ConfigError(
-                f"{config.model} is not a run directory, so there is no --step {config.step} of it"
-            )
-        return None
-    step = -1
-    if is_first():
-        began = held_settings(directory).get("step") if config.step is None else config.step
-        step = -1 if began is None else steps_of(run, began)[0]
-    step = hosts.of_first(step + 1, "the checkpoint is chosen") - 1
-    if step >= 0:
-        return step
-    # Which is whole is known when it is read. It is read again when the model is loaded: an evaluation that
-    # goes on must know its step before, and may have nothing left to ask.
-    trained = read_trained(run, None, None, hosts)
-    if is_first():
-        for line in trained.told:
-            warn("evaluate", line)
-    return trained.step
-
-
-def problems_of(benchmark: Benchmark, config: EvaluationConfig) -> tuple[list[Problem], tuple[str, ...]]:
-    """The problems of a benchmark, and lines for people on answers of it that can never be right."""
-    source = judging_source(benchmark.dataset, config.files.get(benchmark.name))
-    problems, told = judging_problems(source, config.seed, config.limit)
-    if len(problems) > MOST_PROBLEMS:
-        raise ConfigError(
-            f"{benchmark.name} has {len(problems)} problems; set --limit to {MOST_PROBLEMS} or less"
-        )
-    return problems, told
-
-
-def asks_of(benchmark: Benchmark, problems: Sequence[Problem], config: EvaluationConfig) -> list[Ask]:
-    """Every answer that a benchmark wants: all problems' first samples, then their second ones, and so on."""
-    samples = config.samples or benchmark.samples
-    return [Ask(problem, n, sample) for sample in range(samples) for n, problem in enumerate(problems)]
-
-
-def ask_all(
-    config: EvaluationConfig,
-    missing: dict[Benchmark, list[Ask]],
-    hosts: Hosts,
-    directory: Path,
-    console: Console,
-) -> None:
-    """Load the model, and append its answers as they come."""
-    found, text = find_asked(config)
-    resolved = {
-        "model": config.model if holds_run(location(config.model)) else found.name,
-        "source": found.name,
-        "template": text.template,
-        "stop": list(text.stop),
-        "compute_dtype": compute_type(config.compute_dtype).name,
-    }
-    if is_first():
-        note_resolved(directory, resolved)
-    policy, params = load(config, found, text, hosts)
-    asks = [ask for some in missing.values() for ask in some]
-    scorers = sorted({ask.problem.scorer for ask in asks})
-    pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))
-    verifier = Verifier(text, hosts, pool)
-    # One for all: programs are compiled for an engine.
-    engine, context = policy.engine(config.max_response), policy.model.config.context
-    respondents = {
-        one: Respondent(engine, stream_of(config, context, verifier, wanted), verifier, config.rows, one.name)
-        for one, wanted in missing.items()
-        if wanted
-    }
-    names, on = ", ".join(one.name for one in respondents), jax.default_backend()
-    console.print(
-        f"{asked_of(resolved | {'step': config.step})} | {names} | mesh {dict(hosts.mesh.shape)} on {on} | "
-        f"answers to {directory}",
-        markup=False,
-    )
-    if endless := text.endless():
-        console.print(f"template {text.template}: {endless} (stop)", markup=False)
-    first = asks[0].problem
-    seen = text.seen(first.question, first.before)
-    console.print(f"the model sees, for example: {seen!r}", markup=False)
-    key = jax.random.key(config.seed)
-    try:
-        writing = Writer(directory / ANSWERS, text.seen)
-        with bars(console, disable=not is_first()) as progress, writing as writer:
-            for benchmark, respondent in respondents.items():
-                wanted = missing[benchmark]
-                temperature = benchmark.temperature if config.temperature < 0 else config.temperature
-                sampling = Sampling(temperature, config.top_k, config.top_p)
-                settings = resolved | {
-                    "step": config.step,
-                    **dataclasses.asdict(sampling),
-                    "max_response": config.max_response,
-                    "seed": config.seed,
-                }
-                bar = progress.add_task(benchmark.name, total=len(wanted))
-                begun, at = time.perf_counter(), 0
-                with waiting(benchmark.name):
-                    for answers in respondent.answers(params, wanted, key, sampling):
-                        writer.write(benchmark.name, wanted[at : at + len(answers)], answers, settings)
-                        at += len(answers)
-                        progress.update(bar, completed=at)
-                seconds = time.perf_counter() - begun
-                console.print(f"{benchmark.name}: {at} answers in {seconds:.0f} s", markup=False)
-    finally:
-        pool.close()
-
-
-def find_asked(config: EvaluationConfig) -> tuple[Model, Text]:
-    """The model that is asked, of a run the one that it began from, without weights; and its text."""
-    run = location(config.model)
-    template = None if config.template == "auto" else config.template
-    if holds_run(run):
-        model = open_model(setting(run, "model", "path"))
-        stop = config.stop if config.stop is not None else setting(run, "rollout", "stop", [])
-        return model, load_text(model.source, template or setting(run, "data", "template"), stop)
-    model = open_model(config.model)
-    text = load_text(model.source, template or "plain", config.stop or ())
-    if template is None:
-        text = dataclasses.replace(text, template="boxed_chat" if text.chats else "boxed")
-    return model, text
-
-
-def load(config: EvaluationConfig, found: Model, text: Text, hosts: Hosts) -> tuple[Policy, Params]:
-    """The weights that are asked: a run's checkpoint, or those of the model that was found.
-
-    Returns:
-      (the model on the mesh, its parameters in the layout for sampling).
-    """
-    dtype = compute_type(config.compute_dtype)
-    run = location(config.model)
-    if holds_run(run):
-        trained = read_trained(run, config.step, found.name, hosts)
-        policy = policy_of(trained.model, text, dtype)
-        return policy, policy.sampling_params(trained.params)
-    policy = policy_of(found.place(hosts.mesh), text, dtype)
-    return policy, policy.read()
-
-
-def stream_of(config: EvaluationConfig, context: int, verifier: Verifier, asks: Sequence[Ask]) -> QueryStream:
-    """What tokenizes the questions of a benchmark, padded as they need.
-
-    Raises:
-      ConfigError: a question and the longest answer are more than the model's context.
-    """
-    longest = context - config.max_response
-    asked = dict.fromkeys((ask.problem.question, ask.problem.before) for ask in asks)
-    questions, before = zip(*asked, strict=True)
-    most = max(verifier.text.query_lengths(questions, before))
-    if most > longest:
-        raise ConfigError(
-            f"max_response {config.max_response} leaves {longest} of the model's context of {context} tokens "
-            f"for the question, and the longest has {most}; lower it"
-        )
-    return QueryStream(None, verifier.text, min(padded_width(most), longest), verifier.hosts)
-
-
-def tell(config: EvaluationConfig, directory: Path, console: Console) -> dict[str, Any]:
+def show(config: EvaluationConfig, directory: Path, console: Console) -> dict[str, Any]:
     """Write and show the table, and the comparison if there is to be one."""
     scores = scores_of(read_answers(directory / ANSWERS))
     summaries = [summarize(score) for score in scores.values()]
     console.print(table(summaries))
-    told: dict[str, Any] = next((one["settings"] for one in summaries if one["settings"]), {})
+    settings: dict[str, Any] = next((one["settings"] for one in summaries if one["settings"]), {})
     summary: dict[str, Any] = {
-        "model": told.get("model", config.model),
-        "seed": config.seed,
-        **{name: told.get(name) for name in ("step", "source", "template", "stop", "compute_dtype")},
+        "model": settings.get("model", config.model),
+        "seed": settings.get("seed", config.seed),
+        **{name: settings.get(name) for name in ("step", "source", "template", "stop", "compute_dtype")},
         "benchmarks": summaries,
     }
     place = location(str(directory / SUMMARY))
     write_atomically(place, json.dumps(summary, indent=2) + "\n")
     if config.compare:
-        rows = compare(directory / ANSWERS, Path(config.compare) / ANSWERS)
+        other = Path(config.compare) / ANSWERS
+        rows = compare(directory / ANSWERS, other, config.compare_anyway)
         console.print(comparison_table(rows, str(directory), config.compare))
         summary["compared_with"] = {"evaluation": config.compare, "rows": rows}
         write_atomically(place, json.dumps(summary, indent=2) + "\n")
@@ -388,6 +136,26 @@ def tell(config: EvaluationConfig, directory: Path, console: Console) -> dict[st
     return summary
 
 
+def judge_again(config: EvaluationConfig, stored: str, lock: Lock, console: Console) -> dict[str, Any]:
+    """Judge stored answers with the scorers of now, show what changes, and write it if that is wanted."""
+    if config.out is not None:
+        lock.take(location(config.out), "--out")
+    if not is_first():
+        return {}
+    before, after = rescore(Path(stored), config.files, config.scoring, say)
+    console.print(changes_table(before, after))
+    if config.out is None:
+        console.print(f"{stored} is as it was; with --out DIR the new verdicts are written", markup=False)
+        return {"benchmarks": [summarize(score) for score in scores_of(after).values()]}
+    write_rescored(Path(stored), Path(config.out), after)
+    return show(config, Path(config.out), console)
+
+
+def say(line: str) -> None:
+    """Show a line beside the results."""
+    warn("evaluate", line)
+
+
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(EvaluationConfig, "evaluate", None)
@@ -395,7 +163,8 @@ def main() -> None:
         try:
             initialize(config.distributed)
             keep_compiled(config.compilation_cache, None)
-            evaluate(config)
+            with exiting_at_sigterm():
+                evaluate(config)
         except (ConfigError, CheckpointError, PlacementError) as error:
             fail("evaluate", error)
         except (HostError, NotFiniteError, ScorerError, StorageError) as error:

@@ -1,7 +1,8 @@
-"""A run's model as a Hugging Face directory: `python -m fr3e_jax.export --run DIR --out DIR`.
+"""A model as a Hugging Face directory: `python -m fr3e_jax.export --run DIR --out DIR`.
 
-Training writes the same at its end; this command does it for a run that is still going on, for an older
-checkpoint, in another type, or on another machine.
+Training writes the same at its end. This command does it for a run that is still going on, for an older
+checkpoint, in another dtype, or on another machine. `--model` takes a run too, or a Hugging Face directory or
+a name on the hub, whose weights are then converted and split into files anew.
 """
 
 import dataclasses
@@ -9,65 +10,93 @@ from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fr3e_jax.cli import fail, parse, warn
-from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig
+from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig, check_options
+from fr3e_jax.config.values import CountOrNone, Name, PositiveNumber
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh
 from fr3e_jax.pretrained.export import check_out, export_model
+from fr3e_jax.pretrained.model import PlacedModel, open_model
+from fr3e_jax.run.run_dir import holds_run
 from fr3e_jax.run.storage import StorageError, in_bucket, location, writing
 from fr3e_jax.run.trained import read_trained
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Write a run's model in the Hugging Face format: configuration, tokenizer, safetensors."""
+    """Write a model in the Hugging Face format: configuration, tokenizer, safetensors."""
 
-    run: str
-    """Run directory, as --run_dir of train; it may be `gs://BUCKET/PATH`."""
-    out: str
+    out: Name
     """Directory to write; it must not exist, or be empty."""
-    model: str | None = None
-    """The model that the run started from, for configuration and tokenizer; by default where the run's
-    config.yaml says."""
-    step: int | None = None
-    """Checkpoint to write; by default the last one that is whole."""
+    run: Name | None = None
+    """Run directory, as --run_dir of train; it may be `gs://BUCKET/PATH`."""
+    model: Name | None = None
+    """Without --run, what to write: a run directory, a Hugging Face directory, a name on the hub (`Org/Name`
+    or `Org/Name@REVISION`), or `quickstart`. With --run, the model that the run started from, for
+    configuration and tokenizer; by default where the run's config.yaml says."""
+    step: CountOrNone | None = None
+    """Checkpoint of a run to write; by default the last one that is whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights. Training holds float32; bfloat16 halves the size and rounds to the nearest."""
-    max_file_gb: float = 5.0
+    """Dtype of the weights. Training holds float32; bfloat16 halves the size and rounds to the nearest."""
+    max_file_gb: PositiveNumber = 5.0
     """Most gigabytes (10^9 bytes) in a file of weights."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Devices that hold the parameters while they are written."""
 
 
 def export(config: ExportConfig) -> Path:
-    """Read the parameters of a checkpoint, on whatever mesh is here, and write them.
+    """Read the parameters, on whatever mesh is here, and write them.
 
     Returns:
       The directory.
 
     Raises:
-      ConfigError: the run directory holds no such checkpoint, or it is damaged, or `out` holds files.
+      ConfigError: there is no such model or checkpoint, the checkpoint is damaged, or `out` holds files.
+      CheckpointError: the Hugging Face directory cannot be read.
       StorageError: the disk is full, or the checkpoint cannot be read now.
     """
-    run, out = location(config.run), Path(config.out)
+    out = Path(config.out)
     if in_bucket(config.out):
         raise ConfigError(
             f"out {config.out} is in a bucket; write to a directory and copy that with `gcloud storage cp`"
         )
     check_out(out)
-    if not config.max_file_gb > 0:
-        raise ConfigError(f"max_file_gb is {config.max_file_gb}, must be above 0")
+    check_options(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    trained = read_trained(run, config.step, config.model, Hosts(mesh, DistributedConfig().timeout))
-    for line in trained.told:
-        warn("export", line)
+    model, params, name = read_model(config, mesh)
     size = int(config.max_file_gb * 10**9)
     with writing(location(config.out)):
-        export_model(trained.model.source, out, trained.params, jnp.dtype(config.dtype), size)
-    print(f"step {trained.step} of {run}, {config.dtype}: model in {out}")
+        export_model(model.source, out, params, jnp.dtype(config.dtype), size)
+    print(f"{name}, {config.dtype}: model in {out}")
     return out
+
+
+def read_model(config: ExportConfig, mesh: Mesh) -> tuple[PlacedModel, Params, str]:
+    """The model that is asked for, with its parameters, and a name for it in messages.
+
+    Raises:
+      ConfigError, CheckpointError, StorageError: as `export`.
+    """
+    run = config.run
+    if run is None and config.model is not None and holds_run(location(config.model)):
+        run = config.model
+    if run is not None:
+        base = config.model if run == config.run else None
+        hosts = Hosts(mesh, DistributedConfig().timeout)
+        trained = read_trained(location(run), config.step, base, hosts)
+        for line in trained.messages:
+            warn("export", line)
+        return trained.model, trained.params, f"step {trained.step} of {run}"
+    if config.model is None:
+        raise ConfigError("--run or --model says what to write: a run, a Hugging Face directory or a name")
+    if config.step is not None:
+        raise ConfigError(f"--step is for runs, and {config.model} is none; leave it out")
+    model = open_model(config.model).place(mesh)
+    return model, model.read_params(model.training), config.model
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import ConfigError, check_at_least, check_filters, check_seed
+from fr3e_jax.config import ConfigError, check_options
+from fr3e_jax.config.values import CountOrNone, Name, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.decoder import Params, abstract_params, logical_axes
@@ -36,7 +37,7 @@ CHUNK = 4  # tokens between two looks at what was generated
 class GenerateConfig:
     """Ask a model and read its answer as it is written."""
 
-    model: str
+    model: Name
     """Hugging Face directory of a Qwen2, Qwen3 or Llama model, name on the hub (`Org/Name`, or
     `Org/Name@revision`), or `quickstart` for the small one that is shipped."""
     prompt: str
@@ -44,23 +45,23 @@ class GenerateConfig:
     raw: bool = False
     """Take the prompt as it is, not through the model's chat template: control tokens in it, such as
     <|im_end|>, are control tokens. Without --raw they are text."""
-    temperature: float = 0.0
+    temperature: NonNegativeNumber = 0.0
     """Sampling temperature; 0 takes the most likely token."""
-    top_k: int = 0
+    top_k: TopK = 0
     """Draw from this many of the most likely tokens; 0 from all."""
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     """Draw from the fewest most likely tokens that together have this probability; 1 from all."""
     stop: list[str] = dataclasses.field(default_factory=list)
     """Texts that end an answer, as the model's end tokens do; the answer is cut before such a text."""
-    max_new_tokens: int = 256
+    max_new_tokens: Size = 256
     """Longest answer, tokens; the model's context may end it before."""
-    n: int = 1
+    n: Samples = 1
     """Answers to sample; the prompt is run once for all of them. The first is shown as it is written."""
-    seed: int = 0
+    seed: Seed = 0
     """All randomness is a function of it."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    tensor: int = 0
+    tensor: CountOrNone = 0
     """Parts that heads, MLP and vocabulary are split into over the devices; 0 takes as many as the model's
     shape allows."""
 
@@ -71,10 +72,7 @@ def check(config: GenerateConfig, prompt_tokens: int, context: int) -> None:
     Raises:
       ConfigError: with one line that says what to change.
     """
-    least = {"max_new_tokens": 1, "n": 1, "temperature": 0, "seed": 0, "tensor": 0}
-    check_at_least({name: (getattr(config, name), bound) for name, bound in least.items()})
-    check_filters(config.top_k, config.top_p)
-    check_seed(config.seed)
+    check_options(config)
     if config.n > 1 and config.temperature == 0:
         raise ConfigError(
             f"n is {config.n}, but at temperature 0 all answers are the same; set --temperature"

@@ -26,17 +26,19 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32
 
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.explore import KeepRule, PositionRule
 from fr3e_jax.config import ConfigError, ExploreConfig, LossConfig, OptimizerConfig
+from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
-from fr3e_jax.engine.rollout import Caches, Engine
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import TrainState
-from fr3e_jax.learner.update import Learner, Metrics
+from fr3e_jax.learner.update import Learner, UpdateMetrics
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
@@ -80,11 +82,12 @@ class Encoded:
 class Base:
     """Base trajectories of queries, and the KV caches that exploration restarts from.
 
-    rollouts: leaves [B, R, S], padding queries included. seed, step: what they were drawn with.
+    seed, step: what they were drawn with.
     """
 
     encoded: Encoded
     rollouts: Rollouts
+    """Leaves [B, R, S], those of queries that are only padding included."""
     caches: Caches
     engine: "Explorer"
     seed: int
@@ -110,17 +113,17 @@ class Base:
 class Restarts:
     """States of kept trajectories, N x J, to restart from.
 
-    arrays: laid out for the mesh, so that N has rows of padding, which are not valid. value: float32 [N, J],
-    once it is known (`with_values`).
+    arrays: laid out for the mesh, so that N has rows of padding, which are not valid. value: once it is known
+    (`with_values`).
     """
 
     base: Base
     arrays: States
-    value: np.ndarray | None = None
+    value: Float[np.ndarray, "N J"] | None = None
 
     @property
-    def valid(self) -> np.ndarray:
-        """Which states there are, bool [N, J]."""
+    def valid(self) -> Bool[np.ndarray, "N J"]:
+        """Which states there are."""
         return np.asarray(self.arrays.valid)
 
     @property
@@ -238,17 +241,17 @@ class Model:
         arrays, valid = states.arrays, states.valid
         n, j = valid.shape
         m = rollouts.length.shape[1] // j
-        found: list[list[list[str] | None]] = []
+        answers: list[list[list[str] | None]] = []
         for a in range(n):
             row: list[list[str] | None] = []
             for b in range(j):
                 whole = [whole_answer(arrays, rollouts, a, b, c) for c in range(m)]
                 ended = [bool(end) for end in rollouts.stopped[a, b * m : (b + 1) * m]]
                 row.append(self.text.answers(whole, ended) if valid[a, b] else None)
-            found.append(row)
+            answers.append(row)
         questions = states.base.encoded.questions
         asked = [questions[q] if q < len(questions) else questions[0] for q in arrays.query.tolist()]
-        return Answers(asked, found, m)
+        return Answers(asked, answers, m)
 
     def learner(
         self,
@@ -314,8 +317,17 @@ class Explorer:
         place = self.engine.placement
         placed, draws = place.place_rows(base.encoded.queries), draws_of(base.seed, base.step, place)
         arrays = place.place_rows(states.arrays)
-        where = (self.model.params, placed, base.caches, arrays)
-        rollouts, _ = self.engine.explore(*where, draws.tokens, draws.step, count, self.sampling, keep)
+        rollouts, _ = self.engine.explore(
+            self.model.params,
+            placed,
+            base.caches,
+            arrays,
+            seed_key=draws.tokens,
+            step=draws.step,
+            rollouts=count,
+            sampling=self.sampling,
+            keep=keep,
+        )
         rollouts = gather(rollouts)
         require_finite(rollouts, "exploration")
         return self.model.text.trimmed(rollouts, states.arrays)
@@ -360,8 +372,8 @@ def states(
     return Restarts(base, find_states(rules, engine, draws, queries, rollouts, kept, sampled)[0])
 
 
-def judge(answers: Answers, verifier: Callable[[str, str], float]) -> np.ndarray:
-    """Rewards of whole answers, float32 [N, J, M], 0 where there is no state.
+def judge(answers: Answers, verifier: Callable[[str, str], float]) -> Float32[np.ndarray, "N J M"]:
+    """Rewards of whole answers, 0 where there is no state.
 
     Args:
       answers: as `Model.texts` makes them.
@@ -403,7 +415,7 @@ class PolicyLearner:
 
     def update(
         self, state: TrainState, batch: StateGroups, reference: Params | None = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, UpdateMetrics]:
         """One optimizer step over a batch; `state` is used up.
 
         Args:

@@ -1,30 +1,32 @@
 """Whether a run fits a slice of TPUs, and how long its steps take: `python -m fr3e_jax.plan --config
-configs/qwen2.5_7b_v5e16.yaml --topology v5e-16`.
+configs/slices/qwen2.5_7b_v5e16.yaml --topology v5e-16`.
 
 Every program of a step is compiled for the slice, on any Linux machine with libtpu (`pip install
-'fr3e_jax[tpu]'`) and without a TPU, in minutes. The exit code is 0 where the run fits, 1 where it does not, 2
-for a mistake in the settings, 3 where the compiler fails for another reason than memory.
+'fr3e_jax[tpu]'`) and without a TPU, in minutes. `--quick` estimates by arithmetic in seconds. The exit code
+is 0 where the run fits, 1 where it does not, 2 for a mistake in the settings, 3 where the compiler fails for
+another reason than memory.
 """
 
 import dataclasses
 import json
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 
 import jax
 from rich.console import Console
 
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import Config, ConfigError, check, resolve
+from fr3e_jax.config import Config, ConfigError, check_options
+from fr3e_jax.config.values import Name, NonNegativeNumber
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.models.hf import CheckpointError, read_config
 from fr3e_jax.models.presets import PRESETS
-from fr3e_jax.parallel.mesh import PlacementError, row_parts
-from fr3e_jax.planning.programs import Setup, Stage, compile_step
-from fr3e_jax.planning.report import MARKDOWN, Plan, Rates, as_json, markdown_row, phases_of, show
-from fr3e_jax.planning.topology import find_slice, run_mesh
-from fr3e_jax.planning.workload import Assumptions, work_of
+from fr3e_jax.parallel.mesh import PlacementError
+from fr3e_jax.planning.as_json import as_json
+from fr3e_jax.planning.fit import Plan
+from fr3e_jax.planning.make import Question, compiled_plan, quick_plan
+from fr3e_jax.planning.show import MARKDOWN_HEAD, markdown_row, show_plan
+from fr3e_jax.planning.workload import Assumptions
 from fr3e_jax.pretrained.hub import local_model
 
 PLANS = {
@@ -46,33 +48,35 @@ PLANS = {
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig(Config):
-    """Compile a step's programs for a slice of TPUs, without one, and tell what they need. The options of
+    """Compile a step's programs for a slice of TPUs, without one, and say what they need. The options of
     training are taken too.
     """
 
-    topology: str | None = None
+    topology: Name | None = None
     """The slice as it is rented, such as v5litepod-16, v5e-16, v5p-128, v6e-256, v4-64, or as jax has it,
     such as v5p:2x2x1."""
+    quick: bool = False
+    """Estimate by arithmetic in seconds, and compile nothing: it needs no libtpu, and it is less exact."""
     json: bool = False
     """Print one object instead of tables."""
     markdown: bool = False
     """Print rows of the table in fr3e_jax/planning/README.md instead."""
     all: bool = False
-    """Plan all shipped configurations, each for its slice: an hour or more."""
-    price_per_chip_hour: float | None = None
-    """In any currency; a cost of 1,000 steps is told in it."""
+    """Plan all shipped configurations, each for its slice: an hour or more, or half a minute with --quick."""
+    price_per_chip_hour: NonNegativeNumber | None = None
+    """In any currency; the cost of 1,000 steps is given in it."""
     assume: Assumptions = dataclasses.field(default_factory=Assumptions)
-    """What cannot be known before."""
+    """Numbers that cannot be known before the run."""
 
 
 def model_of(name: str) -> DecoderConfig:
-    """The shape of a model, without looking anything up elsewhere.
+    """The architecture of a model, without a look at the hub.
 
     Args:
       name: as `model.path`.
 
     Raises:
-      ConfigError: it is neither a directory nor a model whose shape is known.
+      ConfigError: it is neither a directory nor a model whose architecture is known.
       CheckpointError: its config.json is not one of a supported model.
     """
     repository = name.partition("@")[0]
@@ -88,43 +92,8 @@ def model_of(name: str) -> DecoderConfig:
     )
 
 
-def make_plan(
-    config: Config,
-    name: str,
-    topology: str,
-    told: Assumptions,
-    price: float | None = None,
-    quiet: bool = False,
-) -> Plan:
-    """Compile a run's programs for a slice.
-
-    Args:
-      config: as given, not resolved.
-      name: of the configuration, for the report.
-      quiet: do not tell on stderr what is being compiled.
-
-    Raises:
-      ConfigError, PlacementError, CheckpointError: what cannot run.
-    """
-    config = resolve(config)
-    at = find_slice(topology)
-    model = model_of(config.model.path)
-    mesh = run_mesh(at, config.mesh)
-    setup = Setup(config, model, mesh)
-    check(config, row_parts(mesh), model.context)
-    _ = setup.placements  # refuses a model that does not divide by the mesh
-    work = work_of(config, setup.parts, told)
-    console, stages = Console(stderr=True, quiet=quiet), list[Stage]()
-    with warnings.catch_warnings(), console.status("compiling") as status:
-        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        for stage in compile_step(setup, work, lambda program: status.update(f"compiling {program}")):
-            stages.append(stage)
-    phases = phases_of(setup, work, stages, Rates(at, mesh, told))
-    return Plan(name, setup, at, work, told, stages, phases, price)
-
-
-def arguments(argv: Sequence[str]) -> list[str]:
-    """Flags with dashes in them as they are declared."""
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """Command-line arguments with the dashes in their flags replaced, as options are declared."""
     return [
         part.partition("=")[0].replace("-", "_").replace("__", "--", 1) + "".join(part.partition("=")[1:])
         if part.startswith("--")
@@ -133,41 +102,60 @@ def arguments(argv: Sequence[str]) -> list[str]:
     ]
 
 
-def plans(given: PlanConfig, name: str) -> Iterator[Plan]:
-    """Those that are asked for, one after the other."""
-    given.assume.check()
-    if not given.all:
-        if given.topology is None:
-            raise ConfigError("--topology says for which slice: v5e-16, v5p-128, ...")
-        config = Config(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Config)})
-        yield make_plan(config, name, given.topology, given.assume, given.price_per_chip_hour)
+def questions(options: PlanConfig, name: str) -> Iterator[Question]:
+    """The plans that are asked for: of one configuration, or with `--all` of all shipped ones.
+
+    Raises:
+      ConfigError: there is no slice, or an option is out of range.
+    """
+    check_options(options)
+    if options.all:
+        for shipped, topology in PLANS.items():
+            config, _ = parse(Config, "plan", f"configs/slices/{shipped}.yaml", [])
+            yield question(options, shipped, config, topology)
         return
-    for shipped, topology in PLANS.items():
-        config, _ = parse(Config, "plan", f"configs/{shipped}.yaml", [])
-        yield make_plan(config, shipped, topology, given.assume, given.price_per_chip_hour)
+    if options.topology is None:
+        raise ConfigError("--topology says for which slice: v5e-16, v5p-128, ...")
+    config = Config(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Config)})
+    yield question(options, name, config, options.topology)
+
+
+def question(options: PlanConfig, name: str, config: Config, topology: str) -> Question:
+    """The question whether a configuration fits a slice."""
+    model = model_of(config.model.path)
+    return Question(name, config, model, topology, options.assume, options.price_per_chip_hour)
+
+
+def report(plan: Plan, options: PlanConfig, first: bool) -> None:
+    """Print a plan as an object, as a row of a table, or for people.
+
+    Args:
+      first: whether it is the first, before which a table has its head.
+    """
+    if options.json:
+        print(json.dumps(as_json(plan)), flush=True)
+    elif options.markdown:
+        print("\n".join([*(MARKDOWN_HEAD if first else ()), markdown_row(plan)]), flush=True)
+    else:
+        show_plan(plan, Console(width=None if sys.stdout.isatty() else 160))
 
 
 def main() -> None:
     """Parse the command line, compile, report; a user's mistake is one line and exit code 2."""
-    given, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", arguments(sys.argv[1:]))
-    fit, table = True, list(MARKDOWN)
+    options, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", with_underscores(sys.argv[1:]))
+    all_fit, console = True, Console(stderr=True)
     try:
-        for plan in plans(given, name):
-            fit &= plan.fits
-            if given.json:
-                print(json.dumps(as_json(plan)), flush=True)
-            elif given.markdown:
-                print("\n".join([*table, markdown_row(plan)]), flush=True)
-                table.clear()
-            else:
-                show(plan, Console(width=None if sys.stdout.isatty() else 160))
+        for number, asked in enumerate(questions(options, name)):
+            plan = quick_plan(asked) if options.quick else compiled_plan(asked, console)
+            all_fit &= plan.fits
+            report(plan, options, first=number == 0)
     except (ConfigError, PlacementError, CheckpointError) as error:
         fail("plan", error)
     except jax.errors.JaxRuntimeError as error:
         fail("plan", f"the compiler failed: {error}", 3)
     except KeyboardInterrupt:
         fail("plan", "interrupted", 130)
-    raise SystemExit(0 if fit else 1)
+    raise SystemExit(0 if all_fit else 1)
 
 
 if __name__ == "__main__":

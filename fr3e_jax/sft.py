@@ -21,10 +21,10 @@ from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
 from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig
+from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig, check_options
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.learner.state import TrainState, decayed, init_state
-from fr3e_jax.learner.update import Learner, row_statistics, trained
+from fr3e_jax.learner.update import Learner, Prefilled, row_statistics, trained
 from fr3e_jax.models.decoder import Decoder, Params, init_params
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.presets import small
@@ -37,19 +37,6 @@ from fr3e_jax.problems.additions import CarryAddition
 from fr3e_jax.problems.corpus import worked_task
 from fr3e_jax.types import Batch
 
-POSITIVE = (
-    "steps",
-    "batch",
-    "learning_rate",
-    "max_grad_norm",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
-
 
 def check_sft(config: SFTConfig, row_parts: int) -> None:
     """Refuse what cannot run.
@@ -61,11 +48,7 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
     Raises:
       ConfigError: with one line that says what to change.
     """
-    for name in POSITIVE:
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} is {getattr(config, name)}, must be above 0")
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"seed is {config.seed}, must lie in [0, 2^32)")
+    check_options(config)
     if not 0 <= config.warmup_steps < config.steps:
         raise ConfigError(
             f"warmup_steps {config.warmup_steps} must be at least 0 and below steps {config.steps}"
@@ -82,21 +65,19 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
             f"num_attention_heads {config.num_attention_heads} does not divide by num_key_value_heads "
             f"{config.num_key_value_heads}"
         )
-    if not 0 <= config.dropped_carry <= 1:
-        raise ConfigError(f"dropped_carry is {config.dropped_carry}, must lie in [0, 1]")
 
 
 def write_new_model(config: SFTConfig, task: CarryAddition, directory: Path) -> None:
     """Write config.json and tokenizer of a new model with one token per character of the task."""
     tokenizer = character_tokenizer(task.alphabet)
     model = small(
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.intermediate_size,
-        len(tokenizer),
-        config.max_position_embeddings,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        intermediate=config.intermediate_size,
+        vocab=len(tokenizer),
+        context=config.max_position_embeddings,
     )
     tokenizer.save_pretrained(directory)
     raw = config_json(model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
@@ -136,15 +117,16 @@ def make_step(
     """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
 
     chunk = OptimizerConfig().logit_chunk
-    learner = Learner(graph, placement, optimizer, LossConfig(), jnp.float32, chunk, remat=False)
+    learner = Learner(
+        graph, placement, optimizer, LossConfig(), compute_dtype=jnp.float32, logit_chunk=chunk, remat=False
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
         mask = trained(batch)
 
         def loss(params: Params) -> Array:
-            model = nnx.merge(graph, params)
-            logprob, _ = row_statistics(learner, model, None, batch, entropy=False)
+            logprob, _ = row_statistics(learner, Prefilled(params, None), batch, entropy=False)
             return -masked_sum(logprob, mask) / jnp.sum(mask)
 
         value, gradient = jax.value_and_grad(loss)(state.params)

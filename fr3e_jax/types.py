@@ -13,7 +13,21 @@ Paper symbol, meaning, name here:
 
 Axis letters: B queries, R base trajectories per query, N kept trajectories, J states, M rollouts
 per state, C branches of a trajectory (R, or J x M), P prompt tokens, S response tokens,
-T tokens of a whole sequence.
+T tokens of a whole sequence, G groups (a state with its rollouts).
+
+Words of this package:
+  branch  a response that is sampled from a state: a base trajectory (state 0) or a partial rollout
+  seat    the batch row that a branch is decoded in (engine)
+  lane    a seat's place among those of its trajectory (engine)
+  leg     the decoding between two looks at which branches still run; the others' rows are given up (engine)
+  rung    a number of rows that a leg may have; few, since each is a program (engine)
+  tree    a kept trajectory with its states and their rollouts
+  trunk   query and base response of a tree up to the last token that one of its rollouts follows (learner)
+  row     a rollout as the learner computes it: it follows the beginning of a trunk (learner)
+  chunk   rows of one width, padded, that one call of a program computes (learner)
+  bundle  trunks that are in memory together, and the chunks of rows that follow them (learner)
+  window  the first slots of the trunks, as far as a chunk's rows follow them (learner)
+  part    the devices that hold the same batch rows: one of data x fsdp parts of the mesh
 """
 
 import dataclasses
@@ -29,32 +43,35 @@ else:
     AnyArray = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 """An array on devices (jax) or on the host (numpy), or the shape of one, of which programs are planned."""
 
-Leaf = AnyArray
-
-T = TypeVar("T")
+Tree = TypeVar("Tree")
 
 
 @dataclass_transform(frozen_default=True)
-def pytree(cls: type[T]) -> type[T]:
+def pytree(cls: type[Tree]) -> type[Tree]:
     """Make a frozen dataclass that is, to jax, the tree of its fields.
 
     jax also fills such trees with axis numbers, shardings and marks of its own. It does so without `__init__`
     (with `jax.tree_util.register_dataclass` it would call it), so that the check of the annotations while
     tests run sees the arrays of this package alone.
+
+    A field with `static` in its metadata is no part of the tree: programs are compiled for each value of it.
     """
     made = dataclasses.dataclass(frozen=True)(cls)
-    names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    names = [field.name for field in fields if not field.metadata.get("static")]
+    static = [field.name for field in fields if field.metadata.get("static")]
     keys = [jax.tree_util.GetAttrKey(name) for name in names]
 
-    def flatten(tree: T) -> tuple[list[Any], None]:
-        return [getattr(tree, name) for name in names], None
+    def flatten(tree: Tree) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(tree, name) for name in names], tuple(getattr(tree, name) for name in static)
 
-    def flatten_with_keys(tree: T) -> tuple[list[Any], None]:
-        return list(zip(keys, flatten(tree)[0], strict=True)), None
+    def flatten_with_keys(tree: Tree) -> tuple[list[Any], tuple[Any, ...]]:
+        leaves, values = flatten(tree)
+        return list(zip(keys, leaves, strict=True)), values
 
-    def unflatten(_: None, leaves: Any) -> T:
+    def unflatten(values: tuple[Any, ...], leaves: Any) -> Tree:
         tree = object.__new__(made)
-        tree.__dict__.update(zip(names, leaves, strict=True))
+        tree.__dict__.update(zip((*names, *static), (*leaves, *values), strict=True))
         return tree
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)

@@ -1,7 +1,7 @@
 """Attention over a chain of segments, joined by log-sum-exp.
 
-A context is a chain: the query, then the shared part of a response, then a branch's own tokens.
-Each link is attended to where it lies; nothing is concatenated, so nothing is copied per branch.
+A context is a chain of segments: the query, then the shared part of a response, then a branch's own tokens.
+Each segment is attended to in place; nothing is concatenated, so nothing is copied per branch.
 """
 
 import functools

@@ -1,18 +1,18 @@
 """The protocol of a decoder, which engine and learner use, and the functions that all decoders share.
 
 A model is three classes: a config (`DecoderConfig`), the decoder that it builds (`Decoder`), and its layers
-(`Layer`). `qwen2.py` is one; another is a file of its own, and nothing else changes. All keep to this:
+(`Layer`). `qwen2.py` is an example. Another model is a file of its own, and nothing else changes. The rules:
 
 - Layers are stacked: every parameter of `decoder.layers` has a leading axis L. Callers split them
   (`nnx.split`), scan over that axis, and merge and call one layer at a time. NNX only holds the parameters:
   callers `nnx.split` once and `nnx.merge` inside plain jitted functions.
 - Every parameter is a float32 `nnx.Param` with `axes=`, the logical names of its axes, by which a mesh splits
   it: `layer`, `embed` (hidden), `heads`, `kv_heads`, `head_dim`, `mlp`, `vocab`; and `norm`, the hidden
-  dimension of what is no matrix. Every matrix, and nothing else, has an `embed` axis: weight decay holds for
-  these. What makes keys and values has an axis `kv_heads`, also where they are as many as the query heads.
-- What belongs to single tokens (all methods here but `__call__`) takes the tokens of any number of sequences
-  on one axis. Only attention knows which sequence a token is of, and it is not the model's: the model makes
-  query, key and value, and goes on from what was attended to.
+  dimension of a vector. Every matrix, and nothing else, has an `embed` axis: these have weight decay.
+  Parameters that make keys and values have an axis `kv_heads`, even if every query head has its own.
+- All methods but `__call__` compute each token by itself. They take the tokens of any number of sequences on
+  one axis. Attention alone knows which sequence a token belongs to, and the caller computes it: the model
+  makes query, key and value, and goes on from the attention's output.
 - Query heads are a multiple of the key-value heads, and those that share one are adjacent. Scores are
   divided by sqrt(D).
 - All parameters are cast to one type, which activations, keys and values then have; logits are float32.
@@ -60,7 +60,7 @@ def cache_axes(*batch: str | None) -> tuple[str | None, ...]:
 
 @runtime_checkable
 class DecoderConfig(Protocol):
-    """An architecture: a frozen dataclass, since programs are told apart by it."""
+    """An architecture: a frozen dataclass, since jit caches programs by it."""
 
     @property
     def vocab_size(self) -> int:
@@ -195,8 +195,8 @@ class Decoder(nnx.Module):
         first = jnp.broadcast_to(start, token.shape[:-1])
         real = (first[..., None] <= index) & (index < jnp.broadcast_to(length, first.shape)[..., None])
         place = shard if token.ndim == 1 else sharded_as_batch(shard)
-        # All tokens on one axis: the products with the weights, and those of their gradients, are then plain
-        # ones, which XLA is best at.
+        # All tokens on one axis: products with weights, and those of their gradients, are then plain matrix
+        # products, which XLA computes best.
         flat_position = position.reshape(-1)
 
         def layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:

@@ -1,26 +1,20 @@
-"""Hugging Face checkpoints: what config.json says, and how a parameter lies in safetensors files.
+"""config.json of Hugging Face checkpoints, read and written.
 
-Read and written here are names, shapes and settings; `fr3e_jax.pretrained.weights` moves the numbers. Nothing
-is unpickled and no code of a checkpoint is run.
+Nothing is unpickled, and no code of a checkpoint is run.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from flax import traverse_util
-
-from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.models.rope import Yarn, attention_factor
 
 
 class Kind(NamedTuple):
-    """A model_type: the two flags of the decoder, and the class that transformers calls it."""
+    """A model_type of config.json: two flags of the decoder, and the name of its class in transformers."""
 
     qkv_bias: bool
     qk_norm: bool
@@ -33,7 +27,7 @@ KINDS = {
     "llama": Kind(False, False, "LlamaForCausalLM"),
 }
 
-# Fields of config.json that change what is computed, in a way that this decoder does not have, unless
+# Fields of config.json that would change the computation in a way that this decoder does not have, unless
 # they hold one of these values.
 INERT: dict[str, tuple[Any, ...]] = {
     "auto_map": (None, {}),  # code in a checkpoint
@@ -64,15 +58,15 @@ ROPE_FIELDS = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names file and cause."""
+    """Raised for a checkpoint that cannot be read; the message names file and cause."""
 
 
 def read_config(directory: Path) -> Qwen2Config:
-    """Read config.json.
+    """The architecture that config.json of a directory describes.
 
     Raises:
-      CheckpointError: no config.json, an architecture or a feature that is not supported, or a field
-        that is missing, of the wrong type or out of range.
+      CheckpointError: there is no config.json, it has an architecture or a feature that is not supported, or
+        a field is missing, of the wrong type or out of range.
     """
     file = directory / "config.json"
     if not file.is_file():
@@ -81,7 +75,7 @@ def read_config(directory: Path) -> Qwen2Config:
     refuse_unsupported(raw, file)
     model_type = raw["model_type"]
     heads = number(raw, file, "num_attention_heads", int)
-    # What transformers derives or takes as a default where a field is absent.
+    # Where a field is absent, transformers derives these or has these defaults.
     kv_default = heads if model_type == "llama" else None
     hidden_size = number(raw, file, "hidden_size", int)
     derived_head_dim = hidden_size // heads if model_type != "qwen3" else None
@@ -115,7 +109,11 @@ def read_config(directory: Path) -> Qwen2Config:
 
 
 def refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
-    """Refuse, by name, what this decoder does not compute."""
+    """Refuse fields that ask for a computation which this decoder does not have.
+
+    Raises:
+      CheckpointError: there is one; the message names it.
+    """
     if raw.get("model_type") not in list(KINDS):
         raise CheckpointError(
             f"{file}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(KINDS)}"
@@ -149,7 +147,11 @@ def refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
 
 
 def refuse_two_ropes(raw: dict[str, Any], file: Path) -> None:
-    """Refuse a file whose words for transformers 4 and for 5 say different things of the rotation."""
+    """Refuse a file whose fields for transformers 4 and for 5 describe different rotary embeddings.
+
+    Raises:
+      CheckpointError: they differ.
+    """
     old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
 
     def scaling(rope: dict[str, Any]) -> dict[str, Any]:
@@ -161,21 +163,25 @@ def refuse_two_ropes(raw: dict[str, Any], file: Path) -> None:
             f"{file}: rope_scaling {json.dumps(old)[:80]} and rope_parameters {json.dumps(new)[:80]} are not "
             "the same; keep one of them (rope_parameters is the newer name, and holds rope_theta too)"
         )
-    told = [rope["rope_theta"] for rope in (raw, old, new) if rope.get("rope_theta") is not None]
-    if any(theta != told[0] for theta in told):
+    thetas = [rope["rope_theta"] for rope in (raw, old, new) if rope.get("rope_theta") is not None]
+    if any(theta != thetas[0] for theta in thetas):
         raise CheckpointError(
-            f"{file}: rope_theta is {told[0]!r} and, in rope_scaling or rope_parameters, {told[-1]!r}; one "
-            "version of transformers reads the one and another the other, so make them the same"
+            f"{file}: rope_theta is {thetas[0]!r} and, in rope_scaling or rope_parameters, {thetas[-1]!r}; "
+            "one version of transformers reads the one and another the other, so make them the same"
         )
 
 
 def rope_type(rope: dict[str, Any]) -> Any:
-    """The type of a rope_scaling; older files call the field `type`."""
+    """The type that a rope_scaling object names; older files call the field `type`."""
     return rope.get("rope_type", rope.get("type", "default"))
 
 
 def read_yarn(rope: dict[str, Any], raw: dict[str, Any], file: Path) -> Yarn:
-    """The YaRN settings of a rope_scaling, with the defaults of transformers."""
+    """The YaRN settings of a rope_scaling object, with the defaults of transformers.
+
+    Args:
+      rope: the object. raw: config.json. file: its path, for messages.
+    """
     fallback = raw.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
     original = number(rope, file, "original_max_position_embeddings", int, fallback)
     factor = number(rope, file, "factor", float)
@@ -204,10 +210,10 @@ def read_yarn(rope: dict[str, Any], raw: dict[str, Any], file: Path) -> Yarn:
 def number(
     raw: dict[str, Any], file: Path, name: str, kind: type, default: Any = None, least: float | None = None
 ) -> Any:
-    """A field that is a finite number above 0 (or at least `least`); null is as absent.
+    """A field that is a finite number above 0, or at least `least`; null counts as absent.
 
     Raises:
-      CheckpointError: it is neither, or it is absent and there is no default.
+      CheckpointError: it is not such a number, or it is absent and there is no default.
     """
     value = raw.get(name)
     value = default if value is None else value
@@ -224,7 +230,11 @@ def number(
 
 
 def flag(raw: dict[str, Any], file: Path, name: str, default: bool) -> bool:
-    """A field that is true or false; null is as absent."""
+    """A field that is true or false; null counts as absent.
+
+    Raises:
+      CheckpointError: it is neither.
+    """
     value = raw.get(name)
     value = default if value is None else value
     if not isinstance(value, bool):
@@ -233,35 +243,34 @@ def flag(raw: dict[str, Any], file: Path, name: str, default: bool) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """The JSON object in a file.
 
     Raises:
-      CheckpointError: it is none.
+      CheckpointError: the file cannot be read, or holds something else.
     """
     try:
-        found = json.loads(file.read_text())
+        value = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise CheckpointError(f"{file} is damaged: it holds no object")
-    return found
+    return value
 
 
 def config_json(
     config: Qwen2Config, eos: list[int], pad: int | None, bos: int | None = None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """What config.json says for `config`, in the words of transformers 4 and in those of 5.
+    """The content of config.json for an architecture, in the fields of transformers 4 and of 5.
 
     Version 4 knows `rope_theta`, `rope_scaling` and `torch_dtype`, version 5 `rope_parameters` and `dtype`.
 
     Args:
       config: of the decoder.
-      eos: ids that end an answer.
-      pad: id that pads, or None.
-      bos: id that begins a text, or None.
-      dtype: type of the weights.
+      eos: ids of the tokens that end an answer.
+      pad, bos: ids of the tokens that pad and begin a text, or None.
+      dtype: name of the weights' dtype.
     """
     flags = (config.qkv_bias, config.qk_norm)
     model_type = next(name for name, kind in KINDS.items() if (kind.qkv_bias, kind.qk_norm) == flags)
@@ -299,111 +308,3 @@ def config_json(
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-
-
-class Layout(NamedTuple):
-    """How a parameter lies in a checkpoint.
-
-    name: of its tensor, `{}` for the layer. groups: for each axis of the tensor, the axes of our array
-    (without the layer axis) that it merges: Hugging Face has a matrix as [out, in] with all heads in one
-    axis, we have it as [in, out] with heads and head_dim apart.
-    """
-
-    name: str
-    groups: tuple[tuple[int, ...], ...]
-
-    @property
-    def order(self) -> list[int]:
-        """Our axes, in the order in which the tensor has them."""
-        return [axis for group in self.groups for axis in group]
-
-    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Our shape -> the tensor's."""
-        return tuple(math.prod(shape[axis] for axis in group) for group in self.groups)
-
-    def tensor_slices(self, shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The part of the tensor that a part of our array is.
-
-        Args:
-          shape: of our whole array.
-          index: of the part, a slice with start and stop for each axis; of axes that are merged, only the
-            first may be cut, so that the part is one piece.
-        """
-        slices = []
-        for first, *others in self.groups:
-            inner = math.prod(shape[axis] for axis in others)
-            assert all(index[axis] == slice(0, shape[axis]) for axis in others), (self.name, index)
-            slices.append(slice(index[first].start * inner, index[first].stop * inner))
-        return tuple(slices)
-
-    def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor, or a part of it, as our array of `shape`."""
-        split = tensor.reshape([shape[axis] for axis in self.order])
-        return split.transpose(np.argsort(self.order))
-
-    def to_tensor(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`."""
-        return array.transpose(self.order).reshape(self.tensor_shape(array.shape))
-
-
-VECTOR, BIAS, TABLE, MATRIX = ((0,),), ((0, 1),), ((0,), (1,)), ((1,), (0,))
-FROM_HEADS, TO_HEADS = ((2,), (0, 1)), ((1, 2), (0,))
-
-# Path of a parameter -> its layout, in the order in which checkpoints are written.
-LAYOUTS = {
-    "embedding": Layout("model.embed_tokens.weight", TABLE),
-    "layers.attention_norm.scale": Layout("model.layers.{}.input_layernorm.weight", VECTOR),
-    "layers.q": Layout("model.layers.{}.self_attn.q_proj.weight", TO_HEADS),
-    "layers.q_bias": Layout("model.layers.{}.self_attn.q_proj.bias", BIAS),
-    "layers.q_norm.scale": Layout("model.layers.{}.self_attn.q_norm.weight", VECTOR),
-    "layers.k": Layout("model.layers.{}.self_attn.k_proj.weight", TO_HEADS),
-    "layers.k_bias": Layout("model.layers.{}.self_attn.k_proj.bias", BIAS),
-    "layers.k_norm.scale": Layout("model.layers.{}.self_attn.k_norm.weight", VECTOR),
-    "layers.v": Layout("model.layers.{}.self_attn.v_proj.weight", TO_HEADS),
-    "layers.v_bias": Layout("model.layers.{}.self_attn.v_proj.bias", BIAS),
-    "layers.o": Layout("model.layers.{}.self_attn.o_proj.weight", FROM_HEADS),
-    "layers.mlp_norm.scale": Layout("model.layers.{}.post_attention_layernorm.weight", VECTOR),
-    "layers.gate": Layout("model.layers.{}.mlp.gate_proj.weight", MATRIX),
-    "layers.up": Layout("model.layers.{}.mlp.up_proj.weight", MATRIX),
-    "layers.down": Layout("model.layers.{}.mlp.down_proj.weight", MATRIX),
-    "norm.scale": Layout("model.norm.weight", VECTOR),
-    "lm_head": Layout("lm_head.weight", TABLE),
-}
-
-
-class Tensor(NamedTuple):
-    """One tensor of a checkpoint: its name and shape there, and where our parameters have it.
-
-    path: of the parameter, as in `LAYOUTS`. layer: its index on the parameter's first axis, or None where
-    the parameter has no layers.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    path: str
-    layer: int | None
-
-
-def tensors_of(params: Params) -> Iterator[Tensor]:
-    """Every tensor that a checkpoint of these parameters (or of their shapes) has, in its order.
-
-    Lazy: a config.json can claim more layers than could be listed.
-    """
-    flat = traverse_util.flatten_dict(params, sep=".")
-    ordered = [(path, layout) for path, layout in LAYOUTS.items() if path in flat]
-    assert len(ordered) == len(flat), set(flat) - set(LAYOUTS)
-    stacked = [(path, layout) for path, layout in ordered if path.startswith("layers.")]
-    layers = flat[stacked[0][0]].shape[0]
-
-    def whole(path: str) -> Tensor:
-        layout = LAYOUTS[path]
-        return Tensor(layout.name, layout.tensor_shape(flat[path].shape), path, None)
-
-    yield whole("embedding")
-    for layer in range(layers):
-        for path, layout in stacked:
-            shape = layout.tensor_shape(flat[path].shape[1:])
-            yield Tensor(layout.name.format(layer), shape, path, layer)
-    yield whole("norm.scale")
-    if "lm_head" in flat:
-        yield whole("lm_head")

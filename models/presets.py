@@ -1,7 +1,7 @@
-"""The shapes of the family, for planning and for tests without weights.
+"""Configs of published models, for planning and for tests without weights.
 
-A checkpoint is always read by its own config.json. These are what the checkpoints of a size share, with
-the variants (base, Instruct, Math, Coder) that have that shape; where base and Instruct differ (the context,
+A checkpoint is always read by its own config.json. A preset holds what the checkpoints of a size share, and
+names the variants (base, Instruct, Math, Coder) that have it. Where base and Instruct differ (the context,
 and `rms_norm_eps` of the larger ones), the values are those of Instruct. `parameters` is the count that the
 hub shows: the numbers of a checkpoint, a tied matrix once.
 """
@@ -13,7 +13,7 @@ from fr3e_jax.models.qwen2 import Qwen2Config
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A size: its shape, its exact number of parameters, and the hub's names of its checkpoints."""
+    """A size of a model: config, exact number of parameters, and the hub's names of its checkpoints."""
 
     config: Qwen2Config
     parameters: int
@@ -21,7 +21,7 @@ class Preset:
 
 
 def qwen25(
-    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, tied: bool
+    *, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, tied: bool
 ) -> Qwen2Config:
     """Make the config of a Qwen2.5."""
     return Qwen2Config(
@@ -40,11 +40,19 @@ def qwen25(
 
 
 def small(
-    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, context: int
+    *, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, context: int
 ) -> Qwen2Config:
     """Make the config of a small model, with the frequencies of a short context."""
     return dataclasses.replace(
-        qwen25(hidden, layers, heads, kv_heads, intermediate, vocab, tied=True),
+        qwen25(
+            hidden=hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            intermediate=intermediate,
+            vocab=vocab,
+            tied=True,
+        ),
         max_position_embeddings=context,
         rope_theta=10_000.0,
     )
@@ -56,11 +64,19 @@ def math(config: Qwen2Config) -> Qwen2Config:
 
 
 def qwen3(
-    hidden: int, layers: int, heads: int, intermediate: int, tied: bool, kv_heads: int = 8
+    *, hidden: int, layers: int, heads: int, intermediate: int, tied: bool, kv_heads: int = 8
 ) -> Qwen2Config:
     """Make the config of a dense Qwen3."""
     return dataclasses.replace(
-        qwen25(hidden, layers, heads, kv_heads, intermediate, 151_936, tied),
+        qwen25(
+            hidden=hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            intermediate=intermediate,
+            vocab=151_936,
+            tied=tied,
+        ),
         head_dim=128,
         max_position_embeddings=40_960,
         qkv_bias=False,
@@ -69,11 +85,19 @@ def qwen3(
 
 
 def smollm2(
-    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, theta: float
+    *, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, theta: float
 ) -> Qwen2Config:
     """Make the config of a SmolLM2, a Llama."""
     return dataclasses.replace(
-        qwen25(hidden, layers, heads, kv_heads, intermediate, 49_152, tied=True),
+        qwen25(
+            hidden=hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            intermediate=intermediate,
+            vocab=49_152,
+            tied=True,
+        ),
         max_position_embeddings=8_192,
         rope_theta=theta,
         rms_norm_eps=1e-5,
@@ -81,7 +105,7 @@ def smollm2(
     )
 
 
-def names(family: str, size: str, *variants: str) -> tuple[str, ...]:
+def hub_names(family: str, size: str, *variants: str) -> tuple[str, ...]:
     """Make the hub's names of a size: `{}` in a variant is the size."""
     return tuple(f"{family}{variant.format(size)}" for variant in variants)
 
@@ -91,50 +115,86 @@ GENERAL = ("{}", "{}-Instruct")
 CODER = ("Coder-{}", "Coder-{}-Instruct")
 MATH = ("Math-{}", "Math-{}-Instruct")
 
-SHAPE_1_5B = qwen25(1_536, 28, 12, 2, 8_960, 151_936, tied=True)
-SHAPE_7B = qwen25(3_584, 28, 28, 4, 18_944, 152_064, tied=False)
-SHAPE_72B = qwen25(8_192, 80, 64, 8, 29_568, 152_064, tied=False)
+SHAPE_1_5B = qwen25(
+    hidden=1_536, layers=28, heads=12, kv_heads=2, intermediate=8_960, vocab=151_936, tied=True
+)
+SHAPE_7B = qwen25(
+    hidden=3_584, layers=28, heads=28, kv_heads=4, intermediate=18_944, vocab=152_064, tied=False
+)
+SHAPE_72B = qwen25(
+    hidden=8_192, layers=80, heads=64, kv_heads=8, intermediate=29_568, vocab=152_064, tied=False
+)
 
 PRESETS = {
     "qwen2.5-0.5b": Preset(
-        qwen25(896, 24, 14, 2, 4_864, 151_936, tied=True),
+        qwen25(hidden=896, layers=24, heads=14, kv_heads=2, intermediate=4_864, vocab=151_936, tied=True),
         494_032_768,
-        names(QWEN25, "0.5B", *GENERAL, *CODER),
+        hub_names(QWEN25, "0.5B", *GENERAL, *CODER),
     ),
-    "qwen2.5-1.5b": Preset(SHAPE_1_5B, 1_543_714_304, names(QWEN25, "1.5B", *GENERAL, *CODER)),
-    "qwen2.5-math-1.5b": Preset(math(SHAPE_1_5B), 1_543_714_304, names(QWEN25, "1.5B", *MATH)),
+    "qwen2.5-1.5b": Preset(SHAPE_1_5B, 1_543_714_304, hub_names(QWEN25, "1.5B", *GENERAL, *CODER)),
+    "qwen2.5-math-1.5b": Preset(math(SHAPE_1_5B), 1_543_714_304, hub_names(QWEN25, "1.5B", *MATH)),
     "qwen2.5-3b": Preset(
-        qwen25(2_048, 36, 16, 2, 11_008, 151_936, tied=True),
+        qwen25(hidden=2_048, layers=36, heads=16, kv_heads=2, intermediate=11_008, vocab=151_936, tied=True),
         3_085_938_688,
-        names(QWEN25, "3B", *GENERAL, *CODER),
+        hub_names(QWEN25, "3B", *GENERAL, *CODER),
     ),
-    "qwen2.5-7b": Preset(SHAPE_7B, 7_615_616_512, names(QWEN25, "7B", *GENERAL, *CODER)),
-    "qwen2.5-math-7b": Preset(math(SHAPE_7B), 7_615_616_512, names(QWEN25, "7B", *MATH)),
+    "qwen2.5-7b": Preset(SHAPE_7B, 7_615_616_512, hub_names(QWEN25, "7B", *GENERAL, *CODER)),
+    "qwen2.5-math-7b": Preset(math(SHAPE_7B), 7_615_616_512, hub_names(QWEN25, "7B", *MATH)),
     "qwen2.5-14b": Preset(
-        qwen25(5_120, 48, 40, 8, 13_824, 152_064, tied=False),
+        qwen25(hidden=5_120, layers=48, heads=40, kv_heads=8, intermediate=13_824, vocab=152_064, tied=False),
         14_770_033_664,
-        names(QWEN25, "14B", *GENERAL, *CODER),
+        hub_names(QWEN25, "14B", *GENERAL, *CODER),
     ),
     "qwen2.5-32b": Preset(
-        qwen25(5_120, 64, 40, 8, 27_648, 152_064, tied=False),
+        qwen25(hidden=5_120, layers=64, heads=40, kv_heads=8, intermediate=27_648, vocab=152_064, tied=False),
         32_763_876_352,
-        names(QWEN25, "32B", *GENERAL, *CODER),
+        hub_names(QWEN25, "32B", *GENERAL, *CODER),
     ),
-    "qwen2.5-72b": Preset(SHAPE_72B, 72_706_203_648, names(QWEN25, "72B", *GENERAL)),
-    "qwen2.5-math-72b": Preset(math(SHAPE_72B), 72_706_203_648, names(QWEN25, "72B", *MATH)),
-    "qwen3-0.6b": Preset(qwen3(1_024, 28, 16, 3_072, True), 596_049_920, names(QWEN3, "0.6B", "{}")),
-    "qwen3-1.7b": Preset(qwen3(2_048, 28, 16, 6_144, True), 1_720_574_976, names(QWEN3, "1.7B", "{}")),
-    "qwen3-4b": Preset(qwen3(2_560, 36, 32, 9_728, True), 4_022_468_096, names(QWEN3, "4B", "{}")),
-    "qwen3-8b": Preset(qwen3(4_096, 36, 32, 12_288, False), 8_190_735_360, names(QWEN3, "8B", "{}")),
-    "qwen3-14b": Preset(qwen3(5_120, 40, 40, 17_408, False), 14_768_307_200, names(QWEN3, "14B", "{}")),
-    "qwen3-32b": Preset(qwen3(5_120, 64, 64, 25_600, False), 32_762_123_264, names(QWEN3, "32B", "{}")),
+    "qwen2.5-72b": Preset(SHAPE_72B, 72_706_203_648, hub_names(QWEN25, "72B", *GENERAL)),
+    "qwen2.5-math-72b": Preset(math(SHAPE_72B), 72_706_203_648, hub_names(QWEN25, "72B", *MATH)),
+    "qwen3-0.6b": Preset(
+        qwen3(hidden=1_024, layers=28, heads=16, intermediate=3_072, tied=True),
+        596_049_920,
+        hub_names(QWEN3, "0.6B", "{}"),
+    ),
+    "qwen3-1.7b": Preset(
+        qwen3(hidden=2_048, layers=28, heads=16, intermediate=6_144, tied=True),
+        1_720_574_976,
+        hub_names(QWEN3, "1.7B", "{}"),
+    ),
+    "qwen3-4b": Preset(
+        qwen3(hidden=2_560, layers=36, heads=32, intermediate=9_728, tied=True),
+        4_022_468_096,
+        hub_names(QWEN3, "4B", "{}"),
+    ),
+    "qwen3-8b": Preset(
+        qwen3(hidden=4_096, layers=36, heads=32, intermediate=12_288, tied=False),
+        8_190_735_360,
+        hub_names(QWEN3, "8B", "{}"),
+    ),
+    "qwen3-14b": Preset(
+        qwen3(hidden=5_120, layers=40, heads=40, intermediate=17_408, tied=False),
+        14_768_307_200,
+        hub_names(QWEN3, "14B", "{}"),
+    ),
+    "qwen3-32b": Preset(
+        qwen3(hidden=5_120, layers=64, heads=64, intermediate=25_600, tied=False),
+        32_762_123_264,
+        hub_names(QWEN3, "32B", "{}"),
+    ),
     "smollm2-135m": Preset(
-        smollm2(576, 30, 9, 3, 1_536, 100_000.0), 134_515_008, names(SMOLLM2, "135M", *GENERAL)
+        smollm2(hidden=576, layers=30, heads=9, kv_heads=3, intermediate=1_536, theta=100_000.0),
+        134_515_008,
+        hub_names(SMOLLM2, "135M", *GENERAL),
     ),
     "smollm2-360m": Preset(
-        smollm2(960, 32, 15, 5, 2_560, 100_000.0), 361_821_120, names(SMOLLM2, "360M", *GENERAL)
+        smollm2(hidden=960, layers=32, heads=15, kv_heads=5, intermediate=2_560, theta=100_000.0),
+        361_821_120,
+        hub_names(SMOLLM2, "360M", *GENERAL),
     ),
     "smollm2-1.7b": Preset(
-        smollm2(2_048, 24, 32, 32, 8_192, 130_000.0), 1_711_376_384, names(SMOLLM2, "1.7B", *GENERAL)
+        smollm2(hidden=2_048, layers=24, heads=32, kv_heads=32, intermediate=8_192, theta=130_000.0),
+        1_711_376_384,
+        hub_names(SMOLLM2, "1.7B", *GENERAL),
     ),
 }

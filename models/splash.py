@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,
@@ -18,8 +19,8 @@ from jaxtyping import Bool, Float
 
 from fr3e_jax.models.attention import Prefix
 
-LANES = 128  # the kernel's blocks are multiples of it
-BLOCK = 512  # the most tokens in a block; a block of scores is this square, float32
+SPLASH_LANES = 128  # the kernel's blocks are multiples of it
+SPLASH_BLOCK = 512  # the most tokens in a block; a block of scores is this square, float32
 PADDING, REAL, HIDDEN = 0, 1, 2  # who sees whom: a token sees those of its own kind
 
 
@@ -84,13 +85,13 @@ def splash_sequence(
 
 def block_of(size: int) -> int:
     """Compute the tokens of a block when `size` tokens are split into as few equal blocks as possible."""
-    blocks = -(-size // BLOCK)
-    return round_up(-(-size // blocks), LANES)
+    blocks = pallas.cdiv(size, SPLASH_BLOCK)
+    return round_up(pallas.cdiv(size, blocks), SPLASH_LANES)
 
 
 def round_up(size: int, multiple: int) -> int:
-    """Round `size` up to a multiple of `multiple`."""
-    return -(-size // multiple) * multiple
+    """Round up to a multiple."""
+    return pallas.cdiv(size, multiple) * multiple
 
 
 def fill(x: Array, axis: int, size: int) -> Array:

@@ -7,7 +7,8 @@ so that it costs nothing when the program runs. Processes that tests start check
 
 from jaxtyping import install_import_hook
 
-CHECKED = [f"fr3e_jax.{name}" for name in ("algorithm", "learner", "models", "types")]
+ROOMS = ("algorithm", "cost", "engine", "learner", "library", "models", "parallel", "step", "types")
+CHECKED = [f"fr3e_jax.{name}" for name in ROOMS]
 
 # As for type checkers, an int is good for a float.
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

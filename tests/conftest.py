@@ -20,31 +20,53 @@ from xdist.scheduler import LoadScopeScheduling
 
 # The modules that take longest come first, so that both workers end at about the same time.
 LONGEST = (
+    "test_real_model",
     "test_train",
-    "test_hosts",
     "test_sampler",
     "test_launch",
-    "test_engine_processes",
-    "test_evaluate",
-    "test_engine",
-    "test_storage",
     "test_shared_prefix",
-    "test_library",
-    "test_update",
-    "test_plan",
+    "test_evaluate",
     "test_damage",
-    "test_compiled",
+    "test_engine",
+    "test_library",
     "test_decoder",
-    "test_no_signal",
+    "test_hosts",
+    "test_bucket_runs",
     "test_checkpoint",
-    "test_step",
+    "test_update",
+    "test_hub",
+    "test_compiled",
+    "test_config",
     "test_stops",
-    "test_interruption",
     "test_splash",
-    "test_weights_fuzz",
+    "test_qwen2",
     "test_vocabularies",
-    "test_extending",
-    "test_real_model",
+    "test_engine_processes",
+    "test_export",
+    "test_sft",
+    "test_two_processes",
+    "test_plan",
+)
+# Likewise of the tests marked slow.
+LONGEST_SLOW = (
+    "test_plan",
+    "test_train",
+    "test_lost_processes",
+    "test_bucket_runs",
+    "test_interruption",
+    "test_hosts",
+    "test_damage",
+    "test_update_memory",
+    "test_export_versions",
+    "test_growth",
+    "test_checkpoint",
+    "test_full_disk",
+    "test_evaluate",
+    "test_sampler",
+    "test_engine_processes",
+    "test_vocabularies",
+    "test_compiled",
+    "test_engine",
 )
 # One after the other: they measure time, or wait for processes that do.
 CLOCK = ("test_pool", "test_hostile", "test_launch")
@@ -55,9 +77,10 @@ settings.register_profile("deep", deadline=None, max_examples=300)
 settings.load_profile(os.environ.get("FR3E_TESTS_EXAMPLES", "default"))
 
 
-def pytest_collection_modifyitems(items):
-    """Put the modules of `LONGEST` before the others, in its order."""
-    order = {name: number for number, name in enumerate(LONGEST)}
+def pytest_collection_modifyitems(config, items):
+    """Put the modules that take longest before the others, in the order of the list above."""
+    longest = LONGEST_SLOW if config.option.markexpr.startswith("slow") else LONGEST
+    order = {name: number for number, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 

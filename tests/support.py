@@ -1,6 +1,7 @@
 """What several test files need: tiny models, meshes of a part of the devices, subprocesses."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.models.qwen2 import Qwen2Config
 from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placement, place_model
 from fr3e_jax.planning.topology import available
-from fr3e_jax.pretrained.weights import read_params, write_params
+from fr3e_jax.pretrained.weights import read_params
+from fr3e_jax.pretrained.write_weights import write_params
 from fr3e_jax.run.reporter import read_metrics
 
 needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
@@ -87,8 +89,8 @@ def tiny_params(config: Qwen2Config = TINY, scale: float = 4.0) -> Params:
 
 
 def examples(count: int) -> settings:
-    """So many examples of what takes long to try; six times as many where `FR3E_TESTS_EXAMPLES` is deep."""
-    return settings(max_examples=count * (6 if settings.get_current_profile_name() == "deep" else 1))
+    """So many examples of what takes long to try; three times as many where `FR3E_TESTS_EXAMPLES` is deep."""
+    return settings(max_examples=count * (3 if settings.get_current_profile_name() == "deep" else 1))
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -269,3 +271,38 @@ def square_arrays(text, size):
     """Types in a compiled program with two axes of at least `size`."""
     found = set(re.findall(r"\b[a-z]+\d*\[[\d,]+\]", text))
     return [x for x in found if sum(int(axis) >= size for axis in re.findall(r"\d+", x.split("[")[1])) > 1]
+
+
+def changed(config, **settings):
+    """A configuration with `section__key` (or `key`) replaced."""
+    for name, value in settings.items():
+        section, _, key = name.rpartition("__")
+        if section:
+            part = dataclasses.replace(getattr(config, section), **{key: value})
+            config = dataclasses.replace(config, **{section: part})
+        else:
+            config = dataclasses.replace(config, **{key: value})
+    return config
+
+
+def differences(ours, theirs):
+    """Settings of two configurations that differ, as `section.key` -> value of the first."""
+    found = {}
+    for field in dataclasses.fields(ours):
+        one, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if dataclasses.is_dataclass(one):
+            found |= {f"{field.name}.{key}": value for key, value in differences(one, other).items()}
+        elif one != other:
+            found[field.name] = one
+    return found
+
+
+def settings_of(config_class, prefix=""):
+    """(name as on the command line, type with its limits, class, field name) of every option."""
+    types = get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        kind, name = types[field.name], prefix + field.name
+        if dataclasses.is_dataclass(kind):
+            yield from settings_of(kind, f"{name}.")
+        else:
+            yield name, kind, config_class, field.name

@@ -11,15 +11,21 @@ from support import TINY, placement, tiny_params
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.loss import policy_loss
 from fr3e_jax.config import LossConfig
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.sampler import GREEDY, Sampling, draw, row_key
+from fr3e_jax.engine.seats import Leg, Seats, take_seats
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.decoder import graph_of
+from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.types import Batch, Bundle, Queries, pytree
 
 REWARD, VALID = jnp.ones((3, 2, 4)), jnp.ones((3, 2), bool)
 LOGPROB, MASK = jnp.ones((2, 5)), jnp.ones((2, 5), bool)
 QUERY, KEY = jnp.ones((5, 4, 8)), jnp.ones((2, 5, 8))
 NUMBERS = np.zeros(2, np.int32)
+RUNNING = np.ones((2, 1, 4), bool)
+RUNNING_SEATS = take_seats(RUNNING, 4)
 
 
 def loss(advantage=LOGPROB, mask=MASK):
@@ -39,6 +45,8 @@ def attend(key=KEY, real=MASK[0]):
         lambda: loss(advantage=LOGPROB[:, :1]),
         lambda: attend(),
         lambda: Queries(np.zeros((2, 7), np.int32), NUMBERS, NUMBERS),
+        lambda: take_seats(RUNNING, 4),
+        lambda: draw(QUERY[0, 0], 0.5 * QUERY[0, 0, 0], GREEDY),
     ],
 )
 def test_what_is_annotated_is_accepted(call):
@@ -59,6 +67,10 @@ def test_what_is_annotated_is_accepted(call):
         (lambda: attend(real=LOGPROB[0]), "real"),
         (lambda: Queries(np.zeros((3, 7), np.int32), NUMBERS, NUMBERS), "length"),
         (lambda: Queries(np.zeros((2, 7)), NUMBERS, NUMBERS), "token"),
+        (lambda: take_seats(RUNNING[0], 4), "running"),
+        (lambda: draw(QUERY[0], QUERY[0, 0, 0], GREEDY), "logits"),
+        (lambda: row_key(jax.random.PRNGKey(0), 0, 0, 0), "seed_key"),
+        (lambda: Seats(RUNNING_SEATS.branch, *[RUNNING_SEATS.row] * 3), "group"),
     ],
 )
 def test_a_wrong_shape_or_dtype_raises(call, argument):
@@ -72,11 +84,44 @@ def test_the_learner_checks_what_it_is_given():
     with pytest.raises(TypeCheckError, match="parameter 'old_logprob'"):
         Batch(token, NUMBERS, NUMBERS, old, np.zeros(2, np.float32), NUMBERS, NUMBERS)
     batch = Batch(token, NUMBERS, NUMBERS, old.astype(np.float32), np.zeros(2, np.float32), NUMBERS, NUMBERS)
-    learner = Learner(graph_of(TINY), placement(), optax.sgd(1.0), LossConfig(), jnp.float32, 16, False)
+    learner = Learner(
+        graph_of(TINY),
+        placement(),
+        optax.sgd(1.0),
+        LossConfig(),
+        compute_dtype=jnp.float32,
+        logit_chunk=16,
+        remat=False,
+    )
     with pytest.raises(TypeCheckError, match="parameter 'bundles'"):
         learner.gradient(tiny_params(), [batch])
     with pytest.raises(TypeCheckError, match="parameter 'chunks'"):
         Bundle(None, (NUMBERS,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda engine, queries: engine.arrange(np.ones((2, 3))), "kept"),
+        (lambda engine, queries: engine.arrange(np.ones(3, bool)), "kept"),
+        (
+            lambda engine, queries: engine.first_return(
+                tiny_params(), queries, jax.random.PRNGKey(0), 0, 2, Sampling()
+            ),
+            "seed_key",
+        ),
+        (
+            lambda engine, queries: engine.first_return(
+                tiny_params(), queries.token, jax.random.key(0), 0, 2, Sampling()
+            ),
+            "queries",
+        ),
+    ],
+)
+def test_the_engine_checks_what_it_is_given(call, argument):
+    engine = Engine(graph_of(TINY), placement(table=SAMPLING_TABLE), 8, (3,))
+    with pytest.raises(TypeCheckError, match=f"parameter '{argument}'"):
+        call(engine, Queries(np.zeros((2, 7), np.int32), NUMBERS, NUMBERS))
 
 
 def test_trees_of_other_things_than_arrays_are_not_checked():
@@ -100,3 +145,12 @@ def test_a_tree_has_the_names_of_its_fields_and_is_the_same_after_a_round_trip()
     again = jax.tree.unflatten(structure, [leaf for _, leaf in leaves])
     assert type(again) is Pair and again.first is NUMBERS and again.second[1] is None
     assert jax.tree.structure(again) == structure
+
+
+def test_static_fields_are_no_leaves_and_tell_programs_apart():
+    legs = [Leg(RUNNING_SEATS, None, until, 0, (4, 8), slots) for until, slots in ((3, 8), (5, 8), (5, 16))]
+    leaves, structure = jax.tree.flatten(legs[0])
+    assert leaves[-2:] == [3, 0] and len(leaves) == 6
+    again = jax.tree.unflatten(structure, leaves)
+    assert (again.before, again.slots, again.rows) == ((4, 8), 8, 4)
+    assert [jax.tree.structure(leg) == structure for leg in legs] == [True, True, False]

@@ -68,21 +68,19 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path, carried):
 
 
 MOVES = [
-    ((2, 2, 2), (1, 1, 1)),
-    ((2, 2, 2), (1, 8, 1)),
-    ((8, 1, 1), (2, 2, 2)),
-    ((8, 1, 1), (1, 1, 1)),
-    ((1, 1, 1), (2, 1, 2)),
+    ((2, 2, 2), (1, 1, 1), "float32"),
+    ((2, 2, 2), (1, 1, 1), "bfloat16"),
+    ((2, 2, 2), (1, 8, 1), "bfloat16"),
+    ((8, 1, 1), (2, 2, 2), "float32"),
+    ((8, 1, 1), (1, 1, 1), "bfloat16"),
+    ((1, 1, 1), (2, 1, 2), "bfloat16"),
 ]
-OFTEN = [(*MOVES[0], "float32"), (*MOVES[2], "bfloat16"), (*MOVES[4], "float32")]
+OFTEN = (MOVES[0], MOVES[5])
 
 
 @pytest.mark.parametrize(
     ("source", "mesh", "moments"),
-    [
-        pytest.param(*case, marks=[] if case in OFTEN else pytest.mark.slow)
-        for case in ((*move, moments) for move in MOVES for moments in ("float32", "bfloat16"))
-    ],
+    [pytest.param(*move, marks=[] if move in OFTEN else pytest.mark.slow) for move in MOVES],
 )
 def test_a_checkpoint_is_read_onto_another_mesh(tmp_path, source, mesh, moments):
     state = trained_state(source, moments)
@@ -149,7 +147,7 @@ print("ready", flush=True)
 for step in range(first, first + 1000):
     writer.save(torn_state(step), some_groups(1), Progress(step=step, data_position=step))
 """
-KILLS = 20
+KILLS = 12
 
 
 def torn_state(step):
@@ -181,4 +179,4 @@ def test_a_save_that_is_killed_at_any_moment_is_never_chosen(tmp_path):
         assert progress == Progress(step=latest, data_position=latest) and groups.count(carried) == 1
         reader.close()
         reached = latest
-    assert reached > 3 and torn > 3  # it was killed in the midst of saves
+    assert reached > 3 and torn > 2  # it was killed in the midst of saves

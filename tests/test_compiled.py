@@ -5,11 +5,14 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support import TINY, needs_compiler
 
-from fr3e_jax.bench.compiled import Shape, compile_decoding
-from fr3e_jax.planning.hlo import Program, shapes_of
+from fr3e_jax.bench.compiled import DecodingShape, compile_decoding
+from fr3e_jax.bench.process import compilations
+from fr3e_jax.planning.hlo import Program
+from fr3e_jax.planning.hlo_text import array_types
 
 SMALL = dataclasses.replace(
     TINY,
@@ -24,10 +27,13 @@ SMALL = dataclasses.replace(
 SLICES = {"v4:2x2x1": 4, "v5e:2x2": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x2": 4}
 
 
-CASES = [(topology, split, False) for topology in SLICES for split in ("fsdp", "tensor", "all")]
-CASES += [(topology, "all", True) for topology in SLICES]
-# Two generations of chips with what they are given most, and another split: a compilation is seconds.
-OFTEN = [("v5e:2x2", "all", True), ("v6e:2x2", "all", True), ("v5p:2x2x1", "tensor", False)]
+# Each slice with rows that move, and a slice of each kind of chip with each split.
+CASES = [(topology, "all", True) for topology in SLICES]
+CASES += [
+    (topology, split, False) for topology in ("v5e:2x2", "v5p:2x2x1") for split in ("fsdp", "tensor", "all")
+]
+# By default one of each, since a compilation is seconds.
+OFTEN = [("v6e:2x2", "all", True), ("v5p:2x2x1", "tensor", False)]
 
 
 @needs_compiler
@@ -41,7 +47,7 @@ def test_no_branch_cache_is_copied_on_a_tpu(topology, split, moving):
     chips = SLICES[topology]
     mesh = {"fsdp": (1, chips, 1), "tensor": (1, 1, 4), "all": (1, chips // 2, 2)}[split]
     parts = mesh[0] * mesh[1]
-    shape = Shape(topology, mesh, 2 * parts, 32, (64, 128), 2048)
+    shape = DecodingShape(topology, mesh, 2 * parts, 32, (64, 128), 2048)
     told = compile_decoding(SMALL, shape, before=128 if moving else None)
     assert told.moves == []
     # On the move are the keys or the values of one of four layers, gathered, padded and stored.
@@ -55,6 +61,29 @@ def test_a_copied_cache_is_seen():
     assert Program(text).moves(64 * 32)
 
 
+# --- counting programs
+
+
+def test_programs_are_counted_by_what_is_compiled_and_not_by_signatures():
+    """Two signatures share a program, which the cache of a jitted function counts twice."""
+
+    @jax.jit
+    def advance(x):
+        return x + 1
+
+    @jax.jit
+    def start(x):
+        return x - 1
+
+    host, device, longer = np.ones(3, np.float32), jnp.ones(3), jnp.ones(4)
+    with compilations("advance") as compiled:
+        for x in (host, device, longer, host):
+            start(advance(x))
+    assert compiled == ["advance", "advance"] and advance._cache_size() == 3
+    advance(jnp.ones(5))
+    assert len(compiled) == 2
+
+
 # --- counting bytes
 
 
@@ -64,7 +93,7 @@ def program_of(function, *arguments):
 
 def test_sizes_are_those_of_main_memory():
     text = "(f32[8,128]{1,0:T(8,128)S(1)}, bf16[4,2]{1,0}, pred[], s32[3])"
-    found = shapes_of(text)
+    found = array_types(text)
     assert [(shape.bytes, shape.in_memory) for shape in found] == [
         (4096, False),
         (16, True),

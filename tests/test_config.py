@@ -3,67 +3,32 @@
 import ast
 import dataclasses
 import inspect
-import typing
 
 import pytest
 import yaml
 from environment import REPOSITORY
+from support import differences, settings_of
 
 from fr3e_jax import config as config_module
-from fr3e_jax.algorithm.rules import Rule
-from fr3e_jax.cli import find_config, parse
+from fr3e_jax.cli import parse
 from fr3e_jax.config import (
     Config,
     ConfigError,
     SFTConfig,
+    SourceConfig,
     check,
     dump,
+    find_config,
     resolve,
     tables_of,
-    without_effect,
 )
 
-SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+SHIPPED = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 DEFAULT = "configs/quickstart.yaml"
 
 
 def parsed(*argv, config_class=Config):
     return parse(config_class, "train", DEFAULT, list(map(str, argv)))
-
-
-def changed(config, **settings):
-    """A configuration with `section__key` (or `key`) replaced."""
-    for name, value in settings.items():
-        section, _, key = name.rpartition("__")
-        if section:
-            part = dataclasses.replace(getattr(config, section), **{key: value})
-            config = dataclasses.replace(config, **{section: part})
-        else:
-            config = dataclasses.replace(config, **{key: value})
-    return config
-
-
-def differences(ours, theirs):
-    """Settings of two configurations that differ, as `section.key` -> value of the first."""
-    found = {}
-    for field in dataclasses.fields(ours):
-        one, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if dataclasses.is_dataclass(one):
-            found |= {f"{field.name}.{key}": value for key, value in differences(one, other).items()}
-        elif one != other:
-            found[field.name] = one
-    return found
-
-
-def settings_of(config_class, prefix=""):
-    """(name as on the command line, type, class, field name) of every setting."""
-    types = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        kind, name = types[field.name], prefix + field.name
-        if dataclasses.is_dataclass(kind):
-            yield from settings_of(kind, f"{name}.")
-        else:
-            yield name, kind, config_class, field.name
 
 
 # --- parsing
@@ -112,7 +77,11 @@ def test_shipped_files_are_found_by_name_from_any_directory(tmp_path, monkeypatc
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "smollm2_135m.yaml").write_text("steps: 99\n")
     assert parsed("--config", "configs/smollm2_135m.yaml")[0].steps == 99
-    assert find_config("configs/nowhere.yaml") == "configs/nowhere.yaml"
+    with pytest.raises(
+        ConfigError,
+        match=r"^there is no file configs/quickstat.yaml; did you mean configs/quickstart.yaml\?$",
+    ):
+        find_config("configs/quickstat.yaml")
 
 
 def test_numbers_and_null_are_read_as_their_types():
@@ -123,71 +92,262 @@ def test_numbers_and_null_are_read_as_their_types():
     assert (config.optimizer.eps, config.run_dir) == (1e-9, None)
 
 
-FILES = {
-    "unknown.yaml": "steps: 3\nstepz: 4\n",
-    "unknown_in_section.yaml": "explore:\n  position: 2\n",
-    "unknown_section.yaml": "exploration:\n  positions: 2\n",
-    "wrong_type.yaml": "steps: many\n",
-    "wrong_type_in_section.yaml": "optimizer:\n  remat: perhaps\n",
-    "bool_for_int.yaml": "steps: true\n",
-    "float_for_int.yaml": "steps: 1.5\n",
-    "null_for_int.yaml": "steps: null\n",
-    "wrong_choice.yaml": "explore:\n  rule: entropie\n",
-    "section_is_a_number.yaml": "explore: 5\n",
-    "list.yaml": "- 1\n- 2\n",
-    "empty.yaml": "",
-    "no_yaml.yaml": "steps: [1\n",
-}
-
-
-def refused(capsys, *argv):
+def refused(capsys, *argv, config_class=Config):
     """The one line of a refusal."""
     with pytest.raises(SystemExit) as ended:
-        parsed(*argv)
+        parsed(*argv, config_class=config_class)
     out, error = capsys.readouterr()
     assert ended.value.code == 2
     assert out == ""
     assert error.endswith("\n") and len(error.splitlines()) == 1, error
     assert error.startswith("fr3e_jax.train: error: ")
-    return error
+    return error.removeprefix("fr3e_jax.train: error: ").removesuffix("\n")
+
+
+SOURCES = "data:\n  source:\n  - name: a.jsonl\n    prompt: q\n  - name: b.jsonl\n    {}\n"
+MISTAKES = {
+    "steps: 3\nstepz: 4\n": "FILE, line 2: there is no option stepz; did you mean steps?",
+    "explore:\n  position: 2\n": "FILE, line 2: there is no option explore.position; did you mean "
+    "explore.positions?",
+    "exploration:\n  positions: 2\n": "FILE, line 1: there is no option exploration",
+    "explor:\n  positions: 2\n": "FILE, line 1: there is no option explor; did you mean explore?",
+    "positions: 2\n": "FILE, line 1: there is no option positions; did you mean explore.positions?",
+    "seed: 1\n\n# many\nsteps: many\n": "FILE, line 4: steps is 'many', must be a whole number",
+    "optimizer:\n  remat: perhaps\n": "FILE, line 2: optimizer.remat is 'perhaps', must be true or false",
+    "steps: true\n": "FILE, line 1: steps is true, must be a whole number",
+    "steps: 1.5\n": "FILE, line 1: steps is 1.5, must be a whole number",
+    "steps: null\n": "FILE, line 1: steps is null, must be a whole number",
+    "steps:\n": "FILE, line 1: steps is null, must be a whole number",
+    "steps: 0\n": "FILE, line 1: steps is 0, must be at least 1",
+    "steps: 3\nsteps: 4\n": "FILE, line 2: steps is set a second time, after line 1",
+    "explore:\n  rule: entropie\n": "FILE, line 2: explore.rule is 'entropie'; choose one of entropy, ",
+    "explore: 5\n": "FILE, line 1: explore is 5, must be a section: a mapping of options to values",
+    "1: 5\n": "FILE, line 1: there is no option 1",
+    "- 1\n- 2\n": "FILE is not a mapping of options to values",
+    "": "FILE is empty; give it options",
+    "# steps: 3\n": "FILE is empty; give it options",
+    "--- \n": "FILE is not a mapping of options to values",
+    "steps: [1\n": "FILE, line 2: this is no YAML: ",
+    "steps: 1\n  seed: 2\n": "FILE, line 2: this is no YAML: mapping values are not allowed here",
+    "a: &a\n  b: *a\n": "FILE is no configuration: ",
+    SOURCES.format("scorer: 5"): "FILE, line 6: data.source[1].scorer is 5, must be text or null",
+    SOURCES.format("nmae: c"): "FILE, line 6: there is no option data.source[1].nmae; did you mean "
+    "data.source[1].name?",
+    SOURCES.format("weight: 0"): "FILE, line 6: data.source[1].weight is 0, must be above 0",
+    SOURCES.format(
+        "answer_is: box"
+    ): "FILE, line 6: data.source[1].answer_is is 'box', must be one of plain, ",
+    SOURCES.format("where: {level: 5}"): "FILE, line 6: data.source[1].where.level is 5, must be a list",
+    "data:\n  source:\n  - prompt: q\n": "FILE, line 3: data.source[0] has no name",
+    "data:\n  source: []\n  template: plain\n  min_digits: x\n": "FILE, line 4: data.min_digits is 'x'",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES, ids=lambda text: repr(text[:30]))
+def test_a_mistake_in_a_file_is_one_line_with_file_line_and_option(tmp_path, capsys, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert refused(capsys, "--config", file).startswith(MISTAKES[text].replace("FILE", str(file)))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_bytes(b"steps: \xff\n")
+    assert "mine.yaml is no configuration: " in refused(capsys, "--config", tmp_path / "mine.yaml")
+
+
+# --- files that begin from others
+
+
+def written(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_a_file_says_what_its_base_does_not_section_by_section(tmp_path):
+    (tmp_path / "deep").mkdir()
+    written(tmp_path, below="base: lowest.yaml\nsteps: 3\nexplore:\n  rollouts: 5\n  positions: 2\n")
+    written(tmp_path, lowest="seed: 9\nsteps: 1\nloss:\n  clip_low: 1e-1\n")
+    file = written(tmp_path / "deep", mine="base: ../below.yaml\nexplore:\n  positions: 3\n")
+    config, name = parsed("--config", file, "--loss.clip_high=0.5")
+    assert name == "mine"
+    assert differences(config, Config()) == {
+        "steps": 3,
+        "seed": 9,
+        "explore.rollouts": 5,
+        "explore.positions": 3,
+        "loss.clip_low": 0.1,
+        "loss.clip_high": 0.5,
+    }
+    assert "base" not in yaml.safe_load(dump(config))
+
+
+def test_a_base_is_a_shipped_file_where_none_lies_beside(tmp_path):
+    file = written(tmp_path, mine="base: configs/qwen2.5.yaml\n")
+    assert parsed("--config", file)[0].data.source == "fr3e_paper"
 
 
 @pytest.mark.parametrize(
-    ("file", "named"),
+    ("files", "message"),
     [
-        ("unknown.yaml", "stepz"),
-        ("unknown_in_section.yaml", "position"),
-        ("unknown_section.yaml", "exploration"),
-        ("wrong_type.yaml", "steps"),
-        ("wrong_type_in_section.yaml", "optimizer.remat"),
-        ("bool_for_int.yaml", "steps"),
-        ("float_for_int.yaml", "steps"),
-        ("null_for_int.yaml", "steps"),
-        ("wrong_choice.yaml", "explore.rule"),
-        ("section_is_a_number.yaml", "section"),
-        ("list.yaml", ""),
-        ("empty.yaml", ""),
-        ("no_yaml.yaml", ""),
+        ({"a": "base: a.yaml\n"}, "a.yaml, line 1: base goes in a circle: DIR/a.yaml -> DIR/a.yaml"),
+        (
+            {"a": "steps: 2\nbase: b.yaml\n", "b": "base: a.yaml\n"},
+            "b.yaml, line 1: base goes in a circle: DIR/a.yaml -> DIR/b.yaml -> DIR/a.yaml",
+        ),
+        ({"a": "steps: 2\nbase: c.yaml\n"}, "a.yaml, line 2: base: there is no file c.yaml"),
+        ({"a": "base: [b.yaml]\n"}, "a.yaml, line 1: base is ['b.yaml'], must be the name of a file"),
+        ({"a": "base:\n"}, "a.yaml, line 1: base is None, must be the name of a file"),
+        ({"a": "base: b.yaml\n", "b": ""}, "b.yaml is empty; give it options"),
+        ({"a": "base: b.yaml\n", "b": "stepz: 1\n"}, "b.yaml, line 1: there is no option stepz"),
+        ({"a": "base: b.yaml\nsteps: 0\n", "b": "steps: 1\n"}, "a.yaml, line 2: steps is 0"),
     ],
 )
-def test_a_mistake_in_a_file_is_one_line(tmp_path, capsys, file, named):
-    (tmp_path / file).write_text(FILES[file])
-    assert named in refused(capsys, "--config", tmp_path / file)
+def test_a_base_that_cannot_be_is_refused_with_its_line(tmp_path, capsys, files, message):
+    file = written(tmp_path, **files)
+    assert refused(capsys, "--config", file).startswith(f"{tmp_path}/{message}".replace("DIR", str(tmp_path)))
+
+
+def test_slices_say_what_is_theirs_alone():
+    """What all of them say stands in their base, and nowhere else."""
+    base = yaml.safe_load((REPOSITORY / "configs/qwen2.5.yaml").read_text())
+    files = sorted((REPOSITORY / "configs/slices").glob("*.yaml"))
+    assert len(files) == 12
+    for file in files:
+        own = yaml.safe_load(file.read_text())
+        assert own["base"] == "../qwen2.5.yaml"
+        assert "data" not in own and set(own["model"]) == {"path"}
+        config, _ = parsed("--config", file)
+        assert config.model.compute_dtype == base["model"]["compute_dtype"]
+        assert {name: getattr(config.data, name) for name in base["data"]} == base["data"]
+
+
+# --- which file applies
+
+
+def test_where_a_file_went_is_said(capsys):
+    assert refused(capsys, "--config", "configs/qwen2.5_7b_v5e16.yaml") == (
+        "there is no file configs/qwen2.5_7b_v5e16.yaml; did you mean configs/slices/qwen2.5_7b_v5e16.yaml?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "said"),
+    [
+        ([], "quickstart", "configs/quickstart.yaml applies, since no --config is given"),
+        (["--steps=3"], "quickstart", "configs/quickstart.yaml applies, since no --config is given"),
+        (["--model.path=quickstart"], "quickstart", "configs/quickstart.yaml applies"),
+        (["--model.path", "Org/Name"], "run", "no file applies, since configs/quickstart.yaml is not for "
+         "--model.path Org/Name: the defaults and the flags do. configs/own_task.yaml is a beginning"),
+        (["--data.source=mine.py"], "run", "no file applies, since configs/quickstart.yaml is not for "
+         "--data.source mine.py: "),
+        (["--config=configs/smollm2_135m.yaml"], "smollm2_135m", "configs/smollm2_135m.yaml applies\n"),
+        (["--config=configs/smollm2_135m.yaml", "--model.path=there"], "smollm2_135m",
+         "configs/smollm2_135m.yaml applies, and the flags over it\n"),
+    ],
+)  # fmt: skip
+def test_the_quickstarts_file_is_for_the_quickstart_and_what_applies_is_said(capsys, argv, name, said):
+    config, named = parsed(*argv)
+    assert named == name
+    assert capsys.readouterr().err.startswith(f"fr3e_jax.train: {said}")
+    quick = yaml.safe_load((REPOSITORY / DEFAULT).read_text())["rollout"]["max_response"]
+    assert config.rollout.max_response == {"quickstart": quick, "run": 3072, "smollm2_135m": 48}[name]
+
+
+def test_help_shows_the_defaults_that_apply(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "10000")
+    for argv, steps in (([], 16), (["--config=configs/smollm2_135m.yaml"], 12), (["--model.path=x"], 100)):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            parsed(*argv, "--help")
+        shown = capsys.readouterr().out
+        assert f"Training steps. (type: int, at least 1, default: {steps})" in shown
+        assert "What applies here: " in shown
+
+
+# --- settings of one source as flags
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--data.source", "a.jsonl", "--data.source.prompt", "q"], SourceConfig("a.jsonl", prompt="q")),
+        (["--data.source.prompt=q", "--data.source=a.jsonl"], SourceConfig("a.jsonl", prompt="q")),
+        (
+            ["--data.source=a.jsonl", "--data.source.prompt=7", "--data.source.weight=2"],
+            SourceConfig("a.jsonl", prompt="7", weight=2),
+        ),
+        (
+            ["--data.source=a.py", "--data.source.parameters.size=3", "--data.source.parameters.word", "x"],
+            SourceConfig("a.py", parameters={"size": 3, "word": "x"}),
+        ),
+        (
+            ["--data.source=a.csv", "--data.source.where.level", "[easy, 2]"],
+            SourceConfig("a.csv", where={"level": ["easy", 2]}),
+        ),
+        (['--data.source=[{"name": "a.csv", "prompt": "q"}]'], SourceConfig("a.csv", prompt="q")),
+    ],
+)
+def test_the_settings_of_one_source_are_flags_too(argv, expected):
+    assert parsed(*argv)[0].data.source == [expected]
+
+
+def test_flags_add_to_the_one_source_of_a_file(tmp_path, capsys):
+    one = written(tmp_path, one="data:\n  source:\n  - name: a.csv\n    prompt: q\n")
+    config, _ = parsed("--config", one, "--data.source.answer=a")
+    capsys.readouterr()
+    assert config.data.source == [SourceConfig("a.csv", prompt="q", answer="a")]
+    two = written(tmp_path, two=SOURCES.format("weight: 2"))
+    assert "data.source has 2 sources, and --data.source.answer does not say which it is for" in refused(
+        capsys, "--config", two, "--data.source.answer=a"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data.source=a.csv", "--data.source.weight=0"], "data.source[0].weight is 0, must be above 0"),
+        (
+            ["--data.source=[{nmae: a}]"],
+            "there is no option data.source[0].nmae; did you mean data.source[0].name?",
+        ),
+        (
+            ["--data.source=a.csv", "--data.source.answer_is=box"],
+            "data.source[0].answer_is is 'box', must be one",
+        ),
+    ],
+)
+def test_a_mistake_in_the_flags_of_a_source_is_one_line(capsys, argv, message):
+    assert refused(capsys, *argv).startswith(message)
+
+
+# --- flags
 
 
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
         (["--stepz=3"], "stepz"),
-        (["--step=3"], "--step=3"),  # no abbreviations
-        (["--optimizer.learn=1"], "--optimizer.learn=1"),
+        (["--step=3"], "there is no option --step; did you mean --steps?"),  # no abbreviations
+        (
+            ["--optimizer.learn=1"],
+            "there is no option --optimizer.learn; did you mean --optimizer.learning_rate?",
+        ),
+        (["--positions=3"], "there is no option --positions; did you mean --explore.positions?"),
+        (["--exploration.rule=random"], "did you mean --explore.rule?"),
+        (["--data.sorce=x"], "there is no option --data.sorce; did you mean --data.source?"),
+        (
+            ["--data.source.promt=x"],
+            "there is no option --data.source.promt; did you mean --data.source.prompt?",
+        ),
+        (["--zzz=3"], "there is no option --zzz"),
         (["--explore.nothing=1"], "explore.nothing"),
-        (["--steps=many"], "steps"),
+        (["--steps=many"], "steps is 'many', must be a whole number"),
         (["--steps=1.5"], "steps"),
-        (["--steps"], "steps"),
-        (["--loss.clip_low=low"], "loss.clip_low"),
+        (["--steps"], "--steps needs a value"),
+        (["--loss.clip_low=low"], "loss.clip_low is 'low', must be a number"),
+        (["--loss.dual_clip=low"], "loss.dual_clip is 'low', must be a number or null"),
         (["--rollout.temperature=nan"], "rollout.temperature"),
-        (["--optimizer.remat=maybe"], "optimizer.remat"),
+        (["--optimizer.remat=maybe"], "optimizer.remat is 'maybe', must be true or false"),
         (["--optimizer.schedule=exponential"], "optimizer.schedule"),
         (["--optimizer.moments=float16"], "optimizer.moments"),
         (["--algorithm=ppo"], "algorithm"),
@@ -199,7 +359,7 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, capsys, file, named):
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--config", "."], "config"),
         (["--config"], "config"),
-        (["stray"], "stray"),
+        (["stray"], "stray: options are written --key VALUE"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, argv, named):
@@ -243,187 +403,8 @@ def test_help_explains_every_setting(config_class, command, monkeypatch, capsys)
 
 def test_every_section_says_what_it_is():
     for _, kind in inspect.getmembers(config_module, dataclasses.is_dataclass):
-        if kind.__module__ == config_module.__name__:
+        if kind.__module__.startswith(config_module.__name__):
             assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
-
-
-# --- dump
-
-
-def another(kind, value):
-    """A valid value of the type, other than `value`."""
-    if typing.get_origin(kind) is list:
-        return [*value, "'x' # [y]\n"]
-    options = [k for k in typing.get_args(kind) if k is not type(None)]
-    if typing.get_origin(kind) is typing.Literal:
-        return next(option for option in options if option != value)
-    kind = options[0] if options else kind
-    if kind is bool:
-        return not value
-    if kind is int:
-        return value + 3
-    if kind is float:
-        return 1.0 / 3 if value is None else value * 1.1 + 1e-9
-    return f"{value}: 'x' # [y]"
-
-
-def test_what_is_dumped_is_read_back(tmp_path, monkeypatch):
-    """With every setting changed, floats to the last bit."""
-    config = Config()
-    for name, kind, owner, key in settings_of(Config):
-        section = name.rpartition(".")[0]
-        value = getattr(getattr(config, section) if section else config, key)
-        other = another(kind, value)
-        if table := tables_of(owner).get(key):
-            monkeypatch.setitem(table, other, Rule(print, "another"))
-        config = changed(config, **{name.replace(".", "__"): other})
-    assert set(differences(config, Config())) == {name for name, *_ in settings_of(Config)}
-    file = tmp_path / "dumped.yaml"
-    file.write_text(dump(config))
-    again, name = parsed("--config", file)
-    assert again == config
-    assert name == "dumped"
-    assert dump(again) == dump(config)
-
-
-@pytest.mark.parametrize("algorithm", ["fr3e", "grpo", "grpo++"])
-def test_a_resolved_configuration_can_be_run_again(tmp_path, algorithm):
-    config = resolve(changed(Config(), algorithm=algorithm))
-    (tmp_path / "run.yaml").write_text(dump(config))
-    again, _ = parsed("--config", tmp_path / "run.yaml")
-    assert resolve(again) == config
-
-
-# --- the baselines
-
-
-def test_fr3e_is_what_the_settings_say():
-    config = changed(Config(), credit__modulation="none", loss__clip_high=0.5)
-    assert resolve(config) == config
-
-
-def test_the_baselines_are_settings():
-    grpo = resolve(changed(Config(), algorithm="grpo", loss__clip_low=0.1))
-    plus = resolve(changed(Config(), algorithm="grpo++", loss__clip_low=0.1))
-    both = {
-        "explore.positions": 0,
-        "credit.modulation": "none",
-        "credit.normalize_std": True,
-        "loss.clip_low": 0.1,
-    }
-    assert differences(plus, Config()) == {"algorithm": "grpo++", **both}
-    # grpo has neither rejection sampling nor clip-higher.
-    expected = {"algorithm": "grpo", "credit.reject": "none", "loss.clip_high": 0.1, **both}
-    assert differences(grpo, Config()) == expected
-    for config in (grpo, plus):
-        assert resolve(config) == config
-
-
-# --- impossible settings
-
-RUNNABLE = changed(
-    Config(), rollout__max_prompt=8, rollout__max_response=40, optimizer__batch_states=16
-)  # 2 minibatches of 8 states x 16 rollouts = 128 rows, in micro-batches of 64
-
-
-def test_what_can_run_is_not_refused():
-    check(RUNNABLE, 8, 48)
-    for algorithm in ("grpo", "grpo++"):
-        check(resolve(changed(RUNNABLE, algorithm=algorithm)), 8, 48)
-    check(changed(RUNNABLE, steps=5), 8, 48)  # all warm-up
-    check(changed(RUNNABLE, steps=5, optimizer__schedule="cosine", optimizer__epochs=2), 8, 48)
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"explore__positions": 0}, ["explore.positions", "grpo++"]),
-        ({"explore__positions": -1}, ["explore.positions"]),
-        ({"explore__rollouts": 1}, ["explore.rollouts", "2"]),
-        ({"explore__min_gap": -1}, ["explore.min_gap"]),
-        ({"rollout__temperature": 0.0}, ["rollout.temperature"]),
-        ({"rollout__temperature": -1.0}, ["rollout.temperature"]),
-        ({"rollout__top_k": -1}, ["rollout.top_k"]),
-        ({"rollout__top_p": 0.0}, ["rollout.top_p"]),
-        ({"rollout__top_p": 1.1}, ["rollout.top_p"]),
-        ({"rollout__top_p": float("nan")}, ["rollout.top_p"]),
-        ({"rollout__max_prompt": 9}, ["rollout.max_prompt 9", "rollout.max_response 40", "48"]),
-        ({"rollout__max_response": 0}, ["rollout.max_response"]),
-        ({"rollout__queries": 0}, ["rollout.queries"]),
-        ({"rollout__queries": 12}, ["rollout.queries", "12", "8"]),
-        ({"rollout__base_trajectories": 0}, ["rollout.base_trajectories"]),
-        ({"evaluate__rows": 12}, ["evaluate.rows", "12", "8"]),
-        ({"evaluate__every": -1}, ["evaluate.every"]),
-        ({"optimizer__micro_tokens": 0}, ["optimizer.micro_tokens", "0"]),
-        ({"loss__entropy_coefficient": -0.1}, ["loss.entropy_coefficient"]),
-        ({"optimizer__minibatches": 3}, ["optimizer.batch_states 16", "optimizer.minibatches 3"]),
-        ({"optimizer__minibatches": 0}, ["optimizer.minibatches"]),
-        ({"optimizer__epochs": 0}, ["optimizer.epochs"]),
-        ({"optimizer__logit_chunk": 0}, ["optimizer.logit_chunk"]),
-        ({"optimizer__learning_rate": 0.0}, ["optimizer.learning_rate"]),
-        ({"optimizer__final_rate_share": -0.1}, ["optimizer.final_rate_share", "-0.1"]),
-        ({"optimizer__final_rate_share": 1.1}, ["optimizer.final_rate_share", "1.1"]),
-        ({"optimizer__final_rate_share": float("nan")}, ["optimizer.final_rate_share"]),
-        # 5 steps x 2 minibatches are all warm-up.
-        (
-            {"optimizer__schedule": "cosine", "steps": 5},
-            ["optimizer.warmup_updates 10", "cosine", "10 updates"],
-        ),
-        (
-            {"optimizer__schedule": "linear", "optimizer__warmup_updates": 200},
-            ["200", "linear", "200 updates"],
-        ),
-        ({"optimizer__max_skipped": 0}, ["optimizer.max_skipped"]),
-        ({"optimizer__max_grad_norm": 0.0}, ["optimizer.max_grad_norm"]),
-        ({"optimizer__learning_rate": float("nan")}, ["optimizer.learning_rate"]),
-        ({"optimizer__b1": 1.5}, ["optimizer.b1"]),
-        ({"optimizer__eps": -1.0}, ["optimizer.eps"]),
-        ({"optimizer__weight_decay": -1.0}, ["optimizer.weight_decay"]),
-        ({"rollout__temperature": float("nan")}, ["rollout.temperature"]),
-        ({"loss__clip_low": 1.0}, ["loss.clip_low"]),
-        ({"loss__clip_low": -0.1}, ["loss.clip_low"]),
-        ({"loss__clip_high": -0.1}, ["loss.clip_high"]),
-        ({"loss__dual_clip": 1.0}, ["loss.dual_clip", "null"]),
-        ({"loss__kl_coefficient": -0.1}, ["loss.kl_coefficient"]),
-        ({"rollout__top_k": 1}, ["rollout.top_k", "one token"]),
-        ({"rollout__max_response": 1}, ["rollout.max_response", "reward.cut"]),
-        ({"credit__max_rounds": 0}, ["credit.max_rounds"]),
-        ({"checkpoint__every": 0}, ["checkpoint.every"]),
-        ({"checkpoint__keep": 0}, ["checkpoint.keep"]),
-        ({"data__held_out": 0}, ["data.held_out"]),
-        ({"steps": 0}, ["steps"]),
-        ({"seed": -1}, ["seed"]),  # numpy takes none below 0
-        ({"seed": 2**63}, ["seed"]),  # jax takes none of 64 bits
-    ],
-)
-def test_what_cannot_run_is_refused_in_one_line(settings, named):
-    with pytest.raises(ConfigError) as refusal:
-        check(resolve(changed(RUNNABLE, **settings)), 8, 48)
-    message = str(refusal.value)
-    assert "\n" not in message
-    for part in named:
-        assert part in message
-
-
-@pytest.mark.parametrize(
-    "settings, named",
-    [
-        ({}, []),
-        ({"algorithm": "grpo", "explore__rule": "random"}, ["explore.rule"]),
-        ({"algorithm": "grpo++", "credit__sharpen": True, "explore__rollouts": 8}, ["credit.sharpen"]),
-        ({"algorithm": "grpo", "loss__clip_high": 0.5, "loss__clip_low": 0.1}, ["loss.clip_high"]),
-        ({"credit__sharpen": True, "explore__rule": "random"}, []),
-        ({"credit__sharpen": True, "credit__modulation": "none"}, ["credit.sharpen"]),
-        ({"optimizer__final_rate_share": 0.1}, ["optimizer.final_rate_share"]),
-        ({"optimizer__final_rate_share": 0.1, "optimizer__schedule": "cosine"}, []),
-        ({"reward__pattern": "x"}, ["reward.pattern"]),
-        ({"reward__pattern": "x", "reward__format": 0.1}, []),
-        ({"optimizer__minibatches": 1, "loss__clip_low": 0.1}, ["loss.clip_low"]),
-    ],
-)
-def test_settings_that_change_nothing_are_told(settings, named):
-    told = without_effect(changed(Config(), **settings))
-    assert [line.split(" has no effect: ")[0] for line in told] == named
 
 
 # --- shipped files
@@ -437,26 +418,3 @@ def test_shipped_files_can_run(file):
         config, name = parsed("--config", file)
         check(resolve(config), 1, 32_768)  # the context of Qwen2.5
     assert name == file.stem
-
-
-def test_the_defaults_take_more_than_one_optimizer_step_per_batch():
-    """With one, the ratio is 1 and clipping does nothing."""
-    assert Config().optimizer.minibatches * Config().optimizer.epochs > 1
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--reward.answer=0", "one of them above 0"),
-        ("--reward.answer=-1", "at least 0"),
-        ("--reward.answer=.inf", "at least 0"),
-        ("--reward.pattern=(", "no regular expression"),
-        ("--scoring.workers=-1", "must be at least 0"),
-        ("--scoring.time_limit=0", "above 0 seconds"),
-        ("--scoring.time_limit=.nan", "above 0 seconds"),
-        ("--scoring.memory_gb=0.5", "needs 1 or more"),
-    ],
-)
-def test_rewards_and_limits_that_cannot_be_are_refused(flag, message):
-    with pytest.raises(ConfigError, match=message):
-        check(parsed(flag)[0], 1, 4096)

@@ -5,7 +5,6 @@ import gc
 import json
 import random
 import shutil
-import signal
 import time
 
 import damage
@@ -56,9 +55,7 @@ class Opening:
 
 @pytest.fixture(scope="module")
 def opening():
-    before = signal.getsignal(signal.SIGTERM)
-    yield Opening()
-    signal.signal(signal.SIGTERM, before)
+    return Opening()
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +107,20 @@ def try_all(opening, right, run, cases, folder, capfd):
 
 @pytest.mark.slow
 def test_no_damage_is_trained_on(opening, right, whole_run, tmp_path, capfd):
-    """A byte, a file, a folder, a key at a time; 560 of some 1,300 such damages."""
-    cases = random.Random(1).sample(damage.damages(whole_run[0]), 560)
+    """A byte, a file, a folder, a key at a time; 200 of some 1,300 such damages."""
+    cases = random.Random(1).sample(damage.damages(whole_run[0]), 200)
     outcomes = try_all(opening, right, whole_run[0], cases, tmp_path, capfd)
-    assert len(outcomes) >= 500
+    assert len(outcomes) > 180
     taken = [outcomes[name] for name in outcomes]
     # Most leave a checkpoint to go on from, and many damage the newest.
-    assert taken.count("step 2") > 50 and taken.count("step 4") > 50
+    assert taken.count("step 2") > 20 and taken.count("step 4") > 20
     assert sum(x.startswith("step") for x in taken) > 0.7 * len(taken)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(3))
 def test_few_damages_of_each_kind_are_not_trained_on(opening, right, whole_run, tmp_path, capfd, part):
     cases = damage.damages(whole_run[0])
-    some = random.Random(part).sample(cases, 12)
+    some = random.Random(part).sample(cases, 10)
     try_all(opening, right, whole_run[0], some, tmp_path, capfd)
 
 
@@ -154,8 +151,8 @@ def test_of_a_damaged_checkpoint_it_is_told_what_is_damaged(opening, right, copy
     spoil_array(copy, item)
     found = opening(copy)
     assert found.progress.step == 2 and found.damaged == [4]
-    assert f"the checkpoint of step 4 of {copy} is damaged: the checksum of {item}/" in found.told[0]
-    assert "step 2 is taken" in found.told[1]
+    assert f"the checkpoint of step 4 of {copy} is damaged: the checksum of {item}/" in found.messages[0]
+    assert "step 2 is taken" in found.messages[1]
     assert opening.bits(copy) == right[2]
 
 
@@ -193,7 +190,7 @@ def test_without_its_config_a_run_goes_on_with_the_settings_of_its_checkpoint_on
     if content is not None:
         (copy / "config.yaml").write_bytes(content)
     assert opening.bits(copy) == right[4]
-    assert "config.yaml is" in opening(copy).told[-1]
+    assert "config.yaml is" in opening(copy).messages[-1]
     assert "other settings: seed: " in refused(copy, opening, seed=1)
     loss = dataclasses.replace(opening.config.loss, clip_high=0.4)
     assert "other settings: loss.clip_high: 0.28 -> 0.4" in refused(copy, opening, loss=loss)
@@ -216,13 +213,13 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_be_unverified(op
     old = json.loads(file.read_text())["progress"]
     damage.write(file, json.dumps(old).encode())
     assert opening.bits(copy) == right[4]
-    assert any("not verified" in line for line in opening(copy).told)
+    assert any("not verified" in line for line in opening(copy).messages)
     damage.remove(copy / "config.yaml")
     assert "seed 0, not 1" in refused_other_seed(opening, copy)
-    assert "only its seed" in opening(copy).told[-1]
+    assert "only its seed" in opening(copy).messages[-1]
     damage.write(file, json.dumps(old | {"depth": 3}).encode())
     found = opening(copy)
-    assert found.progress.step == 2 and "the unknown key depth" in found.told[0]
+    assert found.progress.step == 2 and "the unknown key depth" in found.messages[0]
 
 
 def refused_other_seed(opening, copy):
@@ -238,7 +235,6 @@ def refused_other_seed(opening, copy):
 # --- whole commands
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_bit_for_bit(copy, whole_run):
     spoil_array(copy)
     (copy / "checkpoints" / "99").mkdir()
@@ -280,11 +276,11 @@ def test_a_damaged_checkpoint_is_not_asked(copy, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_few_dozen_damages_are_one_line_of_a_command_or_none(whole_run, tmp_path):
+def test_a_dozen_damages_are_one_line_of_a_command_or_none(whole_run, tmp_path):
     """Of training, which is done already, so that it ends when it has opened the run; and of export."""
     cases = [case for case in damage.damages(whole_run[0]) if damage.OLDER not in case[0]]
     ends = []
-    for name, spoil in random.Random(5).sample(cases, 40):
+    for name, spoil in random.Random(5).sample(cases, 14):
         for command in (["train", *SMALL, "--run_dir"], ["export", "--out", tmp_path / "out", "--run"]):
             copy = damage.linked_copy(whole_run[0], tmp_path / "run")
             spoil(copy)

@@ -46,6 +46,7 @@ ROWS = {
         },
         ("Where is a book?\nA) sea\nB) library\nC) sky", "B"),
     ),
+    "aime26": ({"problem_idx": 1, "problem": "Find m + n.", "answer": 277}, ("Find m + n.", "277")),
     "aime25": ({"problem": "Find the sum.", "answer": "70", "id": "0"}, ("Find the sum.", "70")),
     "amc23": ({"id": 0, "question": "How far?", "answer": "27.0"}, ("How far?", "27.0")),
     "olympiadbench": (

@@ -38,7 +38,7 @@ from fr3e_jax.models.rope import rotate
 from fr3e_jax.parallel.mesh import place_model
 from fr3e_jax.types import Queries, StateGroups, States
 
-MESHES = [(1, 1, 1), (2, 1, 4), (1, 2, 2)]
+MESHES = [(1, 1, 1), (2, 1, 4), pytest.param((1, 2, 2), marks=pytest.mark.slow)]
 
 # --- the decoder
 
@@ -210,10 +210,10 @@ QUERIES = Queries(
 def rollouts(mesh):
     """A round on a mesh, on the host: (base rollouts, rows decoded for them, states, partial rollouts)."""
     _, sampling = place_model(mesh_of(*mesh), AXES, abstract_params(CONFIG))
-    engine, told = Engine(GRAPH, sampling, MAX_NEW, ENDS), (SEED_KEY, STEP)
+    engine = Engine(GRAPH, sampling, MAX_NEW, ENDS)
     params = jax.device_put(PARAMS, sampling.shardings(AXES, PARAMS))
     queries = sampling.place_rows(QUERIES)
-    base, caches, row_steps = engine.first_return(params, queries, *told, R, POLICY)
+    base, caches, row_steps = engine.first_return(params, queries, SEED_KEY, STEP, R, POLICY)
     base = jax.device_get(base)
     query, trajectory, real = engine.arrange(KEPT)
     length = base.length[query, trajectory]
@@ -225,7 +225,8 @@ def rollouts(mesh):
         prefix_length=prefix_length,
         valid=real[:, None] & (np.diff(prefix_length, axis=1, prepend=-1) > 0),
     )
-    partial, _ = engine.explore(params, queries, caches, sampling.place_rows(states), *told, M, POLICY)
+    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": M, "sampling": POLICY}
+    partial, _ = engine.explore(params, queries, caches, sampling.place_rows(states), **how)
     return base, int(row_steps), states, jax.device_get(partial)
 
 
@@ -268,7 +269,7 @@ def learner_on(mesh, settings=None):
     training, _ = place_model(mesh_of(*mesh), AXES, abstract_params(CONFIG))
     optimizer = optax.sgd(1.0) if settings is None else make_optimizer(settings, AXES)
     loss = LossConfig(clip_low=0.22, clip_high=0.28)
-    own = Learner(GRAPH, training, optimizer, loss, jnp.float32, 8, remat=True)
+    own = Learner(GRAPH, training, optimizer, loss, compute_dtype=jnp.float32, logit_chunk=8, remat=True)
     return own, bundles_of(groups(), mesh[0] * mesh[1], budget=64)
 
 

@@ -20,9 +20,10 @@ from support import TINY, examples, placement, tiny_params
 from fr3e_jax.engine import rollout, sampler, seats
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY, Sampling
-from fr3e_jax.engine.seats import Seats
+from fr3e_jax.engine.seats import Leg, Seats
 from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
+from fr3e_jax.parallel.sizes import two_per_doubling
 from fr3e_jax.planning.hlo import Program
 from fr3e_jax.types import Queries, States
 
@@ -213,10 +214,12 @@ def explored(sampling, padding=(4, 5)):
 
     states = jax.tree.map(pad, states)
     at = e.placement.place_rows(states)
-    partial, _ = e.explore(PARAMS, placed, caches, at, SEED_KEY, STEP, M, sampling)
+    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": M, "sampling": sampling}
+    partial, _ = e.explore(PARAMS, placed, caches, at, **how)
     return jax.device_get(base), states, jax.device_get(partial)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("sampling", [GREEDY, POLICY], ids=["greedy", "policy"])
 def test_rollouts_equal_decoding_alone(sampling):
     base, states, partial = explored(sampling)
@@ -354,7 +357,8 @@ def test_moved_rows_generate_what_branches_generate_alone():
         states = states_of(chosen, base)
         placed, at = e.placement.place_rows((q, states))
         with small_ladder() as moved:
-            partial, row_steps = e.explore(PARAMS, placed, caches, at, SEED_KEY, STEP, 1, FILTERED)
+            how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": 1, "sampling": FILTERED}
+            partial, row_steps = e.explore(PARAMS, placed, caches, at, **how)
         partial = jax.device_get(partial)
         check(partial, starts_of_states(q, base, states, 1, 2), FILTERED, MANY_ENDS)
         assert partial.length.sum() <= row_steps <= N * J * partial.length.max()
@@ -395,7 +399,7 @@ MOVES = {
 
 def any_seats(rng, running, rows):
     """Seats of running branches [1, N, J] in any rows, with anything that is allowed elsewhere."""
-    width = min(J, seats.bucket(rows))
+    width = min(J, two_per_doubling(rows))
     branches = rng.permutation(np.flatnonzero(running))
     sits = rng.permutation(rows)[: len(branches)]
     branch = rng.choice(branches, (1, rows)).astype(np.int32)
@@ -424,7 +428,9 @@ def test_rows_may_move_in_any_order_at_any_time():
         states = states_of(chosen, base)
         placed, at = e.placement.place_rows((q, states))
         with small_ladder():
-            branches, decoding = e.open_states(PARAMS, placed, caches, at, SEED_KEY, STEP, 1)
+            branches, decoding = e.open_states(
+                PARAMS, placed, caches, at, seed_key=SEED_KEY, step=STEP, rollouts=1
+            )
         limit = np.ceil(np.asarray(branches.limit) * rng.random((N, J)) ** unequal).astype(np.int32)
         branches = dataclasses.replace(branches, limit=jax.device_put(limit, branches.limit.sharding))
         running, slot, origin = limit > 0, 0, None
@@ -433,11 +439,9 @@ def test_rows_may_move_in_any_order_at_any_time():
         sits = any_seats(rng, np.ones((1, N, J), bool), N * J)
         while running.any() and slot < min(shape[1], MAX_NEW):
             until = int(rng.integers(slot, min(shape[1], MAX_NEW))) + 1
-            places = e.placement.place_rows((sits, origin))
-            decoding, told = e.advance(
-                PARAMS, branches, decoding, *places, until, 0, FILTERED, before[0], shape[1]
-            )
-            running, slot = jax.device_get(told)
+            leg = e.place(Leg(sits, origin, until, 0, before, shape[1]))
+            decoding, ended = e.advance(PARAMS, branches, decoding, leg, sampling=FILTERED)
+            running, slot = jax.device_get(ended)
             possible = [after for after in MOVES[shape] if after[0] >= running.sum() and after[1] > slot]
             origin, before = None, shape
             if possible and running.any():
@@ -488,17 +492,18 @@ def test_the_branch_cache_is_updated_in_place(rows, slots):
     """In the compiled program: stored into where it lies, also when it is divided anew."""
     e, size = engine(), TINY.num_hidden_layers * TINY.num_key_value_heads * 12 * 24 * TINY.head_dim
     q = e.placement.place_rows(queries())
-    branches, decoding = e.open_queries(PARAMS, q, rollout.roots(q, R), SEED_KEY, STEP)
+    branches, decoding = e.open_queries(PARAMS, q, rollout.root_branches(q, R), SEED_KEY, STEP)
     assert decoding.own.key.shape[3] == 12 * 24
     running = np.arange(12).reshape(1, B, R) < rows
-    sits, origin = e.placement.place_rows((seats.take_seats(running, rows), np.zeros((1, rows), np.int32)))
-    told = (sits, origin if rows < 12 else None, 24, 0, POLICY, 12, slots)
-    program = Program(Engine.advance.lower(e, PARAMS, branches, decoding, *told).compile().as_text())
+    origin = np.zeros((1, rows), np.int32) if rows < 12 else None
+    leg = e.place(Leg(seats.take_seats(running, rows), origin, 24, 0, (12, 24), slots))
+    lowered = Engine.advance.lower(e, PARAMS, branches, decoding, leg, sampling=POLICY)
+    program = Program(lowered.compile().as_text())
     assert not {move.split()[0] for move in program.moves(size)} - {"copy"}
     stores, copies, repeated = 0, [], in_loops(program)
     for name, instructions in program.computations.items():
         for instruction in instructions.values():
-            if any(shape.elements == size for shape in instruction.shapes):
+            if any(array.elements == size for array in instruction.arrays):
                 stores += instruction.operation == "dynamic-update-slice" and name in repeated
                 if instruction.operation == "copy":
                     copies.append((name, instruction.type, instructions[instruction.operands[0]].type))

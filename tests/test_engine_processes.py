@@ -71,14 +71,15 @@ def rollouts_on(mesh):
         PARAMS,
         placement.shardings(axes, PARAMS),
     )
-    q, told = placement.place_rows(queries()), (jax.random.key(7), STEP)
+    q, draws = placement.place_rows(queries()), (jax.random.key(7), STEP)
     with small_ladder(slots=12, step_down=0.4, fewest=3) as moved:
-        answers, _ = engine.sample(params, q, *told, ANSWERS, POLICY)
-        base, caches, _ = engine.first_return(params, q, *told, R, POLICY)
+        answers, _ = engine.sample(params, q, *draws, ANSWERS, POLICY)
+        base, caches, _ = engine.first_return(params, q, *draws, R, POLICY)
         answers, base = host((answers, base))
         query, trajectory, real = engine.arrange(KEPT)
         states = states_of(query, trajectory, real, base)
-        partial, row_steps = engine.explore(params, q, caches, placement.place_rows(states), *told, M, POLICY)
+        how = {"seed_key": draws[0], "step": STEP, "rollouts": M, "sampling": POLICY}
+        partial, row_steps = engine.explore(params, q, caches, placement.place_rows(states), **how)
         partial, row_steps = host((partial, row_steps))
     assert not partial.length[~real].any()
     where = {(q, t): n for n, (q, t) in enumerate(zip(query, trajectory, strict=True)) if real[n]}

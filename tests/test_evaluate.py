@@ -8,14 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from support import run, two_processes
+from etils import epath
+from support import call, mesh_of, two_processes
 
 from fr3e_jax.cli import parse
-from fr3e_jax.config import ConfigError, DataConfig, MeshConfig
-from fr3e_jax.evaluate import EvaluationConfig, evaluate
+from fr3e_jax.config import ConfigError, DataConfig, MeshConfig, SourceConfig
+from fr3e_jax.evaluate import evaluate
+from fr3e_jax.evaluation import asked_model
 from fr3e_jax.evaluation.record import ANSWERS, SETTINGS, SUMMARY, open_directory
+from fr3e_jax.evaluation.settings import EvaluationConfig
+from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.pretrained.hub import find_model
 from fr3e_jax.problems.additions import make_addition
+from fr3e_jax.run.lock import Lock
+from fr3e_jax.run.trained import read_trained
 
 PROBLEMS, SAMPLES = 11, 3  # which no number of rows divides
 
@@ -172,13 +178,111 @@ def test_a_directory_of_another_evaluation_is_refused_with_what_differs(done, su
     # One that was ended before its model was found: nothing is what `auto` came to.
     (tmp_path / SETTINGS).write_text(yaml.safe_dump({"stop": ["x"], "model": "quickstart"}))
     with pytest.raises(ConfigError, match="other settings of seed, stop"):
-        open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0})
+        open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0}, answered=True)
+    # Without answers it begins with any settings.
+    open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0}, answered=False)
+    assert yaml.safe_load((tmp_path / SETTINGS).read_text())["seed"] == 0
 
 
 def test_the_same_model_twice_is_not_better_and_the_comparison_is_paired(done, suite, tmp_path):
     summary = evaluate(settings(suite, tmp_path / "again", compare=str(done[0])))
     (row,) = summary["compared_with"]["rows"]
     assert (row["difference"], row["p"], row["better"]) == (0.0, 1.0, "undecided")
+
+
+def test_a_comparison_of_what_is_asked_differently_is_refused_before_anything_is_asked(done, suite, tmp_path):
+    """And leaves no directory, which would then hold other settings."""
+    out = tmp_path / "other"
+    changed = {"compare": str(done[0]), "template": "{question}+", "max_response": 40}
+    with pytest.raises(ConfigError, match=r"template is .*max_response is 40 here and 48 there"):
+        evaluate(settings(suite, out, **changed))
+    assert not out.exists()
+
+
+def test_the_answers_of_a_second_process_are_not_mixed_in(suite, tmp_path):
+    out = tmp_path / "evaluation"
+    with Lock("evaluate", Hosts(mesh_of(), 9)) as lock:
+        lock.take(epath.Path(out))
+        with pytest.raises(ConfigError, match="is in use by evaluate, process"):
+            evaluate(settings(suite, out))
+    assert not out.exists()
+
+
+def test_stored_answers_are_judged_again_and_what_changes_is_shown(done, tmp_path, capsys):
+    """Verdicts that were spoilt are as before; nothing is written but where it is wanted."""
+    stored = tmp_path / "stored"
+    shutil.copytree(done[0], stored)
+    lines = answers(done[0])
+    right = next(line for line in lines if line["right"])
+    wrong = next(line for line in lines if not line["right"] and not line["truncated"])
+    spoilt = [
+        line | {"right": not line["right"], "extracted": "spoilt"} if line in (right, wrong) else line
+        for line in lines
+    ]
+    (stored / ANSWERS).write_text("".join(json.dumps(line) + "\n" for line in spoilt))
+    before = (stored / ANSWERS).read_bytes()
+    summary = evaluate(EvaluationConfig(rescore=str(stored)))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert summary["benchmarks"] == done[1]["benchmarks"]
+    assert f"problem {right['problem']}, sample {right['sample']}: now right" in shown
+    assert "+1" in shown and "-1" in shown and f"{stored} is as it was" in shown
+    assert (stored / ANSWERS).read_bytes() == before
+    written = evaluate(EvaluationConfig(rescore=str(stored), out=str(tmp_path / "new")))
+    assert written["benchmarks"] == done[1]["benchmarks"]
+    assert answers(tmp_path / "new") == lines
+    with pytest.raises(ConfigError, match="holds an evaluation"):
+        evaluate(EvaluationConfig(rescore=str(stored), out=str(tmp_path / "new")))
+
+
+def test_answers_to_other_problems_are_not_judged_again(done, suite, tmp_path):
+    stored, file = tmp_path / "stored", tmp_path / "sums.jsonl"
+    shutil.copytree(done[0], stored)
+    (stored / SETTINGS).write_text((stored / SETTINGS).read_text().replace(str(suite), str(file)))
+    file.write_text('{"question": "1+1=", "answer": "2"}\n' + suite.read_text())
+    with pytest.raises(ConfigError, match=r"problem \d+ of sums is not the one"):
+        evaluate(EvaluationConfig(rescore=str(stored)))
+
+
+def test_a_file_of_a_suite_has_columns_and_a_scorer(done, suite, tmp_path):
+    """As a source of training has them; the answers are those of the plain file."""
+    rows = [json.loads(line) for line in suite.read_text().splitlines()]
+    file = tmp_path / "sums.jsonl"
+    asked = [{"extra": {"q": row["question"]}, "sum": row["answer"], "kind": "a"} for row in rows]
+    asked.insert(1, {"extra": {"q": "1+1="}, "sum": "2", "kind": "b"})
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    source = {"name": str(file), "prompt": "extra.q", "answer": "sum", "scorer": "numeric"}
+    source["where"] = {"kind": ["a"]}
+    flags = ["--model=quickstart", "--suite", json.dumps([source]), "--out", str(tmp_path / "e")]
+    flags += [f"--samples={SAMPLES}", "--temperature=1", "--max_response=48", "--template=plain", "--rows=8"]
+    config, _ = parse(EvaluationConfig, "evaluate", None, [*flags, "--compilation_cache=off"])
+    assert config.suite == [SourceConfig(**source)]
+    evaluate(config)
+    ours, theirs = by_place(answers(tmp_path / "e")), by_place(answers(done[0]))
+    assert {place: line["response"] for place, line in ours.items()} == {
+        place: line["response"] for place, line in theirs.items()
+    }
+    assert [line["benchmark"] for line in ours.values()] == ["sums"] * len(theirs)
+    assert evaluate(config)["benchmarks"]  # it goes on: the list is the same when it is read again
+
+
+def test_a_run_is_asked_with_its_own_limits_and_its_parameters_are_read_once(
+    whole_run, suite, tmp_path, monkeypatch
+):
+    reads = []
+
+    def counted(*arguments):
+        reads.append(arguments)
+        return read_trained(*arguments)
+
+    monkeypatch.setattr(asked_model, "read_trained", counted)
+    changed = {"model": str(whole_run[0]), "max_response": 0, "template": "auto", "samples": 1, "limit": 8}
+    summary = evaluate(settings(suite, tmp_path / "e", **changed))
+    assert len(reads) == 1 and summary["step"] == 4
+    (told,) = summary["benchmarks"]
+    assert (told["settings"]["max_response"], told["settings"]["template"]) == (40, "plain")
+    held = yaml.safe_load((tmp_path / "e" / SETTINGS).read_text())
+    assert held["max_response"] == 40
+    assert evaluate(settings(suite, tmp_path / "e", **changed)) == summary and len(reads) == 1
 
 
 def test_other_problems_than_an_evaluation_began_with_are_refused(done, suite, tmp_path):
@@ -212,6 +316,9 @@ def test_other_problems_than_an_evaluation_began_with_are_refused(done, suite, t
         ({"files": {"math5000": "x.jsonl"}}, "math5000"),
         ({"out": "gs://bucket/evaluation"}, "bucket"),
         ({"compare": "/nowhere"}, "no answers.jsonl with answers to sums"),
+        ({"model": ""}, "name a model with --model, or stored answers"),
+        ({"rescore": "/nowhere"}, "no evaluation.yaml and answers.jsonl with answers"),
+        ({"suite": []}, "suite is empty"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(suite, tmp_path, change, message):
@@ -227,12 +334,12 @@ def test_the_command_shows_its_table_and_a_checkpoint_is_compared_with_where_it_
     flags = ["--suite", suite, "--samples=1", "--max_response=48", "--template=auto", "--rows=8"]
     small = ["--steps=2", "--checkpoint.every=1", "--rollout.queries=8", "--explore.positions=1"]
     small += ["--explore.rollouts=4", "--optimizer.batch_states=4", "--data.held_out=8", "--evaluate.rows=8"]
-    trained = run("train", *small, "--run_dir", tmp_path / "run")
+    trained = call("train", *small, "--run_dir", tmp_path / "run")
     assert trained.returncode == 0, trained.stderr
-    before = run("evaluate", "--model=quickstart", *flags, "--template=plain", "--out", tmp_path / "before")
+    before = call("evaluate", "--model=quickstart", *flags, "--template=plain", "--out", tmp_path / "before")
     assert before.returncode == 0, before.stderr
     both = ["--out", tmp_path / "after", "--compare", tmp_path / "before"]
-    after = run("evaluate", "--model", tmp_path / "run", *flags, *both)
+    after = call("evaluate", "--model", tmp_path / "run", *flags, *both)
     assert after.returncode == 0, after.stderr
     assert f"step 2 of {tmp_path / 'run'}" in after.stdout
     assert "sums" in after.stdout and "avg@1" in after.stdout and "a - b" in after.stdout
@@ -242,12 +349,12 @@ def test_the_command_shows_its_table_and_a_checkpoint_is_compared_with_where_it_
     shares = [np.mean([line["right"] for line in answers(tmp_path / name)]) for name in ("after", "before")]
     assert row["difference"] == pytest.approx(shares[0] - shares[1])
     # The run goes on, and the same command still asks the checkpoint that it began with.
-    again = run("train", *small, "--steps=3", "--run_dir", tmp_path / "run")
+    again = call("train", *small, "--steps=3", "--run_dir", tmp_path / "run")
     assert again.returncode == 0, again.stderr
-    same = run("evaluate", "--model", tmp_path / "run", *flags, *both)
+    same = call("evaluate", "--model", tmp_path / "run", *flags, *both)
     assert same.returncode == 0, same.stderr
     assert json.loads((tmp_path / "after" / SUMMARY).read_text()) == summary
-    missing = run("evaluate", "--model", tmp_path / "run", *flags, "--step=7", "--out", tmp_path / "no")
+    missing = call("evaluate", "--model", tmp_path / "run", *flags, "--step=7", "--out", tmp_path / "no")
     assert missing.returncode == 2 and "it holds those of steps 2, 3" in missing.stderr
 
 

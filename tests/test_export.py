@@ -18,7 +18,7 @@ from fr3e_jax.learner.groups import empty_groups
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.parallel.mesh import make_mesh
-from fr3e_jax.pretrained import export, weights
+from fr3e_jax.pretrained import export, write_weights
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.pretrained.hub import find_model
 from fr3e_jax.pretrained.model import open_model
@@ -71,7 +71,7 @@ def test_an_older_checkpoint_in_bfloat16_and_small_files(trained, tmp_path):
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) >= 4
     assert max(sum(x.nbytes for x in load_file(file).values()) for file in files) <= 500_000
-    index = json.loads((tmp_path / "out" / weights.INDEX_FILE).read_text())
+    index = json.loads((tmp_path / "out" / write_weights.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == 2 * sum(x.size for x in jax.tree.leaves(saved[1]))
 
 
@@ -108,6 +108,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
     given = ["--run", str(trained[0]), "--out", str(tmp_path / "out"), *flags]
     assert message in refused(monkeypatch, capsys, given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_may_be_named_as_a_model(trained, tmp_path):
+    directory, saved = trained
+    assert "step 3" in exported_model(directory, tmp_path / "out")
+    chex.assert_trees_all_equal(jax.device_get(read(tmp_path / "out")), saved[3])
+
+
+def test_a_hugging_face_directory_or_a_name_is_written_bit_for_bit(tmp_path):
+    source = find_model("quickstart")
+    expected = jax.device_get(read(source))
+    for number, name in enumerate(("quickstart", str(source))):
+        out = tmp_path / str(number)
+        assert exported_model(name, out, "--max_file_gb=0.001").startswith(name)
+        chex.assert_trees_all_equal(jax.device_get(read(out)), expected)
+        assert (out / write_weights.INDEX_FILE).is_file()
+        assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--run or --model says what to write"),
+        (["--model=quickstart", "--step=1"], "--step is for runs"),
+        (["--model=gs://bucket/nothing"], "gs://bucket/nothing"),
+        (["--model=not a name"], "not a name"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr("fr3e_jax.export.holds_run", lambda _: False)
+    assert message in refused(monkeypatch, capsys, ["--out", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def exported_model(name, out, *flags):
+    """What `export --model` prints."""
+    done = call("export", "--model", name, "--out", out, *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_what_lies_in_out_is_never_overwritten(trained, tmp_path, monkeypatch, capsys):
@@ -220,7 +259,7 @@ def test_an_export_that_fails_leaves_the_old_one(source, tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(write_weights, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export_model(source, out, placed(tiny_params(scale=1.0), TINY))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

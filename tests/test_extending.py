@@ -23,7 +23,7 @@ from fr3e_jax.problems.own_task import OwnTask
 from fr3e_jax.rewards import rules as scorers
 from fr3e_jax.rewards.pool import Asked, ScoringPool
 from fr3e_jax.step import metrics as step_metrics
-from fr3e_jax.step.metrics import Metric, measure
+from fr3e_jax.step.metrics import Measured, Metric, measure
 from fr3e_jax.step.rounds import assign_credit, choose_states, draws_of
 from fr3e_jax.types import Rollouts
 
@@ -35,6 +35,7 @@ TABLES = [
     *(credit.ADVANTAGES, credit.MODULATIONS, credit.REJECT_RULES),
 ]
 KEYS = jax.random.split(jax.random.key(0), 1)
+A_ROUND = object.__new__(Measured)  # of which no metric here looks at anything
 
 
 @pytest.fixture(autouse=True)
@@ -225,8 +226,8 @@ def test_a_score_of_minus_infinity_is_never_a_position():
             r"scores \[N, S\] must have shape \[1, 6\]; the rule's function gave \[1\]",
         ),
         (
-            lambda: keep_trajectories(jnp.ones((2, 3)), lambda reward, correct, key: True, KEYS),
-            r"kept trajectories \[B, R\] must have shape \[2, 3\]; the rule's function gave bool",
+            lambda: keep_trajectories(jnp.ones((1, 3)), lambda reward, correct, key: True, KEYS),
+            r"kept trajectories \[B, R\] must have shape \[1, 3\]; the rule's function gave bool",
         ),
         (
             lambda: modulated_advantage(
@@ -246,13 +247,13 @@ def test_a_metric_that_is_no_number_is_refused_by_its_name(given):
     step_metrics.METRICS.clear()
     step_metrics.METRICS["reward/mine"] = Metric(lambda m: given, "mine")
     with pytest.raises(RuleError, match=r"the metric reward/mine gave .* must be a number, or None"):
-        measure(None)
+        measure(A_ROUND)
 
 
 def test_a_metric_that_a_round_has_not_is_left_out_and_counts_are_whole():
     step_metrics.METRICS.clear()
     step_metrics.METRICS["a"] = Metric(lambda m: None, "none")
     step_metrics.METRICS["b"] = Metric(lambda m: np.int64(3), "a count", counted=True)
-    told = measure(None)
+    told = measure(A_ROUND)
     assert told == {"b": 3} and type(told["b"]) is int
     assert step_metrics.summarize([told, told], [])["b"] == 6

@@ -8,7 +8,8 @@ import pytest
 from support import TINY
 
 from fr3e_jax.models.decoder import abstract_params
-from fr3e_jax.models.hf import LAYOUTS, CheckpointError, config_json, read_config, tensors_of
+from fr3e_jax.models.hf import CheckpointError, config_json, read_config
+from fr3e_jax.models.hf_tensors import LAYOUTS, tensors_of
 from fr3e_jax.models.rope import Yarn, attention_factor
 
 YARN = Yarn(4.0, 64, attention_factor(4.0))

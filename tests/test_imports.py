@@ -15,83 +15,36 @@ ALLOWED = {
     "types": set(),
     "progress": set(),
     "models": set(),
-    "algorithm": {"types"},
-    "config": {"algorithm"},
-    "parallel": {"config"},
-    "cli": {"config", "parallel"},
-    "cost": {"models", "types"},
-    "rewards": {"config", "parallel", "pretrained", "types"},
-    "pretrained": {"config", "models", "parallel", "progress", "types"},
-    "problems": {"config", "parallel", "pretrained", "rewards", "types"},
-    "engine": {"algorithm", "models", "parallel", "types"},
-    "learner": {"algorithm", "config", "models", "parallel", "types"},
-    "run": {
-        *("config", "engine", "learner", "models", "parallel", "pretrained", "problems", "progress"),
-        *("rewards", "types"),
-    },
-    "step": {
-        *(
-            "algorithm",
-            "config",
-            "cost",
-            "engine",
-            "learner",
-            "models",
-            "parallel",
-            "rewards",
-            "run",
-            "types",
-        ),
-    },
-    "evaluation": {
-        *("algorithm", "config", "engine", "models", "parallel", "problems", "rewards", "run", "types"),
-    },
-    "library": {
-        *("algorithm", "config", "engine", "learner", "models", "parallel", "pretrained", "problems"),
-        *("rewards", "run", "step", "types"),
-    },
-    "planning": {"config", "cost", "engine", "learner", "models", "parallel", "types"},
-    "export": {"cli", "config", "models", "parallel", "pretrained", "run"},
-    "generate": {"cli", "config", "engine", "models", "parallel", "pretrained", "problems", "run", "types"},
-    "sft": {
-        *("algorithm", "cli", "config", "engine", "learner", "models", "parallel", "pretrained", "problems"),
-        "types",
-    },
-    "plan": {"cli", "config", "models", "parallel", "planning", "pretrained"},
-    "evaluate": {
-        *(
-            "cli",
-            "config",
-            "engine",
-            "evaluation",
-            "models",
-            "parallel",
-            "pretrained",
-            "problems",
-            "progress",
-        ),
-        *("rewards", "run", "types"),
-    },
-    "train": {
-        *(
-            "algorithm",
-            "cli",
-            "config",
-            "cost",
-            "engine",
-            "evaluation",
-            "learner",
-            "models",
-            "parallel",
-            "pretrained",
-        ),
-        *("problems", "rewards", "run", "step"),
-    },
-    "__main__": {"parallel"},
-    "bench": {
-        *("cli", "config", "engine", "learner", "models", "parallel", "planning", "pretrained", "rewards"),
-        "types",
-    },
+    "algorithm": set("types".split()),
+    "config": set("algorithm".split()),
+    "parallel": set("config".split()),
+    "cli": set("config parallel".split()),
+    "cost": set("models types".split()),
+    "rewards": set("config parallel pretrained types".split()),
+    "pretrained": set("config models parallel progress types".split()),
+    "problems": set("config parallel pretrained rewards types".split()),
+    "engine": set("algorithm models parallel types".split()),
+    "learner": set("algorithm config models parallel types".split()),
+    "run": set("config engine learner models parallel pretrained problems progress rewards types".split()),
+    "step": set("algorithm config cost engine learner models parallel rewards run types".split()),
+    "evaluation": set(
+        "algorithm config engine models parallel pretrained problems progress rewards run types".split()
+    ),
+    "library": set(
+        "algorithm config engine learner models parallel pretrained problems rewards run step types".split()
+    ),
+    "planning": set("config cost engine learner models parallel pretrained run types".split()),
+    "export": set("cli config models parallel pretrained run".split()),
+    "generate": set("cli config engine models parallel pretrained problems run types".split()),
+    "sft": set("algorithm cli config engine learner models parallel pretrained problems types".split()),
+    "plan": set("cli config models parallel planning pretrained".split()),
+    "evaluate": set("cli config engine evaluation models parallel problems rewards run".split()),
+    "train": set(
+        "algorithm cli config cost engine evaluation learner "
+        "models parallel pretrained problems rewards run step".split()
+    ),
+    "__main__": set("parallel".split()),
+    "bench": set("cli config engine learner models parallel planning pretrained rewards types".split()),
 }
 PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "jaxtyping", "typing"}
 MODELS_THIRD_PARTY = {"jax", "flax", "jaxtyping", "numpy"}

@@ -15,6 +15,7 @@ from support import SMALL, command, mesh_of, metrics
 
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.run.interruption import Interrupted, Interruption, exiting_at_sigterm
+from fr3e_jax.run.lock_file import LOCK_FILE
 
 # Training that is asked to stop at one call of a function: before it, or in the midst of a rollout.
 STOPPING = """
@@ -44,27 +45,29 @@ def train(directory, where="check", number=0):
 slow = pytest.mark.slow  # whole runs
 
 
+# (of which function, at which call of a process, the step that is saved then)
+STOPS = [
+    ("evaluate", 1, None),  # before the first step there is nothing to save
+    ("check", 20, 1),  # in the midst of the rollouts of the second step
+    ("evaluate", 1, 2),  # the step is done, and not told yet
+    ("evaluate", 2, 4),  # likewise the last step: the first evaluation is that of step 2 again
+]
+
+
 @slow
-@pytest.mark.parametrize(
-    ("where", "number", "saved"),
-    [
-        ("evaluate", 1, None),  # before the first step there is nothing to save
-        ("evaluate", 2, 2),  # the step is done, and not told yet
-        ("evaluate", 3, 4),
-        ("check", 12, "some"),  # in the midst of rollouts
-    ],
-)
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, whole_run, where, number, saved):
+def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_nothing_had_happened(tmp_path, whole_run):
     directory = tmp_path / "run"
-    stopped = train(directory, where, number)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "stopped as asked" in stopped.stdout
-    assert not (directory / "summary.json").exists()  # the mark of a run that is complete
-    steps = sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
-    if saved != "some":
-        assert steps[-1:] == ([] if saved is None else [saved])
+    for where, number, saved in STOPS:
+        stopped = train(directory, where, number)
+        assert stopped.returncode == 0, stopped.stderr
+        assert "stopped as asked" in stopped.stdout, (where, number)
+        assert not (directory / "summary.json").exists()  # the mark of a run that is complete
+        assert not (directory / LOCK_FILE).exists()
+        steps = sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+        assert steps[-1:] == ([] if saved is None else [saved]), (where, number)
     again = train(directory)
     assert again.returncode == 0, again.stderr
+    assert "resumed from the checkpoint of step 4" in again.stdout
     assert metrics(directory) == metrics(whole_run[0])
     models = [(d / "model" / "model.safetensors").read_bytes() for d in (directory, whole_run[0])]
     assert models[0] == models[1]
@@ -145,7 +148,7 @@ print("COUNTS", counts.get(at + "misses", 0), counts.get(at + "hits", 0))
 
 def compiled(tmp_path, name):
     """(Programs that a run compiled, programs that it found) with a new run directory."""
-    told = command("train", *SMALL, "--steps=2", "--run_dir", tmp_path / name, HOME=str(tmp_path))
+    told = command("train", *SMALL, "--steps=1", "--run_dir", tmp_path / name, HOME=str(tmp_path))
     for variable in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
         told["env"].pop(variable, None)
     told["args"] = [sys.executable, "-c", COUNTING, *told["args"][3:]]

@@ -81,7 +81,9 @@ def test_the_update_has_the_same_distribution_as_the_sampler():
         return jnp.mean(loss) - 0.1 * jnp.mean(entropy)
 
     graph, axes = graph_of(CONFIG), logical_axes(CONFIG)
-    learner = Learner(graph, placement(), optax.sgd(1.0), settings, jnp.float32, 16, False)
+    learner = Learner(
+        graph, placement(), optax.sgd(1.0), settings, compute_dtype=jnp.float32, logit_chunk=16, remat=False
+    )
     params = jax.device_put(PARAMS, learner.placement.shardings(axes, PARAMS))
     gradient, metrics = learner.gradient(params, [Bundle(None, (batch,), (0,))], None)
     value, slope = jax.value_and_grad(expected)(jax.tree.map(jnp.asarray, PARAMS))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support import whole_rows
 
 from fr3e_jax.bench.update import padding_waste
-from fr3e_jax.learner.layout import OVERHEAD, bucket, bundles_of, cut, token_counts
+from fr3e_jax.learner.layout import OVERHEAD, bundles_of, cut_rows, token_counts, width_of
 from fr3e_jax.types import StateGroups
 
 
@@ -72,17 +72,17 @@ def test_chunks_and_trunks_keep_to_the_budget_and_windows_reach_what_rows_follow
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=9), st.sampled_from([16, 100, 400]))
 def test_rows_are_cut_where_it_costs_least(lengths, budget):
     """Against every way to cut them into chunks of powers of two."""
-    longest = np.array(sorted(lengths, key=lambda length: -bucket(length)))
+    longest = np.array(sorted(lengths, key=lambda length: -width_of(length)))
 
     def cheapest(first):
         if first >= len(longest):
             return 0
-        width = bucket(int(longest[first]))
+        width = width_of(int(longest[first]))
         counts = [count for count in (1, 2, 4, 8, 16) if count == 1 or count * width <= budget]
         counts = [count for count in counts if count < 2 * len(longest)][-3:]
         return min(count * width + OVERHEAD + cheapest(first + count) for count in counts)
 
-    chunks = cut(longest, budget)
+    chunks = cut_rows(longest, budget)
     assert sum(count * width + OVERHEAD for _, count, width in chunks) == cheapest(0)
     assert [first for first, *_ in chunks] == [0, *itertools.accumulate(c for _, c, _ in chunks)][:-1]
     assert all(width >= longest[first] for first, _, width in chunks)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from etils import epath
-from support import call
+from support import call, mesh_of
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.parallel.hosts import Hosts
@@ -20,7 +20,7 @@ from fr3e_jax.run.lock import HeldError, Lock, parse_owner, start_of, this_proce
 from fr3e_jax.run.lock_file import LOCK_FILE, lock_file
 from fr3e_jax.run.storage import ChangedError, StorageError
 
-HERE = Hosts(None, 9)
+HERE = Hosts(mesh_of(), 9)
 
 HOLDING = """
 import sys

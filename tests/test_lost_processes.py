@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -13,32 +14,44 @@ from fr3e_jax.parallel import waiting
 from fr3e_jax.run.reporter import read_metrics
 from fr3e_jax.run.storage import StorageError, writing
 
-TIMEOUT = 10
+TIMEOUT = 15
 OFTEN = [*SMALL, "--checkpoint.every=1", "--evaluate.every=1"]
 LINE = re.compile(
     r"fr3e_jax\.train: error: process (?P<number>\d) of 2 waited (?P<seconds>\d+) s for the others at "
     r"(?P<place>.+) \(--distributed\.timeout (?P<timeout>\d+)\); one of them is gone or late: .+"
 )
 
-# A run whose process `number` is killed `delay` seconds after it has come to a place for the `count`-th time.
-KILLED = """
-import os, signal, sys, threading
+# A run whose process `number` gets a signal 0.05 s after it has come to a place for the third time: the
+# checkpoint of its first step is whole then, since a save waits for the one before.
+STRUCK = """
+import os, sys, threading, time
+from pathlib import Path
 from fr3e_jax.parallel import waiting
-number, place, count, delay, *sys.argv[1:] = sys.argv[1:]
+number, place, signal, when, *sys.argv[1:] = sys.argv[1:]
+def strike():
+    Path(when).write_text(str(time.time()))
+    os.kill(os.getpid(), int(signal))
 class Trap(list):
     came = 0
     def append(self, entry):
         super().append(entry)
         self.came += entry[0] == place
-        if self.came == int(count) and entry[0] == place:
-            threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if self.came == 3 and entry[0] == place:
+            threading.Timer(0.05, strike).start()
 if os.environ["JAX_PROCESS_ID"] == number:
     waiting.HERE.places = Trap()
 from fr3e_jax.train import main
 main()
 """
-# In or after the third step: the checkpoint of the first is whole, since a save waits for the one before.
-PLACES = {"first_return": 3, "update": 3, "a save": 3, "an evaluation": 4}
+# (where, which process, whether it dies or stands still): each place, by turns the first and the second.
+LOSSES = [
+    ("first_return", 0, signal.SIGKILL),
+    ("update", 1, signal.SIGKILL),
+    ("a save", 0, signal.SIGKILL),
+    ("an evaluation", 1, signal.SIGKILL),
+    ("update", 0, signal.SIGSTOP),
+    ("first_return", 1, signal.SIGSTOP),
+]
 
 
 def start(number, port, *program):
@@ -62,15 +75,27 @@ def assert_says_where(ended, number, places, timeout):
     assert all(place in found["place"] for place in places), said
 
 
-def lose(directory, place, count, dies):
-    """Train in two processes, of which one is killed; the other says where it was."""
-    options = [*OFTEN, "--run_dir", directory, "--distributed.timeout", TIMEOUT]
-    port = free_port()
-    program = ["-c", KILLED, dies, place, count, 0.05, *options]
-    killed, other = ends_of([start(number, port, *program) for number in (dies, 1 - dies)])
-    assert killed[0] == -signal.SIGKILL, killed
+def lose(directory, place, number, how):
+    """Train in two processes, of which one dies or stands still; the other says where it was, in time."""
+    options = [*OFTEN, "--steps=400", "--run_dir", directory, "--distributed.timeout", TIMEOUT]
+    port, when = free_port(), directory.parent / "when.txt"
+    program = ["-c", STRUCK, number, place, int(how), when, *options]
+    struck, other = (start(each, port, *program) for each in (number, 1 - number))
+    try:
+        (ended,) = ends_of([other], 200)
+        after = time.time() - float(when.read_text())
+    finally:
+        struck.kill()
+        struck.communicate()
+    assert after < 3 * TIMEOUT, ended
     # The other may be a little behind or, as saves go on behind the next step, ahead.
-    assert_says_where(other, 1 - dies, [place] if place != "a save" else [], TIMEOUT)
+    places = [place] if how == signal.SIGKILL and place != "a save" else []
+    assert_says_where(ended, 1 - number, places, TIMEOUT)
+
+
+def steps_saved(directory):
+    """Steps of the checkpoints that are whole."""
+    return [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
 
 
 @pytest.mark.slow
@@ -83,15 +108,17 @@ def test_a_process_that_waits_for_one_that_never_comes_says_so(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place, dies", [("first_return", 1), *((p, n % 2) for n, p in enumerate(PLACES))])
-def test_a_process_that_loses_another_says_where_and_the_run_goes_on(tmp_path, place, dies):
-    directory = tmp_path / "run"
-    lose(directory, place, PLACES[place], dies)
-    saved = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
-    again = ends_of(start_pair("train", *OFTEN, "--run_dir", directory))
+def test_a_process_that_loses_another_says_where_and_the_run_goes_on(tmp_path):
+    """A run that loses a process again and again."""
+    directory, reached = tmp_path / "run", 0
+    for loss in LOSSES:
+        lose(directory, *loss)
+        assert max(steps_saved(directory)) > reached, loss
+        reached = max(steps_saved(directory))
+    again = ends_of(start_pair("train", *OFTEN, f"--steps={reached + 1}", "--run_dir", directory))
     assert [code for code, _, _ in again] == [0, 0], again
-    assert f"resumed from the checkpoint of step {max(saved)}" in again[0][1]
-    assert [line["step"] for line in read_metrics(directory)] == [0, 1, 2, 3, 4]
+    assert f"resumed from the checkpoint of step {reached}" in again[0][1]
+    assert [line["step"] for line in read_metrics(directory)] == list(range(reached + 2))
 
 
 GLOO = "UNKNOWN: Gloo all-gather failed: Connection closed by peer [127.0.0.1]:41217"
@@ -178,7 +205,7 @@ def test_jax_has_what_ends_processes_with_the_line():
     from jaxlib import _jax
 
     make = _jax.get_distributed_runtime_client
-    with waiting.told_of_losses():
+    with waiting.reporting_losses():
         assert _jax.get_distributed_runtime_client.keywords == {
             "missed_heartbeat_callback": waiting.HERE.last_words
         }

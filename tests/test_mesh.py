@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 from support import TINY, placement
 
 from fr3e_jax.models.decoder import abstract_params, logical_axes
@@ -25,9 +25,10 @@ def test_a_dimension_that_does_not_divide_is_named_with_sizes_that_would():
 
 
 def placed_shape(name, **sizes):
-    """The placements of a model of the family on a mesh of any size, without devices or memory."""
+    """The placements of a model of the family on a mesh of any size, whose devices repeat, without memory."""
     config = PRESETS[name].config
-    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    mesh = Mesh(np.resize(np.array(jax.devices(), object), shape), MESH_AXES)
     return place_model(mesh, logical_axes(config), abstract_params(config))
 
 

@@ -12,7 +12,7 @@ from support import mesh_of
 from test_habits import rollouts_of
 
 from fr3e_jax.algorithm.explore import keep_trajectories
-from fr3e_jax.config import ConfigError, RewardConfig, check_reward
+from fr3e_jax.config import ConfigError, RewardConfig, check_options
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.pretrained.hub import find_model
@@ -212,8 +212,8 @@ def test_the_accuracy_of_an_evaluation_goes_by_success_at(task, text):
 
 @pytest.mark.parametrize("success_at", [0.0, -1.0, 1.1, float("nan")])
 def test_impossible_marks_are_refused(success_at):
-    with pytest.raises(ConfigError, match=r"reward.success_at is .*, must be above 0 and at most 1"):
-        check_reward(RewardConfig(success_at=success_at))
+    with pytest.raises(ConfigError, match=r"success_at is .*, must be above 0 and at most 1"):
+        check_options(RewardConfig(success_at=success_at))
 
 
 def test_the_examples_of_the_pages_run(tmp_path):

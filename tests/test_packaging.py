@@ -59,6 +59,18 @@ def test_commands_find_their_config_from_any_directory(installed, tmp_path):
     assert "source: word_addition" in shown.stdout, shown.stderr
 
 
+def test_every_shipped_configuration_is_in_the_wheel(installed):
+    """Those in a folder of configs/, which name a base beside it, too."""
+    folder = REPOSITORY / "configs"
+    shipped = {file.relative_to(folder) for file in folder.rglob("*.yaml")}
+    assert any(file.parts[0] == "slices" for file in shipped)
+    inside = installed / "fr3e_jax" / "configs"
+    assert {file.relative_to(inside) for file in inside.rglob("*.yaml")} == shipped
+    assert (inside / "slices" / "qwen2.5_7b_v5e16.yaml").read_text().splitlines()[
+        1
+    ] == "base: ../qwen2.5.yaml"
+
+
 def test_the_shipped_model_is_in_the_wheel_and_small(installed, tmp_path):
     code = (
         "from fr3e_jax.pretrained.hub import find_model; from fr3e_jax.pretrained.text import load_text;"

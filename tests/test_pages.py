@@ -28,8 +28,13 @@ COMMANDS = {
     "generate": (generate.GenerateConfig, None),
     "export": (export.ExportConfig, None),
 }
-BENCHMARKS = {"load": load.load, "rollout": rollout.rollout, "score": score.score, "update": update.update}
-MEASUREMENTS = {"rollout": rollout.MEASUREMENTS, "update": update.MEASUREMENTS}
+BENCHMARKS = {
+    "load": load.measure_loading,
+    "rollout": rollout.rollout,
+    "score": score.measure_scoring,
+    "update": update.update,
+}
+MEASUREMENTS = {"rollout": rollout.ROLLOUT_MEASUREMENTS, "update": update.UPDATE_MEASUREMENTS}
 
 
 def name_of(page):

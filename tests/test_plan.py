@@ -19,25 +19,24 @@ from fr3e_jax.config import Config, ConfigError, LossConfig, MeshConfig, Optimiz
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.state import make_optimizer
-from fr3e_jax.learner.update import Learner
+from fr3e_jax.learner.update import Learner, Prefilled
 from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE, PlacementError
-from fr3e_jax.plan import PLANS, arguments, model_of
-from fr3e_jax.planning.hlo import Program, group_of, valid_pairs
-from fr3e_jax.planning.programs import Compiled, Costs, Setup, Stage, needed_bytes
-from fr3e_jax.planning.report import RESERVE, Phase, Plan, Rates, Seconds, as_json, parts_of, verdict
-from fr3e_jax.planning.topology import (
-    GIB,
-    devices_of,
-    find_slice,
-    laid,
-    lane_of,
-    mesh_sizes,
-    names,
-    run_mesh,
-    warnings_of,
-)
-from fr3e_jax.planning.workload import Assumptions, Chunk, decode_of, lengths_of, work_of
+from fr3e_jax.plan import PLANS, model_of, with_underscores
+from fr3e_jax.planning.as_json import as_json
+from fr3e_jax.planning.compiled import CompiledProgram, requested_bytes
+from fr3e_jax.planning.fit import RESERVE, Plan, memory_parts
+from fr3e_jax.planning.hlo import Program
+from fr3e_jax.planning.hlo_collectives import group_of
+from fr3e_jax.planning.hlo_flops import valid_pairs
+from fr3e_jax.planning.program_costs import Costs
+from fr3e_jax.planning.setup import Setup
+from fr3e_jax.planning.show import conclusion
+from fr3e_jax.planning.slices import GIB, find_slice, slice_names
+from fr3e_jax.planning.stages import Stage
+from fr3e_jax.planning.times import Phase, Rates, Seconds
+from fr3e_jax.planning.topology import devices_of, lane_of, mesh_on, mesh_sizes, mesh_warnings, run_mesh
+from fr3e_jax.planning.workload import Assumptions, Chunk, decode_of, lengths_of, workload_of
 from fr3e_jax.types import Batch, Queries, Trunks
 
 # --- slices
@@ -83,7 +82,7 @@ def test_an_unknown_slice_is_refused_with_those_that_are_near(name, told):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", [n for n in names() if int(n.rpartition("-")[2]) <= 64])
+@pytest.mark.parametrize("name", [n for n in slice_names() if int(n.rpartition("-")[2]) <= 64])
 def test_libtpu_knows_every_slice_with_as_many_chips(name):
     at = find_slice(name)
     devices = devices_of(at)
@@ -117,8 +116,8 @@ def test_axes_are_known_to_be_rings_or_lines_or_neither():
     line = lane_of(part, run_mesh(part, MeshConfig(1, 4, 4)), ("tensor",))
     assert (line.ring, line.hops) == (False, 1)
     assert ring.bandwidth(1.0) == 2 * line.bandwidth(1.0) == 2
-    assert warnings_of(part, run_mesh(part, MeshConfig(1, 4, 4))) == []
-    assert "mesh.fsdp 2" in warnings_of(part, run_mesh(part, MeshConfig(1, 2, 8)))[0]
+    assert mesh_warnings(part, run_mesh(part, MeshConfig(1, 4, 4))) == []
+    assert "mesh.fsdp 2" in mesh_warnings(part, run_mesh(part, MeshConfig(1, 2, 8)))[0]
 
 
 # --- reading programs
@@ -264,7 +263,15 @@ def test_flops_of_a_forward_pass_are_the_models():
 def learner_of(config):
     at = placement(1, 1, 1)
     optimizer = make_optimizer(OptimizerConfig(), logical_axes(config))
-    return Learner(graph_of(config), at, optimizer, LossConfig(), jnp.dtype(jnp.float32), 64, remat=False)
+    return Learner(
+        graph_of(config),
+        at,
+        optimizer,
+        LossConfig(),
+        compute_dtype=jnp.dtype(jnp.float32),
+        logit_chunk=64,
+        remat=False,
+    )
 
 
 def array(dtype, *sizes):
@@ -276,13 +283,13 @@ def test_flops_of_an_update_are_the_models():
     rows, width, trunk = 4, 64, 128
     learner, params = learner_of(WIDE), abstract_params(WIDE)
     trunks = Trunks(array(jnp.int32, 1, 1, trunk), array(jnp.int32, 1, 1))
-    caches, slope = jax.eval_shape(learner.open, params, trunks)
+    caches, cache_gradient = jax.eval_shape(learner.prefill_and_zero_gradient, params, trunks)
     numbers, cells = array(jnp.int32, rows), array(jnp.float32, rows, width + 1)
     chunk = Batch(
         array(jnp.int32, rows, width + 1), numbers, numbers, cells, array(jnp.float32, rows), numbers, numbers
     )
-    told = (learner, params, slope, params, caches, None, None, chunk, array(jnp.float32), trunk)
-    counted = Program(Learner.add_chunk.lower(*told).compile().as_text()).flops()
+    arguments = (learner, params, cache_gradient, Prefilled(params, caches), None, chunk, array(jnp.float32))
+    counted = Program(Learner.add_chunk.lower(*arguments, window=trunk).compile().as_text()).flops()
     tokens = rows * width
     pairs = tokens * (width + trunk)  # what is masked is computed: one block
     layers = WIDE.forward_flops(tokens, 0, 0)
@@ -309,9 +316,9 @@ def test_what_xla_asked_for_is_read_from_its_refusal():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
         "(24.50G) exceeds available HBM (15.75G)."
     )
-    assert needed_bytes(message) == 24.5 * GIB
-    assert needed_bytes("Used 812.00M of 15.75G hbm. Exceeded hbm capacity by") == 812 * 2**20
-    assert needed_bytes("RESOURCE_EXHAUSTED: something else") is None
+    assert requested_bytes(message) == 24.5 * GIB
+    assert requested_bytes("Used 812.00M of 15.75G hbm. Exceeded hbm capacity by") == 812 * 2**20
+    assert requested_bytes("RESOURCE_EXHAUSTED: something else") is None
 
 
 # --- what a step does
@@ -347,23 +354,23 @@ CONFIG = Config(rollout=RolloutConfig(queries=8))
 
 
 def test_a_step_is_longer_and_larger_where_answers_are():
-    short, long = (work_of(CONFIG, 4, Assumptions(response=share)) for share in (0.1, 0.6))
+    short, long = (workload_of(CONFIG, 4, Assumptions(response=share)) for share in (0.1, 0.6))
     assert long.explore.tokens > 2 * short.explore.tokens
     assert long.real > 2 * short.real
     assert long.explore.largest.cache > short.explore.largest.cache
-    worst = work_of(CONFIG, 4, Assumptions(), worst=True)
+    worst = workload_of(CONFIG, 4, Assumptions(), worst=True)
     assert worst.explore.largest.cache > long.explore.largest.cache
     assert worst.explore.tokens == worst.explore.lengths.size * CONFIG.rollout.max_response
 
 
 def test_fewer_accepted_states_take_more_rounds():
-    rounds = [work_of(CONFIG, 4, Assumptions(accepted=share)).rounds for share in (1.0, 0.5, 0.1)]
+    rounds = [workload_of(CONFIG, 4, Assumptions(accepted=share)).rounds for share in (1.0, 0.5, 0.1)]
     assert rounds == [1, 2, 8]
 
 
 def test_rounds_without_positions_have_no_exploration():
     config = dataclasses.replace(CONFIG, explore=dataclasses.replace(CONFIG.explore, positions=0))
-    work = work_of(config, 4, Assumptions())
+    work = workload_of(config, 4, Assumptions())
     assert work.explore is None
     assert work.first_return.lengths.shape == (4, 2, 16)
 
@@ -373,21 +380,23 @@ def test_rounds_without_positions_have_no_exploration():
 
 def plan_of(total, refused=None, held=GIB):
     """A plan whose largest program has so many bytes."""
-    program = Compiled("chunk 2 x 64", 2 * GIB, 0, 0, total - 2 * GIB - held, Costs(), Costs(), 1.0, refused)
+    program = CompiledProgram(
+        "chunk 2 x 64", 2 * GIB, 0, 0, total - 2 * GIB - held, Costs(), Costs(), 1.0, refused
+    )
     stage = Stage("update", program, {"optimizer": held}, {"gradient": 2 * GIB}, chunk=Chunk(2, 64, 64))
     small = dataclasses.replace(
-        stage, phase="explore", program=dataclasses.replace(program, short=None, temporary=0)
+        stage, phase="explore", program=dataclasses.replace(program, refusal=None, temporary=0)
     )
     at, config = find_slice("v5e-4"), dataclasses.replace(CONFIG, steps=7)
     mesh = placement(1, 4, 1).mesh
     phases = [] if refused else [Phase("update", Costs(flops=1e15), Seconds(10, 20, 5, 20))]
-    work = work_of(config, 4, Assumptions())
+    work = workload_of(config, 4, Assumptions())
     return Plan("x", Setup(config, TINY, mesh), at, work, Assumptions(), [small, stage], phases, 2.0)
 
 
 def placed_on(plan, monkeypatch):
     """`plan` where chips have no coordinates."""
-    monkeypatch.setattr("fr3e_jax.planning.report.warnings_of", lambda *_: [])
+    monkeypatch.setattr("fr3e_jax.planning.as_json.mesh_warnings", lambda *_: [])
     return plan
 
 
@@ -396,14 +405,15 @@ def test_a_run_fits_up_to_what_is_kept_free(monkeypatch):
     fits, short = (placed_on(plan_of(size), monkeypatch) for size in (limit, limit + GIB))
     assert fits.fits
     assert not short.fits
-    assert short.short == pytest.approx(GIB)
-    assert verdict(fits)[-1].startswith(("fits: 0.0 GiB", "but if"))
-    told = verdict(short)[-1]
-    assert told.startswith(
+    assert short.missing == pytest.approx(GIB)
+    assert conclusion(fits)[-1].startswith(("fits: 0.0 GiB", "but if"))
+    *_, verdict, alternative = conclusion(short)
+    assert verdict.startswith(
         "does not fit, short by 1.0 GiB (update: chunk 2 x 64); the largest are temporaries"
     )
-    assert "--optimizer.micro_tokens 4096" in told
-    assert "a larger slice" in told
+    assert "--optimizer.micro_tokens 4096" in verdict
+    assert "a larger slice" in verdict
+    assert "by an estimate" in alternative
 
 
 def test_what_xla_refuses_does_not_fit_whatever_its_size():
@@ -415,7 +425,7 @@ def test_what_xla_refuses_does_not_fit_whatever_its_size():
 
 def test_the_parts_of_a_stage_are_all_of_it():
     stage = plan_of(9 * GIB).largest
-    sizes = parts_of(stage)
+    sizes = memory_parts(stage)
     assert sum(sizes.values()) == stage.total == 9 * GIB
     assert sizes["optimizer"] == GIB
     assert sizes["gradient"] == 2 * GIB
@@ -423,7 +433,7 @@ def test_the_parts_of_a_stage_are_all_of_it():
 
 
 def test_what_a_program_is_given_and_does_not_read_is_alive():
-    program = Compiled("open states", 0, GIB, 0, 0, Costs(), Costs(), 1.0)
+    program = CompiledProgram("open states", 0, GIB, 0, 0, Costs(), Costs(), 1.0)
     assert Stage("explore", program, {}, {"sampling copy": 3 * GIB}).total == 4 * GIB
 
 
@@ -440,7 +450,7 @@ def test_a_price_is_told_for_a_thousand_steps(monkeypatch):
 @needs_compiler
 def test_each_of_the_three_can_bound_a_phase():
     at = find_slice("v5e-4")
-    mesh = laid((1, 2, 2), devices_of(at))
+    mesh = mesh_on((1, 2, 2), devices_of(at))
     rates = Rates(at, mesh, Assumptions())
     wire = {("all-gather", ("fsdp",)): 1e12}
     costs = {
@@ -459,7 +469,7 @@ def test_each_of_the_three_can_bound_a_phase():
 
 
 def test_flags_may_be_written_with_dashes():
-    assert arguments(["--price-per-chip-hour", "2", "--topology=v5e-4", "--mesh.fsdp", "-1"]) == [
+    assert with_underscores(["--price-per-chip-hour", "2", "--topology=v5e-4", "--mesh.fsdp", "-1"]) == [
         *("--price_per_chip_hour", "2", "--topology=v5e-4", "--mesh.fsdp", "-1")
     ]
 
@@ -493,13 +503,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, message):
 
 def test_every_planned_preset_is_there_and_has_the_numbers_of_the_release():
     for name in PLANS:
-        config, _ = parse(Config, "plan", f"configs/{name}.yaml", [])
+        config, _ = parse(Config, "plan", f"configs/slices/{name}.yaml", [])
         assert (config.explore.positions, config.explore.rollouts) == (4, 16), name
         assert (config.rollout.base_trajectories, config.optimizer.learning_rate) == (4, 2e-6), name
         assert config.rollout.max_prompt == 1024
         assert config.rollout.max_response == (16384 if "16k" in name else 3072)
         assert config.model.compute_dtype == "bfloat16"
-    files = {path.stem for path in (REPOSITORY / "configs").glob("qwen2.5_*.yaml")}
+    files = {path.stem for path in (REPOSITORY / "configs" / "slices").glob("*.yaml")}
     assert files == set(PLANS)
 
 
@@ -553,7 +563,7 @@ def test_a_run_that_is_too_large_is_told_so_with_exit_code_1():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2.5_0.5b_v5e1", "qwen2.5_7b_v5e16", "qwen2.5_32b_v5p128"])
 def test_shipped_presets_fit_their_slices(name):
-    flags = ("--config", f"configs/{name}.yaml", "--topology", PLANS[name], "--json")
+    flags = ("--config", f"configs/slices/{name}.yaml", "--topology", PLANS[name], "--json")
     told = subprocess.run(**command("plan", *flags), timeout=3600)
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["fits"] is True

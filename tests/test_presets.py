@@ -7,7 +7,7 @@ import pytest
 from environment import REPOSITORY
 
 from fr3e_jax.models.decoder import abstract_params
-from fr3e_jax.models.hf import tensors_of
+from fr3e_jax.models.hf_tensors import tensors_of
 from fr3e_jax.models.presets import PRESETS
 
 

@@ -79,6 +79,7 @@ def logits_of(directory, token, length=None, start=None):
     return logits(read_config(directory), read(directory), token, length, start)
 
 
+@pytest.mark.optimised
 def test_float32_logits_equal_torch(torch_model):
     import torch
 
@@ -94,6 +95,7 @@ def test_float32_logits_equal_torch(torch_model):
 FEW = pytest.mark.parametrize("torch_model", ["qwen2 tied", "qwen3 untied yarn", "llama"], indirect=True)
 
 
+@pytest.mark.optimised
 @FEW
 def test_padding_on_either_side_does_not_change_a_rows_logits(torch_model):
     _, directory = torch_model
@@ -105,6 +107,7 @@ def test_padding_on_either_side_does_not_change_a_rows_logits(torch_model):
     np.testing.assert_allclose(left[15:], short[0], atol=2e-5)
 
 
+@pytest.mark.optimised
 @FEW
 def test_cached_greedy_decoding_equals_generate(torch_model):
     import torch
@@ -155,6 +158,7 @@ def test_yarn_extends_the_context():
     assert dataclasses.replace(config, yarn=yarn, max_position_embeddings=200_000).context == 200_000
 
 
+@pytest.mark.optimised
 def test_rotation_depends_on_the_distance_alone():
     """A property of rotary embeddings, with and without YaRN: scores see how far apart tokens are."""
     rng = np.random.default_rng(0)
@@ -181,6 +185,7 @@ def test_every_parameter_has_as_many_logical_axes_as_dimensions(flags):
     )
 
 
+@pytest.mark.optimised
 def test_a_layer_sees_a_chain_as_it_sees_the_whole():
     """One token against [first part] + [its own] gives the hidden state of a whole forward pass."""
     config = dataclasses.replace(TINY, qkv_bias=False, qk_norm=True)

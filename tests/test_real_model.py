@@ -26,7 +26,7 @@ from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.types import Queries
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.optimised]
 
 WIDTH, NEW = 96, 64
 

@@ -7,14 +7,9 @@ import pytest
 from rich.console import Console
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.evaluation.report import (
-    compare,
-    comparison_table,
-    read_answers,
-    scores_of,
-    summarize,
-    table,
-)
+from fr3e_jax.evaluation.compare import check_comparison, compare, comparison_table
+from fr3e_jax.evaluation.report import table
+from fr3e_jax.evaluation.scores import read_answers, scores_of, summarize
 
 
 def line(benchmark="aime24", problem=0, sample=0, right=True, **more):
@@ -75,7 +70,9 @@ def test_a_last_line_that_was_cut_off_is_dropped(tmp_path, kept):
     whole = path.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     path.write_bytes(whole[: -len(last)] + last[:kept])
-    assert read_answers(path) == lines[:-1]
+    said = []
+    assert read_answers(path, said.append) == lines[:-1]
+    assert said == [f"warning: {path}: the last line, 4, is cut short, and is skipped"]
 
 
 def test_a_last_line_that_was_cut_off_inside_a_letter_is_dropped(tmp_path):
@@ -99,7 +96,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path, damage):
 def test_a_line_that_is_no_answer_is_named(tmp_path, other):
     path = written(tmp_path / "answers.jsonl", answers("aime24", "1"))
     path.write_text(path.read_text() + other + "\n")
-    with pytest.raises(ConfigError, match=r"line 2 .* is no answer"):
+    with pytest.raises(ConfigError, match=r"line 2 .* is (no answer|damaged)"):
         read_answers(path)
 
 
@@ -195,10 +192,10 @@ def test_a_comparison_is_that_of_a_hand_calculation(tmp_path):
     """Six problems that only a gets right: 2 of 64 choices of signs are as far."""
     a = written(tmp_path / "a" / "answers.jsonl", answers("aime24", *["1"] * 6, "0"))
     b = written(tmp_path / "b" / "answers.jsonl", answers("aime24", *["00"] * 6, "00"))
-    (row,) = compare(a, b)
+    (row,) = compare(a, b, anyway=True)
     assert (row["benchmark"], row["problems"], row["a"], row["b"]) == ("aime24", 7, pytest.approx(6 / 7), 0)
     assert row["difference"] == pytest.approx(6 / 7) and row["p"] == 2 / 64 and row["better"] == "a"
-    (back,) = compare(b, a)
+    (back,) = compare(b, a, anyway=True)
     assert back["difference"] == -row["difference"] and back["p"] == row["p"] and back["better"] == "b"
     assert json.loads(json.dumps(row, allow_nan=False)) == row
 
@@ -235,15 +232,54 @@ def test_answers_that_were_asked_in_two_ways_are_not_told_as_one():
         scores_of(lines)
 
 
-def test_a_comparison_says_what_was_asked_otherwise(tmp_path):
-    a = written(tmp_path / "a" / "answers.jsonl", answers("aime24", "1", settings=ASKED))
-    other = ASKED | {"template": "chat", "step": 4}  # whose answers are compared is no difference in asking
+DRAWN = ASKED | {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_response": 64, "seed": 0}
+OTHERWISE = {
+    "template": "chat",
+    "stop": [],
+    "compute_dtype": "bfloat16",
+    "temperature": 0.0,
+    "top_k": 5,
+    "top_p": 0.9,
+    "max_response": 32,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_evaluations_that_were_asked_differently_are_compared_only_on_demand(tmp_path, name):
+    a = written(tmp_path / "a" / "answers.jsonl", answers("aime24", "1", settings=DRAWN))
+    # Whose answers are compared is no difference in asking.
+    other = DRAWN | {name: OTHERWISE[name], "step": 4, "model": "runs/b"}
     b = written(tmp_path / "b" / "answers.jsonl", answers("aime24", "1", settings=other))
-    (row,) = compare(a, b)
-    assert row["differ"] == {"template": ["boxed", "chat"]}
-    text = " ".join(shown(comparison_table([row], "a", "b")).split())
-    assert "asked otherwise: template is 'boxed' for a and 'chat' for b" in text
-    assert "asked otherwise" not in shown(comparison_table(compare(a, a), "a", "b"))
+    ours, theirs = DRAWN[name], OTHERWISE[name]
+    with pytest.raises(ConfigError, match="asked differently") as refused:
+        compare(a, b)
+    assert f"{name} is {ours!r} here and {theirs!r} there (aime24)" in str(refused.value)
+    assert "--compare_anyway" in str(refused.value)
+    planned = {"aime24": only(read_answers(a)).how_asked}
+    with pytest.raises(ConfigError, match="asked differently"):
+        check_comparison(b.parent, planned, anyway=False)
+    check_comparison(b.parent, planned, anyway=True)
+    (row,) = compare(a, b, anyway=True)
+    assert row["differ"] == {name: [ours, theirs]}
+    text = " ".join(shown(comparison_table([row], "a", "b"), width=300).split())
+    assert f"asked differently: {name} is {ours!r} for a and {theirs!r} for b" in text
+    assert "asked differently" not in shown(comparison_table(compare(a, a), "a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        (["11", "00"], "samples is 1 here and 2 there"),
+        (["1"], "problems is '2 (1 in common)' here and '1 (1 in common)' there"),
+    ],
+)
+def test_other_samples_and_other_problems_are_refused(tmp_path, theirs, said):
+    a = written(tmp_path / "a" / "answers.jsonl", answers("aime24", "1", "0"))
+    b = written(tmp_path / "b" / "answers.jsonl", answers("aime24", *theirs))
+    with pytest.raises(ConfigError) as refused:
+        compare(a, b)
+    assert said in str(refused.value)
 
 
 def test_few_problems_decide_nothing(tmp_path):
@@ -261,7 +297,7 @@ def test_problems_of_all_benchmarks_together_decide_what_each_does_not(tmp_path)
     b = written(
         tmp_path / "b" / "answers.jsonl", answers("aime24", *["00"] * 4) + answers("amc23", *["0"] * 4)
     )
-    *each, together = compare(a, b)
+    *each, together = compare(a, b, anyway=True)
     assert [(row["p"], row["better"]) for row in each] == [(2 / 16, "undecided")] * 2
     assert (together["benchmark"], together["problems"]) == ("all", 8)
     assert (together["p"], together["better"], together["difference"]) == (2 / 256, "a", 1)
@@ -271,7 +307,7 @@ def test_what_both_have_is_compared(tmp_path):
     """b has fewer problems, and a benchmark of its own; only problems 0 and 1 count."""
     a = written(tmp_path / "a" / "answers.jsonl", answers("aime24", "1", "0", "1", "1"))
     b = written(tmp_path / "b" / "answers.jsonl", answers("amc23", "1") + answers("aime24", "0", "0"))
-    (row,) = compare(a, b)
+    (row,) = compare(a, b, anyway=True)
     assert (row["problems"], row["a"], row["b"]) == (2, 0.5, 0)
 
 
@@ -280,7 +316,7 @@ def test_problems_are_paired_by_their_numbers(tmp_path):
     lines = answers("aime24", "1", "0", "1")
     a = written(tmp_path / "a" / "answers.jsonl", lines)
     b = written(tmp_path / "b" / "answers.jsonl", [lines[2], lines[0]])
-    (row,) = compare(a, b)
+    (row,) = compare(a, b, anyway=True)
     assert (row["problems"], row["a"], row["b"], row["p"]) == (2, 1, 1, 1)
 
 
@@ -289,8 +325,10 @@ def test_evaluations_of_other_problems_are_not_compared(tmp_path, other):
     lines = answers("aime24", "1", "0")
     a = written(tmp_path / "a" / "answers.jsonl", lines)
     b = written(tmp_path / "b" / "answers.jsonl", [lines[0], lines[1] | other])
-    with pytest.raises(ConfigError, match="evaluations differ: problem 1 of aime24"):
+    with pytest.raises(ConfigError, match=r"problems is '2 \(1 in common\)' here"):
         compare(a, b)
+    (row,) = compare(a, b, anyway=True)
+    assert row["problems"] == 1
 
 
 @pytest.mark.parametrize("there", [[], answers("amc23", "1")])
@@ -299,7 +337,7 @@ def test_evaluations_with_nothing_in_common_are_not_compared(tmp_path, there):
     with pytest.raises(ConfigError, match="no benchmark in common"):
         compare(a, written(tmp_path / "b" / "answers.jsonl", there))
     with pytest.raises(ConfigError, match="no problem of aime24 in common"):
-        compare(a, written(tmp_path / "b" / "answers.jsonl", [line(problem=5)]))
+        compare(a, written(tmp_path / "b" / "answers.jsonl", [line(problem=5)]), anyway=True)
 
 
 def test_the_table_of_a_comparison_has_its_numbers(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fr3e_jax.engine import seats
-from fr3e_jax.engine.seats import TILE, Ladder, bucket, first_slots, take_seats
+from fr3e_jax.engine.seats import TILE, Ladder, first_slots, schedule, take_seats
 
 
 @st.composite
@@ -68,12 +68,6 @@ def test_the_width_of_groups_follows_from_the_rows_as_long_as_trajectories_are_n
                 trajectory[rng.permutation(20)[:count]] = True
         widths.add(take_seats(running, 40).group.shape[2])
     assert widths == {12}
-
-
-def test_buckets_are_two_to_a_doubling_and_hold_the_count():
-    sizes = sorted({bucket(count) for count in range(1, 300)})
-    assert sizes == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384]
-    assert all(bucket(count) == min(size for size in sizes if size >= count) for count in range(1, 300))
 
 
 @given(st.integers(1, 40_000))
@@ -156,31 +150,23 @@ def test_a_full_cache_all_of_whose_rows_run_grows_and_otherwise_is_divided_anew(
 
 
 def decode(length, max_new):
-    """Follow `Engine.decode` for one part: rows x steps, programs and the most cache at a time.
+    """Follow the schedule of one part token by token: rows x steps, programs and the most cache at a time.
 
     Args:
       length: int [n, C], tokens that each branch will draw.
     """
-    rows, slots, slot = length.size, first_slots(max_new), 0
-    ladder = Ladder(rows, slots, max_new)
-    work, peak, programs = 0, rows * slots, {("open",)}
-    origin, before, width = False, rows, take_seats(length[None] > 0, rows).group.shape[2]
+    legs = schedule((1, *length.shape), first_slots(max_new), max_new)
+    leg, filled, work, peak, programs = next(legs), 0, 0, 0, {("open",)}
     while True:
-        programs.add((origin, before, rows, slots, width))
-        leave, until = ladder.below(rows), min(slots, max_new)
-        while (length > slot).sum() > leave and slot < until:
-            slot += 1
-            work += rows
-        running = length > slot
-        if not running.any():
+        programs.add((leg.moves, leg.before, leg.rows, leg.slots, leg.seats.group.shape[2]))
+        peak = max(peak, leg.cache)
+        while (length > filled).sum() > leg.leave and filled < leg.until:
+            filled += 1
+            work += leg.rows
+        try:
+            leg = legs.send((length[None] > filled, filled))
+        except StopIteration:
             return work, programs, peak
-        origin, before = False, rows
-        shape = ladder.next(int(running.sum()), rows, slots, slot == slots)
-        if shape != (rows, slots):
-            if shape[0] * shape[1] != rows * slots:
-                peak = max(peak, rows * slots + shape[0] * shape[1])  # both exist while one is filled
-            rows, slots = shape
-            origin, width = True, take_seats(running[None], rows).group.shape[2]
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -79,9 +79,15 @@ def test_the_shipped_config_says_how_the_shipped_model_was_made():
     config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml", [])
     shipped = find_model("quickstart")
     vocabulary = len(load_text(shipped, "plain").tokenizer)
-    heads = config.num_attention_heads, config.num_key_value_heads
-    sizes = config.intermediate_size, vocabulary, config.max_position_embeddings
-    assert read_config(shipped) == small(config.hidden_size, config.num_hidden_layers, *heads, *sizes)
+    assert read_config(shipped) == small(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        intermediate=config.intermediate_size,
+        vocab=vocabulary,
+        context=config.max_position_embeddings,
+    )
 
 
 @pytest.fixture(scope="module")

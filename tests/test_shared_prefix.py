@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from support import TINY, examples, placement, tiny_params
+from support import TINY, examples, logits, placement, tiny_params
 
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.layout import bundles_of
@@ -63,7 +62,15 @@ def groups(states, rollouts, rng):
 def learner(mesh=(1, 1, 1), remat=False, dtype=jnp.float32, **loss):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_updates=0), AXES)
     objective = LossConfig(clip_low=0.22, clip_high=0.28, **loss)
-    return Learner(graph_of(TINY), placement(*mesh), optimizer, objective, dtype, 8, remat)
+    return Learner(
+        graph_of(TINY),
+        placement(*mesh),
+        optimizer,
+        objective,
+        compute_dtype=dtype,
+        logit_chunk=8,
+        remat=remat,
+    )
 
 
 def gradient(found, shared, budget=64, reference=None, mesh=(1, 1, 1), **options):
@@ -81,6 +88,7 @@ def assert_same(ours, theirs):
         assert np.abs(a - b).max() <= 1e-5 * largest + rounding, (jax.tree_util.keystr(path), largest)
 
 
+@pytest.mark.optimised
 @examples(4)
 @given(minibatches(), st.sampled_from([16, 1000]))
 def test_loss_and_every_gradient_leaf_equal_the_flat_forms(found, budget):
@@ -118,6 +126,7 @@ def one_minibatch(seed=0):
     return groups(states, 4, rng)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
 def test_trees_dealt_out_over_a_mesh_give_the_same_gradient(mesh):
     theirs, expected = gradient(one_minibatch(), False)
@@ -126,6 +135,7 @@ def test_trees_dealt_out_over_a_mesh_give_the_same_gradient(mesh):
     np.testing.assert_allclose(told["loss"], expected["loss"], rtol=1e-5)
 
 
+@pytest.mark.optimised
 def test_parameters_after_a_step_of_adamw_are_those_of_the_flat_form():
     found, after = one_minibatch(), []
     own = learner()
@@ -141,6 +151,7 @@ def test_parameters_after_a_step_of_adamw_are_those_of_the_flat_form():
         np.testing.assert_allclose(a[sure], b[sure], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.optimised
 def test_in_bfloat16_the_error_is_no_larger_than_the_flat_forms():
     def error(shared, seed):
         exact, _ = gradient(one_minibatch(seed), False)
@@ -181,13 +192,15 @@ def test_the_second_epoch_is_clipped_and_the_first_is_not():
 
 
 def logprobs(bundle, chunk):
-    """Log-probabilities [rows, T] of a chunk under PARAMS, row by row from the whole sequence."""
-    model, found = nnx.merge(graph_of(TINY), jax.tree.map(jnp.asarray, PARAMS)), np.zeros(chunk.token.shape)
-    for i, (trunk, prefix) in enumerate(zip(chunk.trunk, chunk.prefix, strict=True)):
-        before = bundle.trunks.token[0, trunk, :prefix]
-        token = np.concatenate([before, chunk.token[i]])
-        size = len(token)
-        logits = model.logits(model(jnp.asarray(token), jnp.arange(size), jnp.int32(size))[0])
-        logprob = jax.nn.log_softmax(logits[:-1])[jnp.arange(size - 1), token[1:]]
-        found[i, 1:] = np.asarray(logprob)[len(before) :]
-    return found.astype(np.float32)
+    """Log-probabilities [rows, T] of a chunk under PARAMS, from whole sequences padded to one length."""
+    found, trunks = np.zeros(chunk.token.shape, np.float32), bundle.trunks.token[0]
+    rows = [
+        np.concatenate([trunks[trunk, :prefix], token])
+        for trunk, prefix, token in zip(chunk.trunk, chunk.prefix, chunk.token, strict=True)
+    ]
+    whole = np.stack([np.pad(row, (0, 64 - len(row))) for row in rows])
+    logprob = np.asarray(jax.nn.log_softmax(logits(TINY, PARAMS, whole, list(map(len, rows)))))
+    for i, (row, prefix) in enumerate(zip(rows, chunk.prefix, strict=True)):
+        place = np.arange(prefix, len(row) - 1)
+        found[i, 1:] = logprob[i, place, row[place + 1]]
+    return found

@@ -68,7 +68,7 @@ def assert_close(got, expected, tolerance=2e-5):
     ],
 )
 def test_output_and_gradients_are_those_of_plain_attention(monkeypatch, length, real, slots, seen, sizes):
-    monkeypatch.setattr("fr3e_jax.models.splash.BLOCK", 128)  # so that there are several
+    monkeypatch.setattr("fr3e_jax.models.splash.SPLASH_BLOCK", 128)  # so that there are several
     index = jnp.arange(length)
     mask = (real[0] <= index) & (index < real[1])
     inputs = inputs_of(length, slots, **sizes)

@@ -203,7 +203,15 @@ SETTINGS = OptimizerConfig(learning_rate=1e-2, warmup_updates=4, max_grad_norm=0
 @functools.cache
 def learner(moments="float32"):
     optimizer = make_optimizer(dataclasses.replace(SETTINGS, moments=moments), AXES)
-    return Learner(graph_of(TINY), placement(), optimizer, LossConfig(), jnp.float32, WIDTH, False)
+    return Learner(
+        graph_of(TINY),
+        placement(),
+        optimizer,
+        LossConfig(),
+        compute_dtype=jnp.float32,
+        logit_chunk=WIDTH,
+        remat=False,
+    )
 
 
 def fresh(moments="float32"):
@@ -320,3 +328,23 @@ def test_loss_and_every_element_of_the_gradient_decide(loss, element, skipped):
     assert bool(metrics["skipped"]) == skipped
     assert (bits(stepped) == bits(state)) == skipped
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(stepped))
+
+
+def test_optax_skips_the_same_gradients_but_not_the_same_updates():
+    """optax.apply_if_finite agrees on nan and inf; it knows no loss, and lets a norm overflow."""
+    optimizer, params = make_optimizer(SETTINGS, ONE), {"w": jnp.ones(3)}
+    theirs = optax.apply_if_finite(optimizer, max_consecutive_errors=9)
+
+    def both(*updates):
+        """Parameters after gradients of these elements, with these losses: ours, and those of optax."""
+        state, other, moments = TrainState(params, optimizer.init(params)), params, theirs.init(params)
+        for element, loss in updates:
+            gradient = {"w": jnp.array([1.0, element, -2.0])}
+            state, _ = apply_gradient(optimizer, state, gradient, jnp.float32(loss))
+            change, moments = theirs.update(gradient, moments, other)
+            other = optax.apply_updates(other, change)
+        return bits(state.params) == bits(other)
+
+    assert both((1.0, 0.5), (np.nan, 0.5), (3.0, 0.5), (np.inf, 0.5), (np.inf, 0.5), (-1.0, 0.5))
+    assert not both((1.0, 0.5), (2.0, np.nan))
+    assert not both((1.0, 0.5), (1e30, 0.5))

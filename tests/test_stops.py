@@ -20,7 +20,7 @@ from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.stops import is_complete, state_after, states_along
 from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
-from fr3e_jax.pretrained.stops import before_stop, cut, make_table, token_bytes
+from fr3e_jax.pretrained.stops import before_stop, cut_answer, make_table, token_bytes
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.types import Queries, States
 
@@ -97,7 +97,7 @@ def test_the_bytes_of_tokens_that_begin_words_hold_their_space():
 def test_an_answer_is_cut_before_the_first_stop_text(pieces, stop, kept, text):
     vocabulary = sorted({piece.encode() for piece in pieces})
     numbers = [vocabulary.index(piece.encode()) for piece in pieces]
-    count, tail = cut(vocabulary, numbers, stop)
+    count, tail = cut_answer(vocabulary, numbers, stop)
     assert count == kept
     assert b"".join(vocabulary[i] for i in numbers[:kept]).removesuffix(tail).decode() == text
 
@@ -142,8 +142,8 @@ def sampled(letters, mesh, stops, states=None):
     rollouts, caches, _ = engine.first_return(params, queries, key, 0, 32, policy)
     if states is None:
         return jax.device_get(rollouts)
-    told = (params, queries, caches, place.place_rows(states), key, 0, 32, policy)
-    return jax.device_get(engine.explore(*told)[0])
+    how = {"seed_key": key, "step": 0, "rollouts": 32, "sampling": policy}
+    return jax.device_get(engine.explore(params, queries, caches, place.place_rows(states), **how)[0])
 
 
 def text_of(letters, tokens):

@@ -1,10 +1,12 @@
 """Benchmarks by name."""
 
+import dataclasses
+
 import pytest
 from environment import REPOSITORY
 
-from fr3e_jax.config import ConfigError
-from fr3e_jax.evaluation.suites import BENCHMARKS, benchmarks_of, markdown
+from fr3e_jax.config import ConfigError, SourceConfig
+from fr3e_jax.evaluation.suites import BENCHMARKS, benchmarks_of, markdown, source_of
 from fr3e_jax.problems.corpus import judging_source
 from fr3e_jax.problems.datasets import DATASETS
 from fr3e_jax.problems.sources import filled, known_files
@@ -19,6 +21,7 @@ def test_the_math_suite_samples_small_benchmarks_and_asks_large_ones_once():
     assert {name: how for name, _, *how in asked("math")} == {
         "aime24": list(sampled),
         "aime25": list(sampled),
+        "aime26": list(sampled),
         "amc23": list(sampled),
         "math500": list(greedy),
         "minerva": list(greedy),
@@ -65,7 +68,7 @@ def test_another_data_set_is_asked_of_its_test_split():
 
 def test_benchmarks_suites_and_sources_go_together():
     names = [b.name for b in benchmarks_of("own.jsonl,math,gym:chain_sum")]
-    assert names[0] == "own" and names[1] == "aime24" and names[-1] == "gym:chain_sum" and len(names) == 11
+    assert names[0] == "own" and names[1] == "aime24" and names[-1] == "gym:chain_sum" and len(names) == 12
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,35 @@ def test_two_benchmarks_of_one_name_are_refused(suite):
         benchmarks_of(suite)
 
 
+def test_a_list_names_benchmarks_and_sources_with_settings_of_their_own():
+    sources = [SourceConfig("amc23"), SourceConfig("own.csv", prompt="q", scorer="exact")]
+    plain, own, hub = benchmarks_of([*sources, SourceConfig("Org/Name", split="validation")])
+    assert (plain.name, plain.samples, plain.columns) == ("amc23", 32, None)
+    assert (own.name, own.samples) == ("own", 1)
+    assert source_of(own, None) == dataclasses.replace(sources[1], split="test")
+    assert source_of(hub, None).split == "validation"
+    (named,) = benchmarks_of([SourceConfig("math500", where={"level": [5]})])
+    assert source_of(named, "copy.jsonl") == SourceConfig("math500", file="copy.jsonl", where={"level": [5]})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (SourceConfig("own.csv", weight=2), "own.csv of the suite has a weight"),
+        (SourceConfig("math", prompt="q"), "math is a suite, and takes no prompt"),
+    ],
+)
+def test_settings_that_a_suite_does_not_read_are_refused(source, message):
+    with pytest.raises(ConfigError, match=message):
+        benchmarks_of([source])
+
+
+def test_a_scorer_that_is_not_there_is_refused_with_those_that_are():
+    (own,) = benchmarks_of([SourceConfig("own.csv", scorer="maths")])
+    with pytest.raises(ConfigError, match=r"scorer of source own.csv is 'maths'; choose one of"):
+        source_of(own, None)
+
+
 def test_the_table_says_how_each_is_asked():
     lines = markdown().splitlines()
     rows = {
@@ -99,7 +131,7 @@ def test_the_table_says_how_each_is_asked():
     }
     assert rows["aime24"][:3] == ["AIME 2024", "32", "1"] and "DAPO" in rows["aime24"][3]
     assert rows["math500"][:3] == ["MATH-500", "1", "0"] and "Qwen2.5-Math" in rows["math500"][3]
-    assert {len(line.split("|")) for line in lines} == {7} and len(lines) == 11
+    assert {len(line.split("|")) for line in lines} == {7} and len(lines) == 12
 
 
 def test_the_page_of_evaluation_has_the_table_of_the_benchmarks():

@@ -14,10 +14,10 @@ import yaml
 from etils import epath
 from support import SMALL, call, command, metrics, placement, read, run
 
-from fr3e_jax.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig
+from fr3e_jax.cli import parse
+from fr3e_jax.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, resolve
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
-from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.parallel.hosts import Hosts
@@ -26,9 +26,8 @@ from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.rewards.rules import scorer_of
-from fr3e_jax.run.jsonl import to_line
 from fr3e_jax.run.lock_file import LOCK_FILE
-from fr3e_jax.run.reporter import read_metrics, step_line
+from fr3e_jax.run.reporter import read_metrics
 from fr3e_jax.run.run_dir import (
     begun_anew,
     completed,
@@ -36,10 +35,6 @@ from fr3e_jax.run.run_dir import (
     refuse_other_settings,
     what_may_change,
 )
-from fr3e_jax.step.metrics import summarize
-from fr3e_jax.step.update import skipped_in_a_row
-
-slow = pytest.mark.slow
 
 
 def test_a_run_tells_what_it_did(whole_run):
@@ -79,31 +74,33 @@ def test_samples_show_states_with_rewards_between(whole_run):
         assert not wrong.endswith(f";={sample['answer']}")
 
 
-@pytest.mark.parametrize("checkpoint", [pytest.param(None, marks=slow), 1, pytest.param(3, marks=slow)])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole_run, tmp_path, checkpoint):
-    """Killed before its first checkpoint, or as soon as that of a step is there."""
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_goes_on_as_if_nothing_had_happened(whole_run, tmp_path):
+    """Before its first checkpoint, and as soon as those of steps 1 and 3 are there."""
     directory, often = tmp_path / "run", "--checkpoint.every=1"
-    process = subprocess.Popen(**command("train", *SMALL, often, "--run_dir", directory))
-    reached = directory / ("metrics.jsonl" if checkpoint is None else f"checkpoints/{checkpoint}")
-    deadline = time.monotonic() + 300
-    while not (reached.exists() and metrics(directory)):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL  # it had not come to its end
+    for reached in ("metrics.jsonl", "checkpoints/1", "checkpoints/3"):
+        process = subprocess.Popen(**command("train", *SMALL, often, "--run_dir", directory))
+        deadline = time.monotonic() + 300
+        while not ((directory / reached).exists() and metrics(directory)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL  # it had not come to its end
     again = run("train", *SMALL, often, "--run_dir", directory)
     assert again.returncode == 0, again.stderr
-    assert ("resumed from the checkpoint of step" in again.stdout) == (checkpoint is not None)
+    assert "resumed from the checkpoint of step" in again.stdout
+    assert f"left by train, process {process.pid} on " in again.stdout and "taken over" in again.stdout
+    assert not (directory / LOCK_FILE).exists()
     assert metrics(directory) == metrics(whole_run[0])
     ours, theirs = ((d / "model" / "model.safetensors").read_bytes() for d in (directory, whole_run[0]))
     assert ours == theirs
 
 
 def test_the_resumed_steps_carried_states(whole_run):
-    """So that the tests above prove that what is carried over survives."""
+    """So that the tests of runs that go on prove that what is carried over survives."""
     carried = {line["step"]: line["states/carried"] for line in metrics(whole_run[0])[1:]}
-    assert carried[1] > 0 and carried[3] > 0
+    assert carried[1] > 0 and carried[2] > 0 and carried[3] > 0
 
 
 def test_a_finished_run_is_not_run_again(whole_run, tmp_path):
@@ -167,11 +164,21 @@ def test_a_run_is_not_resumed_with_other_settings(whole_run):
     assert "holds a run" in refused.stderr
 
 
+MORE_AND_LESS = [
+    *SMALL,
+    *("--steps=5", "--optimizer.micro_tokens=64", "--optimizer.remat=true", "--credit.max_rounds=20"),
+]
+
+
+def test_a_run_may_have_more_steps_and_less_memory_than_it_began_with(whole_run):
+    config = resolve(parse(Config, "train", "configs/quickstart.yaml", MORE_AND_LESS)[0])
+    assert refuse_other_settings(dataclasses.replace(config, run_dir=str(whole_run[0]))) is None
+
+
+@pytest.mark.slow
 def test_a_run_may_be_resumed_with_more_steps_and_less_memory(whole_run, tmp_path):
-    directory = tmp_path / "run"
-    shutil.copytree(whole_run[0], directory)
-    flags = ["--steps=5", "--optimizer.micro_tokens=64", "--optimizer.remat=true", "--credit.max_rounds=20"]
-    done = run("train", *SMALL, *flags, "--run_dir", directory)
+    directory = shutil.copytree(whole_run[0], tmp_path / "run")
+    done = run("train", *MORE_AND_LESS, "--run_dir", directory)
     assert done.returncode == 0, done.stderr
     assert metrics(directory)[:4] == metrics(whole_run[0])[:4]
     assert metrics(directory)[-1]["step"] == 5
@@ -203,7 +210,7 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
     assert right / 32 == metrics(whole_run[0])[-1]["eval/accuracy"]
 
 
-@slow
+@pytest.mark.slow
 def test_the_quickstart_learns(tmp_path):
     """Its first four steps gain the 30 points of held-out accuracy that all sixteen promise."""
     done = run("train", "--steps=4", "--evaluate.every=0", "--run_dir", tmp_path / "run")
@@ -213,7 +220,7 @@ def test_the_quickstart_learns(tmp_path):
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.3
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "grpo++"])
 def test_the_baselines_run_from_the_same_code(tmp_path, algorithm):
     done = run("train", *SMALL, "--steps=2", "--algorithm", algorithm, "--run_dir", tmp_path / "run")
@@ -225,7 +232,7 @@ def test_the_baselines_run_from_the_same_code(tmp_path, algorithm):
     assert (last.get("states/rejected", 0) > 0) == (algorithm == "grpo++")
 
 
-@slow
+@pytest.mark.slow
 def test_the_released_settings_and_kl_run(tmp_path):
     options = [
         "--steps=2",
@@ -295,94 +302,6 @@ def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
 
 
-# --- updates that are skipped
-
-
-def updates_of(*losses):
-    """Metrics of updates; a loss of nan is that of a skipped one."""
-    bad = np.isnan(losses)
-    return [
-        {"loss": np.float32(x), "ratio_max": np.float32(3 * x), "skipped": np.float32(b)}
-        for x, b in zip(losses, bad, strict=True)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("before", "losses", "limit", "count"),
-    [
-        (0, (1, np.nan, np.nan), 5, 2),
-        (2, (np.nan, np.nan), 5, 4),
-        (4, (1, np.nan), 5, 1),
-        (4, (np.nan, 1), 5, 5),  # reached, whatever comes after it
-        (0, (np.nan, np.nan, np.nan, 1), 2, 2),
-        (4, (1,), 5, 0),
-        (0, (np.nan,), 1, 1),
-        (4, (np.nan,), 3, 5),  # the limit was lowered when the run was resumed
-    ],
-)
-def test_skipped_updates_are_counted_in_a_row_across_steps(before, losses, limit, count):
-    assert skipped_in_a_row(before, updates_of(*losses), limit) == count
-
-
-def test_of_skipped_updates_only_the_number_is_told():
-    told = summarize([], updates_of(2.0, np.nan, 4.0, np.nan))
-    assert told == {"update/loss": 3.0, "update/ratio_max": 12.0, "update/skipped": 2}
-    assert summarize([], updates_of(np.nan)) == {"update/skipped": 1}
-    json.loads(to_line(told), parse_constant=pytest.fail)  # NaN is no JSON
-    assert "updates skipped: 2" in step_line({"step": 3, **told})
-    assert "skipped" not in step_line({"step": 3, **summarize([], updates_of(1.0))})
-
-
-@pytest.fixture
-def run_spoiled(monkeypatch):
-    """A run of three steps of two updates, of which those with an x have advantages of nan."""
-    minibatches = groups.minibatches
-
-    def start(updates, *flags):
-        marks = iter(updates)
-
-        def spoiled(*arguments):
-            for part in minibatches(*arguments):
-                bad = next(marks, ".") == "x"
-                yield dataclasses.replace(part, advantage=part.advantage * (np.nan if bad else 1))
-
-        monkeypatch.setattr(groups, "minibatches", spoiled)
-        return call("train", *SMALL, "--steps=3", "--evaluate.every=0", *flags)
-
-    return start
-
-
-@slow
-def test_a_run_goes_on_after_a_skipped_update_at_the_rate_where_it_was(run_spoiled, tmp_path):
-    flags = ["--optimizer.schedule=linear", "--optimizer.warmup_updates=2", "--optimizer.learning_rate=1e-4"]
-    done = run_spoiled(".x", *flags, "--run_dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    lines = read_metrics(tmp_path / "run")[1:]
-    assert [line["update/skipped"] for line in lines] == [1, 0, 0]
-    # Of the rates 1/2, 1, 1, 3/4, 1/2, 1/4 the second waits for the second update that is taken.
-    rates = [line["update/learning_rate"] for line in lines]
-    np.testing.assert_allclose(rates, 1e-4 * np.array([0.5, 1.0, 0.625]), rtol=1e-6)
-    assert all(np.isfinite(line["update/loss"]) for line in lines)
-    assert "updates skipped: 1" in done.stdout
-
-
-@pytest.mark.slow
-def test_a_run_whose_updates_are_all_skipped_ends_and_may_be_resumed(run_spoiled, tmp_path):
-    flags = ["--optimizer.max_skipped=3", "--run_dir", tmp_path / "run"]
-    ended = run_spoiled("xxx.", *flags)  # over two steps, before an update that is fine
-    assert ended.returncode == 1
-    assert len(ended.stderr.splitlines()) == 1
-    assert "step 2: 3 updates in a row were skipped" in ended.stderr
-    assert "optimizer.learning_rate" in ended.stderr and "optimizer.max_skipped" in ended.stderr
-    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert not (tmp_path / "run" / "model").exists()
-    # It goes on with the third step, and counts from 0.
-    again = run_spoiled("xx", *flags)
-    assert again.returncode == 0, again.stderr
-    assert "resumed from the checkpoint of step 2" in again.stdout
-    assert [line["update/skipped"] for line in read_metrics(tmp_path / "run")[1:]] == [2, 1, 2]
-
-
 def test_a_run_whose_rate_decays_is_not_resumed_with_more_steps(tmp_path):
     for schedule in ("constant", "linear", "cosine"):
         settings = OptimizerConfig(schedule=schedule)
@@ -409,7 +328,7 @@ def sums(file, count, first):
     return file
 
 
-@slow
+@pytest.mark.slow
 def test_a_run_on_a_file_goes_on_where_it_was_killed_and_not_with_another_file(tmp_path):
     flags = [*SMALL, "--data.source", sums(tmp_path / "sums.jsonl", 300, 0), "--scoring.workers=1"]
     whole = run("train", *flags, "--steps=2", "--run_dir", tmp_path / "whole")
@@ -419,7 +338,7 @@ def test_a_run_on_a_file_goes_on_where_it_was_killed_and_not_with_another_file(t
     half = run("train", *flags, "--steps=1", "--checkpoint.every=1", "--run_dir", tmp_path / "half")
     assert half.returncode == 0, half.stderr
     sums(tmp_path / "sums.jsonl", 300, 1)
-    refused = run("train", *flags, "--steps=2", "--run_dir", tmp_path / "half")
+    refused = call("train", *flags, "--steps=2", "--run_dir", tmp_path / "half")
     assert refused.returncode == 2 and "are not those that" in refused.stderr
     sums(tmp_path / "sums.jsonl", 300, 0)
     after = run("train", *flags, "--steps=2", "--run_dir", tmp_path / "half")

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 from support import TINY, tiny_params, two_processes, write
 
-from fr3e_jax.pretrained.weights import INDEX_FILE
+from fr3e_jax.pretrained.safetensors_files import INDEX_FILE
 
 CONFIG = dataclasses.replace(TINY, tie_word_embeddings=False)
 
@@ -22,7 +22,7 @@ directory, root, port, number = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
 
-from fr3e_jax.pretrained import weights
+from fr3e_jax.pretrained import weights, write_weights
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.decoder import abstract_params, logical_axes
@@ -30,7 +30,7 @@ from fr3e_jax.parallel.mesh import MESH_AXES, place_model
 from test_two_processes import MESHES
 
 seen, written = [], []
-read_tensor, save_file = weights.BlockReader.read_tensor, weights.save_file
+read_tensor, save_file = weights.Source.read_tensor, write_weights.save_file
 def counting(self, *arguments):
     piece = read_tensor(self, *arguments)
     seen.append(piece.size)
@@ -38,7 +38,7 @@ def counting(self, *arguments):
 def noting(tensors, file, **options):
     written.append(file.name)
     save_file(tensors, file, **options)
-weights.BlockReader.read_tensor, weights.save_file = counting, noting
+weights.Source.read_tensor, write_weights.save_file = counting, noting
 
 config = read_config(Path(directory))
 axes, shapes = logical_axes(config), abstract_params(config)

@@ -81,7 +81,15 @@ def min_of(a, b):
 
 
 def learner(mesh=(1, 1, 1), chunk=WIDTH, remat=False, loss=LOSS, optimizer=None):
-    return Learner(GRAPH, placement(*mesh), optimizer or optax.sgd(1.0), loss, jnp.float32, chunk, remat)
+    return Learner(
+        GRAPH,
+        placement(*mesh),
+        optimizer or optax.sgd(1.0),
+        loss,
+        compute_dtype=jnp.float32,
+        logit_chunk=chunk,
+        remat=remat,
+    )
 
 
 def gradient(batch, parts=1, mesh=(1, 1, 1), reference=None, **options):
@@ -93,8 +101,10 @@ def gradient(batch, parts=1, mesh=(1, 1, 1), reference=None, **options):
 
 @functools.cache
 def expected():
-    value, slope = jax.value_and_grad(reference_loss)(jax.tree.map(jnp.asarray, PARAMS), make_batch())
-    return float(value), jax.device_get(slope)
+    value, expected_gradient = jax.value_and_grad(reference_loss)(
+        jax.tree.map(jnp.asarray, PARAMS), make_batch()
+    )
+    return float(value), jax.device_get(expected_gradient)
 
 
 def assert_same(ours, theirs, atol=1e-6):
@@ -103,40 +113,47 @@ def assert_same(ours, theirs, atol=1e-6):
     chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_loss_and_gradient_equal_the_plain_form_for_any_number_of_chunks(parts):
     ours, metrics = gradient(make_batch(), parts)
-    value, slope = expected()
+    value, expected_gradient = expected()
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5, atol=1e-6)
-    assert_same(ours, slope)
+    assert_same(ours, expected_gradient)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("options", [{"chunk": 4}, {"chunk": 7}, {"chunk": 8, "remat": True}])
 def test_chunks_of_logits_and_recomputed_layers_do_not_change_the_gradient(options):
     ours, _ = gradient(make_batch(), 2, **options)
     assert_same(ours, expected()[1])
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2)])
 def test_loss_and_gradient_do_not_depend_on_the_mesh(mesh):
     ours, metrics = gradient(make_batch(), 1, mesh)
-    value, slope = expected()
+    value, expected_gradient = expected()
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5, atol=1e-6)
-    assert_same(ours, slope)
+    assert_same(ours, expected_gradient)
 
 
+@pytest.mark.optimised
 def test_kl_to_a_reference_is_part_of_loss_and_gradient():
     other = jax.tree.map(lambda x: x * 1.1, PARAMS)
     batch = make_batch()
     theirs = np.asarray(reference_logprob(other, batch.token))
-    value, slope = jax.value_and_grad(reference_loss)(jax.tree.map(jnp.asarray, PARAMS), batch, 0.5, theirs)
+    value, expected_gradient = jax.value_and_grad(reference_loss)(
+        jax.tree.map(jnp.asarray, PARAMS), batch, 0.5, theirs
+    )
     loss = LossConfig(clip_low=0.22, clip_high=0.28, kl_coefficient=0.5)
     ours, metrics = gradient(batch, 2, reference=other, loss=loss)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     assert metrics["reference_kl"] > 0.01
-    assert_same(ours, jax.device_get(slope))
+    assert_same(ours, jax.device_get(expected_gradient))
 
 
+@pytest.mark.optimised
 def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy():
     batch, bonus = make_batch(), 0.25
     logits = np.asarray(full_logits(PARAMS, batch.token), np.float64)
@@ -151,18 +168,21 @@ def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy():
     np.testing.assert_allclose(metrics["loss"], expected()[0] - bonus * mean, rtol=1e-4)
 
 
+@pytest.mark.optimised
 def test_the_first_minibatch_is_on_policy_and_never_clipped():
     _, metrics = gradient(make_batch(off_policy=0.0), 2)
     assert metrics["abs_log_ratio"] < 1e-6
     assert metrics["clip_low"] == metrics["clip_high"] == 0.0
 
 
+@pytest.mark.optimised
 def test_a_stale_batch_is_clipped():
     _, metrics = gradient(make_batch(off_policy=0.5), 2)
     assert metrics["clip_low"] > 0.05
     assert metrics["clip_high"] > 0.05
 
 
+@pytest.mark.optimised
 def test_an_empty_batch_has_a_finite_loss_and_no_gradient():
     batch = make_batch()
     empty = dataclasses.replace(batch, length=batch.start)
@@ -204,20 +224,21 @@ def test_warm_up_is_linear_and_then_constant(updates, rate):
     np.testing.assert_allclose(change["w"], -rate, rtol=1e-5)  # without momentum, Adam's step is the rate
 
 
+@pytest.mark.optimised
 def test_an_update_is_the_optimizers_step_on_that_gradient_on_any_mesh():
     settings = OptimizerConfig(learning_rate=1e-2, warmup_updates=0, max_grad_norm=0.5)
     batch = make_batch()
-    slope = expected()[1]
+    expected_gradient = expected()[1]
     plain = make_optimizer(settings, AXES)
     params = jax.tree.map(jnp.asarray, PARAMS)
-    changes, _ = plain.update(slope, plain.init(params), params)
+    changes, _ = plain.update(expected_gradient, plain.init(params), params)
     wanted = optax.apply_updates(params, changes)
     for mesh in ((1, 1, 1), (2, 2, 2)):
         own = learner(mesh, optimizer=make_optimizer(settings, AXES))
         state = init_state(own.placement, own.optimizer, AXES, PARAMS)
         state, _ = own.update(state, in_chunks(batch, 1))
         # Adam's first step is the sign of the gradient: where that is rounding noise, signs differ.
-        clear = jax.tree.map(lambda g: np.abs(g) > 1e-5, slope)
+        clear = jax.tree.map(lambda g: np.abs(g) > 1e-5, expected_gradient)
         jax.tree.map(
             lambda a, b, sure: np.testing.assert_allclose(a[sure], b[sure], atol=1e-4),
             jax.device_get(state.params),
@@ -243,6 +264,6 @@ def test_a_second_update_compiles_nothing_and_moves_nothing():
         before = [x.sharding for x in jax.tree.leaves(state)]
         state, _ = own.update(state, in_chunks(make_batch(), 1))
         assert [x.sharding for x in jax.tree.leaves(state)] == before
-        count = Learner.add_chunk._cache_size(), Learner.begin._cache_size()
+        count = Learner.add_chunk._cache_size(), Learner.cast_and_zero_gradient._cache_size()
         own.update(state, in_chunks(make_batch(), 1))
-        assert (Learner.add_chunk._cache_size(), Learner.begin._cache_size()) == count
+        assert (Learner.add_chunk._cache_size(), Learner.cast_and_zero_gradient._cache_size()) == count

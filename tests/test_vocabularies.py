@@ -6,7 +6,6 @@ own embedding and is known without a forward pass.
 """
 
 import dataclasses
-import itertools
 import re
 
 import jax
@@ -22,7 +21,6 @@ from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.types import Queries, States
 
 SEED_KEY, STEP, TOKENS = jax.random.key(3), 2, 3
-ROWS = (1, 2, 7, 64)
 VOCABULARIES = (16, 32_000, 49_152, 151_936, 152_064)  # 49,152: SmolLM2; the last two: Qwen2.5
 
 
@@ -94,15 +92,23 @@ def queries_of(count, vocabulary):
     return Queries(token, np.full(count, 3, np.int32), np.arange(5, 5 + count, dtype=np.int32))
 
 
-def cases(rows):
-    """All vocabularies and numbers of rows; by default those that were wrong, or are nearest to them."""
-    quick = ((49_152, 1), (151_936, 1), (151_936, 7))
-    every = list(itertools.product(VOCABULARIES, rows))
-    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in every]
+ONE = (1, 1, 1)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((1, 1, 8), marks=pytest.mark.slow)], ids=["1", "8"])
-@pytest.mark.parametrize("vocabulary, rows", cases(ROWS))
+def cases(eight):
+    """(Vocabulary, rows, mesh); by default those that were wrong, or are nearest to them.
+
+    Marked slow are the others: on one device each vocabulary with one row and with several, and on eight each
+    with one row. Of the vocabulary of Qwen2.5 there are more numbers of rows.
+    """
+    quick = [(49_152, 1, ONE), (151_936, 1, ONE), (151_936, 7, ONE)]
+    some = [(vocabulary, rows, ONE) for vocabulary in VOCABULARIES for rows in (1, 7)]
+    some += [(151_936, 2, ONE), (151_936, 64, ONE), (151_936, 7, eight)]
+    some += [(vocabulary, 1, eight) for vocabulary in VOCABULARIES]
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in some if case not in quick)]
+
+
+@pytest.mark.parametrize("vocabulary, rows, mesh", cases((1, 1, 8)))
 def test_samples_of_one_query(vocabulary, rows, mesh):
     """As `generate` decodes: one query, so many answers."""
     engine, params = engine_on(vocabulary, mesh)
@@ -112,8 +118,7 @@ def test_samples_of_one_query(vocabulary, rows, mesh):
     check(vocabulary, queries, jax.device_get(rollouts))
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=["1", "8"])
-@pytest.mark.parametrize("vocabulary, rows", cases(ROWS))
+@pytest.mark.parametrize("vocabulary, rows, mesh", cases((8, 1, 1)))
 def test_answers_of_an_evaluation(vocabulary, rows, mesh):
     """One answer to each of so many queries in each part of the mesh."""
     engine, params = engine_on(vocabulary, mesh)
@@ -123,27 +128,30 @@ def test_answers_of_an_evaluation(vocabulary, rows, mesh):
     check(vocabulary, queries, jax.device_get(rollouts))
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 4)], ids=["1", "8"])
-@pytest.mark.parametrize("vocabulary, rows", cases((1,)))
-def test_first_return_and_explore(vocabulary, rows, mesh):
+@pytest.mark.parametrize("mesh", [ONE, (2, 1, 4)], ids=["1", "8"])
+@pytest.mark.parametrize(
+    "vocabulary",
+    [pytest.param(v, marks=() if v in (49_152, 151_936) else pytest.mark.slow) for v in VOCABULARIES],
+)
+def test_first_return_and_explore(vocabulary, mesh):
     """One base trajectory to each query, and one partial rollout from a state within it."""
     engine, params = engine_on(vocabulary, mesh)
     queries = queries_of(mesh[0], vocabulary)
     placed = engine.placement.place_rows(queries)
-    base, caches, _ = engine.first_return(params, placed, SEED_KEY, STEP, rows, Sampling())
+    base, caches, _ = engine.first_return(params, placed, SEED_KEY, STEP, 1, Sampling())
     base = jax.device_get(base)
     check(vocabulary, queries, base)
-    query, trajectory, real = engine.arrange(np.ones((mesh[0], rows), bool))
+    query, trajectory, real = engine.arrange(np.ones((mesh[0], 1), bool))
     response, prefix = base.token[query, trajectory], np.full((len(query), 1), 2, np.int32)
     states = States(query, trajectory, response, prefix, real[:, None])
     placed_states = engine.placement.place_rows(states)
-    told = (params, placed, caches, placed_states, SEED_KEY, STEP, 1, Sampling())
-    rollouts = jax.device_get(engine.explore(*told)[0])
+    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": 1, "sampling": Sampling()}
+    rollouts = jax.device_get(engine.explore(params, placed, caches, placed_states, **how)[0])
     for n in np.flatnonzero(real):
         assert rollouts.length[n, 0] == 1
         position = queries.length[query[n]] - 1 + 2
         found = [x[n, 0, :1] for x in (rollouts.token, rollouts.logprob, rollouts.entropy)]
-        check_row(vocabulary, response[n, 1], queries.index[query[n]], rows, position, *found)
+        check_row(vocabulary, response[n, 1], queries.index[query[n]], 1, position, *found)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 20, 0.9)], ids=["policy", "filtered"])

@@ -15,9 +15,11 @@ from support import TINY, mesh_of, placed, read, tiny_params, write
 from fr3e_jax.models.decoder import abstract_params, logical_axes
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.parallel.mesh import place_model
-from fr3e_jax.pretrained import weights
+from fr3e_jax.pretrained import safetensors_files, weights
 from fr3e_jax.pretrained.model import open_model
-from fr3e_jax.pretrained.weights import CheckpointError, all_finite, read_params, write_params
+from fr3e_jax.pretrained.safetensors_files import INDEX_FILE, SINGLE_FILE
+from fr3e_jax.pretrained.weights import CheckpointError, all_finite, read_params
+from fr3e_jax.pretrained.write_weights import write_params
 
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 QWEN3 = dataclasses.replace(UNTIED, qkv_bias=False, qk_norm=True)
@@ -85,7 +87,7 @@ def test_what_is_written_is_read_back_from_any_mesh(checkpoint, tmp_path):
         ours = sorted(file.name for file in out.iterdir())
         (out / "config.json").write_text((checkpoint / "config.json").read_text())
         chex.assert_trees_all_equal(by_hand(out), params)
-        assert len(ours) > 3 and weights.INDEX_FILE in ours
+        assert len(ours) > 3 and INDEX_FILE in ours
         sizes = [sum(x.nbytes for x in load_file(file).values()) for file in out.glob("*.safetensors")]
         assert max(sizes) <= 20_000
 
@@ -110,14 +112,14 @@ def test_a_float32_file_is_read_as_bfloat16(tmp_path):
 def test_a_process_reads_each_number_that_it_holds_once(tmp_path, monkeypatch):
     """Copies on several devices are read once, and nothing is read to be thrown away."""
     directory = write(tmp_path, UNTIED, tiny_params(UNTIED))
-    read_tensor, sizes = weights.BlockReader.read_tensor, []
+    read_tensor, sizes = weights.Source.read_tensor, []
 
     def counting(self, *arguments):
         piece = read_tensor(self, *arguments)
         sizes.append(piece.size)
         return piece
 
-    monkeypatch.setattr(weights.BlockReader, "read_tensor", counting)
+    monkeypatch.setattr(weights.Source, "read_tensor", counting)
     params = read(directory, (2, 2, 2))
     assert sum(sizes) == sum(x.size for x in jax.tree.leaves(params))
     assert max(sizes) <= max(x.size for x in jax.tree.leaves(params)) / 4
@@ -125,7 +127,7 @@ def test_a_process_reads_each_number_that_it_holds_once(tmp_path, monkeypatch):
 
 def test_a_tied_checkpoint_may_carry_the_shared_matrix_twice(tmp_path):
     directory = write(tmp_path, TINY, tiny_params())
-    file = directory / weights.SINGLE_FILE
+    file = directory / SINGLE_FILE
     tensors = load_file(file)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, file)
     chex.assert_trees_all_equal(jax.device_get(read(directory)), tiny_params())
@@ -134,9 +136,9 @@ def test_a_tied_checkpoint_may_carry_the_shared_matrix_twice(tmp_path):
 @pytest.mark.parametrize("block_bytes", [1, 10**9])
 def test_a_tied_checkpoint_with_a_second_matrix_is_refused(tmp_path, monkeypatch, block_bytes):
     """One number that differs is a model that is not tied; transformers would not tie it either."""
-    monkeypatch.setattr(weights, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(safetensors_files, "COMPARED_BYTES", block_bytes)
     directory = write(tmp_path, TINY, tiny_params())
-    file = directory / weights.SINGLE_FILE
+    file = directory / SINGLE_FILE
     tensors = load_file(file)
     other = tensors["model.embed_tokens.weight"].copy()
     other[-1, -1] += 1
@@ -210,7 +212,7 @@ def test_nothing_is_read_before_every_header_is_checked(checkpoint, monkeypatch)
 
 
 def edited(directory, **weight_map):
-    file = directory / weights.INDEX_FILE
+    file = directory / INDEX_FILE
     index = json.loads(file.read_text())
     index["weight_map"] |= weight_map
     file.write_text(json.dumps(index))
@@ -223,46 +225,46 @@ def sharded(tmp_path):
 
 def test_an_index_that_names_an_absent_file_is_refused(sharded):
     edited(sharded, **{NAME: "model-00099.safetensors"})
-    refused(sharded, weights.INDEX_FILE, "model-00099.safetensors", "absent")
+    refused(sharded, INDEX_FILE, "model-00099.safetensors", "absent")
     edited(sharded, **{NAME: f"{'x' * 400}.safetensors"})
-    refused(sharded, weights.INDEX_FILE, "absent")
+    refused(sharded, INDEX_FILE, "absent")
 
 
 def test_an_index_that_names_the_wrong_file_is_refused(sharded):
     edited(sharded, **{NAME: "model-00001-of-00008.safetensors"})
-    refused(sharded, weights.INDEX_FILE, NAME)
+    refused(sharded, INDEX_FILE, NAME)
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors", "pytorch_model.bin"])
 def test_an_index_that_leaves_the_directory_or_names_a_pickle_is_refused(sharded, name):
     (sharded / "pytorch_model.bin").write_bytes(b"\x80")
     edited(sharded, **{NAME: name})
-    refused(sharded, weights.INDEX_FILE, name)
+    refused(sharded, INDEX_FILE, name)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_a_damaged_index_is_refused(sharded, text):
-    (sharded / weights.INDEX_FILE).write_text(text)
-    refused(sharded, weights.INDEX_FILE)
+    (sharded / INDEX_FILE).write_text(text)
+    refused(sharded, INDEX_FILE)
 
 
 def test_two_sets_of_weights_are_refused(sharded):
     """transformers would take one, others the other."""
-    save_file({"x": np.zeros(3)}, sharded / weights.SINGLE_FILE)
-    refused(sharded, weights.SINGLE_FILE, weights.INDEX_FILE, "stale")
+    save_file({"x": np.zeros(3)}, sharded / SINGLE_FILE)
+    refused(sharded, SINGLE_FILE, INDEX_FILE, "stale")
 
 
 @pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_pickled_weights_are_refused_by_name(tmp_path, pickle):
     directory = write(tmp_path, TINY, tiny_params())
-    (directory / weights.SINGLE_FILE).rename(directory / pickle)
+    (directory / SINGLE_FILE).rename(directory / pickle)
     refused(directory, pickle, "can run code")
 
 
 def test_no_weights_are_refused(tmp_path):
     directory = write(tmp_path, TINY, tiny_params())
-    (directory / weights.SINGLE_FILE).unlink()
-    refused(directory, weights.SINGLE_FILE, weights.INDEX_FILE)
+    (directory / SINGLE_FILE).unlink()
+    refused(directory, SINGLE_FILE, INDEX_FILE)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -20,7 +20,7 @@ import pytest
 from support import TINY, read, tiny_params, write
 
 from fr3e_jax.models.hf import config_json, read_config
-from fr3e_jax.pretrained.weights import INDEX_FILE, CheckpointError
+from fr3e_jax.pretrained.safetensors_files import INDEX_FILE, CheckpointError
 
 CONFIG = dataclasses.replace(TINY, num_hidden_layers=2, tie_word_embeddings=False)
 PARAMS = tiny_params(CONFIG)
@@ -107,9 +107,15 @@ def spoil_bytes(rng, file, end):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("seed", range(12))
+def few(often, every):
+    """So many seeds by default, and the others of `every` marked slow."""
+    seeds = [*range(often), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(often, every))]
+    return pytest.mark.parametrize("seed", seeds)
+
+
+@few(6, 12)
 def test_faults_in_the_headers(checkpoint, good, seed):
-    """Twelve times ten single-byte faults in the headers of weight files."""
+    """Each time ten single-byte faults in the headers of weight files."""
     rng = np.random.default_rng((0, seed))
     refusals = 0
     for _ in range(10):
@@ -121,9 +127,9 @@ def test_faults_in_the_headers(checkpoint, good, seed):
     assert refusals > 5
 
 
-@pytest.mark.parametrize("seed", range(4))
+@few(2, 4)
 def test_faults_in_the_index(checkpoint, good, seed):
-    """Four times ten single-byte faults in the index."""
+    """Each time ten single-byte faults in the index."""
     rng = np.random.default_rng((1, seed))
     file = checkpoint / INDEX_FILE
     for _ in range(10):
@@ -132,9 +138,9 @@ def test_faults_in_the_index(checkpoint, good, seed):
         shutil.copyfile(good / file.name, file)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@few(2, 4)
 def test_truncated_and_lengthened_files(checkpoint, good, seed):
-    """Four times ten files that are too short or too long; of weights, every one is refused."""
+    """Each time ten files that are too short or too long; of weights, every one is refused."""
     rng = np.random.default_rng((2, seed))
     files = sorted(checkpoint.iterdir())
     for _ in range(10):
@@ -146,9 +152,9 @@ def test_truncated_and_lengthened_files(checkpoint, good, seed):
         shutil.copyfile(good / file.name, file)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@few(4, 8)
 def test_edited_headers(checkpoint, good, seed):
-    """Eight times five headers that are valid JSON and say something else; every one is refused."""
+    """Each time five headers that are valid JSON and say something else; every one is refused."""
     rng = np.random.default_rng((3, seed))
     for _ in range(5):
         file = sorted(checkpoint.glob("*.safetensors"))[rng.integers(4)]
@@ -179,7 +185,7 @@ OTHERS = {"torch_dtype", "dtype", "layer_types", "rope_parameters", "auto_map", 
 FIELDS = sorted({*config_json(CONFIG, [1], 0), *OTHERS})
 
 
-@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("share", [6, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("field", FIELDS)
 def test_edited_configs(checkpoint, field, share):
     """Every field of config.json as odd values. What loads has taken the value for what it is."""

@@ -5,9 +5,9 @@ import sys
 
 import jsonargparse
 
-from fr3e_jax.bench.load import load
+from fr3e_jax.bench.load import measure_loading
 from fr3e_jax.bench.rollout import rollout
-from fr3e_jax.bench.score import score
+from fr3e_jax.bench.score import measure_scoring
 from fr3e_jax.bench.update import update
 from fr3e_jax.cli import fail
 from fr3e_jax.config import ConfigError
@@ -21,7 +21,7 @@ def main() -> None:
     arguments = [f"{argument}=true" if argument == "--json" else argument for argument in sys.argv[1:]]
     try:
         result = jsonargparse.auto_cli(
-            {"load": load, "rollout": rollout, "score": score, "update": update},
+            {"load": measure_loading, "rollout": rollout, "score": measure_scoring, "update": update},
             args=arguments,
             as_positional=False,
             allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""The decoding program as it is compiled for TPUs, which needs none: libtpu compiles for any slice.
+"""The decoding program compiled for TPUs. No TPU is needed: libtpu compiles for any slice.
 
 `pip install 'fr3e_jax[tpu]'` brings libtpu.
 """
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fr3e_jax.engine.branches import CACHE_AXES, Branches, Decoding
+from fr3e_jax.engine.branches import Branches, Decoding
+from fr3e_jax.engine.caches import CACHE_AXES
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.engine.seats import take_seats
+from fr3e_jax.engine.seats import Leg, take_seats
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
@@ -25,12 +26,12 @@ CACHE_DTYPE = jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """A decoding program to compile.
+class DecodingShape:
+    """Sizes of a decoding program to compile, and the slice that it is for.
 
     topology: as jax names it, such as `v5p:2x2x1`. mesh: data, fsdp, tensor; its product is the chips that
-    are used. trajectories, over all chips, of `branches` each; `shared`: slots of the segments that these
-    share; `slots` of their own.
+    are used. trajectories: over all chips. branches: of each trajectory. shared: slots of the segments that
+    the branches of a trajectory share. slots: of each branch's own segment.
     """
 
     topology: str
@@ -42,8 +43,8 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What XLA made of it, on one chip.
+class CompiledDecoding:
+    """Memory of a compiled decoding program, on one chip.
 
     cache: bytes of the branch cache. temporary: bytes beside arguments and results. accessed: bytes of main
     memory that a token of every branch reads and writes. necessary: bytes of all weights, of every shared
@@ -58,12 +59,15 @@ class Compiled:
     moves: list[str]
 
 
-def compile_decoding(config: DecoderConfig, shape: Shape, before: int | None = None) -> Compiled:
+def compile_decoding(
+    config: DecoderConfig, shape: DecodingShape, before: int | None = None
+) -> CompiledDecoding:
     """Compile the decoding of a model for a slice of TPUs.
 
     Args:
-      config: weights are bfloat16.
-      before: rows of a part that it was decoded in before, if rows are moved together first.
+      config: the architecture; weights are bfloat16.
+      shape: sizes and slice.
+      before: rows of a part in the leg before, if rows move together first.
     """
     axes, shapes = logical_axes(config), abstract_params(config)
     _, placement = place_model(slice_mesh(shape.topology, shape.mesh), axes, shapes)
@@ -102,22 +106,12 @@ def compile_decoding(config: DecoderConfig, shape: Shape, before: int | None = N
     )
     engine = Engine(graph_of(config), placement, shape.slots, (0,))
     origin = None if before is None else array(jnp.int32, parts, rows)
-    compiled = Engine.advance.lower(
-        engine,
-        params,
-        branches,
-        decoding,
-        seats,
-        origin,
-        number,
-        number,
-        Sampling(),
-        before or rows,
-        shape.slots,
-    ).compile()
+    size_before = before or rows, rows * shape.slots // (before or rows)
+    leg = Leg(seats, origin, until=number, leave=number, before=size_before, slots=shape.slots)
+    compiled = Engine.advance.lower(engine, params, branches, decoding, leg, sampling=Sampling()).compile()
 
     def held(*arrays: Any) -> int:
-        """Bytes on a chip."""
+        """Add up the bytes of arrays on a chip."""
         local = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in arrays]
         return sum(int(np.prod(sizes)) * size for sizes, size in local)
 
@@ -127,7 +121,7 @@ def compile_decoding(config: DecoderConfig, shape: Shape, before: int | None = N
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
     program = Program(text)
-    return Compiled(
+    return CompiledDecoding(
         cache=held(cache, cache),
         temporary=memory.temp_size_in_bytes,
         accessed=program.bytes((1, config.num_hidden_layers)),

@@ -1,4 +1,4 @@
-"""The programs of the update as they are compiled for TPUs, which needs none."""
+"""The programs of the update compiled for TPUs. No TPU is needed: libtpu compiles for any slice."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import make_optimizer
-from fr3e_jax.learner.update import Learner
+from fr3e_jax.learner.update import Learner, Prefilled
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.planning.topology import slice_mesh
@@ -19,11 +19,11 @@ from fr3e_jax.types import Batch, Trunks
 
 @dataclasses.dataclass(frozen=True)
 class UpdateShape:
-    """A bundle's programs to compile.
+    """Sizes of the programs of a bundle to compile, and the slice that they are for.
 
     topology: as jax names it, such as `v5p:2x2x1`. mesh: data, fsdp, tensor; its product is the chips that
-    are used. On each part `trunks` trunks of `trunk` tokens, and chunks of `rows` rows of `length` tokens
-    that see `window` tokens of the trunks.
+    are used. trunks: on each part. trunk: tokens of each. rows: of a chunk on each part. length: tokens of
+    each row. window: tokens of the trunks that the rows see.
     """
 
     topology: str
@@ -37,11 +37,11 @@ class UpdateShape:
 
 @functools.cache
 def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
-    """Compile what computes the gradient of a bundle for a slice of TPUs, bfloat16 with the splash kernel.
+    """Compile the programs that compute the gradient of a bundle, in bfloat16 with the splash kernel.
 
     Returns:
-      Compiled programs by name: `open` and `close` run once a bundle, `add_chunk` once a chunk. None of them
-      knows how many chunks there are.
+      Compiled programs by name: `prefill` and `add_trunks` run once a bundle, `add_chunk` once a chunk. None
+      of them depends on the number of chunks.
     """
     axes, shapes = logical_axes(config), abstract_params(config)
     placement, _ = place_model(slice_mesh(shape.topology, shape.mesh), axes, shapes)
@@ -51,10 +51,10 @@ def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
         placement,
         make_optimizer(settings, axes),
         LossConfig(),
-        jnp.dtype(jnp.bfloat16),
-        settings.logit_chunk,
-        True,
-        make_splash(placement),
+        compute_dtype=jnp.dtype(jnp.bfloat16),
+        logit_chunk=settings.logit_chunk,
+        remat=True,
+        attend=make_splash(placement),
     )
 
     def array(dtype: Any, *sizes: int) -> Any:
@@ -66,12 +66,12 @@ def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
 
     compute, gradient = params(jnp.bfloat16), params(jnp.float32)
     trunks = Trunks(array(jnp.int32, parts, shape.trunks, shape.trunk), array(jnp.int32, parts, shape.trunks))
-    opened = Learner.open.lower(learner, compute, trunks)
-    programs = {"open": opened.compile()}
-    caches, slope = jax.tree.map(
+    opened = Learner.prefill_and_zero_gradient.lower(learner, compute, trunks)
+    programs = {"prefill": opened.compile()}
+    caches, cache_gradient = jax.tree.map(
         lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
         opened.out_info,
-        programs["open"].output_shardings,
+        programs["prefill"].output_shardings,
     )
     rows = shape.rows * parts
     tokens, numbers = (rows, shape.length + 1), array(jnp.int32, rows)
@@ -85,7 +85,9 @@ def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
         prefix=numbers,
     )
     denominator = jax.ShapeDtypeStruct((), jnp.float32)
-    told = (learner, gradient, slope, compute, caches, None, None, chunk, denominator, shape.window)
-    programs["add_chunk"] = Learner.add_chunk.lower(*told).compile()
-    programs["close"] = Learner.close.lower(learner, gradient, slope, compute, trunks).compile()
+    arguments = (learner, gradient, cache_gradient, Prefilled(compute, caches), None, chunk, denominator)
+    programs["add_chunk"] = Learner.add_chunk.lower(*arguments, window=shape.window).compile()
+    programs["add_trunks"] = Learner.add_trunks.lower(
+        learner, gradient, cache_gradient, compute, trunks
+    ).compile()
     return programs

@@ -1,4 +1,4 @@
-"""Loading weights: streamed onto the mesh, against read whole and then placed."""
+"""Loading weights onto a mesh piece by piece, against reading them whole and then placing them."""
 
 import json
 import re
@@ -18,32 +18,34 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from fr3e_jax.bench.process import measure
+from fr3e_jax.bench.process import in_fresh_process
 from fr3e_jax.config import ConfigError
 from fr3e_jax.models.decoder import abstract_params, logical_axes
-from fr3e_jax.models.hf import LAYOUTS, Tensor, config_json, read_config, tensors_of
+from fr3e_jax.models.hf import config_json, read_config
+from fr3e_jax.models.hf_tensors import LAYOUTS, Tensor, tensors_of
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.parallel.mesh import make_mesh, place_model
-from fr3e_jax.pretrained.weights import find_tensors, read_params, write_tensors
-
-GIB = 2**30
+from fr3e_jax.planning.slices import GIB
+from fr3e_jax.pretrained.safetensors_files import find_tensors
+from fr3e_jax.pretrained.weights import read_params
+from fr3e_jax.pretrained.write_weights import write_tensors
 
 
 class Load(NamedTuple):
-    """What loading took: seconds, and the peak of host memory beyond the parameters, bytes."""
+    """The cost of loading: seconds, and the peak of host memory beyond the parameters, bytes."""
 
     seconds: float
     beyond: int
 
 
-def load(
+def measure_loading(
     shape: str = "qwen2.5-1.5b",
     devices: int = 8,
     dtype: Literal["float32", "bfloat16"] = "float32",
     file_gb: float = 0.5,
     repeats: int = 3,
 ) -> list[dict[str, Any]]:
-    """Weights from safetensors onto a mesh: streamed, against read whole and then placed.
+    """Measure loading from safetensors onto a mesh: piece by piece, against whole and then placed.
 
     Args:
       shape: name of a preset, of which a checkpoint with random bfloat16 weights is written first.
@@ -65,32 +67,32 @@ def load(
         files = len(set(find_tensors(directory).values()))
         sides: dict[str, list[Load]] = {"streamed": [], "whole": []}
         for _ in range(repeats):
-            sides["streamed"].append(measure(load_streamed, directory, dtype, devices=devices))
-            sides["whole"].append(measure(load_whole, directory, dtype, devices=devices))
-    found = {
+            sides["streamed"].append(in_fresh_process(load_streamed, directory, dtype, devices=devices))
+            sides["whole"].append(in_fresh_process(load_whole, directory, dtype, devices=devices))
+    medians = {
         name: Load(*(statistics.median(column) for column in zip(*loads, strict=True)))
         for name, loads in sides.items()
     }
-    streamed, whole = found["streamed"], found["whole"]
+    streamed, whole = medians["streamed"], medians["whole"]
     parameters = PRESETS[shape].parameters
     table = Table(
         title=f"{shape}: {parameters:,} parameters in {files} files, to {dtype} on {devices} devices"
     )
     for column in ("side", "seconds", "peak host memory beyond the parameters"):
         table.add_column(column)
-    for name, side in found.items():
+    for name, side in medians.items():
         table.add_row(name, f"{side.seconds:.1f}", f"{side.beyond / GIB:.2f} GiB")
     ratios = {"memory": whole.beyond / streamed.beyond, "seconds": whole.seconds / streamed.seconds}
     table.add_row("whole / streamed", f"{ratios['seconds']:.2f}", f"{ratios['memory']:.1f}")
     Console(stderr=True).print(table)
-    sides_told = {
-        name: {"seconds": side.seconds, "beyond_gib": side.beyond / GIB} for name, side in found.items()
+    sides_measured = {
+        name: {"seconds": side.seconds, "beyond_gib": side.beyond / GIB} for name, side in medians.items()
     }
-    return [{"shape": shape, "devices": devices, "dtype": dtype, "ratios": ratios} | sides_told]
+    return [{"shape": shape, "devices": devices, "dtype": dtype, "ratios": ratios} | sides_measured]
 
 
 def write_random_checkpoint(directory: Path, shape: str, file_gb: float) -> None:
-    """A checkpoint of bfloat16 numbers between 0.5 and 1 and their negatives."""
+    """Write a checkpoint of random bfloat16 numbers between 0.5 and 1 and their negatives."""
     config = PRESETS[shape].config
     rng = np.random.default_rng(0)
 
@@ -105,13 +107,13 @@ def write_random_checkpoint(directory: Path, shape: str, file_gb: float) -> None
 
 
 def load_streamed(directory: Path, dtype: str) -> Load:
-    """The way of this project."""
+    """Load piece by piece, as this project does."""
     config, shardings = sharded(directory)
     return timed(lambda: read_params(directory, config, shardings, jnp.dtype(dtype)))
 
 
 def load_whole(directory: Path, dtype: str) -> Load:
-    """The plain way: every tensor on the host in its final type, layers stacked, then placed."""
+    """Load whole: every tensor on the host in its final type, layers stacked, then placed."""
     config, shardings = sharded(directory)
     shapes = traverse_util.flatten_dict(abstract_params(config), sep=".")
 
@@ -134,7 +136,7 @@ def load_whole(directory: Path, dtype: str) -> Load:
 
 
 def sharded(directory: Path) -> tuple[Any, Any]:
-    """The architecture of a checkpoint, and its parameters' shardings over all devices."""
+    """Read the architecture of a checkpoint: (it, its parameters' shardings over all devices)."""
     config = read_config(directory)
     axes, shapes = logical_axes(config), abstract_params(config)
     training, _ = place_model(make_mesh(1, -1, 1), axes, shapes)
@@ -142,12 +144,12 @@ def sharded(directory: Path) -> tuple[Any, Any]:
 
 
 def timed(function: Callable[[], Any]) -> Load:
-    """Time a function that returns parameters, and see how much more memory it needed than they do."""
+    """Time a function that returns parameters, and measure how much more memory it needed than they do."""
     jax.block_until_ready(jnp.ones(1) + 1)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     start = time.perf_counter()
     params = jax.block_until_ready(function())
     seconds = time.perf_counter() - start
-    # Not getrusage, whose maximum a process has from the one that started it.
+    # Not getrusage, whose maximum a process inherits from the one that started it.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return Load(seconds, int(peak) * 1024 - before - sum(x.nbytes for x in jax.tree.leaves(params)))

@@ -1,4 +1,4 @@
-"""Judging mathematical answers: this project's scorer, against math-verify alone."""
+"""Scoring mathematical answers: this project's scorer, against math-verify alone."""
 
 import random
 import statistics
@@ -16,8 +16,8 @@ from fr3e_jax.rewards import mathematics
 PROSE = "Let us go step by step. First we write $f(x) = x^2 - 3x + 1$ and note that $f(2) = -1$. "
 
 
-def score(answers: int = 2000, repeats: int = 3, json: bool = False) -> list[dict[str, Any]]:
-    """Verdicts a second on one core: the scorer `math`, against math-verify on the whole response.
+def measure_scoring(answers: int = 2000, repeats: int = 3, json: bool = False) -> list[dict[str, Any]]:
+    """Measure verdicts a second on one core: the scorer `math`, against math-verify on whole responses.
 
     Args:
       answers: of the kinds that MATH has, half of them right, all different.
@@ -41,12 +41,12 @@ def score(answers: int = 2000, repeats: int = 3, json: bool = False) -> list[dic
     right: dict[str, int] = {}
     for repeat in range(repeats):
         # Answers of its own for each turn: the scorer remembers what it has read.
-        asked = [make(random.Random(f"{repeat} {i}"), i % 2 == 0) for i in range(answers)]
+        pairs = [make_answer(random.Random(f"{repeat} {i}"), i % 2 == 0) for i in range(answers)]
         for name, judge in sides.items():
             started = time.perf_counter()
-            right[name] = sum(judge(*pair) for pair in asked)
+            right[name] = sum(judge(*pair) for pair in pairs)
             seconds[name].append(time.perf_counter() - started)
-    rates = {name: answers / statistics.median(found) for name, found in seconds.items()}
+    rates = {name: answers / statistics.median(times) for name, times in seconds.items()}
     table = Table(title=f"{answers} answers, half of them right, on one core")
     for column in ("side", "answers / s", "right"):
         table.add_column(column, justify="left" if column == "side" else "right")
@@ -61,8 +61,8 @@ def score(answers: int = 2000, repeats: int = 3, json: bool = False) -> list[dic
     ]
 
 
-def make(rng: random.Random, right: bool) -> tuple[str, str]:
-    """A response and the answer, which it has in another writing or misses by one."""
+def make_answer(rng: random.Random, right: bool) -> tuple[str, str]:
+    """Make a response and the right answer, which it writes in another way or misses by 1: (both)."""
     a, b, c = rng.randint(2, 999), rng.randint(2, 99), rng.randint(2, 30)
     off = 0 if right else 1
     gold, said = rng.choice(

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the tiny model, timing sides in turns, and the table."""
+"""A tiny model, the timing of sides in turns and the table of results: what the benchmarks share."""
 
 import dataclasses
 import statistics
@@ -10,25 +10,46 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fr3e_jax.bench.process import measure
+from fr3e_jax.bench.process import in_fresh_process
 from fr3e_jax.config import ConfigError
 from fr3e_jax.models.presets import qwen25
 
-Told = dict[str, Any]
+Measurement = dict[str, Any]
+"""name, ratio (ours / other, or as the name says), ours, other, unit, of (what was measured)."""
 
-TINY = dataclasses.replace(qwen25(256, 8, 4, 2, 1_024, 4_096, tied=True), max_position_embeddings=4_096)
+TINY = dataclasses.replace(
+    qwen25(hidden=256, layers=8, heads=4, kv_heads=2, intermediate=1_024, vocab=4_096, tied=True),
+    max_position_embeddings=4_096,
+)
 """8.92 million parameters."""
 
 COLUMNS = ("ratio", "ours", "other")
 
 
-def line(name: str, ratio: float | None, ours: float | None, other: float | None, unit: str, of: str) -> Told:
-    """A measurement; `of` says what was measured, or why it was not."""
+def measurement(
+    name: str, ours: float, other: float | None, unit: str, of: str, ratio: float | None = None
+) -> Measurement:
+    """Make a row of the table.
+
+    Args:
+      name: of the measurement.
+      ours, other: numbers of the two sides; `other` None where there is nothing to compare with.
+      unit: of the numbers.
+      of: what was measured.
+      ratio: by default ours / other.
+    """
+    if ratio is None and other is not None:
+        ratio = ours / other
     return {"name": name, "ratio": ratio, "ours": ours, "other": other, "unit": unit, "of": of}
 
 
+def not_measured(name: str, unit: str, why: str) -> Measurement:
+    """Make a row of the table without numbers, that says why there are none."""
+    return {"name": name, "ratio": None, "ours": None, "other": None, "unit": unit, "of": why}
+
+
 def in_turns(repeats: int, *sides: Callable[[], Any]) -> list[float]:
-    """Median seconds of each side, after one run of each that compiles."""
+    """Time each side `repeats` times, in turns, after one run of each that compiles: median seconds."""
     times: list[list[float]] = [[] for _ in sides]
     for side in sides:
         side()
@@ -41,7 +62,7 @@ def in_turns(repeats: int, *sides: Callable[[], Any]) -> list[float]:
 
 
 def hugging_face_model() -> Any:
-    """A random model of the shape of `TINY` in torch.
+    """Make a random model of the shape of `TINY` in torch.
 
     Raises:
       ImportError: without torch.
@@ -62,35 +83,38 @@ def hugging_face_model() -> Any:
     return transformers.Qwen2ForCausalLM(config)
 
 
-def run(
+def run_measurements(
     title: str,
-    measurements: Mapping[str, Callable[[int], list[Told]]],
+    functions: Mapping[str, Callable[[int], list[Measurement]]],
     only: str,
     argument: Callable[[str], int],
     console: Console,
-) -> list[Told]:
+) -> list[Measurement]:
     """Make measurements, each in a process of its own, and print the table.
 
     Args:
-      only: names of those to make, with commas; empty for all.
-      argument: what a measurement is called with.
+      title: name of the benchmark.
+      functions: name -> the function that measures.
+      only: names of those to call, with commas; empty for all.
+      argument: name -> what its function is called with.
+      console: to print on.
 
     Raises:
       ConfigError: an unknown name, or an argument below 1.
     """
-    chosen = [name for name in only.split(",") if name] or list(measurements)
-    if unknown := [name for name in chosen if name not in measurements]:
-        raise ConfigError(f"no measurement {', '.join(unknown)}; there are {', '.join(measurements)}")
+    chosen = [name for name in only.split(",") if name] or list(functions)
+    if unknown := [name for name in chosen if name not in functions]:
+        raise ConfigError(f"no measurement {', '.join(unknown)}; there are {', '.join(functions)}")
     if (fewest := min(argument(name) for name in chosen)) < 1:
         raise ConfigError(f"--repeats and limits must be at least 1, not {fewest}")
-    found: list[Told] = []
+    measurements: list[Measurement] = []
     for name in track(chosen, "measuring", console=Console(stderr=True), transient=True):
-        found += measure(measurements[name], argument(name), devices=1)
+        measurements += in_fresh_process(functions[name], argument(name), devices=1)
     table = Table(title=f"python -m fr3e_jax.bench {title}")
     for column in ("name", "ratio", "ours", "other", "unit", "of"):
         table.add_column(column)
-    for told in found:
-        cells = [f"{told[column]:.3g}" if told[column] is not None else "-" for column in COLUMNS]
-        table.add_row(told["name"], *cells, told["unit"], told["of"])
+    for row in measurements:
+        cells = [f"{row[column]:.3g}" if row[column] is not None else "-" for column in COLUMNS]
+        table.add_row(row["name"], *cells, row["unit"], row["of"])
     console.print(table)
-    return found
+    return measurements

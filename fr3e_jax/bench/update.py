@@ -1,4 +1,4 @@
-"""Updates: the form in which every prefix runs once, against the flat form and against torch."""
+"""Updates in which every prefix runs once, against the flat form and against torch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,15 @@ import numpy as np
 from rich.console import Console
 
 from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
-from fr3e_jax.bench.table import TINY, Told, hugging_face_model, in_turns, line, run
+from fr3e_jax.bench.table import (
+    TINY,
+    Measurement,
+    hugging_face_model,
+    in_turns,
+    measurement,
+    not_measured,
+    run_measurements,
+)
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import init_state, make_optimizer
@@ -24,8 +32,8 @@ BUDGET = OptimizerConfig().micro_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Tree:
-    """One kept trajectory, its positions at equal distances; lengths are tokens."""
+class TreeSizes:
+    """Sizes of one kept trajectory with positions at equal distances; lengths are tokens."""
 
     prompt: int = 256
     response: int = 1024
@@ -34,20 +42,21 @@ class Tree:
 
     @property
     def of(self) -> str:
-        """In words."""
+        """The sizes in words."""
         return (
             f"prompt {self.prompt}, response {self.response}, {self.positions + 1} states x {self.rollouts}"
         )
 
 
-def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Told]:
-    """Ratios of updates, two CPU cores, 8.9M parameters, float32.
+def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Measurement]:
+    """Measure updates on 2 CPU cores, 8.9M parameters, float32.
 
     token_ratio: tokens of the flat form against those that run when every prefix runs once. update_vs_flat:
     tokens of the flat form a second, against the flat form. update_vs_torch: against the flat form in torch.
-    flat_vs_torch: the flat form against torch on 32 rows of 192 tokens. padding_waste: tokens computed per
-    token that is there, on log-normal lengths. update_memory: temporaries of 1, 4 and 16 chunks of branches,
-    7B-shaped, compiled for v5p (needs libtpu). sweep: token ratio and update_vs_flat over M, K and lengths.
+    flat_vs_torch: the flat form against torch on 32 rows of 192 tokens. padding_waste: tokens computed,
+    padding included, per real token, on log-normal lengths. update_memory: temporaries of 1, 4 and 16 chunks
+    of branches, 7B-shaped, compiled for v5p (needs libtpu). sweep: token_ratio and update_vs_flat over M, K
+    and lengths.
 
     Args:
       only: names of the measurements to make, with commas; all by default.
@@ -57,14 +66,16 @@ def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Told]:
     Returns:
       What is printed as JSON.
     """
-    found = run("update", MEASUREMENTS, only, lambda _: repeats, Console(stderr=True) if json else Console())
-    return found if json else []
+    console = Console(stderr=True) if json else Console()
+    measurements = run_measurements("update", UPDATE_MEASUREMENTS, only, lambda _: repeats, console)
+    return measurements if json else []
 
 
-def groups_of(tree: Tree, lengths: np.ndarray | None = None) -> StateGroups:
-    """States of one trajectory, with random tokens and log-probabilities.
+def groups_of_tree(tree: TreeSizes, lengths: np.ndarray | None = None) -> StateGroups:
+    """Make the states of one trajectory, with random tokens and log-probabilities.
 
     Args:
+      tree: sizes.
       lengths: int [J, M], of the continuations; by default each goes on to the end of the response.
     """
     rng = np.random.default_rng(0)
@@ -90,21 +101,29 @@ def groups_of(tree: Tree, lengths: np.ndarray | None = None) -> StateGroups:
     )
 
 
-def forms(tree: Tree) -> tuple[list[Bundle], list[Bundle]]:
-    """(Shared, flat)."""
-    groups = groups_of(tree)
+def forms(tree: TreeSizes) -> tuple[list[Bundle], list[Bundle]]:
+    """Lay the states of a tree out in both forms: (every prefix once, flat)."""
+    groups = groups_of_tree(tree)
     return bundles_of(groups, 1, BUDGET), bundles_of(groups, 1, BUDGET, shared=False)
 
 
 # --- the sides
 
 
-def ours(bundles: list[Bundle], model: DecoderConfig = TINY) -> Callable[[], Any]:
-    """A whole update, AdamW included."""
+def updating(bundles: list[Bundle], model: DecoderConfig = TINY) -> Callable[[], Any]:
+    """Make the side that updates with this project's learner, AdamW included."""
     axes = logical_axes(model)
     placement, _ = place_model(make_mesh(1, 1, 1), axes, abstract_params(model))
     optimizer = make_optimizer(OptimizerConfig(), axes)
-    learner = Learner(graph_of(model), placement, optimizer, LossConfig(), np.float32, 2048, remat=False)
+    learner = Learner(
+        graph_of(model),
+        placement,
+        optimizer,
+        LossConfig(),
+        compute_dtype=np.float32,
+        logit_chunk=2048,
+        remat=False,
+    )
     held = [init_state(placement, optimizer, axes, init_params(model, 0))]
 
     def side() -> None:
@@ -114,8 +133,8 @@ def ours(bundles: list[Bundle], model: DecoderConfig = TINY) -> Callable[[], Any
     return side
 
 
-def torch_update(rows: int, prompt: int, new: int, chunk: int) -> Callable[[], Any]:
-    """A whole update of the flat form in torch with Hugging Face's model, `chunk` rows at a time.
+def updating_with_torch(rows: int, prompt: int, new: int, chunk: int) -> Callable[[], Any]:
+    """Make the side that updates in the flat form with torch, `chunk` rows at a time, AdamW included.
 
     Raises:
       ImportError: without torch.
@@ -146,66 +165,71 @@ def torch_update(rows: int, prompt: int, new: int, chunk: int) -> Callable[[], A
 # --- the measurements
 
 
-def token_ratio(_: int = 1, tree: Tree | None = None) -> list[Told]:
-    """Tokens of the flat form against tokens that run when every prefix runs once."""
-    tree = tree or Tree()
+def token_ratio(_: int = 1, tree: TreeSizes | None = None) -> list[Measurement]:
+    """Count the tokens of the flat form against those that run when every prefix runs once."""
+    tree = tree or TreeSizes()
     shared, flat = (token_counts(form)[0] for form in forms(tree))
-    return [line("token_ratio", flat / shared, shared, flat, "tokens", tree.of)]
+    return [measurement("token_ratio", shared, flat, "tokens", tree.of, ratio=flat / shared)]
 
 
-def update_vs_flat(repeats: int, tree: Tree | None = None, name: str = "update_vs_flat") -> list[Told]:
-    """The same update in the flat form."""
-    tree = tree or Tree()
+def update_vs_flat(
+    repeats: int, tree: TreeSizes | None = None, name: str = "update_vs_flat"
+) -> list[Measurement]:
+    """Compare with the same update in the flat form."""
+    tree = tree or TreeSizes()
     shared, flat = forms(tree)
     tokens = token_counts(flat)[0]
-    seconds = in_turns(repeats, ours(shared), ours(flat))
+    seconds = in_turns(repeats, updating(shared), updating(flat))
     return [rates(name, tokens, seconds, tree.of)]
 
 
-def rates(name: str, tokens: int, seconds: list[float], of: str) -> Told:
-    """Tokens of the flat form a second, of two sides."""
-    return line(name, seconds[1] / seconds[0], tokens / seconds[0], tokens / seconds[1], "flat tokens/s", of)
+def rates(name: str, tokens: int, seconds: list[float], of: str) -> Measurement:
+    """Make a row from the seconds of two sides: tokens of the flat form a second."""
+    return measurement(name, tokens / seconds[0], tokens / seconds[1], "flat tokens/s", of)
 
 
-def update_vs_torch(repeats: int) -> list[Told]:
-    """The same tree in torch, each rollout with its own prefix: as many tokens, padded to the longest."""
-    tree = Tree()
+def update_vs_torch(repeats: int) -> list[Measurement]:
+    """Compare with torch, each rollout with its own prefix: as many tokens, padded to the longest."""
+    tree = TreeSizes()
     shared, flat = forms(tree)
     rows = (tree.positions + 1) * tree.rollouts
-    # Every row has prompt + response tokens. That torch has fewer logits is to its advantage.
-    new = int(np.mean([tree.response - p for p in groups_of(tree).prefix_length]))
+    # Every row has prompt + response tokens. Torch computes fewer logits, which is to its advantage.
+    new = int(np.mean([tree.response - p for p in groups_of_tree(tree).prefix_length]))
     try:
-        other = torch_update(rows, tree.prompt + tree.response - new, new, 8)
+        other = updating_with_torch(rows, tree.prompt + tree.response - new, new, 8)
     except ImportError:
-        return [line("update_vs_torch", None, None, None, "flat tokens/s", "needs torch")]
-    seconds = in_turns(repeats, ours(shared), other)
+        return [not_measured("update_vs_torch", "flat tokens/s", "needs torch")]
+    seconds = in_turns(repeats, updating(shared), other)
     return [rates("update_vs_torch", token_counts(flat)[0], seconds, tree.of)]
 
 
-def flat_vs_torch(repeats: int) -> list[Told]:
-    """The flat form against torch, so that the flat form is no straw man."""
-    tree = Tree(prompt=64, response=128, positions=0, rollouts=32)
+def flat_vs_torch(repeats: int) -> list[Measurement]:
+    """Compare the flat form with torch: the other comparisons are only fair if it is as fast."""
+    tree = TreeSizes(prompt=64, response=128, positions=0, rollouts=32)
     _, flat = forms(tree)
     try:
-        other = torch_update(32, 64, 128, 32)
+        other = updating_with_torch(32, 64, 128, 32)
     except ImportError:
-        return [line("flat_vs_torch", None, None, None, "flat tokens/s", "needs torch")]
-    seconds = in_turns(repeats, ours(flat), other)
+        return [not_measured("flat_vs_torch", "flat tokens/s", "needs torch")]
+    seconds = in_turns(repeats, updating(flat), other)
     return [rates("flat_vs_torch", token_counts(flat)[0], seconds, "32 rows of 192 tokens")]
 
 
-def padding_waste(_: int) -> list[Told]:
-    """8 trajectories x 80 branches, lengths log-normal: median 200, 95th percentile 1,000, limit 2,048."""
+def padding_waste(_: int) -> list[Measurement]:
+    """Count the padding of 8 trajectories x 80 branches of log-normal lengths.
+
+    The median is 200, the 95th percentile 1,000, the limit 2,048.
+    """
     rng, trees = np.random.default_rng(0), []
     lengths = np.clip(np.exp(np.log(200) + np.log(5) / 1.645 * rng.standard_normal((8, 5, 16))), 1, 2048)
     for i in range(8):
-        groups = groups_of(Tree(), np.ceil(lengths[i]).astype(int))
+        groups = groups_of_tree(TreeSizes(), np.ceil(lengths[i]).astype(int))
         wider = np.pad(groups.token, ((0, 0), (0, 0), (0, 2048 - groups.token.shape[2])))
         old = np.pad(groups.logprob, ((0, 0), (0, 0), (0, 2048 - groups.logprob.shape[2])))
         source = groups.source + np.array([i, 0, 0], np.int32)
         trees.append(dataclasses.replace(groups, token=wider, logprob=old, source=source))
     together = jax.tree.map(lambda *x: np.concatenate(x), *trees)
-    found = []
+    measurements = []
     for parts in (1, 4):
         bundles = bundles_of(together, parts, BUDGET)
         real, padded = token_counts(bundles)
@@ -215,23 +239,25 @@ def padding_waste(_: int) -> list[Told]:
             for chunk, window in zip(bundle.chunks, bundle.window, strict=True)
         }
         of = f"8 x 80 branches over {parts} part(s) of a mesh; {len(shapes)} shapes of chunks"
-        found.append(line("padding_waste", padded / real, padded, real, "tokens", of))
-    return found
+        measurements.append(measurement("padding_waste", padded, real, "tokens", of))
+    return measurements
 
 
-def update_memory(_: int) -> list[Told]:
-    """Temporaries of the largest program, for branches that fill 1, 4 and 16 chunks."""
+def update_memory(_: int) -> list[Measurement]:
+    """Compare the temporaries of the largest program for branches that fill 1, 4 and 16 chunks."""
     mesh, model = (1, 4, 1), PRESETS["qwen2.5-7b"].config
     if not available():
-        return [line("update_memory", None, None, None, "GiB", "needs libtpu: pip install 'fr3e_jax[tpu]'")]
+        return [not_measured("update_memory", "GiB", "needs libtpu: pip install 'fr3e_jax[tpu]'")]
     counts, largest = [], []
     for rollouts in (8, 32, 128):
-        groups = groups_of(Tree(prompt=1024, response=4096, positions=0, rollouts=rollouts))
+        groups = groups_of_tree(TreeSizes(prompt=1024, response=4096, positions=0, rollouts=rollouts))
         (bundle,) = bundles_of(groups, 4, BUDGET)
         assert bundle.trunks is not None
         _, trunks, trunk = bundle.trunks.token.shape
         shapes = {
-            UpdateShape("v5p:2x2x1", mesh, trunks, trunk, rows // 4, width - 1, window)
+            UpdateShape(
+                "v5p:2x2x1", mesh, trunks=trunks, trunk=trunk, rows=rows // 4, length=width - 1, window=window
+            )
             for (rows, width), window in zip(
                 (c.token.shape for c in bundle.chunks), bundle.window, strict=True
             )
@@ -241,28 +267,28 @@ def update_memory(_: int) -> list[Told]:
         largest.append(max(program.memory_analysis().temp_size_in_bytes for program in programs) / 2**30)
     of = "7B on v5p:2x2x1, fsdp 4, responses of 4,096"
     return [
-        line("update_memory", each / largest[0], each, largest[0], "GiB", f"{count} chunk(s) a part; {of}")
+        measurement("update_memory", each, largest[0], "GiB", f"{count} chunk(s) a part; {of}")
         for count, each in zip(counts, largest, strict=True)
     ]
 
 
-SWEEP_FROM = Tree(prompt=128, response=256, rollouts=4)
+SWEEP_FROM = TreeSizes(prompt=128, response=256, rollouts=4)
 SWEEP = {"rollouts": [2, 4, 16], "positions": [1, 4, 8], "response": [128, 256, 1024], "prompt": [32, 512]}
 
 
-def sweep(repeats: int) -> list[Told]:
-    """One size of a small tree changed at a time."""
-    found = []
+def sweep(repeats: int) -> list[Measurement]:
+    """Compare both forms as one size of a small tree changes at a time."""
+    measurements = []
     for what, sizes in SWEEP.items():
         for size in sizes:
             tree = dataclasses.replace(SWEEP_FROM, **{what: size})
             (tokens,) = token_ratio(tree=tree)
-            found.append(tokens | {"name": f"sweep_{what}_token_ratio"})
-            found += update_vs_flat(repeats, tree, f"sweep_{what}")
-    return found
+            measurements.append(tokens | {"name": f"sweep_{what}_token_ratio"})
+            measurements += update_vs_flat(repeats, tree, f"sweep_{what}")
+    return measurements
 
 
-MEASUREMENTS: dict[str, Callable[[int], list[Told]]] = {
+UPDATE_MEASUREMENTS: dict[str, Callable[[int], list[Measurement]]] = {
     "token_ratio": token_ratio,
     "update_vs_flat": update_vs_flat,
     "update_vs_torch": update_vs_torch,

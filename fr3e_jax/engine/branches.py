@@ -1,11 +1,11 @@
 """Decoding many branches of many trajectories, in lockstep, against shared segments.
 
-A branch starts from a state. Its chain is [query] + [base response up to the state] + [its own
-tokens]. The first input of its own segment is the *last token of the state*, so that the first draw
-needs no logits from elsewhere: a segment is read one token short, and nothing is prefilled twice.
+A branch starts from a state. Its chain of segments is [query] + [base response up to the state] + [its own
+tokens]. The first input of its own segment is the *last token of the state*. So the first draw needs no
+logits from elsewhere: the shared segments are read one token short, and nothing is prefilled twice.
 
-Branches sit in rows (seats.py). What a branch shares is attended to trajectory by trajectory, what is its
-own row by row, and the two are joined.
+Branches sit in batch rows (seats.py). Attention to what branches share runs trajectory by trajectory,
+attention to their own tokens row by row, and the two are joined.
 """
 
 import dataclasses
@@ -15,139 +15,150 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int32, Key, Shaped
 
+from fr3e_jax.engine.caches import empty_cache
 from fr3e_jax.engine.sampler import Drawn, Sampling, draw, draw_uniform
-from fr3e_jax.engine.seats import Seats
+from fr3e_jax.engine.seats import Leg, Seats
 from fr3e_jax.engine.stops import is_complete, state_after
 from fr3e_jax.models.attention import Part, Partial, Segment, attend_part, join
-from fr3e_jax.models.decoder import Decoder, cache_axes
-from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.types import Rollouts, StopTable
+from fr3e_jax.models.decoder import Decoder
+from fr3e_jax.parallel.mesh import BATCH_AXES, Placement
+from fr3e_jax.types import AnyArray, Rollouts, StopTable, pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Branches:
-    """What is fixed for C branches of each of N trajectories while they are decoded in lockstep.
+    """C branches of each of N trajectories, as they start; none of it changes while they are decoded."""
 
-    token: int32 [N, C], last token of each branch's state. position: int32 [N, C], its place in the whole
-    sequence. context: segments that the branches of a trajectory share: key, value [L, N, K, S, D], length
-    int32 [N, C]. limit: int32 [N, C], most tokens that a branch may draw; 0 leaves it empty. key: PRNG
-    keys [N, C]. stops: texts that end an answer, or None. begun: int32 [N, C], its state for each branch's
-    state, or None.
-    """
-
-    token: Array
-    position: Array
+    token: Int32[AnyArray, "N C"]
+    """The last token of each branch's state."""
+    position: Int32[AnyArray, "N C"]
+    """Its place in the whole sequence."""
     context: tuple[Segment, ...]
-    limit: Array
-    key: Array
+    """Segments that the branches of a trajectory share: keys and values [L, N, K, S, D], length [N, C]."""
+    limit: Int32[AnyArray, "N C"]
+    """Most tokens that a branch may draw; 0 leaves it empty."""
+    key: Key[AnyArray, "N C"]
+    """PRNG keys."""
     stops: StopTable | None = None
-    begun: Array | None = None
+    """Recognises texts that end an answer."""
+    begun: Int32[AnyArray, "N C"] | None = None
+    """How much of a stop text the state of each branch ends with (`StopTable`)."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Decoding:
-    """How far the branches have come.
-
-    rollouts: what they have generated. running: bool [N, C], not stopped yet. last: int32 [N, C], the
-    token to run next. own: the rows' own segment: key, value [L, P, K, R x S, D], for the R rows of each of
-    the P parts of the mesh S slots one after the other, length int32 [] of all rows. row_steps: int32 [],
-    rows decoded so far, added up over steps: what `rollouts.length` would add up to if no row ever idled.
-    begun: int32 [N, C], how much of a stop text each branch ends with (`StopTable`), or None without any.
-
-    R x S is one axis, so that it can be divided anew in place.
-    """
+    """The state of branches between two steps of decoding."""
 
     rollouts: Rollouts
-    running: Array
-    last: Array
+    """What the branches have generated."""
+    running: Bool[AnyArray, "N C"]
+    """Which have not stopped yet."""
+    last: Int32[AnyArray, "N C"]
+    """The token to run next."""
     own: Segment
-    row_steps: Array
-    begun: Array | None = None
+    """The rows' own segment: keys and values [L, P, K, R x S, D], length [] of all rows.
+
+    S slots of each of the R rows of a part lie one after the other in one axis, so that it can be divided
+    anew in place."""
+    row_steps: Int32[AnyArray, ""]
+    """Rows decoded so far, added up over steps: the sum of `rollouts.length` if no row were ever idle."""
+    begun: Int32[AnyArray, "N C"] | None = None
+    """How much of a stop text each branch ends with (`StopTable`)."""
 
 
-def pick(x: Array, index: Array) -> Array:
-    """Within each part: x [P, A, ...] at index int32 [P, B], giving [P, B, ...]."""
+def pick(x: Shaped[Array, "P A *rest"], index: Int32[Array, "P B"]) -> Shaped[Array, "P B *rest"]:
+    """Index within each part."""
     return jax.vmap(lambda x, index: x[index], spmd_axis_name=BATCH_AXES)(x, index)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class SeatMap:
     """Moves arrays between branches, rows and the groups of a trajectory."""
 
     placement: Placement
     seats: Seats
 
-    def of_branches(self, x: Array) -> Array:
-        """[N, C, ...] -> [P, R, ...]."""
+    def of_branches(self, x: Shaped[Array, "N C *rest"]) -> Shaped[Array, "P R *rest"]:
+        """Give each row what its branch has."""
         parts = self.seats.branch.shape[0]
         return pick(x.reshape(parts, -1, *x.shape[2:]), self.seats.branch)
 
-    def to_branches(self, x: Array, like: Array) -> Array:
-        """[P, R, ...] -> [N, C, ...], `like` being [N, C]; a branch without a row gets what is in row 0."""
+    def to_branches(self, x: Shaped[Array, "P R"], like: Shaped[Array, "N C"]) -> Shaped[Array, "N C"]:
+        """Give each branch what its row has, or row 0 where it has none, in the shape of `like`."""
         return self.placement.shard(pick(x, self.seats.row).reshape(like.shape), "batch")
 
-    def to_groups(self, x: Array) -> Array:
-        """[P, R, ...] -> [N, W, ...]."""
+    def to_groups(self, x: Shaped[Array, "P R *rest"]) -> Shaped[Array, "N W *rest"]:
+        """Bring the rows of each trajectory side by side."""
         parts, n, width = self.seats.group.shape
         grouped = pick(x, self.seats.group.reshape(parts, -1))
         return self.placement.shard(grouped.reshape(parts * n, width, *x.shape[2:]), "batch")
 
-    def of_groups(self, x: Array) -> Array:
-        """[N, W, ...] -> [P, R, ...]."""
+    def of_groups(self, x: Shaped[Array, "N W *rest"]) -> Shaped[Array, "P R *rest"]:
+        """Bring what the rows of each trajectory have back to the rows."""
         parts = self.seats.group.shape[0]
         return pick(x.reshape(parts, -1, *x.shape[2:]), self.seats.lane)
 
 
 def decode_token(
     model: Decoder,
-    rows: Rows,
-    token: Array,
-    position: Array,
+    rows: SeatMap,
+    token: Int32[Array, "P R"],
+    position: Int32[Array, "P R"],
+    *,
     context: tuple[Segment, ...],
     own: Segment,
     window: int,
-) -> tuple[Array, Segment]:
+) -> tuple[Float[Array, "P R E"], Segment]:
     """Run one token of every row against its chain of segments.
 
-    The caches are only read while the layers are gone through, and the new keys and values of all layers
-    stored at once after them: read and changed by turns, XLA copies a layer of the cache to read it.
+    The loop over layers only reads the KV cache. The new keys and values of all layers are stored at once
+    after it: where a program reads and changes the cache by turns, XLA copies each layer of it.
 
     Args:
-      token, position: int32 [P, R].
-      context: segments shared by the branches of a trajectory: key, value [L, N, K, S, D], length int32
+      rows: moves arrays between rows and the groups of a trajectory.
+      token, position: of each row.
+      context: segments shared by the branches of a trajectory: keys and values [L, N, K, S, D], length
         [N, W].
-      own: the rows' own segment: key, value [L, P, K, R, S, D], length int32 [], the slot to fill.
-      window: slots of it that are read.
+      own: the rows' own segment: keys and values [L, P, K, R, S, D], length [], the slot to fill.
+      window: slots of `own` that are read.
 
     Returns:
-      (hidden [P, R, E] after the final norm, `own` with one token more).
+      (hidden states after the final norm, `own` with one token more).
     """
     graph, stacked = nnx.split(model.layers)
     shard = rows.placement.shard
     held = (jnp.arange(window) < own.length)[None]
 
     def over(function: Any) -> Any:
-        """`function`, over parts or trajectories, which are what is split over the mesh."""
+        """Map a function over parts or trajectories, the axis that is split over the mesh."""
         return jax.vmap(function, spmd_axis_name=BATCH_AXES)
 
-    def attend_own(query: Array, key: Array, value: Array) -> Partial:
-        """[G, D] and [S, D], of a row and a key-value head."""
+    def attend_own(
+        query: Float[Array, "G D"], key: Float[Array, "S D"], value: Float[Array, "S D"]
+    ) -> Partial:
+        """Attend from a row's query heads to its own tokens, in one key-value head."""
         part = Part(key[None, :window], value[None, :window], held)
         return jax.tree.map(lambda x: x[0, 0], attend_part(query[None], part))
 
-    def attend_itself(query: Array, key: Array, value: Array) -> Partial:
-        """[H, D] and [K, D], of a row."""
+    def attend_itself(
+        query: Float[Array, "H D"], key: Float[Array, "K D"], value: Float[Array, "K D"]
+    ) -> Partial:
+        """Attend from a row's token to itself."""
         part = Part(key[:, None], value[:, None], jnp.ones((1, 1), bool))
         return jax.tree.map(lambda x: x[0], attend_part(query[None], part))
 
-    def attend_shared(query: Array, key: Array, value: Array, length: Array) -> Partial:
-        """[W, H, D], [K, S, D] and [W], of a trajectory."""
+    def attend_shared(
+        query: Float[Array, "W H D"],
+        key: Float[Array, "K S D"],
+        value: Float[Array, "K S D"],
+        length: Int32[Array, " W"],
+    ) -> Partial:
+        """Attend from a trajectory's rows to the first `length` slots of what they share."""
         return attend_part(query, Part(key, value, jnp.arange(key.shape[1])[None] < length[:, None]))
 
-    def layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
+    def layer(x: Float[Array, "P R E"], inputs: Any) -> tuple[Float[Array, "P R E"], tuple[Array, Array]]:
         params, own_key, own_value, keys, values = inputs
         block = nnx.merge(graph, params)
         query, key, value = over(lambda x, position: block.project(x, position, shard))(x, position)
@@ -165,7 +176,9 @@ def decode_token(
         x = over(lambda x, attended: block.finish(x, attended, shard))(x, attended)
         return x, (key, value)
 
-    def store(cache: Array, new: Array) -> Array:
+    def store(
+        cache: Float[Array, "L P K R S D"], new: Float[Array, "L P R K D"]
+    ) -> Float[Array, "L P K R S D"]:
         new = jnp.einsum("lprkd->lpkrd", new)[..., None, :]
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0, own.length, 0))
 
@@ -182,12 +195,12 @@ def decode_token(
 
 
 def start_branches(
-    model: Decoder, placement: Placement, branches: Branches, max_new: int, rows: int, slots: int
+    model: Decoder, placement: Placement, branches: Branches, *, max_new: int, rows: int, slots: int
 ) -> Decoding:
-    """Branches that have generated nothing.
+    """Make the state of branches that have generated nothing.
 
     Args:
-      max_new: the largest limit. rows: of a part. slots: of the branch cache, to begin with.
+      max_new: the largest limit. rows: of a part. slots: of each row of the branch cache, to begin with.
     """
     n, count = branches.token.shape
 
@@ -204,51 +217,14 @@ def start_branches(
     )
     size = rows * slots
     own = Segment(empty_cache(model, placement, size), empty_cache(model, placement, size), jnp.int32(0))
-    running = branches.limit > 0
-    return Decoding(by_row(placement, empty), running, branches.token, own, jnp.int32(0), branches.begun)
-
-
-CACHE_AXES = cache_axes("batch")
-
-
-def empty_cache(model: Decoder, placement: Placement, size: int) -> Array:
-    """Keys or values of `size` tokens in each part of the mesh, zero."""
-    config = model.config
-    heads = (config.num_key_value_heads, size, config.head_dim)
-    zeros = jnp.zeros((config.num_hidden_layers, row_parts(placement.mesh), *heads), model.dtype)
-    return placement.shard(zeros, *CACHE_AXES)
-
-
-def reseat(
-    model: Decoder, placement: Placement, own: Segment, origin: Array, before: int, rows: int, slots: int
-) -> Segment:
-    """Move rows of the branch cache together: within it, if its size stays the same.
-
-    Args:
-      own: key, value [L, P, K, R x S, D] with R = `before`.
-      origin: int32 [P, `rows`], the row that each row's tokens are in.
-      slots: to have from now on.
-    """
-
-    def moved(layer: Array) -> Array:
-        """[P, K, R x S, D] -> [P, K, rows x slots, D]."""
-        parts, heads, size, width = layer.shape
-        held = layer.reshape(parts, heads, before, size // before, width)[:, :, :, :slots]
-        held = jax.vmap(lambda x, index: x[:, index], spmd_axis_name=BATCH_AXES)(held, origin)
-        held = jnp.pad(held, ((0, 0), (0, 0), (0, 0), (0, slots - held.shape[3]), (0, 0)))
-        return placement.shard(held.reshape(parts, heads, rows * slots, width), *CACHE_AXES[1:])
-
-    def move(cache: Array) -> Array:
-        target = cache if cache.shape[3] == rows * slots else empty_cache(model, placement, rows * slots)
-
-        def one(number: Array, target: Array) -> Array:
-            source = target if target.shape == cache.shape else cache
-            layer = jax.lax.dynamic_index_in_dim(source, number, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(target, moved(layer), number, 0)
-
-        return jax.lax.fori_loop(0, cache.shape[0], one, target)
-
-    return own._replace(key=move(own.key), value=move(own.value))
+    return Decoding(
+        rollouts=by_row(placement, empty),
+        running=branches.limit > 0,
+        last=branches.token,
+        own=own,
+        row_steps=jnp.int32(0),
+        begun=branches.begun,
+    )
 
 
 def advance_branches(
@@ -256,30 +232,27 @@ def advance_branches(
     placement: Placement,
     branches: Branches,
     decoding: Decoding,
-    seats: Seats,
-    until: Array | int,
-    leave: Array | int,
-    window: int,
+    leg: Leg,
+    *,
     end_tokens: tuple[int, ...],
     sampling: Sampling,
 ) -> Decoding:
-    """Generate until every branch has stopped, few enough are left to move, or `until` tokens are generated.
+    """Generate until every branch has stopped, or the leg ends.
 
     Args:
       model: merged with parameters in the compute dtype.
       placement: mesh and table for sampling; trajectories are rows.
       branches: as given to `start_branches`.
-      decoding: what `start_branches` or a call before this one returned.
-      seats: where the running branches sit in `decoding.own`.
-      until: int32 [], at most `window`.
-      leave: int32 []; as soon as no part has more running branches, return.
-      window: slots of the branch cache that are read.
-      end_tokens: a branch stops after drawing one of these; it belongs to the answer. It also stops where
+      decoding: what `start_branches` or a call before this one returned, with rows as the leg has them.
+      leg: where the running branches sit in `decoding.own`, and when to return.
+      end_tokens: a branch stops after drawing one of these, which belongs to the answer. It also stops where
         a stop text is complete.
+      sampling: the distribution that tokens are drawn from.
     """
     ends = jnp.asarray(end_tokens, jnp.int32)[None, None]
-    rows = Rows(placement, seats)
-    parts, count = seats.branch.shape
+    rows = SeatMap(placement, leg.seats)
+    parts, count = leg.seats.branch.shape
+    window = min(leg.slots, decoding.rollouts.token.shape[2])
     vocabulary_parts = placement.mesh.shape["tensor"]
     start, key = rows.of_branches(branches.position), rows.of_branches(branches.key)
     context = tuple(
@@ -287,8 +260,8 @@ def advance_branches(
         for segment in branches.context
     )
 
-    def draw_part(hidden: Array, position: Array, key: Array) -> Drawn:
-        def draw_row(logits: Array, position: Array, key: Array) -> Drawn:
+    def draw_part(hidden: Float[Array, "R E"], position: Int32[Array, " R"], key: Key[Array, " R"]) -> Drawn:
+        def draw_row(logits: Float32[Array, " V"], position: Int32[Array, ""], key: Key[Array, ""]) -> Drawn:
             uniform = draw_uniform(key, position)
             return draw(logits, uniform, sampling, vocabulary_parts, placement.shard)
 
@@ -296,17 +269,20 @@ def advance_branches(
 
     draw_all = jax.vmap(draw_part, spmd_axis_name=BATCH_AXES)
 
-    def divided(cache: Array) -> Array:
+    def divided(cache: Float[Array, "L P K slots D"]) -> Float[Array, "L P K R S D"]:
+        """Divide the slots of all rows into rows and slots."""
         return cache.reshape(*cache.shape[:3], count, -1, cache.shape[4])
 
     def step(before: Decoding) -> Decoding:
         rollouts, running, slot = before.rollouts, before.running, before.own.length
         position = start + slot
         token = rows.of_branches(before.last)
-        hidden, own = decode_token(model, rows, token, position, context, before.own, window)
+        hidden, own = decode_token(
+            model, rows, token, position, context=context, own=before.own, window=window
+        )
         drawn = Drawn(*(rows.to_branches(x, running) for x in draw_all(hidden, position, key)))
 
-        def write(buffer: Array, value: Array) -> Array:
+        def write(buffer: Shaped[Array, "N C S"], value: Shaped[Array, "N C"]) -> Shaped[Array, "N C S"]:
             value = jnp.where(running, value, 0)[..., None]
             return jax.lax.dynamic_update_slice(buffer, value, (0, 0, slot))
 
@@ -323,13 +299,18 @@ def advance_branches(
             length=rollouts.length + running,
             stopped=rollouts.stopped | ended,
         )
-        running = running & ~ended & (rollouts.length < branches.limit)
-        row_steps = before.row_steps + parts * count
-        return Decoding(by_row(placement, rollouts), running, drawn.token, own, row_steps, begun)
+        return Decoding(
+            rollouts=by_row(placement, rollouts),
+            running=running & ~ended & (rollouts.length < branches.limit),
+            last=drawn.token,
+            own=own,
+            row_steps=before.row_steps + parts * count,
+            begun=begun,
+        )
 
-    def unfinished(decoding: Decoding) -> Array:
+    def unfinished(decoding: Decoding) -> Bool[Array, ""]:
         fullest = jnp.max(jnp.sum(decoding.running.reshape(parts, -1), axis=1))
-        return (fullest > leave) & (decoding.own.length < until)
+        return (fullest > leg.leave) & (decoding.own.length < leg.until)
 
     own = decoding.own._replace(key=divided(decoding.own.key), value=divided(decoding.own.value))
     done = jax.lax.while_loop(unfinished, step, dataclasses.replace(decoding, own=own))
@@ -339,27 +320,5 @@ def advance_branches(
 
 
 def by_row(placement: Placement, tree: Rollouts) -> Rollouts:
-    """Constrain arrays whose first axis is trajectories."""
+    """Constrain arrays whose first axis is trajectories to be split over the mesh."""
     return jax.tree.map(lambda x: placement.shard(x, "batch"), tree)
-
-
-def prefill(model: Decoder, placement: Placement, token: Array, length: Array) -> Segment:
-    """Keys and values of B queries, each computed once.
-
-    Args:
-      token: int32 [B, P], right-padded. length: int32 [B].
-
-    Returns:
-      Segment with key, value [L, B, K, P, D], length int32 [B].
-    """
-    position = jnp.arange(token.shape[1])
-
-    def one(token: Array, length: Array) -> Segment:
-        return model(token, position, length, placement.shard)[1]
-
-    rows = jax.vmap(
-        one,
-        out_axes=Segment(1, 1, 0),
-        spmd_axis_name=BATCH_AXES,
-    )
-    return rows(token, length)

@@ -1,4 +1,4 @@
-"""Rollouts whose tokens were drawn from no distribution, since logits were not finite."""
+"""The check that logits were finite while rollouts were sampled."""
 
 import numpy as np
 
@@ -10,11 +10,11 @@ class NotFiniteError(RuntimeError):
 
 
 def require_finite(rollouts: Rollouts, where: str) -> None:
-    """Refuse rollouts of which a token has no finite log-probability or entropy.
+    """Refuse rollouts in which the log-probability or entropy of a token is not finite.
 
     Args:
       rollouts: on the host, [N, C, S] leaves.
-      where: they were sampled, for the message.
+      where: the stage that sampled them, for the message.
 
     Raises:
       NotFiniteError: with the share of such tokens.

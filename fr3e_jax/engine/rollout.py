@@ -1,8 +1,8 @@
-"""First return, explore, and plain sampling: the rollouts of a step.
+"""First return, exploration and plain sampling: the rollouts of a step.
 
-`first_return` samples R trajectories per query and hands their caches over; `explore` restarts from states
-of the kept ones on those caches; `sample` does the first without keeping caches. Each opens branches in one
-program and decodes them in a few: the loop over tokens stays on the device, and comes back when so many
+`first_return` samples R base trajectories per query and returns their KV caches. `explore` restarts from
+states of the kept ones on these caches. `sample` samples answers and keeps no caches. Each opens branches in
+one program and decodes them in a few: the loop over tokens stays on the device, and returns when so many
 branches have stopped that the others are worth moving together.
 """
 
@@ -17,45 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Int, Int32, Key, Shaped
 
-from fr3e_jax.engine.branches import (
-    Branches,
-    Decoding,
-    advance_branches,
-    prefill,
-    reseat,
-    start_branches,
-)
+from fr3e_jax.engine.branches import Branches, Decoding, advance_branches, start_branches
+from fr3e_jax.engine.caches import Caches, prefill, reseat, take_queries, take_trajectories
 from fr3e_jax.engine.sampler import Sampling, row_key
-from fr3e_jax.engine.seats import Ladder, Seats, first_slots, take_seats
+from fr3e_jax.engine.seats import Leg, arrange_kept, first_slots, schedule
 from fr3e_jax.engine.stops import states_along
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, Params
-from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.types import Queries, Rollouts, States, StopTable
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Caches:
-    """What exploration restarts from: the segments of a round's queries and base trajectories.
-
-    query: key, value [L, B, K, Q, D], length [B]. base: key, value [L, P, K, rows x S, D], branch r of the
-    b-th query of a part in row b x count + r.
-    """
-
-    query: Segment
-    base: Segment
-    rows: int = dataclasses.field(metadata={"static": True})
-    count: int = dataclasses.field(metadata={"static": True})
+from fr3e_jax.parallel.mesh import Placement, row_parts
+from fr3e_jax.types import AnyArray, Queries, Rollouts, States, StopTable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
 class Engine:
-    """The rollouts of one model on one mesh.
+    """Samples rollouts of one model on one mesh.
 
     max_new: most tokens of a response. end_tokens: a branch stops after drawing one of these. between: called
-    before each program of a decoding, and may end it with an exception. stops: texts that end a branch too.
+    before each program of a decoding; it may end the decoding with an exception. stops: recognises texts that
+    end a branch too.
     """
 
     graph: nnx.GraphDef[Decoder]
@@ -69,11 +50,11 @@ class Engine:
         self,
         params: Params,
         queries: Queries,
-        seed_key: Array,
-        step: Array | int,
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
         count: int,
         sampling: Sampling,
-    ) -> tuple[Rollouts, Caches, Array]:
+    ) -> tuple[Rollouts, Caches, Int32[Array, ""]]:
         """Sample `count` base trajectories from every query.
 
         Rows keep their place, since exploration goes on from what they hold.
@@ -81,29 +62,29 @@ class Engine:
         Returns:
           (Rollouts with N = B and C = count, the caches, rows decoded over all steps).
         """
-        number = self.placement.place_rows(roots(queries, count))
+        number = self.placement.place_rows(root_branches(queries, count))
         branches, decoding = self.open_queries(params, queries, number, seed_key, step)
         decoding = last(self.decode(params, branches, decoding, sampling, compact=False))
         (query_segment,) = branches.context
         query_segment = query_segment._replace(length=queries.length)
-        rows = self.rows_of(branches)
-        return decoding.rollouts, Caches(query_segment, decoding.own, rows, count), decoding.row_steps
+        caches = Caches(query_segment, decoding.own, self.rows_of(branches), count)
+        return decoding.rollouts, caches, decoding.row_steps
 
     def sample(
         self,
         params: Params,
         queries: Queries,
-        seed_key: Array,
-        step: Array | int,
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
         count: int,
         sampling: Sampling,
-    ) -> tuple[Rollouts, Array]:
-        """Sample `count` answers to every query, and keep nothing else.
+    ) -> tuple[Rollouts, Int32[Array, ""]]:
+        """Sample `count` answers to every query, and keep no caches.
 
         Returns:
           (Rollouts with N = B and C = count, rows decoded over all steps).
         """
-        number = self.placement.place_rows(roots(queries, count))
+        number = self.placement.place_rows(root_branches(queries, count))
         branches, decoding = self.open_queries(params, queries, number, seed_key, step)
         decoding = last(self.decode(params, branches, decoding, sampling))
         return decoding.rollouts, decoding.row_steps
@@ -114,24 +95,32 @@ class Engine:
         queries: Queries,
         caches: Caches,
         states: States,
-        seed_key: Array,
-        step: Array | int,
+        *,
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
         rollouts: int,
         sampling: Sampling,
         keep: bool = False,
-    ) -> tuple[Rollouts, Array]:
+    ) -> tuple[Rollouts, Int32[Array, ""]]:
         """Sample `rollouts` continuations from every valid state.
 
         Args:
-          queries, caches: as given to and returned by `first_return`; the caches are used up, unless `keep`.
-          states: of N trajectories, N dividing by the mesh's row parts, and each in the part of its query
-            (`arrange`).
+          params: merged into the model.
+          queries, caches: as given to and returned by `first_return`.
+          states: of N trajectories, where N divides by the mesh's row parts, and each trajectory is in the
+            part of its query (`arrange`).
+          seed_key, step: what is drawn is a function of them, the query, the branch and the position.
+          rollouts: M.
+          sampling: the distribution that tokens are drawn from.
+          keep: whether the caches can be used again; otherwise their memory is given back.
 
         Returns:
           (Rollouts with N trajectories and C = J x rollouts branches, state-major, rows decoded over all
           steps).
         """
-        branches, decoding = self.open_states(params, queries, caches, states, seed_key, step, rollouts)
+        branches, decoding = self.open_states(
+            params, queries, caches, states, seed_key=seed_key, step=step, rollouts=rollouts
+        )
         if not keep:  # what the kept trajectories need of them has been taken out
             jax.tree.map(lambda x: x.delete(), (caches.base.key, caches.base.value))
         decoding = last(self.decode(params, branches, decoding, sampling))
@@ -139,12 +128,20 @@ class Engine:
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def open_queries(
-        self, params: Params, queries: Queries, number: Array, seed_key: Array, step: Array | int
+        self,
+        params: Params,
+        queries: Queries,
+        number: Int32[AnyArray, "B C"],
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
     ) -> tuple[Branches, Decoding]:
         """Prefill the queries, each once, and open branches from them.
 
         Args:
-          number: int32 [B, C], the branches' numbers, which their randomness is a function of.
+          params: merged into the model.
+          queries: B of them.
+          number: the branches' numbers, which their randomness is a function of.
+          seed_key, step: as for `explore`.
         """
         model = nnx.merge(self.graph, params)
         query_segment = prefill(model, self.placement, queries.token, queries.length)
@@ -169,27 +166,28 @@ class Engine:
         queries: Queries,
         caches: Caches,
         states: States,
-        seed_key: Array,
-        step: Array | int,
+        *,
+        seed_key: Key[AnyArray, ""],
+        step: Int[AnyArray, ""] | int,
         rollouts: int,
     ) -> tuple[Branches, Decoding]:
-        """Open `rollouts` branches from every valid state."""
+        """Open `rollouts` branches from every valid state; the arguments are those of `explore`."""
         model = nnx.merge(self.graph, params)
 
-        def per_branch(x: Array) -> Array:
+        def per_branch(x: Shaped[Array, "N J"]) -> Shaped[Array, "N C"]:
             return jnp.repeat(x, rollouts, axis=1)
 
         # The kept trajectories' rows are taken out once; their branches share them.
         query_length = queries.length[states.query][:, None]
+        parts = row_parts(self.placement.mesh)
         query_segment = Segment(
-            take_query(caches.query.key, states, row_parts(self.placement.mesh)),
-            take_query(caches.query.value, states, row_parts(self.placement.mesh)),
+            take_queries(caches.query.key, states, parts),
+            take_queries(caches.query.value, states, parts),
             per_branch(jnp.broadcast_to(query_length - 1, states.prefix_length.shape)),
         )
-        per_part = queries.length.shape[0] // row_parts(self.placement.mesh)
         base_segment = Segment(
-            take_trajectory(caches.base.key, caches, states, per_part),
-            take_trajectory(caches.base.value, caches, states, per_part),
+            take_trajectories(caches.base.key, caches, states),
+            take_trajectories(caches.base.value, caches, states),
             per_branch(states.prefix_length),
         )
         begun = None
@@ -219,10 +217,9 @@ class Engine:
         return branches, self.start(model, branches)
 
     def start(self, model: Decoder, branches: Branches) -> Decoding:
-        """No token yet, and a row for every branch."""
-        rows = self.rows_of(branches)
-        slots = first_slots(self.max_new)
-        return start_branches(model, self.placement, branches, self.max_new, rows, slots)
+        """Make the state of branches that have generated nothing, with a row for each."""
+        rows, slots = self.rows_of(branches), first_slots(self.max_new)
+        return start_branches(model, self.placement, branches, max_new=self.max_new, rows=rows, slots=slots)
 
     def rows_of(self, branches: Branches) -> int:
         """Rows of a part to begin with, one for every branch."""
@@ -239,162 +236,95 @@ class Engine:
     ) -> Iterator[Decoding]:
         """Generate until every branch has stopped.
 
-        Every process takes the same decisions: they follow from who runs, which all are told.
+        Every process takes the same decisions: they follow from which branches run, which all processes know.
 
         Args:
-          decoding: as opened; it and what is yielded are used up by going on.
-          compact: give the rows of branches that have stopped to others.
+          params: merged into the model.
+          branches, decoding: as opened; `decoding` and what is yielded are used up by going on.
+          sampling: the distribution that tokens are drawn from.
+          compact: whether rows move together as branches stop.
           every: tokens between two looks at what was generated, 1 before the first; None looks at the end,
             and before each move.
 
         Yields:
-          How far it has come.
+          The state after each leg.
         """
         parts = row_parts(self.placement.mesh)
-        rows, slot = self.rows_of(branches), 0
-        slots = decoding.own.key.shape[3] // rows
-        ladder = Ladder(rows, slots, self.max_new)
-        running = np.ones((parts, branches.token.shape[0] // parts, branches.token.shape[1]), bool)
-        seats, origin, before = take_seats(running, rows), None, rows
+        shape = (parts, branches.token.shape[0] // parts, branches.token.shape[1])
+        slots = decoding.own.key.shape[3] // self.rows_of(branches)
+        legs = schedule(shape, slots, self.max_new, compact, every)
+        leg = next(legs)
         while True:
-            window = min(slots, self.max_new)
-            until = window if every is None else min(window, slot + every if slot else 1)
-            leave = ladder.below(rows) if compact else 0
             self.between()
-            stop, few = (self.placement.place(np.int32(n)) for n in (until, leave))
             with warnings.catch_warnings():
                 # A cache that grows cannot be what it grew from.
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                decoding, told = self.advance(
-                    params,
-                    branches,
-                    decoding,
-                    self.placement.place_rows(seats),
-                    origin,
-                    stop,
-                    few,
-                    sampling,
-                    before,
-                    slots,
-                )
+                decoding, ended = self.advance(params, branches, decoding, self.place(leg), sampling=sampling)
             yield decoding
-            now, slot = jax.device_get(told)
-            if not now.any():
+            running, filled = jax.device_get(ended)
+            try:
+                leg = legs.send((running.reshape(shape), int(filled)))
+            except StopIteration:
                 return
-            running, origin, before = now.reshape(running.shape), None, rows
-            fullest = int(running.sum(axis=(1, 2)).max()) if compact else rows
-            shape = ladder.next(fullest, rows, slots, slot == slots)
-            if shape != (rows, slots):
-                old = seats
-                rows, slots = shape
-                seats = take_seats(running, rows) if compact else old
-                origin = self.placement.place_rows(np.take_along_axis(old.row, seats.branch, axis=1))
 
-    @functools.partial(
-        jax.jit, static_argnames=("self", "sampling", "before", "slots"), donate_argnames=("decoding",)
-    )
+    def place(self, leg: Leg) -> Leg:
+        """Put a leg of the host on the mesh."""
+        place, place_rows = self.placement.place, self.placement.place_rows
+        return dataclasses.replace(
+            leg,
+            seats=place_rows(leg.seats),
+            origin=place_rows(leg.origin),
+            until=place(np.int32(leg.until)),
+            leave=place(np.int32(leg.leave)),
+        )
+
+    @functools.partial(jax.jit, static_argnames=("self", "sampling"), donate_argnames=("decoding",))
     def advance(
-        self,
-        params: Params,
-        branches: Branches,
-        decoding: Decoding,
-        seats: Seats,
-        origin: Array | None,
-        until: Array | int,
-        leave: Array | int,
-        sampling: Sampling,
-        before: int,
-        slots: int,
-    ) -> tuple[Decoding, tuple[Array, Array]]:
-        """Move rows together, if `origin` says from where, and generate.
-
-        Args:
-          before: rows of a part until now. slots: of a row from now on.
-          Others: as for `reseat` and `advance_branches`.
+        self, params: Params, branches: Branches, decoding: Decoding, leg: Leg, *, sampling: Sampling
+    ) -> tuple[Decoding, tuple[Bool[Array, "N C"], Int32[Array, ""]]]:
+        """Move rows together, where the leg says so, and generate until it ends.
 
         Returns:
-          (how far it has come, (who runs, bool [N, C], and the next slot, int32 [], on every process)).
+          (the state, (which branches run, the slots filled), both of these on every process).
         """
         model = nnx.merge(self.graph, params)
-        if origin is not None:
-            own = reseat(model, self.placement, decoding.own, origin, before, seats.rows, slots)
+        if leg.origin is not None:
+            own = reseat(model, self.placement, decoding.own, leg)
             decoding = dataclasses.replace(decoding, own=own)
         decoding = advance_branches(
             model,
             self.placement,
             branches,
             decoding,
-            seats,
-            until,
-            leave,
-            min(slots, self.max_new),
-            self.end_tokens,
-            sampling,
+            leg,
+            end_tokens=self.end_tokens,
+            sampling=sampling,
         )
         return decoding, (self.placement.shard(decoding.running), decoding.own.length)
 
-    def arrange(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lay kept trajectories out so that each is in the mesh's part of its query, whose caches it needs.
-
-        Args:
-          kept: bool [B, R].
-
-        Returns:
-          (query int32 [N], trajectory int32 [N], real bool [N]: False where only padding).
-        """
-        parts = row_parts(self.placement.mesh)
-        per_part = kept.shape[0] // parts
-        pieces = kept.reshape(parts, per_part, -1)
-        most = int(pieces.sum(axis=(1, 2)).max())
-        n = 1 << max(most - 1, 0).bit_length()  # a power of two, so that few numbers are compiled for
-        query = np.repeat(np.arange(parts, dtype=np.int32) * per_part, n).reshape(parts, n)
-        trajectory, real = np.zeros((parts, n), np.int32), np.zeros((parts, n), bool)
-        for part, piece in enumerate(pieces):
-            rows, columns = np.nonzero(piece)
-            query[part, : len(rows)] += rows.astype(np.int32)
-            trajectory[part, : len(rows)] = columns
-            real[part, : len(rows)] = True
-        return query.reshape(-1), trajectory.reshape(-1), real.reshape(-1)
+    def arrange(
+        self, kept: Bool[np.ndarray, "B R"]
+    ) -> tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+        """Lay kept trajectories out on this engine's mesh: (query, trajectory, real), see `arrange_kept`."""
+        return arrange_kept(kept, row_parts(self.placement.mesh))
 
 
-def last(steps: Iterator[Decoding]) -> Decoding:
-    """The last of them."""
-    return collections.deque(steps, maxlen=1)[0]
+def last(states: Iterator[Decoding]) -> Decoding:
+    """Take the last of an iterator; those before it are dropped as they come."""
+    return collections.deque(states, maxlen=1)[0]
 
 
-def roots(queries: Queries, count: int) -> np.ndarray:
-    """Branch numbers int32 [B, count] of answers from the query alone, on the host."""
+def root_branches(queries: Queries, count: int) -> Int32[np.ndarray, "B {count}"]:
+    """Number `count` branches from each query alone, on the host."""
     return np.broadcast_to(np.arange(count, dtype=np.int32), (queries.length.shape[0], count))
 
 
-def take_query(cache: Array, states: States, parts: int) -> Array:
-    """The queries of kept trajectories: [L, B, K, Q, D] -> [L, N, K, Q, D]."""
-    layers, count, *each = cache.shape
-    index = states.query.reshape(parts, -1) % (count // parts)
-
-    def take(cache: Array, index: Array) -> Array:
-        return cache[:, index]
-
-    taken = jax.vmap(take, (1, 0), 1, spmd_axis_name=BATCH_AXES)(
-        cache.reshape(layers, parts, -1, *each), index
-    )
-    return taken.reshape(layers, -1, *each)
-
-
-def take_trajectory(cache: Array, caches: Caches, states: States, per_part: int) -> Array:
-    """Kept trajectories of a base cache: [L, P, K, rows x S, D] -> [L, N, K, S, D]."""
-    layers, parts, heads, _, width = cache.shape
-    row = states.query.reshape(parts, -1) % per_part * caches.count + states.base.reshape(parts, -1)
-
-    def take(cache: Array, row: Array) -> Array:
-        return jnp.moveaxis(cache[:, :, row], 2, 1)
-
-    divided = cache.reshape(layers, parts, heads, caches.rows, -1, width)
-    taken = jax.vmap(take, (1, 0), 1, spmd_axis_name=BATCH_AXES)(divided, row)
-    return taken.reshape(layers, -1, heads, divided.shape[4], width)
-
-
-def branch_keys(seed_key: Array, step: Array | int, query: Array, branch: Array) -> Array:
-    """Keys [N, C] of branches int32 [N, C] of queries int32 [N]."""
+def branch_keys(
+    seed_key: Key[AnyArray, ""],
+    step: Int[AnyArray, ""] | int,
+    query: Int32[AnyArray, " N"],
+    branch: Int32[AnyArray, "N C"],
+) -> Key[Array, "N C"]:
+    """Make the PRNG keys of branches, from the queries' indices in the stream and the branches' numbers."""
     keys = jax.vmap(row_key, in_axes=(None, None, None, 0))
     return jax.vmap(keys, in_axes=(None, None, 0, 0))(seed_key, step, query, branch)

@@ -1,7 +1,4 @@
-"""Answers of a model to problems, judged.
-
-Benchmarks and the held-out problems of a run are asked with it.
-"""
+"""Answers of a model to problems, with verdicts: of benchmarks, and of a run's held-out problems."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +23,7 @@ MOST_PROBLEMS = 2**31 // MOST_SAMPLES  # an answer has a number, of 31 bits
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """One answer that is wanted: the sample-th to a problem, which is the number-th of its benchmark."""
+    """A request for one answer: sample number `sample` to problem number `number` of a benchmark."""
 
     problem: Problem
     number: int
@@ -35,10 +32,10 @@ class Ask:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer, judged.
+    """One answer with its verdict.
 
-    right: the verdict; False where the answer was cut off by the length limit. extracted: what was judged.
-    truncated: it was cut off. length: tokens. response: the text.
+    right: whether it is right; False where it was cut off by the length limit. extracted: the part that was
+    judged. truncated: whether it was cut off. length: tokens. response: the text.
     """
 
     right: bool
@@ -50,9 +47,9 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Respondent:
-    """A model that is asked problems, `rows` of them at a time, whichever benchmark they are of.
+    """A model that answers problems, `rows` of them at a time.
 
-    where: in a message, what is asked.
+    where: name of what is asked, for messages.
     """
 
     engine: Engine
@@ -64,7 +61,7 @@ class Respondent:
     def answers(
         self, params: Params, asks: Sequence[Ask], key: Array, sampling: Sampling
     ) -> Iterator[list[Answer]]:
-        """Answer in batches; while a batch is judged, the next one is sampled.
+        """Answer requests in batches; while a batch is judged, the next one is sampled.
 
         The random numbers of an answer are a function of (key, number, sample), whatever it is asked with. In
         float32 so is the answer. In bfloat16 sums are rounded in the order of the program that is compiled
@@ -72,8 +69,8 @@ class Respondent:
 
         Args:
           params: in the layout for sampling.
-          asks: in order.
-          key: of the seed.
+          asks: requests, in order.
+          key: random key of the seed.
           sampling: the distribution that answers are drawn from.
 
         Yields:
@@ -100,10 +97,12 @@ class Respondent:
             yield before()
 
     def judge(self, rollouts: Rollouts, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
-        """Start to judge the first rows; the result waits for the verdicts.
+        """Start to judge the first rows of a batch.
 
-        The first process does the work on text, and is the one that has the texts; all are told what is
-        right.
+        The first process decodes and judges the texts, and alone has them; all processes learn the verdicts.
+
+        Returns:
+          A function that waits for the verdicts.
         """
         count, first = len(asks), is_first()
         lengths = self.stream.text.trimmed(rollouts).length[:count, 0].tolist()
@@ -116,11 +115,10 @@ class Respondent:
             verdicts = self.verifier.begin(texts, [ask.problem for ask in asks])
 
         def result() -> list[Answer]:
-            told = verdicts()
-            success_at = self.verifier.config.success_at
-            right = np.array([solved(verdict.score, success_at) for verdict in told], np.int32)
+            judged, success_at = verdicts(), self.verifier.config.success_at
+            right = np.array([solved(verdict.score, success_at) for verdict in judged], np.int32)
             right = self.verifier.hosts.add_up(right, "verdicts of an evaluation")
-            each = zip(right.tolist(), told, stopped, lengths, texts, strict=True)
+            each = zip(right.tolist(), judged, stopped, lengths, texts, strict=True)
             return [Answer(bool(r) and end, v.extracted, not end, n, text) for r, v, end, n, text in each]
 
         return result

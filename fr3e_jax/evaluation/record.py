@@ -1,45 +1,44 @@
-"""An evaluation's directory: what was asked, and every answer, whole at whatever moment it is killed."""
+"""The directory of an evaluation: what was asked, and every answer, at whatever moment it is killed."""
 
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import yaml
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.evaluation.answers import Answer, Ask
-from fr3e_jax.evaluation.report import read_answers
 from fr3e_jax.parallel.hosts import Hosts, is_first
+from fr3e_jax.run.jsonl import LineWriter
 from fr3e_jax.run.storage import location, write_atomically
 
 ANSWERS, SETTINGS, SUMMARY = "answers.jsonl", "evaluation.yaml", "summary.json"
-RESOLVED = "resolved"  # in SETTINGS, what settings came to
+RESOLVED = "resolved"  # in SETTINGS: what `auto` and defaults came to
 
 
-def open_directory(directory: Path, settings: dict[str, Any]) -> None:
+def open_directory(directory: Path, settings: dict[str, Any], answered: bool) -> None:
     """Make the directory, or go on in one that holds the same evaluation.
 
     Args:
       directory: of the evaluation.
       settings: what is asked of whom.
+      answered: whether it holds answers; without any, it may begin anew with other settings.
 
     Raises:
       ConfigError: it holds another one, or cannot be made.
     """
     held = held_settings(directory)
-    if not held:
+    if not held or not answered:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_settings(directory, settings)
         except OSError as error:
             raise ConfigError(f"--out {directory} cannot be written: {error}") from None
         return
-    # What `auto` and a branch of the hub came to may also be said.
+    # What `auto` and a branch of the hub came to may also be given.
     resolved = held | (held.get(RESOLVED) or {})
     changed = [name for name in settings if settings[name] not in (held.get(name), resolved.get(name))]
     if changed:
@@ -65,7 +64,7 @@ def note_resolved(directory: Path, resolved: dict[str, Any]) -> None:
 
 
 def refuse(directory: Path, changed: Sequence[str]) -> NoReturn:
-    """Say that a directory holds another evaluation."""
+    """Refuse a directory that holds another evaluation."""
     raise ConfigError(
         f"{directory} holds an evaluation with other settings of {', '.join(sorted(changed))}; choose "
         f"another --out, or restore them as its {SETTINGS} has them"
@@ -73,12 +72,12 @@ def refuse(directory: Path, changed: Sequence[str]) -> NoReturn:
 
 
 def write_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Write what is asked of whom, whole or not at all."""
+    """Write what is asked of whom, in one rename."""
     write_atomically(location(str(directory / SETTINGS)), yaml.safe_dump(settings, sort_keys=False))
 
 
 def held_settings(directory: Path) -> dict[str, Any]:
-    """What an evaluation was begun with; nothing where there is none.
+    """Read what an evaluation was begun with; nothing where there is none.
 
     Raises:
       ConfigError: it is damaged.
@@ -95,29 +94,17 @@ def held_settings(directory: Path) -> dict[str, Any]:
     return held
 
 
-def check_comparison(directory: Path, benchmarks: Sequence[str]) -> None:
-    """Refuse a comparison with what is not there, before anything is asked.
-
-    Raises:
-      ConfigError: the directory holds no answers to any of the benchmarks.
-    """
-    if not {line["benchmark"] for line in read_answers(directory / ANSWERS)} & set(benchmarks):
-        raise ConfigError(
-            f"--compare {directory}: there is no {ANSWERS} with answers to {', '.join(benchmarks)} in it"
-        )
-
-
 def without_done(
     benchmark: str, asks: list[Ask], held: Sequence[dict[str, Any]], directory: Path, hosts: Hosts
 ) -> list[Ask]:
-    """The answers of a benchmark that are still to be asked for.
+    """Find the answers of a benchmark that are still to be asked for.
 
     Args:
       benchmark: its name.
       asks: all that it wants.
-      held: the answers that there are, of all benchmarks; nothing in other processes than the first.
+      held: the answers that there are, of all benchmarks; none in other processes than the first.
       directory: of the evaluation.
-      hosts: which are told what the first knows.
+      hosts: all processes, which learn what the first one knows.
 
     Raises:
       ConfigError: the answers that there are belong to other problems.
@@ -142,20 +129,23 @@ def without_done(
 class Writer:
     """Appends answers to a file, as lines that are whole whenever the command is killed.
 
-    path: of the file. seen: a question -> the prompt as the model sees it.
+    Only the first process writes.
     """
 
     def __init__(self, path: Path, seen: Callable[[str], str]) -> None:
+        """Prepare to write; the file is opened with the context.
+
+        Args:
+          path: of the file.
+          seen: a question -> the prompt as the model sees it.
+        """
         self.path = path
         self.seen = functools.cache(seen)  # each sample asks it again
-        self.file: IO[bytes] | None = None
+        self.file: LineWriter | None = None
 
     def __enter__(self) -> "Writer":
         if is_first():
-            self.file = self.path.open("ab+")
-            self.file.seek(0)
-            # A kill may have left a part of a line.
-            self.file.truncate(self.file.read().rfind(b"\n") + 1)
+            self.file = LineWriter(self.path)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,11 +155,11 @@ class Writer:
     def write(
         self, benchmark: str, asks: Sequence[Ask], answers: Sequence[Answer], settings: dict[str, Any]
     ) -> None:
-        """Write answers with how they were asked for, and see to it that they are on the disk."""
+        """Write answers with how they were asked for, and wait until they are on the disk."""
         if self.file is None:
             return
-        for ask, answer in zip(asks, answers, strict=True):
-            line = {
+        lines = [
+            {
                 "benchmark": benchmark,
                 "problem": ask.number,
                 "sample": ask.sample,
@@ -177,9 +167,8 @@ class Writer:
                 "answer": ask.problem.answer,
                 "prompt": self.seen(ask.problem.question),
                 "settings": settings,
+                **dataclasses.asdict(answer),
             }
-            text = json.dumps(line | dataclasses.asdict(answer), ensure_ascii=False)
-            # What a model writes may be no text: a lone half of a pair.
-            self.file.write(text.encode("utf-8", "replace") + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+            for ask, answer in zip(asks, answers, strict=True)
+        ]
+        self.file.write(lines, sync=True)

@@ -1,8 +1,8 @@
-"""What verdicts say of a model, and how sure it is.
+"""Statistics of verdicts: means, and how uncertain they are.
 
-Problems are what is drawn at random, and answers to the same problem go together: standard errors, intervals
-and tests are over problems (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). What draws is a
-function of its seed.
+Problems are the random sample, and answers to the same problem depend on each other: standard errors,
+intervals and tests are over problems (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). Whatever
+draws random numbers is a function of its seed.
 """
 
 import dataclasses
@@ -19,7 +19,10 @@ CHUNK = 2**22  # numbers that are drawn at a time, which bounds memory
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """How much better a is than b. difference: of the means, a - b. low, high: its interval. p: two-sided."""
+    """The result of a paired test of a against b.
+
+    difference: of the means, a - b. low, high: its interval. p: two-sided p-value.
+    """
 
     difference: float
     low: float
@@ -28,7 +31,7 @@ class Paired:
 
 
 def avg_at_k(right: np.ndarray) -> tuple[float, float]:
-    """Mean over problems of the share of right answers, and its standard error.
+    """Compute the mean over problems of the share of right answers, and its standard error.
 
     The standard error clusters by problem. With the same k for all of them that is the standard deviation of
     the problems' means, with ddof 1, by the square root of their number.
@@ -48,12 +51,12 @@ def avg_at_k(right: np.ndarray) -> tuple[float, float]:
 def bootstrap_interval(
     right: np.ndarray, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of avg_at_k: percentiles of the mean over problems that are drawn again, with replacement.
+    """Compute a bootstrap interval of avg_at_k: percentiles of the mean over problems drawn with replacement.
 
     Args:
       right: bool [problems, k].
       level: share of such intervals that hold the true mean.
-      draws: how often the problems are drawn again.
+      draws: number of times that the problems are drawn.
       seed: of the draws.
 
     Returns:
@@ -63,7 +66,7 @@ def bootstrap_interval(
 
 
 def pass_at_k(right: np.ndarray, k: int) -> float:
-    """Chance that one of k answers is right, drawn without replacement from the n that there are.
+    """Compute the chance that one of k answers is right, drawn without replacement from all n.
 
     1 - C(n - c, k) / C(n, k) with c right ones, mean over problems (Chen et al. 2021, "Evaluating Large
     Language Models Trained on Code", arXiv 2107.03374, equation 1). C(n - c, k) / C(n, k) is the product over
@@ -84,7 +87,7 @@ def pass_at_k(right: np.ndarray, k: int) -> float:
 
 
 def maj_at_k(extracted: Sequence[Sequence[str]], right: np.ndarray) -> float:
-    """Share of problems that a vote of their answers gets right (Wang et al. 2022, arXiv 2203.11171).
+    """Compute the share of problems that a majority vote gets right (Wang et al. 2022, arXiv 2203.11171).
 
     Answers are the same if their extracted texts are, but for white space; those of which nothing could be
     extracted have no vote. Of tied winners each is as likely: the value is expected. A winner counts by the
@@ -104,7 +107,7 @@ def paired_test(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Paired:
-    """Whether two evaluations of the same problems differ.
+    """Test whether two evaluations of the same problems differ.
 
     If neither is better, each problem's difference is as likely to have the other sign. The p-value is the
     share of all choices of signs whose mean is as far from 0 (sign-flip permutation test, Fisher 1935). All
@@ -133,15 +136,15 @@ def paired_test(
 
 
 def _means(right: np.ndarray) -> np.ndarray:
-    """Share of right answers to each problem, float [problems]."""
+    """Compute the share of right answers to each problem, float [problems]."""
     return np.asarray(right, np.float64).mean(axis=1)
 
 
 def _interval(values: np.ndarray, level: float, draws: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of float [n] (Efron and Tibshirani 1993, section 13.3)."""
+    """Compute a percentile bootstrap interval of the mean of float [n] (Efron and Tibshirani 1993)."""
     if len(values) == 1:
         return float("nan"), float("nan")
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (values,),
         np.mean,
         n_resamples=draws,
@@ -150,14 +153,14 @@ def _interval(values: np.ndarray, level: float, draws: int, seed: int) -> tuple[
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def _sign_flips(differences: np.ndarray, draws: int, seed: int) -> float:
-    """p-value of differences float [n], none of which is 0."""
+    """Compute the p-value of differences float [n], none of which is 0."""
     if len(differences) < 2:
         return 1.0  # either sign is as far from 0
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (differences,),
         np.sum,
         permutation_type="samples",
@@ -165,11 +168,11 @@ def _sign_flips(differences: np.ndarray, draws: int, seed: int) -> float:
         batch=max(1, CHUNK // len(differences)),
         rng=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def _vote(extracted: Sequence[str], right: np.ndarray) -> float:
-    """Expected verdict on the winner among the answers to one problem."""
+    """Compute the expected verdict on the winning answer to one problem."""
     voters = [(" ".join(text.split()), bool(verdict)) for text, verdict in zip(extracted, right, strict=True)]
     votes = Counter(text for text, _ in voters if text)
     if not votes:

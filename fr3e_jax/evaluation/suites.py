@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 from pathlib import PurePath
 
-from fr3e_jax.config import ConfigError
+from fr3e_jax.config import ConfigError, SourceConfig
+from fr3e_jax.problems.corpus import judging_source, refuse_unread
 
 FILES = (".jsonl", ".json", ".csv", ".parquet", ".py")
 SOURCES = ("carry_addition", "word_addition", "commonsense_qa_test")
@@ -16,7 +17,7 @@ class Benchmark:
 
     name: short. dataset: name of a source (SourceConfig.name). samples: answers to each problem, k.
     temperature: of sampling; 0 takes the most likely token. label: for people. source: where the last two
-    come from.
+    come from. columns: how the rows of the source are read, where that was given.
     """
 
     name: str
@@ -25,6 +26,10 @@ class Benchmark:
     temperature: float
     label: str
     source: str
+    columns: SourceConfig | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # which is the only one of its name
 
 
 def _sampled(name: str, label: str, source: str) -> Benchmark:
@@ -46,6 +51,7 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
     "math": (
         _sampled("aime24", "AIME 2024", _AVG32),
         _sampled("aime25", "AIME 2025", _AS_AIME),
+        _sampled("aime26", "AIME 2026", _AS_AIME),
         _sampled("amc23", "AMC 2023", _AS_AIME),
         _greedy("math500", "MATH-500", f"{_QWEN}, there on all of MATH"),
         _greedy("minerva", "Minerva Math", _QWEN),
@@ -60,25 +66,69 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
 BENCHMARKS = {benchmark.name: benchmark for suite in SUITES.values() for benchmark in suite}
 
 
-def benchmarks_of(suite: str) -> tuple[Benchmark, ...]:
-    """The benchmarks that a command names.
+def benchmarks_of(suite: str | list[SourceConfig]) -> tuple[Benchmark, ...]:
+    """Find the benchmarks that a command names.
 
     Args:
-      suite: suites, benchmarks and sources of problems, with commas between. A source is a file `*.jsonl`,
-        `*.csv` or `*.parquet`, `gym:NAME`, `FILE.py`, `Org/Name` of the hub, or one of SOURCES; it is asked
-        once, greedily.
+      suite: suites, benchmarks and sources of problems, with commas between; or a list of them with settings
+        of their own. A source is a file `*.jsonl`, `*.csv` or `*.parquet`, `gym:NAME`, `FILE.py`, `Org/Name`
+        of the hub, or one of SOURCES; it is asked once, greedily.
 
     Raises:
-      ConfigError: there is none of a name, or two have the same one.
+      ConfigError: there is none of a name, two have the same one, or settings are given to what takes none.
     """
-    found = [benchmark for name in suite.split(",") for benchmark in _named(name.strip())]
+    if isinstance(suite, str):
+        found = [benchmark for name in suite.split(",") for benchmark in _named(name.strip())]
+    else:
+        found = [benchmark for source in suite for benchmark in _with_columns(source)]
+    if not found:
+        raise ConfigError("suite is empty; name a benchmark or a source of problems")
     names = [benchmark.name for benchmark in found]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(
                 f"suite {suite!r} has benchmark {name} twice; leave one out, or rename its file"
+                if isinstance(suite, str)
+                else f"the suite has benchmark {name} twice; leave one out, or rename its file"
             )
     return tuple(found)
+
+
+def source_of(benchmark: Benchmark, file: str | None) -> SourceConfig:
+    """The source of a benchmark's problems, with what was given of it.
+
+    Args:
+      benchmark: one of a suite.
+      file: a copy of its data on this machine, read instead of the hub's.
+    """
+    source = judging_source(benchmark.dataset, file)
+    if benchmark.columns is None:
+        return source
+    refuse_unread(benchmark.columns)
+    given = {name: getattr(benchmark.columns, name) for name in _given(benchmark.columns)}
+    return dataclasses.replace(source, **given)
+
+
+def _given(source: SourceConfig) -> list[str]:
+    """Names of the settings of a source that are not at their defaults."""
+    plain = SourceConfig(source.name)
+    return [
+        field.name
+        for field in dataclasses.fields(source)
+        if getattr(source, field.name) != getattr(plain, field.name)
+    ]
+
+
+def _with_columns(source: SourceConfig) -> tuple[Benchmark, ...]:
+    """The benchmarks of a name in a list; of one, with the settings that stand beside it."""
+    found, given = _named(source.name), _given(source)
+    if "weight" in given:
+        raise ConfigError(f"{source.name} of the suite has a weight, which only training reads; leave it out")
+    if not given:
+        return found
+    if len(found) > 1:
+        raise ConfigError(f"{source.name} is a suite, and takes no {', '.join(given)}; list its benchmarks")
+    return (dataclasses.replace(found[0], columns=source),)
 
 
 def markdown() -> str:

@@ -4,25 +4,26 @@ import dataclasses
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float32
 
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 
 def collect(
-    accepted: np.ndarray,
+    accepted: Bool[np.ndarray, "N J"],
     queries: Queries,
     states: States,
     rollouts: Rollouts,
-    advantage: np.ndarray,
+    advantage: Float32[np.ndarray, "N J M"],
 ) -> StateGroups:
-    """Take the accepted states out of a round.
+    """Take the accepted states out of a round, all of it on the host.
 
     Args:
-      accepted: bool [N, J].
+      accepted: which states go to the learner.
       queries: the round's queries.
       states: the round's states.
-      rollouts: [N, J x M, S] leaves, state-major.
-      advantage: float32 [N, J, M].
+      rollouts: of J x M branches, those of a state side by side.
+      advantage: modulated.
     """
     n, j = np.nonzero(accepted)
     m = advantage.shape[2]
@@ -45,7 +46,7 @@ def collect(
 
 
 def empty_groups(rollouts: int, max_prompt: int, max_response: int) -> StateGroups:
-    """No accepted states, of the shapes of a run."""
+    """Make groups of 0 states, of the shapes of a run."""
     return StateGroups(
         query=np.zeros((0, max_prompt), np.int32),
         query_length=np.zeros((0,), np.int32),
@@ -60,17 +61,17 @@ def empty_groups(rollouts: int, max_prompt: int, max_response: int) -> StateGrou
 
 
 def count(groups: StateGroups) -> int:
-    """How many states there are."""
+    """Count the states."""
     return int(groups.query_length.shape[0])
 
 
-def join(first: StateGroups, second: StateGroups) -> StateGroups:
-    """The states of both, in order."""
+def concatenate(first: StateGroups, second: StateGroups) -> StateGroups:
+    """Put the states of `second` after those of `first`."""
     return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
 
 
 def split(groups: StateGroups, at: int) -> tuple[StateGroups, StateGroups]:
-    """The first `at` states, and the others; a group is never cut in two."""
+    """Divide into the first `at` states and the others; a group is never cut in two."""
     return jax.tree.map(lambda x: x[:at], groups), jax.tree.map(lambda x: x[at:], groups)
 
 
@@ -81,11 +82,14 @@ def minibatches(groups: StateGroups, parts: int, rng: np.random.Generator) -> li
 
 
 def as_dict(groups: StateGroups) -> dict[str, np.ndarray]:
-    """Field name -> array, padded by one state, since a checkpoint refuses arrays without elements."""
+    """Make a dict of field names and arrays for a checkpoint.
+
+    Arrays are padded by one state, since a checkpoint refuses arrays without elements.
+    """
     fields = {f.name: getattr(groups, f.name) for f in dataclasses.fields(groups)}
     return {k: np.pad(v, [(0, 1)] + [(0, 0)] * (v.ndim - 1)) for k, v in fields.items()}
 
 
 def from_dict(fields: dict[str, np.ndarray]) -> StateGroups:
-    """The inverse of `as_dict`."""
+    """Make groups of the dict that `as_dict` made."""
     return StateGroups(**{k: np.asarray(v)[:-1] for k, v in fields.items()})

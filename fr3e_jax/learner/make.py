@@ -23,7 +23,7 @@ def learner_of(
     updates: int | None = None,
     on_tpu: bool | None = None,
 ) -> Learner:
-    """The learner of a model, with the attention kernel of TPUs where it runs on them.
+    """Make the learner of a model, with the attention kernel of TPUs where it runs on them.
 
     Args:
       graph: static half of the model.
@@ -31,8 +31,8 @@ def learner_of(
       axes: logical axes of the parameters.
       loss, optimizer: those sections of a configuration.
       compute_dtype: type of matrix products.
-      updates: that the whole run makes; a constant learning rate does not need it.
-      on_tpu: whether it runs on TPUs; by default as jax's backend says.
+      updates: the number of updates of the whole run; a constant learning rate does not need it.
+      on_tpu: whether it runs on TPUs; by default whether jax's backend is one.
 
     Raises:
       ConfigError: the learning rate's schedule does not fit the run's length.
@@ -44,8 +44,8 @@ def learner_of(
         placement,
         make_optimizer(optimizer, axes, updates),
         loss,
-        compute_dtype,
-        optimizer.logit_chunk,
-        optimizer.remat,
-        make_splash(placement) if on_tpu else attend_sequence,
+        compute_dtype=compute_dtype,
+        logit_chunk=optimizer.logit_chunk,
+        remat=optimizer.remat,
+        attend=make_splash(placement) if on_tpu else attend_sequence,
     )

@@ -11,19 +11,19 @@ from fr3e_jax.parallel.mesh import Placement
 
 
 def make_splash(placement: Placement, interpret: bool = False) -> Attend:
-    """`splash_sequence` over the heads of each device.
+    """Make `splash_sequence` for a mesh: each device attends with its own heads.
 
-    XLA cannot split a kernel, so the split is said here, for one sequence: heads by `placement`. Rows are
-    said by the caller's `jax.vmap`, whose `spmd_axis_name` is added for whatever it maps; one without a name
-    adds rows within a device.
+    XLA cannot split a kernel. So `jax.shard_map` splits the heads here, for one sequence, as `placement`
+    does. The caller's `jax.vmap` splits the rows: its `spmd_axis_name` names the mesh axes of what it maps,
+    and without a name the rows stay within a device.
 
     Args:
       placement: `kv_heads` may be held by every device while `heads` are split.
       interpret: run the kernel as ordinary operations, which any backend can.
 
     Returns:
-      An `Attend`, differentiable once. The parts of the mesh that `placement` splits heads into divide the
-      heads, as `place_model` sees to; else jax raises ValueError.
+      An `Attend`, differentiable once. The number of heads must divide by the parts that `placement` splits
+      them into, which `place_model` checks; else jax raises ValueError.
     """
     heads, kv_heads = placement.table["heads"], placement.table["kv_heads"]
     copied = heads != kv_heads

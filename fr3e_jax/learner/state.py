@@ -1,6 +1,5 @@
 """Parameters and optimizer state, and where they lie."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,27 +7,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jaxtyping import BFloat16, Float32, Key
 
 from fr3e_jax.config import ConfigError, OptimizerConfig
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.mesh import Placement, is_axes
+from fr3e_jax.types import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class TrainState:
-    """What an update changes. Parameters are float32, and so are moments unless `optimizer.moments` is
-    bfloat16.
-
-    params: the model's parameters. optimizer: optax state.
-    """
+    """Everything that an update changes."""
 
     params: Params
-    optimizer: optax.OptState
+    """The model's parameters, float32."""
+    optimizer: Any
+    """The state of the optax optimizer. Moments are float32 unless `optimizer.moments` is bfloat16."""
 
 
 def decayed(axes: Any) -> Any:
-    """Which parameters weight decay holds for, a tree of bool: matrices, not norms and biases.
+    """Tell which parameters weight decay holds for, a tree of bool: matrices, not norms and biases.
 
     Args:
       axes: tree of logical axes; every matrix, and nothing else, has an `embed` axis.
@@ -37,18 +35,19 @@ def decayed(axes: Any) -> Any:
 
 
 def make_schedule(config: OptimizerConfig, updates: int | None = None) -> optax.Schedule:
-    """The learning rate as a function of the number of updates taken before.
+    """Make the learning rate, a function of the number of updates taken before.
 
-    Linear warm-up: update i of w has (i + 1) / w of the rate. The decay starts from the whole rate at update
-    w and would reach its end at update `updates`, the first that the run does not make.
+    Linear warm-up: update i of w, counted from 0, has (i + 1) / w of the rate. The decay starts from the
+    whole rate at update w and would reach its end at update `updates`, the first that the run does not make.
 
     Args:
       config: the run's optimizer section.
-      updates: that the whole run makes; `constant` does not need it.
+      updates: the number of updates of the whole run; `constant` does not need it.
 
     Raises:
       ConfigError: a decaying schedule without a length, or one that warm-up takes all of.
     """
+    # Not optax.warmup_cosine_decay_schedule: its warm-up of w updates reaches the rate one update later.
     warmup = max(config.warmup_updates, 1)
     rising = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(warmup - 1, 1))
     if config.schedule == "constant":
@@ -70,18 +69,20 @@ def make_schedule(config: OptimizerConfig, updates: int | None = None) -> optax.
 def make_optimizer(
     config: OptimizerConfig, axes: Any, updates: int | None = None
 ) -> optax.GradientTransformation:
-    """AdamW with warm-up and schedule, after clipping by the global norm. Norms and biases are not decayed.
+    """Make AdamW with warm-up and schedule, after clipping by the global norm.
+
+    Norms and biases are not decayed.
 
     Args:
       config: the run's optimizer section.
       axes: logical axes of the parameters.
-      updates: that the whole run makes; `constant` does not need it.
+      updates: the number of updates of the whole run; `constant` does not need it.
 
     Raises:
       ConfigError: the schedule does not fit the run's length.
     """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    # With its rate in the state, an update can tell it.
+    # With the rate in the state, `apply_gradient` can report it.
     scale = optax.inject_hyperparams(optax.scale_by_learning_rate)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
@@ -92,10 +93,11 @@ def make_optimizer(
 
 
 def with_bfloat16_moments(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Adam whose moments are held in bfloat16 and computed in float32.
+    """Make an Adam whose moments are held in bfloat16 and computed in float32.
 
     Rounded to the nearest, a moment would not move by less than 1/512 to 1/256 of itself: with b2 = 0.999 the
-    second could never fall. Rounded at random, it moves by the right amount on average, whatever b1 and b2.
+    second could never fall. Rounded at random, it moves by the right amount on average, whatever b1 and b2
+    are. (optax.scale_by_adam holds the first moment alone in another dtype, and rounds it to the nearest.)
 
     Args:
       adam: `optax.scale_by_adam`.
@@ -121,10 +123,10 @@ def with_bfloat16_moments(adam: optax.GradientTransformation) -> optax.GradientT
     return optax.GradientTransformation(init, update)
 
 
-def round_at_random(x: Array, key: Array) -> Array:
-    """float32 [...] -> bfloat16 [...]: one of the two neighbours, whose expectation is x.
+def round_at_random(x: Float32[Array, "*axes"], key: Key[Array, ""]) -> BFloat16[Array, "*axes"]:
+    """Round to one of the two neighbouring bfloat16 numbers, drawn so that the expectation is x.
 
-    Finite numbers only: of an infinity it may make nan.
+    Numbers must be finite: an infinity may become nan.
     """
     # bfloat16 is the upper half of float32: random bits carry into it as often as the lower half says.
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -133,20 +135,23 @@ def round_at_random(x: Array, key: Array) -> Array:
 
 
 def apply_gradient(
-    optimizer: optax.GradientTransformation, state: TrainState, gradient: Params, loss: Array
-) -> tuple[TrainState, dict[str, Array]]:
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Params, loss: Float32[Array, ""]
+) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """Take one optimizer step, or none where loss or gradient are not finite.
 
     A skipped step leaves parameters, moments and the schedule's count as they are, bit for bit. Pure; jitted
-    by the caller.
+    by the caller. (optax.apply_if_finite does not look at the loss or at the gradient's norm, takes a step
+    that is not finite after too many in a row, and would add counters to the state that checkpoints hold.)
 
     Args:
+      optimizer: made by `make_optimizer`, or any other.
+      state: parameters and optimizer state.
       gradient: float32, of the parameters' shapes.
-      loss: float32 [].
+      loss: of the minibatch.
 
     Returns:
-      (the state, metrics float32 []): `skipped`, 1 or 0, and `learning_rate`, of the last step taken, where
-      the optimizer tells it.
+      (the state, metrics): `skipped`, 1 or 0, and `learning_rate`, of the last step taken, where it is in the
+      optimizer's state.
     """
     # The norm is finite only if every element is, and clipping needs it anyway.
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
@@ -162,7 +167,7 @@ def apply_gradient(
 def state_shardings(
     placement: Placement, optimizer: optax.GradientTransformation, axes: Any, params: Params
 ) -> TrainState:
-    """NamedShardings of a TrainState: moments lie like their parameters, scalars everywhere."""
+    """Make the NamedShardings of a TrainState: moments as their parameters, scalars on every device."""
     params_at = placement.shardings(axes, params)
     everywhere = placement.sharding()
     optimizer_at = optax.tree.map_params(
@@ -178,7 +183,7 @@ def state_shardings(
 def init_state(
     placement: Placement, optimizer: optax.GradientTransformation, axes: Any, params: Params
 ) -> TrainState:
-    """A fresh TrainState on the mesh from parameters on the host or anywhere else."""
+    """Make a fresh TrainState on the mesh from parameters on the host or anywhere else."""
     at = state_shardings(placement, optimizer, axes, params)
     placed = jax.device_put(params, at.params)
     moments = jax.jit(optimizer.init, out_shardings=at.optimizer)(placed)
@@ -186,7 +191,7 @@ def init_state(
 
 
 def sampling_cast(placement: Placement, axes: Any, shapes: Params, dtype: Any) -> Callable[[Params], Params]:
-    """The one cast and reshard of a step: float32 parameters -> the parameters as the engine reads them.
+    """Make the program that casts and reshards parameters from float32 to what the engine reads, once a step.
 
     Args:
       placement: mesh and *sampling* table.

@@ -1,4 +1,4 @@
-"""Which accelerators a process looks for."""
+"""The choice of accelerators that jax looks for."""
 
 import glob
 import os
@@ -15,20 +15,20 @@ NO_SIGN = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
 def leave_out_absent_tpu() -> None:
     """Keep jax from starting the TPU library on a machine without a TPU, where it prints a stack trace.
 
-    All other devices are found as ever. Call it before anything of jax looks for devices.
+    All other devices are found as before. Call it before jax looks for devices.
     """
-    # jax sets it where it sees a TPU on the PCI bus or is forced to start it, and people set it to choose.
+    # jax sets jax_platforms where it sees a TPU on the PCI bus, and users set it to choose.
     if jax.config.jax_platforms or tpu_signs():  # type: ignore[attr-defined]
         return
     register_backend_factory("tpu", refuse_tpu, priority=300, fail_quietly=True)
 
 
 def tpu_signs() -> list[str]:
-    """What says that there is, or may be, a TPU that jax did not see: device files and settings."""
+    """List what hints at a TPU that jax did not see: device files, and environment variables."""
     files = [file for pattern in TPU_FILES for file in glob.glob(pattern)]
     return files + [name for name in os.environ if name.startswith("TPU_") and name not in NO_SIGN]
 
 
 def refuse_tpu() -> NoReturn:
-    """What jax calls in place of the TPU library; it goes on with the other devices."""
+    """Fail in place of the TPU library, so that jax goes on with the other devices."""
     raise RuntimeError("this machine has no sign of a TPU; with JAX_PLATFORMS=tpu it is started all the same")

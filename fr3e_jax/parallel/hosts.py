@@ -1,7 +1,7 @@
-"""Several processes, one a host, that run one program.
+"""Several processes, one on each host, that run one program.
 
-All take the same decisions, since they take them from values that are equal everywhere; each does the work on
-text for its own rows of a batch. None waits longer for another than the time-out.
+All take the same decisions, since they take them from values that are equal on all processes. Each tokenizes
+and scores the text of its own rows of a batch. None waits longer for another than the time-out.
 """
 
 import contextlib
@@ -17,50 +17,49 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Bool, Shaped
 from orbax.checkpoint import multihost
 
 from fr3e_jax.config import ConfigError, DistributedConfig
 from fr3e_jax.parallel.mesh import MESH_AXES
-from fr3e_jax.parallel.waiting import HERE, HostError, rank, told_of_losses, waiting
+from fr3e_jax.parallel.waiting import HERE, HostError, rank, reporting_losses, waiting
 
 INITIALIZE = "FR3E_DISTRIBUTED"
 ADDRESS, PROCESSES, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-
-
-SERVED = 3.0  # seconds for which the first process still serves the others when it ends
+LINGER = 3.0  # seconds for which the first process, which coordinates the others, outlives them when it fails
 
 
 def initialize(config: DistributedConfig) -> None:
     """Join the other processes, where the configuration or the environment says that there are others.
 
-    Where they are is found by jax (Cloud TPU, GKE, Slurm, MPI), or said by `JAX_COORDINATOR_ADDRESS`,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. Call it before anything else of jax.
+    jax finds them by itself on Cloud TPU, GKE, Slurm and MPI. Elsewhere `JAX_COORDINATOR_ADDRESS`,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say where they are. Call it before anything else of jax.
 
     Raises:
-      ConfigError: they are not found, or the environment says only a part of it.
-      HostError: they do not come within the time-out.
+      ConfigError: they are not found, or only some of the variables are set.
+      HostError: they do not all join within the time-out.
     """
     if not (config.initialize or os.environ.get(INITIALIZE, "") not in ("", "0")):
         return
-    said = [name for name in (ADDRESS, PROCESSES, NUMBER) if os.environ.get(name)]
-    told: dict[str, Any] = {}
-    if PROCESSES in said or NUMBER in said:
-        missing = [name for name in (ADDRESS, PROCESSES, NUMBER) if name not in said]
+    given = [name for name in (ADDRESS, PROCESSES, NUMBER) if os.environ.get(name)]
+    place: dict[str, Any] = {}
+    if PROCESSES in given or NUMBER in given:
+        missing = [name for name in (ADDRESS, PROCESSES, NUMBER) if name not in given]
         if missing:
-            raise ConfigError(f"{' and '.join(said)} set, and {' and '.join(missing)} not; set all three")
+            raise ConfigError(f"{' and '.join(given)} set, and {' and '.join(missing)} not; set all 3")
         try:
-            told = {"num_processes": int(os.environ[PROCESSES]), "process_id": int(os.environ[NUMBER])}
+            place = {"num_processes": int(os.environ[PROCESSES]), "process_id": int(os.environ[NUMBER])}
         except ValueError:
             raise ConfigError(f"{PROCESSES} and {NUMBER} must be whole numbers") from None
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # jax's own notice of SIGTERM counts calls that both a run and orbax would make, each by its own numbers.
+    # jax's own handling of SIGTERM counts calls that a run and orbax would both make, each by its own count.
     jax.config.update("jax_enable_preemption_service", False)
     HERE.timeout = config.timeout
-    with waiting("the start"), told_of_losses():
+    with waiting("the start"), reporting_losses():
         try:
             jax.distributed.initialize(
-                **told,
+                **place,
                 initialization_timeout=config.timeout,
                 heartbeat_timeout_seconds=config.timeout,
                 shutdown_timeout_seconds=config.timeout,
@@ -77,12 +76,12 @@ def initialize(config: DistributedConfig) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Tell whether this process is the first, which writes the files of a run."""
     return jax.process_index() == 0
 
 
 def gather(tree: Any) -> Any:
-    """Arrays of the mesh, whole, on the host of every process."""
+    """Copy arrays of the mesh, whole, to the host of every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
@@ -90,29 +89,33 @@ def gather(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """The processes of a mesh. timeout: seconds that one waits for the others."""
+    """The processes that share a mesh. timeout: seconds that one waits for the others."""
 
     mesh: Mesh
     timeout: int
 
     def meet(self, where: str) -> None:
-        """Wait for all processes.
+        """Wait until all processes have come here.
+
+        Args:
+          where: what this process waits for, for the message.
 
         Raises:
           HostError: not all of them came in time.
         """
         if jax.process_count() == 1:
             return
-        # Where processes are named orbax waits at the coordinator, with a time-out, not in a collective.
+        # Where it is given processes, orbax waits at the coordinator with a time-out, not in a collective.
         everyone = set(range(jax.process_count()))
         HERE.timeout = self.timeout
         with waiting(where):
             multihost.sync_global_processes(where, timeout=self.timeout, processes=everyone)
 
-    def rows_here(self, rows: int) -> np.ndarray:
-        """Which rows of a batch this process answers for, bool [rows].
+    def rows_here(self, rows: int) -> Bool[np.ndarray, " {rows}"]:
+        """Find the rows of a batch whose text this process works on.
 
-        Those whose first device is its own, so that a row has one process, also where several hold it.
+        These are the rows whose first device is its own: each row has one process, also where several
+        processes hold it.
 
         Args:
           rows: of the batch; the row parts of the mesh divide them.
@@ -121,10 +124,13 @@ class Hosts:
         here = [device.process_index == jax.process_index() for device in devices[:, 0]]
         return np.broadcast_to(np.array(here)[:, None], (len(here), rows // len(here))).reshape(rows)
 
-    def add_up(self, x: np.ndarray, where: str) -> np.ndarray:
-        """Sum over processes of host arrays, each of which is 0 in the rows of others.
+    def add_up(self, x: Shaped[np.ndarray, "*axes"], where: str) -> Shaped[np.ndarray, "*axes"]:
+        """Add up host arrays over processes, each of which is 0 in the rows of others.
 
-        It follows work on text, for which each process takes its own time: so they meet first.
+        It follows work on text, which takes each process another time. So they meet first.
+
+        Raises:
+          HostError: not all of them came in time.
         """
         if jax.process_count() == 1:
             return x
@@ -133,11 +139,11 @@ class Hosts:
             return np.asarray(multihost_utils.process_allgather(x)).sum(axis=0).astype(x.dtype)
 
     def of_first(self, number: int, where: str) -> int:
-        """The first process's number, in [0, 2^31), on all of them."""
+        """Share a number in [0, 2^31): all processes return that of the first."""
         return int(self.add_up(np.array([number if is_first() else 0], np.int32), where)[0])
 
     def said(self, text: str, where: str) -> str:
-        """What a process says (400 bytes), known to all: the first that says something; else empty."""
+        """Share a text of at most 400 bytes: all processes return the first that is not empty."""
         own = np.zeros((jax.process_count(), 400), np.uint8)
         raw = text.encode()[: own.shape[1]]
         own[jax.process_index(), : len(raw)] = list(raw)
@@ -145,10 +151,14 @@ class Hosts:
         return next(filter(None, rows), "")
 
     def require_same(self, number: int, what: str) -> None:
-        """Refuse what is not the same on every host, by a number in [0, 2^31) that stands for it.
+        """Refuse what is not the same on every host.
+
+        Args:
+          number: a checksum of it, in [0, 2^31).
+          what: its name in the plural, for the message.
 
         Raises:
-          ConfigError: this process has another than the first.
+          ConfigError: this process has another number than the first.
         """
         if self.of_first(number, f"{what} are read") != number:
             raise ConfigError(f"{what} are not the same on every host; copy those of the first")
@@ -156,25 +166,25 @@ class Hosts:
 
 @contextlib.contextmanager
 def leaving_at_once(command: str) -> Iterator[None]:
-    """Where there are several processes, end one that fails at once.
+    """Run a command in this block; where there are several processes, end one that fails at once.
 
-    jax's farewell at the end of a process waits for the others, who wait for this one in the midst of a step.
+    At its normal end a process of jax waits for the others, who may wait for this one in the midst of a step.
 
     Args:
-      command: name of the module that is run.
+      command: name of the module that is run, for messages.
     """
     HERE.command = command
     try:
         with waiting(command):
             yield
             if jax.distributed.is_initialized():
-                with waiting("the end"):  # not where Python ends, which shows a traceback
+                with waiting("the end"):  # jax would do it while Python exits, and fail with a traceback
                     jax.distributed.shutdown()
     except SystemExit as ending:
         if jax.distributed.is_initialized() and ending.code not in (0, None):
             leave(ending.code if isinstance(ending.code, int) else 1)
         raise
-    except HostError as error:  # from where no command looks for it
+    except HostError as error:  # which the command did not catch
         print(f"fr3e_jax.{command}: error: {error}", file=sys.stderr)
         leave(1)
     except BaseException:
@@ -185,13 +195,13 @@ def leaving_at_once(command: str) -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit without a farewell; the first process after those that leave for the same reason.
+    """Exit without waiting for the others, the first process some seconds later.
 
-    It serves the others, who are to say for themselves why they end.
+    The others may leave for the same reason, and need the first, their coordinator, to report it.
     """
     HERE.code = code
     sys.stdout.flush()
     sys.stderr.flush()
     if rank()[0] == 0:
-        time.sleep(SERVED)
+        time.sleep(LINGER)
     os._exit(code)

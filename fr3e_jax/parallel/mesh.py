@@ -1,6 +1,6 @@
-"""The mesh, the table of logical axes, and placing arrays by it.
+"""The mesh, the table of logical axes, and the placement of arrays by it.
 
-The mesh has three axes. `data` repeats the parameters, `fsdp` splits parameters and optimizer state
+The mesh has 3 axes. `data` repeats the parameters, `fsdp` splits parameters and optimizer state
 along the hidden dimension, `tensor` splits heads, the MLP and the vocabulary. Rows of a batch are
 split over `data` and `fsdp` together. The same constraints hold on every backend.
 """
@@ -38,7 +38,7 @@ SAMPLING_TABLE: Mapping[str, MeshAxes] = {**TRAINING_TABLE, "embed": None}
 
 
 class PlacementError(ValueError):
-    """A mesh or a sharding that cannot be; the message says which size to change."""
+    """A mesh or a sharding is impossible; the message says which size to change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Placement:
     table: Mapping[str, MeshAxes] = dataclasses.field(default_factory=lambda: TRAINING_TABLE)
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """Logical axis names -> PartitionSpec.
+        """Translate logical axis names into a PartitionSpec.
 
         Raises:
           PlacementError: an unknown name, or one mesh axis used by two of the names.
@@ -71,15 +71,15 @@ class Placement:
         return PartitionSpec(*placed)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """Logical axis names -> NamedSharding on this mesh."""
+        """Translate logical axis names into a NamedSharding on this mesh."""
         return NamedSharding(self.mesh, self.spec(*axes))
 
     def shard(self, x: Array, *axes: str | None) -> Array:
-        """Constrain x, inside a jitted function."""
+        """Constrain x to the sharding of its logical axes, inside a jitted function."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
     def shardings(self, axes: Any, shapes: Any) -> Any:
-        """A tree of NamedShardings from a tree of logical axes, checked against the shapes.
+        """Translate a tree of logical axes into NamedShardings, and check that they fit the shapes.
 
         Args:
           axes: tree of tuples of names.
@@ -98,11 +98,11 @@ class Placement:
         return jax.tree.map(one, axes, shapes, is_leaf=is_axes)
 
     def place(self, x: Any, *axes: str | None) -> Array:
-        """Put a host array on the mesh; where there are several processes each has the whole array."""
+        """Put a host array on the mesh; where there are several processes, each passes the whole array."""
         whole, sharding = np.asarray(x), self.sharding(*axes)
         if sharding.is_fully_addressable:
             return jax.device_put(whole, sharding)
-        # device_put would exchange the array between processes, to see that it is everywhere the same.
+        # device_put would exchange the array between processes, to check that all have the same.
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     def place_rows(self, tree: Any, row_axis: int = 0) -> Any:
@@ -124,13 +124,13 @@ def check_divides(what: str, size: int, mesh: Mesh, target: MeshAxes) -> None:
 
 
 def place_model(mesh: Mesh, axes: Any, shapes: Any) -> tuple[Placement, Placement]:
-    """The placements of a model for training and for sampling.
+    """Make the placements of a model, for training and for sampling.
 
-    Key-value heads that are fewer than the parts of the tensor axis are held by every device: query
-    heads are many more, and are what is worth splitting.
+    Where there are fewer key-value heads than parts of the tensor axis, every device holds all of them. The
+    query heads, of which there are many more, are split.
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: from `make_mesh`.
       axes, shapes: the logical axes of the model's parameters, and the parameters or their shapes.
 
     Raises:
@@ -151,34 +151,34 @@ def place_model(mesh: Mesh, axes: Any, shapes: Any) -> tuple[Placement, Placemen
 
 
 def widest_tensor(axes: Any, shapes: Any, devices: int) -> int:
-    """The most parts, of those that divide the number of devices, that a model's tensors can be split in."""
+    """Find the largest size of the tensor axis that divides the number of devices and fits a model."""
     sizes = logical_sizes(axes, shapes)
     return max(n for n in range(1, devices + 1) if devices % n == 0 and not not_dividing(sizes, "tensor", n))
 
 
 def logical_sizes(axes: Any, shapes: Any) -> dict[str, int]:
-    """Size of every logical axis of a model's parameters."""
+    """Collect the size of every logical axis of a model's parameters."""
     leaves = zip(jax.tree.leaves(axes, is_leaf=is_axes), jax.tree.leaves(shapes), strict=True)
     return {name: size for names, leaf in leaves for name, size in zip(names, leaf.shape, strict=True)}
 
 
 def not_dividing(sizes: Mapping[str, int], mesh_axis: str, parts: int) -> list[str]:
-    """The logical axes on a mesh axis that cannot be split into `parts`."""
+    """List the logical axes on a mesh axis whose sizes do not divide by `parts`."""
     split = [name for name in sizes if TRAINING_TABLE[name] == mesh_axis]
     few = {"kv_heads"} if sizes["kv_heads"] < parts else set()  # then held by every device
     return [name for name in split if sizes[name] % parts and name not in few]
 
 
 def is_axes(x: Any) -> bool:
-    """Whether a node of a tree is the tuple of logical axes of a parameter."""
+    """Tell whether a node of a tree is the tuple of logical axes of a parameter."""
     return isinstance(x, tuple)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh over all devices, with axes that the compiler may propagate (Auto).
+    """Make the mesh over all devices, with axes that the compiler may propagate (Auto).
 
     Args:
-      data, fsdp, tensor: sizes; one of them may be -1, for "all devices that are left".
+      data, fsdp, tensor: sizes; one of them may be -1, for all devices that are left.
 
     Raises:
       PlacementError: the sizes do not multiply to the number of devices, of all hosts together, or cannot be
@@ -204,5 +204,5 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
 
 
 def row_parts(mesh: Mesh) -> int:
-    """In how many parts the rows of a batch are split."""
+    """Count the parts that the rows of a batch are split into."""
     return int(np.prod([mesh.shape[name] for name in BATCH_AXES]))

@@ -1,7 +1,7 @@
-"""Where a process is in its work with the others, so that it can say so when one of them is gone or late.
+"""The place where a process waits for the others, and the message when one of them is gone or late.
 
-The news comes in many ways: an exception out of a computation, a barrier that times out, or jax's runtime,
-which aborts this process from a thread of its own. All of them become one line and exit code 1.
+The loss of a process shows in many ways: an exception out of a computation, a barrier that times out, or an
+abort of this process by a thread of jax's runtime. Each becomes one line and exit code 1.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ import jax
 from jax._src import distributed
 from jaxlib import _jax
 
-GRACE = 3.0  # seconds that an abort leaves to the main thread, if that is about to end the process itself
+GRACE = 3.0  # seconds that an abort leaves to the main thread where that is about to end the process itself
 
-# How jax says, on CPU, GPU and TPU, that a process does not answer.
+# What errors of jax contain, on CPU, GPU and TPU, when a process does not answer.
 SIGNS = re.compile(
     r"gloo|nccl|coordination service|barrier|heartbeat|connection (closed|reset|refused)|socket closed"
     r"|(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED):",
@@ -28,18 +28,18 @@ SIGNS = re.compile(
 
 
 class HostError(RuntimeError):
-    """Another process is gone or late; the message says which one waited, where and how long."""
+    """Another process is gone or late; the message says which process waited, where and how long."""
 
 
 class Whereabouts:
-    """Where this process is, and whether it is ending.
+    """The place where this process waits, and whether it is ending.
 
     Attributes:
-      command: what the line begins with.
+      command: name of the command, which the message begins with.
       timeout: seconds, as configured.
-      places: (name, when it was entered) of the blocks that it is in, the innermost last, the command first.
-      ending: whether the main thread has the news.
-      code: the exit code, once the main thread has said why it ends.
+      places: (name, time of entry) of the blocks that it is in, the command first, the innermost last.
+      ending: whether the main thread has noticed the loss.
+      code: the exit code, once the main thread has printed why it ends.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,10 @@ class Whereabouts:
         self.code: int | None = None
 
     def lost(self, cause: object) -> HostError:
-        """What to say when the others do not answer.
+        """Make the error for when the others do not answer.
 
         Args:
-          cause: what was noticed.
+          cause: what showed the loss, such as an exception.
         """
         number, count = rank()
         name, begun = self.places[-1] if self.places else ("its own work", time.monotonic())
@@ -65,7 +65,7 @@ class Whereabouts:
         )
 
     def last_words(self, *_: object) -> NoReturn:
-        """End with the line, from the thread in which jax's runtime would abort."""
+        """Print the message and exit, in the thread in which jax's runtime would abort."""
         try:
             if self.ending or self.code is not None:
                 time.sleep(GRACE)
@@ -80,14 +80,14 @@ HERE = Whereabouts()
 
 
 def rank() -> tuple[int, int]:
-    """(number of this process, number of processes), also before they have met."""
+    """Return (number of this process, number of processes), also before they have joined."""
     state = distributed.global_state
     return state.process_id, state.num_processes
 
 
 @contextlib.contextmanager
 def waiting(place: str) -> Iterator[None]:
-    """Name what this block does with the other processes, for the message when they do not answer.
+    """Name what this block waits for, for the message when the other processes do not answer.
 
     Raises:
       HostError: they do not answer.
@@ -99,7 +99,7 @@ def waiting(place: str) -> Iterator[None]:
         raise
     except jax.errors.JaxRuntimeError as error:
         if rank()[1] == 1 or not SIGNS.search(str(error)):
-            raise  # a fault of its own
+            raise  # not the loss of a process
         HERE.ending = True
         raise HERE.lost(error) from error
     finally:
@@ -107,12 +107,12 @@ def waiting(place: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_of_losses() -> Iterator[None]:
-    """Have the runtime that jax starts in this block end the process with the line, not with a C++ stack.
+def reporting_losses() -> Iterator[None]:
+    """Have the runtime that jax starts in this block end the process with the message, not a C++ stack trace.
 
-    It calls back when the coordinator is gone, or tells of a process that is.
+    The runtime calls back when the coordinator is gone, or reports that another process is.
     """
-    # No public interface has it. With a jax that has it no longer, processes end as jax ends them.
+    # There is no public interface. With a jax that has dropped this one, processes end as jax ends them.
     name, option = "get_distributed_runtime_client", "missed_heartbeat_callback"
     make = getattr(_jax, name, None)
     if make is None or option not in (make.__doc__ or ""):
@@ -126,14 +126,14 @@ def told_of_losses() -> Iterator[None]:
         setattr(_jax, name, make)
 
 
-HELD: list[Any] = []  # what C++ points to must not be collected
+HELD: list[Any] = []  # functions that C++ points to, which Python must not free
 
 
 def on_bad_cast(handler: Callable[[], Any]) -> None:
     """Call a function where a thread of C++ would end the process with an uncaught std::bad_cast.
 
-    jaxlib (0.10 to 0.12) throws one instead of calling back, as it cannot hand its status to Python. Every
-    other exception ends the process as before.
+    jaxlib (0.10 to 0.12) throws one instead of calling back, since it cannot pass its status to Python. All
+    other exceptions end the process as before.
     """
     try:
         library = ctypes.CDLL("libstdc++.so.6")

@@ -1,153 +1,113 @@
-"""What a step does, under assumptions about how long answers are: the shapes of its programs, and how often
-each runs. The engine's own ladder of rows and the learner's own layout of rows decide.
+"""The work of a step under assumptions about lengths of answers: shapes of its programs, and runs of each.
+
+The engine's own schedule of a decoding and the learner's own layout of rows decide on both.
 """
 
 import collections
 import dataclasses
 import math
+from typing import Annotated, Any
 
 import numpy as np
 
-from fr3e_jax.config import Config, ConfigError
-from fr3e_jax.engine.seats import Ladder, Seats, first_slots, take_seats
+from fr3e_jax.config import Config
+from fr3e_jax.config.values import Bounds, NonNegativeNumber, Share
+from fr3e_jax.engine.seats import Leg, first_slots, schedule
 from fr3e_jax.learner import groups
-from fr3e_jax.learner.layout import bucket, bundles_of, most_of
+from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
+from fr3e_jax.parallel.sizes import next_power_of_two
 from fr3e_jax.types import StateGroups
 
-SPREAD = 0.8  # of the logarithm of answers' lengths
+SPREAD = 0.8  # standard deviation of the logarithm of answers' lengths
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What a plan cannot know.
+    """Numbers that a plan cannot know.
 
     Lengths of answers are log-normal and cut at the limit.
     """
 
-    response: float = 0.35
+    response: Share = 0.35
     """Mean length of an answer as a share of rollout.max_response."""
-    prompt: float = 0.25
+    prompt: Share = 0.25
     """Mean length of a query as a share of rollout.max_prompt."""
-    accepted: float = 0.5
+    accepted: Share = 0.5
     """Share of states that carry a gradient."""
-    kept: float = 2.0
-    """Base trajectories of a query that are explored."""
-    compute: float = 0.5
+    kept: Annotated[float, Bounds(least=1)] = 2.0
+    """Mean number of base trajectories of a query that are explored."""
+    compute: Share = 0.5
     """Share of the chip's FLOP/s that programs reach."""
-    memory: float = 0.7
-    """Share of the bandwidth of its memory."""
-    network: float = 0.7
-    """Share of the bandwidth of its links."""
-    latency: float = 5e-6
-    """Seconds that a collective takes at least."""
-
-    def check(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-          ConfigError: with one line that says what to change.
-        """
-        for name in ("response", "prompt", "accepted", "compute", "memory", "network"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"assume.{name} is {getattr(self, name)}; it is a share, above 0 and at most 1"
-                )
-        if self.kept < 1 or self.latency < 0:
-            raise ConfigError("assume.kept must be at least 1 and assume.latency at least 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class Leg:
-    """A call of the decoding program.
-
-    before, before_slots: rows of a part and slots of each until then. rows, slots: from then on. steps:
-    tokens of every row that it generates. seats: as the engine would seat the branches.
-    """
-
-    before: int
-    before_slots: int
-    rows: int
-    slots: int
-    steps: int
-    seats: Seats
-
-    @property
-    def moves(self) -> bool:
-        """Whether rows move together, or the cache grows, before it."""
-        return (self.before, self.before_slots) != (self.rows, self.slots)
-
-    @property
-    def cache(self) -> int:
-        """Slots of all rows that are there at a time: of a cache that grows, what it grew from too."""
-        size, was = self.rows * self.slots, self.before * self.before_slots
-        return size if size == was else size + was
+    memory: Share = 0.7
+    """Share of the bandwidth of its memory that programs reach."""
+    network: Share = 0.7
+    """Share of the bandwidth of its links that collectives reach."""
+    latency: NonNegativeNumber = 5e-6
+    """Least time of a collective, seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """A decoding: its branches, and the calls that it takes.
+    """A decoding: its branches, and the legs that it takes.
 
-    lengths: int [P, n, C], tokens of each branch.
+    lengths: int [P, n, C], number of tokens of each branch. steps: number of tokens that every row generates
+    in each leg.
     """
 
     lengths: np.ndarray
     legs: tuple[Leg, ...]
+    steps: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        """That are generated, on all parts."""
+        """Number of tokens that are generated, on all parts."""
         return int(self.lengths.sum())
 
     @property
     def row_steps(self) -> int:
-        """Rows decoded, idle ones too, on all parts."""
-        return sum(leg.rows * leg.steps for leg in self.legs) * len(self.lengths)
+        """Number of rows that are decoded, summed over tokens, idle rows included, on all parts."""
+        rows = sum(leg.rows * steps for leg, steps in zip(self.legs, self.steps, strict=True))
+        return rows * len(self.lengths)
 
     @property
     def largest(self) -> Leg:
-        """The call that needs most memory."""
+        """The leg that needs most memory."""
         return max(self.legs, key=lambda leg: (leg.cache, leg.rows))
 
 
 def decode_of(lengths: np.ndarray, max_new: int, compact: bool) -> Decode:
-    """How the engine would decode branches of these lengths: `Engine.decode`, without a device.
+    """The legs that `Engine.decode` would run for branches of these lengths, without a device.
 
     Args:
-      lengths: int [P, n, C], tokens that each branch generates, at least 1.
-      compact: whether rows that stop are given to others.
+      lengths: int [P, n, C], number of tokens that each branch generates, at least 1.
+      max_new: most tokens of a response.
+      compact: whether rows of branches that have stopped are given to others.
     """
-    parts = len(lengths)
-    rows = int(lengths[0].size)
-    slots, slot = first_slots(max_new), 0
-    ladder, legs = Ladder(rows, slots, max_new), list[Leg]()
-    seats, before = take_seats(np.ones(lengths.shape, bool), rows), (rows, slots)
+    ordered = np.sort(lengths.reshape(len(lengths), -1), axis=1)
+    calls = schedule(lengths.shape, first_slots(max_new), max_new, compact)
+    leg, legs, steps, filled = next(calls), list[Leg](), list[int](), 0
     while True:
-        window, leave = min(slots, max_new), ladder.below(rows) if compact else 0
-        fullest = np.sort(
-            lengths.reshape(parts, -1), axis=1
-        )  # the part that is last to have few running decides
-        last = int(fullest[:, fullest.shape[1] - leave - 1].max()) if leave < fullest.shape[1] else slot
-        end = min(max(last, slot), window)
-        legs.append(Leg(*before, rows, slots, end - slot, seats))
-        slot, before = end, (rows, slots)
-        running = lengths > slot
-        if not running.any():
-            return Decode(lengths, tuple(legs))
-        most = int(running.sum(axis=(1, 2)).max()) if compact else rows
-        rows, slots = ladder.next(most, rows, slots, slot == slots)
-        if (rows, slots) != before and compact:
-            seats = take_seats(running, rows)
+        # The part that is the last to have few running branches decides.
+        fewer = ordered[:, : ordered.shape[1] - leg.leave]
+        end = min(max(int(fewer[:, -1].max()) if fewer.size else filled, filled), leg.until)
+        legs.append(leg)
+        steps.append(end - filled)
+        filled = end
+        try:
+            leg = calls.send((lengths > filled, filled))
+        except StopIteration:
+            return Decode(lengths, tuple(legs), tuple(steps))
 
 
 def lengths_of(count: int, mean: float, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths int [count] of answers: log-normal, cut at the limit, of that mean before the cut."""
+    """Lengths int [count] of answers: log-normal with mean `mean`, then cut at `limit`."""
     drawn = np.exp(math.log(max(mean, 1.0)) - SPREAD**2 / 2 + SPREAD * rng.standard_normal(count))
     return np.clip(np.ceil(drawn), 1, limit).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Shape of a chunk on each part: rows of `width` tokens that see `window` slots of the trunks."""
+    """The shape of a chunk on each part: rows of `width` tokens that see `window` slots of the trunks."""
 
     rows: int
     width: int
@@ -155,24 +115,24 @@ class Chunk:
 
     @property
     def tokens(self) -> int:
-        """That run through the model."""
+        """Number of tokens that run through the model."""
         return self.rows * self.width
 
     @property
     def seen(self) -> int:
-        """Keys of all rows."""
+        """Number of keys that the rows see, summed over rows."""
         return self.rows * (self.window + self.width)
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A step.
+class Workload:
+    """The work of a step.
 
-    rounds: of sampling. first_return, explore: of a round; explore None without positions. trajectories: of
-    a part, that are explored. trunks: (number, width) of a bundle on each part, with how many bundles there
-    are. chunks: shapes with how many there are in the step. real: tokens that the update has to run, on all
-    parts. trained: tokens that carry loss. widest, widest_trunks: the chunk and the trunks that are assumed
-    to need most memory.
+    rounds: of sampling. first_return, explore: decodings of a round; explore is None without positions.
+    trajectories: number of trajectories of a part that are explored. trunks: (number, width) of the trunks of
+    a bundle on each part -> number of such bundles in the step. chunks: shape -> number of such chunks in the
+    step. real: tokens that run through the model in the update, padding left out, on all parts. trained:
+    tokens that carry loss. widest, widest_trunks: the chunk and the trunks that need most memory.
     """
 
     rounds: int
@@ -186,90 +146,110 @@ class Work:
     widest: Chunk
     widest_trunks: tuple[int, int]
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are generated in the step."""
+        explored = self.explore.tokens if self.explore is not None else 0
+        return self.rounds * (self.first_return.tokens + explored)
 
-def work_of(config: Config, parts: int, told: Assumptions, worst: bool = False) -> Work:
-    """A step of a run.
+    @property
+    def occupancy(self) -> float:
+        """Share of the decoded rows that generate a token."""
+        decodings = [x for x in (self.first_return, self.explore) if x is not None]
+        return sum(x.tokens for x in decodings) / sum(x.row_steps for x in decodings)
+
+
+def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: bool = False) -> Workload:
+    """The work of a step of a run.
 
     Args:
       config: resolved.
-      parts: row parts of the mesh.
-      worst: every answer goes to the limit.
+      parts: number of parts that the mesh splits batch rows into.
+      assumptions: lengths of answers, and shares of trajectories and states.
+      worst: every answer goes to the limit, and every position is at the beginning.
     """
     rollout, explore, limit = config.rollout, config.explore, config.rollout.max_response
     rng, per_part = np.random.default_rng(0), config.rollout.queries // parts
-    mean = limit if worst else told.response * limit
-    base = explore.positions > 0
-    count = rollout.base_trajectories if base else explore.rollouts
-    # That all others wait for the longest is what matters, and among so many one goes to the limit.
+    mean = limit if worst else assumptions.response * limit
+    restarts = explore.positions > 0
+    count = rollout.base_trajectories if restarts else explore.rollouts
+    # All others wait for the longest, and among so many one goes to the limit.
     lengths = lengths_of(rollout.queries * count, mean, limit, rng).reshape(parts, per_part, count)
     lengths[:, 0, 0] = limit
     if worst:
         lengths[:] = limit
-    first = decode_of(lengths, limit, compact=not base)
+    first = decode_of(lengths, limit, compact=not restarts)
     # The engine pads the kept trajectories of a part to a power of two.
     most = 2 if explore.keep in ("first_of_each", "random_of_each") else count
-    wanted = max(min(told.kept, most), 1) * per_part if base else per_part
-    kept = 1 << max(math.ceil(wanted) - 1, 0).bit_length() if base else per_part
+    wanted = max(min(assumptions.kept, most), 1) * per_part if restarts else per_part
+    kept = next_power_of_two(math.ceil(wanted)) if restarts else per_part
     states = explore.positions + 1
-    whole = lengths_of(parts * kept * states * explore.rollouts, mean, limit, rng)
-    whole = whole.reshape(parts, kept, states, explore.rollouts)
-    # Positions at equal distances; a restart goes on for what its share of an answer is.
+    continuations = lengths_of(parts * kept * states * explore.rollouts, mean, limit, rng)
+    continuations = continuations.reshape(parts, kept, states, explore.rollouts)
+    # Positions at equal distances: a continuation is as long as the share of the answer that is left.
     share = 1 - np.arange(states)[:, None] / states
-    whole = np.maximum(np.ceil(whole * share), 1).astype(np.int32)
-    if worst:  # positions that are all at the beginning
-        whole[:] = limit
-    decode = decode_of(whole.reshape(parts, kept, -1), limit, compact=True) if base else None
-    batch, minibatches = config.optimizer.batch_states, config.optimizer.minibatches
-    found = max(parts * math.ceil(wanted) * states * told.accepted, 1)
-    accepted = groups_of(config, whole.reshape(-1, states, explore.rollouts), told, rng)
-    shapes, trunks, real = collections.Counter[Chunk](), collections.Counter[tuple[int, int]](), 0
-    for part in groups.minibatches(accepted, minibatches, np.random.default_rng(0)):
-        for bundle in bundles_of(part, parts, config.optimizer.micro_tokens):
-            assert bundle.trunks is not None
-            trunks[bundle.trunks.token.shape[1:]] += 1
-            real += int(bundle.trunks.length.sum())
-            for chunk, window in zip(bundle.chunks, bundle.window, strict=True):
-                rows, width = chunk.token.shape
-                shapes[Chunk(rows // parts, width - 1, window)] += 1
-                real += int((chunk.length - 1).sum())
-    longest, budget = bucket(rollout.max_prompt + limit - 1), config.optimizer.micro_tokens
-    many = batch // minibatches * explore.rollouts
-    width, epochs = bucket(limit), config.optimizer.epochs
-    return Work(
-        rounds=math.ceil(batch / found),
+    continuations = np.maximum(np.ceil(continuations * share), 1).astype(np.int32)
+    if worst:
+        continuations[:] = limit
+    decode = decode_of(continuations.reshape(parts, kept, -1), limit, compact=True) if restarts else None
+    found = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
+    accepted = accepted_groups(config, continuations.reshape(-1, states, explore.rollouts), assumptions, rng)
+    return Workload(
+        rounds=math.ceil(config.optimizer.batch_states / found),
         first_return=first,
         explore=decode,
         trajectories=kept,
-        trunks={shape: epochs * times for shape, times in trunks.items()},
-        chunks={shape: epochs * times for shape, times in shapes.items()},
-        real=epochs * real,
-        trained=epochs * int(accepted.length.sum()),
-        # Whole answers after a whole trunk, or many short ones: each row has what it sees of its trunk.
-        widest=max(
-            [Chunk(most_of(many, width, budget), width, longest), *shapes], key=lambda x: (x.seen, x.tokens)
-        ),
-        widest_trunks=(most_of(many, longest, budget), longest),
+        **update_shapes(config, parts, accepted),
     )
 
 
-def groups_of(
-    config: Config, lengths: np.ndarray, told: Assumptions, rng: np.random.Generator
+def update_shapes(config: Config, parts: int, accepted: StateGroups) -> dict[str, Any]:
+    """The fields of a `Workload` that are about the update, from the accepted states of a batch."""
+    rollout, optimizer = config.rollout, config.optimizer
+    budget, epochs = optimizer.micro_tokens, optimizer.epochs
+    chunks, trunks, real = collections.Counter[Chunk](), collections.Counter[tuple[int, int]](), 0
+    for minibatch in groups.minibatches(accepted, optimizer.minibatches, np.random.default_rng(0)):
+        for bundle in bundles_of(minibatch, parts, budget):
+            assert bundle.trunks is not None
+            trunks[bundle.trunks.token.shape[1:]] += 1
+            real += int(bundle.trunks.length.sum())
+            for batch, window in zip(bundle.chunks, bundle.window, strict=True):
+                rows, width = batch.token.shape
+                chunks[Chunk(rows // parts, width - 1, window)] += 1
+                real += int((batch.length - 1).sum())
+    longest, width = width_of(rollout.max_prompt + rollout.max_response - 1), width_of(rollout.max_response)
+    rows = optimizer.batch_states // optimizer.minibatches * config.explore.rollouts
+    # Whole answers after a whole trunk, or many short ones: each row has the slots that it sees of its trunk.
+    possible = [Chunk(most_rows(rows, width, budget), width, longest), *chunks]
+    return {
+        "trunks": {shape: epochs * times for shape, times in trunks.items()},
+        "chunks": {shape: epochs * times for shape, times in chunks.items()},
+        "real": epochs * real,
+        "trained": epochs * int(accepted.length.sum()),
+        "widest": max(possible, key=lambda chunk: (chunk.seen, chunk.tokens)),
+        "widest_trunks": (most_rows(rows, longest, budget), longest),
+    }
+
+
+def accepted_groups(
+    config: Config, lengths: np.ndarray, assumptions: Assumptions, rng: np.random.Generator
 ) -> StateGroups:
-    """The accepted states of a batch, `batch_states` of them.
+    """The accepted states of a batch, `batch_states` of them, with tokens that are all 0.
 
     Args:
       lengths: int [trees, J, M], of continuations; repeated until there are enough.
     """
     rollout, wanted = config.rollout, config.optimizer.batch_states
     trees, states, rollouts = lengths.shape
-    rounds = math.ceil(2 * wanted / max(trees * states * told.accepted, 1))
-    tree, state = np.divmod(np.arange(trees * states * rounds), states)
-    chosen = np.sort(rng.permutation(len(tree))[: max(round(len(tree) * told.accepted), wanted)])[:wanted]
+    repeats = math.ceil(2 * wanted / max(trees * states * assumptions.accepted, 1))
+    tree, state = np.divmod(np.arange(trees * states * repeats), states)
+    count = max(round(len(tree) * assumptions.accepted), wanted)
+    chosen = np.sort(rng.permutation(len(tree))[:count])[:wanted]
     tree, state = tree[chosen], state[chosen]
     length = lengths[tree % trees, state]
-    prefix = np.ceil(state / states * told.response * rollout.max_response).astype(np.int32)
-    query = np.full(wanted, max(int(told.prompt * rollout.max_prompt), 1), np.int32)
-    widest = int(length.max())
+    prefix = np.ceil(state / states * assumptions.response * rollout.max_response).astype(np.int32)
+    query = np.full(wanted, max(int(assumptions.prompt * rollout.max_prompt), 1), np.int32)
+    longest = int(length.max())
 
     def zeros(dtype: type, *sizes: int) -> np.ndarray:
         return np.zeros(sizes, dtype)
@@ -279,8 +259,8 @@ def groups_of(
         query_length=query,
         prefix=zeros(np.int32, wanted, rollout.max_response),
         prefix_length=prefix,
-        token=zeros(np.int32, wanted, rollouts, widest),
-        logprob=zeros(np.float32, wanted, rollouts, widest),
+        token=zeros(np.int32, wanted, rollouts, longest),
+        logprob=zeros(np.float32, wanted, rollouts, longest),
         length=length,
         advantage=zeros(np.float32, wanted, rollouts),
         source=np.stack([tree, np.zeros_like(tree), state], axis=1).astype(np.int32),

@@ -25,9 +25,9 @@ from fr3e_jax.pretrained.tokenizer import (
     read_tokenizer,
     read_tokenizer_config,
 )
-from fr3e_jax.pretrained.weights import MAX_FILE_BYTES, write_params
+from fr3e_jax.pretrained.write_weights import MAX_FILE_BYTES, write_params
 
-# Files that are not copied: written anew, or older places of what tokenizer_config.json says.
+# Files that are not copied: they are written anew, or older places of fields of tokenizer_config.json.
 WRITTEN = {
     "config.json",
     GENERATION_FILE,
@@ -35,9 +35,9 @@ WRITTEN = {
     "special_tokens_map.json",
     "added_tokens.json",
 }
-# Of tokenizer_config.json: code, and what version 5 notes of the machine that wrote it.
+# Fields of tokenizer_config.json: code, and those in which version 5 notes the machine that wrote it.
 LEFT_OUT = {"auto_map", "backend", "is_local", "local_files_only", "name_or_path"}
-# What both versions know and read alike for Qwen's own tokenizer.json.
+# Classes that both versions know and read alike for Qwen's own tokenizer.json.
 QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 ADDED_TOKEN_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
@@ -49,20 +49,20 @@ def export_model(
     dtype: Any = jnp.float32,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `params` beside the configuration and tokenizer of `source`.
+    """Write a Hugging Face directory with `params`, and with the configuration and tokenizer of `source`.
 
     The directory appears whole or not at all. On several hosts every process calls this; the first one
     writes, and the others wait for it.
 
     Args:
       source: Hugging Face directory that the model came from.
-      out: directory to write; what lies there is replaced, so callers name one of their own.
+      out: directory to write. Its old content is replaced, so callers name one of their own.
       params: trained parameters, with NamedShardings.
-      dtype: type of the weights, float32 or bfloat16.
+      dtype: of the weights, float32 or bfloat16.
       max_file_bytes: most bytes of tensors in one file.
     """
     writes = jax.process_index() == 0
-    out = out.resolve()  # through a link, to what is replaced
+    out = out.resolve()  # the target of a link is replaced, not the link
     temporary = temporary_beside(out)
     try:
         if writes:
@@ -82,7 +82,7 @@ def export_model(
 
 
 def check_out(out: Path) -> None:
-    """Refuse a directory that `export_model` could not write, or would have to empty.
+    """Refuse a directory that `export_model` could not write or would have to empty.
 
     Raises:
       ConfigError: it holds files, is a mount point or the working directory, or its parent cannot be written.
@@ -102,11 +102,11 @@ def check_out(out: Path) -> None:
 
 
 def copy_description(source: Path, out: Path, dtype: Any) -> None:
-    """Everything but the weights: what the run used, in the words of transformers 4 and of 5.
+    """Write everything but the weights, in the fields of transformers 4 and of 5.
 
     Configuration and generation_config.json are written anew. The tokenizer's files, chat template and
-    licence are copied, but for what the two versions would read differently. Code that a source names is not
-    carried on.
+    licence are copied, except for fields that the two versions would read differently. Code that a source
+    names is left out.
     """
     for pattern in DESCRIPTION_FILES:
         for file in filter(Path.is_file, sorted(source.glob(pattern))):
@@ -114,8 +114,8 @@ def copy_description(source: Path, out: Path, dtype: Any) -> None:
                 shutil.copyfile(file, out / file.name)
     config, ends = read_config(source), end_tokens(source)
     pad, bos = (
-        found if found is not None and found < config.vocab_size else None
-        for found in (pad_token(source), begin_token(source))
+        token if token is not None and token < config.vocab_size else None
+        for token in (pad_token(source), begin_token(source))
     )
     write_json(out / "config.json", config_json(config, list(ends), pad, bos, jnp.dtype(dtype).name))
     write_json(out / GENERATION_FILE, generation_json(ends, pad))
@@ -126,45 +126,46 @@ def copy_description(source: Path, out: Path, dtype: Any) -> None:
 
 
 def generation_json(ends: tuple[int, ...], pad: int | None) -> dict[str, Any]:
-    """What generation_config.json says: what ends an answer, and greedy as in evaluations.
+    """The content of generation_config.json: end tokens, and greedy decoding as in evaluations.
 
-    Penalties and filters of the source are none of the run's.
+    Penalties and filters of the source are left out, since the run did not use them.
     """
-    told: dict[str, Any] = {"do_sample": False, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
-    return told if pad is None else told | {"pad_token_id": pad}
+    eos = ends[0] if len(ends) == 1 else list(ends)
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": eos}
+    return settings if pad is None else settings | {"pad_token_id": pad}
 
 
-def tokenizer_json(held: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """What tokenizer_config.json says: the source's fields, and the run's tokenizer where versions differ.
+def tokenizer_json(source_fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The content of tokenizer_config.json: the source's fields, and the run's where versions differ.
 
     Args:
-      held: the source's.
+      source_fields: fields of the source's file.
       tokenizer: of the run.
     """
-    told = {name: value for name, value in held.items() if name not in LEFT_OUT}
-    if told.get("tokenizer_class") not in QWEN_CLASSES:
+    fields = {name: value for name, value in source_fields.items() if name not in LEFT_OUT}
+    if fields.get("tokenizer_class") not in QWEN_CLASSES:
         # The name that both know for "tokenizer.json as it is", which is what the run reads.
-        told["tokenizer_class"] = "PreTrainedTokenizerFast"
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        # An absent one is <|endoftext|> to transformers where it takes a tokenizer for Qwen's: a new token.
+        # An absent one would be a new token, <|endoftext|>, where transformers takes a tokenizer for Qwen's.
         token = getattr(tokenizer, name)
-        told[name] = None if token is None else str(token)
-    if isinstance(told.get("extra_special_tokens"), list):  # version 4 takes a mapping alone
-        told.pop("extra_special_tokens")
+        fields[name] = None if token is None else str(token)
+    if isinstance(fields.get("extra_special_tokens"), list):  # version 4 takes a mapping alone
+        fields.pop("extra_special_tokens")
     if tokenizer.extra_special_tokens:
-        told["additional_special_tokens"] = [str(token) for token in tokenizer.extra_special_tokens]
-    told["added_tokens_decoder"] = {
+        fields["additional_special_tokens"] = [str(token) for token in tokenizer.extra_special_tokens]
+    fields["added_tokens_decoder"] = {
         str(number): {name: getattr(token, name) for name in ADDED_TOKEN_FIELDS}
         for number, token in sorted(tokenizer.added_tokens_decoder.items())
     }
     # Version 4 adds token_type_ids, which no model here takes.
-    told["model_input_names"] = ["input_ids", "attention_mask"]
-    told["clean_up_tokenization_spaces"] = tokenizer.clean_up_tokenization_spaces
-    return told
+    fields["model_input_names"] = ["input_ids", "attention_mask"]
+    fields["clean_up_tokenization_spaces"] = tokenizer.clean_up_tokenization_spaces
+    return fields
 
 
 def write_post_processor(file: Path, tokenizer: Any) -> None:
-    """Give a copied tokenizer.json the special tokens that the run's tokenizer puts around a text.
+    """Write the special tokens that the run's tokenizer puts around a text into a copied tokenizer.json.
 
     Version 5 may take them from tokenizer_config.json (`add_bos_token`), where version 4 does not look.
     """
@@ -173,11 +174,11 @@ def write_post_processor(file: Path, tokenizer: Any) -> None:
         write_json(file, read_json(file) | {"post_processor": post_processor})
 
 
-def write_json(file: Path, told: dict[str, Any]) -> None:
-    """Write a JSON object for people and programs."""
-    file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object with indentation."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def temporary_beside(out: Path) -> Path:
-    """The directory `OUT.tmp`, that becomes `out` when it is complete."""
+    """The directory `OUT.tmp`, which is renamed to `out` when it is complete."""
     return out.with_name(out.name + ".tmp")

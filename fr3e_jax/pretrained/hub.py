@@ -1,12 +1,12 @@
-"""Models by name: a local directory, or a repository of the Hugging Face hub, fetched into its cache.
+"""Finding a model by name: a local directory, or a repository of the Hugging Face hub, which is fetched.
 
 Every process of a run calls `find_model` (and `snapshot` for data sets). Each host fetches into its own
 cache, and huggingface_hub's file locks keep the processes of a host apart: one fetches a file, the others
 wait for it. Without a revision each host asks for the branch `main`, which can move in between; a commit
 (`Org/Name@COMMIT`) cannot.
 
-Fetched are the files named below and no others: neither pickle weights, which can run code when they are
-read, nor a repository's own code.
+Only the files named below are fetched: neither pickle weights, which can run code when they are read, nor a
+repository's own code.
 """
 
 import os
@@ -52,7 +52,7 @@ LOG_IN = "`hf auth login` or set HF_TOKEN"
 
 
 def find_model(name: str, weights: bool = True) -> Path:
-    """The directory of a model as a user names it.
+    """The directory of a model by the name that a user gives.
 
     Args:
       name: `quickstart`, a directory, or `Org/Name` or `Org/Name@REVISION` of the hub (a branch, tag or
@@ -60,21 +60,21 @@ def find_model(name: str, weights: bool = True) -> Path:
       weights: whether the weights are needed; without, only configuration and tokenizer are fetched.
 
     Returns:
-      The directory, of the hub's cache where the model is fetched.
+      The directory; that of a fetched model lies in the hub's cache.
 
     Raises:
-      ConfigError: there is no such model, or it cannot be had; the message is one line and says what to do.
+      ConfigError: there is no such model, or it cannot be fetched; the message, one line, says what to do.
     """
     if (directory := local_model(name)) is not None:
         return directory
     repository, at, revision = name.partition("@")
     if os.path.exists(os.path.expanduser(name)) or repository.count("/") != 1 or (at and not revision):
         raise ConfigError(f"model {name!r} {NO_NAME}")
-    return fetch(name, repository, revision or constants.DEFAULT_REVISION, weights)
+    return fetch_model(name, repository, revision or constants.DEFAULT_REVISION, weights)
 
 
 def local_model(name: str) -> Path | None:
-    """The directory of a model that is here already, or None where the name is one of the hub, or none."""
+    """The directory of a model on this machine; None if the name is one of the hub, or of no model."""
     if name == "quickstart":
         return QUICKSTART_MODEL
     directory = os.path.expanduser(name)
@@ -83,17 +83,17 @@ def local_model(name: str) -> Path | None:
 
 
 def pinned(name: str, source: Path) -> str:
-    """The name of a model with the commit of `source`, the snapshot that `find_model` gave for it."""
+    """The name of a model with the commit of `source`, the snapshot that `find_model` returned for it."""
     if local_model(name) is not None:
         return name
     return f"{name.partition('@')[0]}@{source.name}"
 
 
-def fetch(name: str, repository: str, revision: str, weights: bool) -> Path:
-    """Fetch what is not in the cache yet.
+def fetch_model(name: str, repository: str, revision: str, weights: bool) -> Path:
+    """Fetch the files of a model that are not in the cache yet.
 
     Args:
-      name: the model as the user gave it, for messages.
+      name: of the model as the user gave it, for messages.
       repository: Org/Name.
       revision: a branch, tag or commit.
       weights: whether to fetch the weights too.
@@ -102,11 +102,11 @@ def fetch(name: str, repository: str, revision: str, weights: bool) -> Path:
       The snapshot's directory in the cache.
 
     Raises:
-      ConfigError: the files cannot be had, or the weights are none that are read here.
+      ConfigError: the files cannot be fetched, or the repository has no safetensors.
     """
     files = [*DESCRIPTION_FILES, *(WEIGHT_FILES if weights else ())]
     # "*" also matches "/": folders hold the same weights for other programs.
-    folder = snapshot(name, repository, revision, "model", files, "*/*")
+    folder = snapshot(name, repository, revision, kind="model", files=files, but="*/*")
     if weights and not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model {name!r} {no_weights(repository, revision, folder.name)}")
     return folder
@@ -115,10 +115,10 @@ def fetch(name: str, repository: str, revision: str, weights: bool) -> Path:
 def snapshot(
     name: str, repository: str, revision: str, kind: Kind, files: list[str], but: str | list[str]
 ) -> Path:
-    """Fetch some files of a repository that are not in the cache yet.
+    """Fetch files of a repository that are not in the cache yet.
 
     Args:
-      name: what the user gave, for messages.
+      name: as the user gave it, for messages.
       repository: Org/Name.
       revision: a branch, tag or commit.
       kind: of the repository.
@@ -129,7 +129,7 @@ def snapshot(
       The snapshot's directory in the cache, named after its commit.
 
     Raises:
-      ConfigError: the files cannot be had.
+      ConfigError: the files cannot be fetched.
     """
     try:
         folder = snapshot_download(
@@ -141,7 +141,7 @@ def snapshot(
             # Offline implies it, but unless it is said, a commit's partial snapshot is not called partial.
             local_files_only=constants.HF_HUB_OFFLINE,
         )
-    # The library lets through what HTTP, TLS, proxies and the disk raise.
+    # The library lets exceptions of HTTP, TLS, proxies and the disk through.
     except Exception as error:
         message = f"{CALLED[kind]} {name!r} {reason(error, repository, revision, kind)}"
         raise ConfigError(" ".join(message.split())) from error
@@ -149,7 +149,7 @@ def snapshot(
 
 
 def reason(error: Exception, repository: str, revision: str, kind: Kind) -> str:
-    """What kept a repository from being fetched, and what to do about it."""
+    """Why a repository cannot be fetched, and what to do about it; the end of a sentence."""
     hub, cache, local = constants.ENDPOINT, constants.HF_HUB_CACHE, LOCAL[kind]
     page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repository}"
     if isinstance(error, HFValidationError):  # such as ./model or ~/model
@@ -171,7 +171,10 @@ def reason(error: Exception, repository: str, revision: str, kind: Kind) -> str:
 
 
 def no_weights(repository: str, revision: str, commit: str) -> str:
-    """Why a snapshot holds no weights: the repository has none, or they were never fetched."""
+    """Why a snapshot holds no weights, and what to do about it; the end of a sentence.
+
+    Either the repository has none, or they were never fetched.
+    """
     try:
         # Not the listing of the tree, which is tried again for half a minute without a network.
         files = [file.rfilename for file in HfApi().model_info(repository, revision=commit).siblings or ()]
@@ -187,7 +190,7 @@ def no_weights(repository: str, revision: str, commit: str) -> str:
 
 
 def advice(repository: str, revision: str, kind: Kind) -> str:
-    """What to do where the hub was not reached."""
+    """What to do if the hub cannot be reached."""
     option = "" if kind == "model" else " --repo-type dataset"
     option += "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
     download = f"run `hf download {repository}{option}` where there is a network"

@@ -1,4 +1,4 @@
-"""A model as a user names it: its files, its architecture, and its place on a mesh."""
+"""A model by the name that a user gives: its files, its architecture, and its placement on a mesh."""
 
 import dataclasses
 from pathlib import Path
@@ -19,11 +19,11 @@ from fr3e_jax.pretrained.weights import read_params
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """A model by its configuration and tokenizer, without its weights.
+class UnplacedModel:
+    """A model's configuration and tokenizer, without its weights.
 
-    name: as the user gave it, with the commit of a model on the hub, so that its weights are of the same.
-    source: the directory of its configuration and tokenizer.
+    name: as the user gave it; a model on the hub has its commit in it, so that its weights come from the same
+    commit. source: the directory of configuration and tokenizer. config: the architecture.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Model:
     config: Qwen2Config
 
     def place(self, mesh: Mesh) -> "PlacedModel":
-        """The model on a mesh.
+        """The model with its placements on a mesh.
 
         Raises:
           PlacementError: it does not divide by the mesh.
@@ -39,16 +39,22 @@ class Model:
         axes = logical_axes(self.config)
         training, sampling = place_model(mesh, axes, abstract_params(self.config))
         return PlacedModel(
-            self.name, self.source, self.config, graph_of(self.config), axes, training, sampling
+            name=self.name,
+            source=self.source,
+            config=self.config,
+            graph=graph_of(self.config),
+            axes=axes,
+            training=training,
+            sampling=sampling,
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class PlacedModel(Model):
-    """A model on a mesh, still without its weights.
+class PlacedModel(UnplacedModel):
+    """A model with its placements on a mesh, still without its weights.
 
-    graph: its static half. axes: the logical axes of its parameters. training, sampling: where arrays lie
-    while it is trained, and while it is sampled from.
+    graph: static half of the decoder. axes: logical axes of its parameters. training, sampling: placements of
+    arrays for training and for sampling.
     """
 
     graph: nnx.GraphDef[Decoder]
@@ -57,33 +63,33 @@ class PlacedModel(Model):
     sampling: Placement
 
     def read_params(self, placement: Placement, dtype: Any = jnp.float32) -> Params:
-        """The weights, in one of the placements; of a model on the hub, they are fetched only now.
+        """The weights in one of the placements. Those of a model on the hub are fetched only now.
 
         Raises:
           ConfigError: they cannot be fetched.
-          CheckpointError: they are not there, or not this model's.
+          CheckpointError: they are absent, or of another model.
         """
         shardings = placement.shardings(self.axes, abstract_params(self.config))
         return read_params(find_model(self.name), self.config, shardings, dtype)
 
 
 def compute_type(setting: str) -> Any:
-    """The type of weights and matrix products: `auto` is bfloat16 on accelerators and float32 on CPU."""
+    """The dtype of weights and matrix products: `auto` is bfloat16 on accelerators and float32 on CPU."""
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(auto if setting == "auto" else setting)
 
 
-def open_model(name: str) -> Model:
-    """The model of `model.path`: a directory, a name on the hub, or `quickstart`.
+def open_model(name: str) -> UnplacedModel:
+    """The model that `model.path` names: a directory, a name on the hub, or `quickstart`.
 
-    Only its configuration and tokenizer are fetched, so that what cannot run is refused before the weights
-    are.
+    Only configuration and tokenizer are fetched, so that a model that cannot run is refused before its
+    weights are fetched.
 
     Raises:
-      ConfigError: it is not found, or its tokenizer or end tokens are not those of its vocabulary.
+      ConfigError: there is no such model, or its tokenizer or end tokens do not fit its vocabulary.
       CheckpointError: its config.json is not one of a supported model.
     """
     source = find_model(name, weights=False)
     config = read_config(source)
     known = known_ids(source, config.vocab_size)
-    return Model(pinned(name, source), source, dataclasses.replace(config, known_ids=known))
+    return UnplacedModel(pinned(name, source), source, dataclasses.replace(config, known_ids=known))

@@ -1,4 +1,4 @@
-"""Stop texts: which tokens complete them, and where an answer is cut before one."""
+"""Stop texts: which tokens complete them, and where an answer that holds one is cut."""
 
 import bisect
 import itertools
@@ -13,7 +13,7 @@ from fr3e_jax.types import StopTable
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """What each id adds to the text of an answer, by id; nothing of ids that the tokenizer does not have."""
+    """The bytes that each id adds to the text of an answer, by id; b"" for ids that the tokenizer lacks."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     pieces = [b""] * (max(vocabulary.values()) + 1)
     if is_byte_level(tokenizer):
@@ -21,7 +21,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         for token, number in vocabulary.items():
             pieces[number] = bytes(byte_of.get(character, 0) for character in token)
     else:
-        # Behind another token, since decoders may treat the first one of a text otherwise.
+        # Decoded behind another token, since decoders may treat the first one of a text differently.
         first = min(set(vocabulary.values()) - set(tokenizer.all_special_ids))
         before = tokenizer.decode([first])
         numbers = sorted(vocabulary.values())
@@ -34,17 +34,17 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def is_byte_level(tokenizer: Any) -> bool:
-    """Whether the tokens of a tokenizer spell bytes, as those of GPT-2 and Qwen do."""
+    """Whether a tokenizer's tokens stand for bytes, as those of GPT-2 and Qwen do."""
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     return "ByteLevel" in [part["type"] for part in (decoder, *decoder.get("decoders", ()))]
 
 
 def make_table(pieces: Sequence[bytes], stop: Sequence[str]) -> StopTable:
-    """The automaton that recognises stop texts in tokens.
+    """The automaton that recognises stop texts in a sequence of tokens.
 
     Args:
-      pieces: what each id adds to a text.
-      stop: texts, none of them empty.
+      pieces: the bytes that each id adds to a text, from `token_bytes`.
+      stop: the stop texts, none of them empty.
     """
     by_byte = byte_table([text.encode() for text in stop])
     state = np.repeat(np.arange(len(by_byte))[:, None], len(pieces), axis=1)
@@ -58,7 +58,10 @@ def make_table(pieces: Sequence[bytes], stop: Sequence[str]) -> StopTable:
 
 
 def byte_table(stop: Sequence[bytes]) -> np.ndarray:
-    """The same over bytes (Aho and Corasick), int [states, 256]: a state is a beginning of a stop text."""
+    """The automaton that recognises stop texts in bytes (Aho and Corasick): next state, int [states, 256].
+
+    A state is the longest beginning of a stop text that was just read; the last state is a complete one.
+    """
     beginnings = sorted({text[:n] for text in stop for n in range(len(text))}, key=len)
     number = {beginning: i for i, beginning in enumerate(beginnings)}
     complete = len(beginnings)
@@ -71,25 +74,26 @@ def byte_table(stop: Sequence[bytes]) -> np.ndarray:
     return table
 
 
-def cut(pieces: Sequence[bytes], tokens: Sequence[int], stop: Sequence[str]) -> tuple[int, bytes]:
-    """Where an answer ends that holds a stop text: at the first one.
+def cut_answer(pieces: Sequence[bytes], tokens: Sequence[int], stop: Sequence[str]) -> tuple[int, bytes]:
+    """Cut an answer at its first stop text.
+
+    A token that begins before the stop text, such as the bracket in "}\\n\\n", belongs to the answer.
 
     Returns:
-      (how many tokens begin before it, and what the last of these has of it). A token that has something
-      before the stop text, such as the bracket in "}\\n\\n", so belongs to the answer. All tokens and nothing
-      where there is no stop text.
+      (number of tokens that belong to the answer, the bytes of the stop text that the last of them has). All
+      tokens and b"" if there is no stop text.
     """
     start = [0, *itertools.accumulate(len(pieces[token]) for token in tokens)]
-    whole = b"".join(pieces[token] for token in tokens)
-    places = [place for text in stop if (place := whole.find(text.encode())) >= 0]
+    answer = b"".join(pieces[token] for token in tokens)
+    places = [place for text in stop if (place := answer.find(text.encode())) >= 0]
     if not places:
         return len(tokens), b""
     kept = bisect.bisect_left(start, min(places))
-    return kept, whole[min(places) : start[kept]]
+    return kept, answer[min(places) : start[kept]]
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
-    """What of a growing text can be shown: up to the first stop text, or to where one may have begun."""
+    """The part of a growing text that can be shown: up to the first stop text, or to where one may begin."""
     places = [place for end in stop if (place := text.find(end)) >= 0]
     if places:
         return text[: min(places)]

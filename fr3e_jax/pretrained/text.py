@@ -1,4 +1,4 @@
-"""Questions as the tokens that a model sees, and its answers as text."""
+"""Questions as tokens for a model, and its answers as text."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.pretrained.stops import cut, make_table, token_bytes
+from fr3e_jax.pretrained.stops import cut_answer, make_table, token_bytes
 from fr3e_jax.pretrained.tokenizer import end_tokens, read_tokenizer
 from fr3e_jax.types import Rollouts, States, StopTable, Turns
 
@@ -20,16 +20,16 @@ CHAT_TEMPLATES = ("chat", "boxed_chat")
 BOXED_TEMPLATES = ("boxed", "boxed_chat")
 TEMPLATES = ("plain", "chat", *BOXED_TEMPLATES)
 PLACE = "{question}"
-PROBE, ANSWER_PROBE = "2+2?", "The answer is 4."  # to see what a chat template makes of a conversation
+PROBE, ANSWER_PROBE = "2+2?", "The answer is 4."  # a conversation to render with a chat template
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."  # paper
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A tokenizer with what a run needs of it.
+    """A tokenizer with a template for questions and with the ends of answers.
 
-    end_tokens: every token that ends an answer, from the checkpoint's files. stop: texts that end an answer
-    too, and do not belong to it.
+    end_tokens: ids of every token that ends an answer, from the checkpoint's files. template: one of
+    TEMPLATES, or a text with {question} in it. stop: texts that end an answer too, and do not belong to it.
     """
 
     tokenizer: Any
@@ -39,9 +39,9 @@ class Text:
 
     @property
     def chats(self) -> bool:
-        """Whether the tokenizer has a chat template that ends a turn as the model ends an answer.
+        """Whether there is a chat template whose turns end as the model ends an answer.
 
-        Tokenizers of base models have one too, whose turns their model does not end.
+        Tokenizers of base models have a chat template too, but their model does not end its turns.
         """
         after = self.behind_a_turn
         if after is None:
@@ -51,19 +51,19 @@ class Text:
 
     @property
     def behind_a_turn(self) -> str | None:
-        """What the chat template writes behind an answer, or None where it cannot be told."""
+        """The text that the chat template writes behind an answer; None if it cannot be found out."""
         if not self.tokenizer.chat_template:
             return None
         roles = ("user", PROBE), ("assistant", ANSWER_PROBE), ("user", PROBE)
         messages = [{"role": role, "content": content} for role, content in roles]
         try:
-            whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            conversation = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception:  # of the template, which may refuse such a conversation
             return None
-        return whole.rpartition(ANSWER_PROBE)[2] if ANSWER_PROBE in whole else None
+        return conversation.rpartition(ANSWER_PROBE)[2] if ANSWER_PROBE in conversation else None
 
     def endless(self) -> str | None:
-        """What is wrong with a chat template whose turns the model does not end, and what to do; or None."""
+        """A warning that the model does not end the turns of its chat template, with advice; else None."""
         if self.template not in CHAT_TEMPLATES or self.chats or self.behind_a_turn is None:
             return None
         ends = self.tokenizer.convert_ids_to_tokens(list(self.end_tokens))
@@ -75,20 +75,20 @@ class Text:
 
     @functools.cached_property
     def pieces(self) -> list[bytes]:
-        """What each id adds to a text."""
+        """The bytes that each id adds to a text, by id."""
         return token_bytes(self.tokenizer)
 
     @functools.cached_property
     def stops(self) -> StopTable | None:
-        """What finds the stop texts while an answer is generated, or None if there are none."""
+        """The automaton that finds stop texts while an answer is generated; None if there are none."""
         return make_table(self.pieces, self.stop) if self.stop else None
 
     def trimmed(self, rollouts: Rollouts, states: States | None = None) -> Rollouts:
         """Rollouts without their stop texts; at least one token of each is kept.
 
         Args:
-          rollouts: on the host, [N, C, S] leaves; of J x M branches, state-major, where there are states.
-          states: on the host, whose prefixes a stop text may begin in.
+          rollouts: on the host, leaves [N, C, S]. If there are states, C is J x M branches, state-major.
+          states: on the host; a stop text may begin in their prefixes.
         """
         if not self.stop:
             return rollouts
@@ -101,7 +101,7 @@ class Text:
                 j = c // (length.shape[1] // states.valid.shape[1])
                 before = states.response[n, : states.prefix_length[n, j]].tolist()
             own = rollouts.token[n, c, : length[n, c]].tolist()
-            length[n, c] = max(1, cut(self.pieces, before + own, self.stop)[0] - len(before))
+            length[n, c] = max(1, cut_answer(self.pieces, before + own, self.stop)[0] - len(before))
         kept = np.arange(rollouts.token.shape[2]) < length[..., None]
 
         def short(x: Any) -> Any:
@@ -111,28 +111,28 @@ class Text:
 
     @functools.cached_property
     def control(self) -> re.Pattern[str] | None:
-        """Finds the texts of control tokens: the special ones, which begin and end turns and answers."""
+        """A pattern that finds the texts of control tokens, which begin and end turns and answers."""
         tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        # The longest first: one may begin as another does.
+        # Longest first, since one may be the beginning of another.
         either = "|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True)))
         return re.compile(either) if either else None
 
     def control_in(self, question: str, before: Turns = ()) -> str | None:
-        """The text of the first control token in a question or the turns before it, or None."""
+        """The text of the first control token in a question or in the turns before it; None without one."""
         if self.control is None:
             return None
         texts = (*(text for _, text in before), question)
-        return next((found[0] for text in texts if (found := self.control.search(text))), None)
+        return next((match[0] for text in texts if (match := self.control.search(text))), None)
 
     def rendered(self, question: str, before: Turns = ()) -> str:
-        """What the model sees of a question, as text.
+        """The text that the model sees of a question.
 
         Args:
-          question: the question.
-          before: the turns of a chat before it.
+          question: the question itself.
+          before: turns of a chat that go before it.
 
         Raises:
-          ConfigError: there are turns before it, and the template has no place for them or refuses them.
+          ConfigError: the template has no place for turns before the question, or refuses them.
         """
         template = self.template
         if template in BOXED_TEMPLATES:
@@ -158,22 +158,22 @@ class Text:
             ) from None
 
     def encoded(self, text: str) -> list[int]:
-        """The token ids of text in which control tokens are control tokens."""
+        """The ids of a text; the texts of control tokens become control tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def query(self, question: str, before: Turns = ()) -> list[int]:
-        """The token ids that the model sees before its answer.
+        """The ids that the model sees before its answer.
 
-        The control tokens among them are the template's alone: in a question they are text.
+        Control tokens come from the template alone; in a question their texts stay text.
 
         Raises:
-          ConfigError: as `rendered`; or the question has a control token in it that cannot be text.
+          ConfigError: as `rendered`, or the question has a control token in it that cannot stay text.
         """
         control, token = self.control, self.control_in(question, before)
         if control is None or token is None:
             return self.encoded(self.rendered(question, before))
         ids = self.spelled(question, before)
-        # The same with a letter in place of each: there the tokenizer itself says what is right.
+        # The same with a letter in place of each control token: there the tokenizer itself is the reference.
         plain = [control.sub("x", text) for text in (question, *(text for _, text in before))]
         turns = tuple((role, text) for (role, _), text in zip(before, plain[1:], strict=True))
         if ids is None or self.spelled(plain[0], turns) != self.encoded(self.rendered(plain[0], turns)):
@@ -184,13 +184,13 @@ class Text:
         return ids
 
     def spelled(self, question: str, before: Turns) -> list[int] | None:
-        """A query in which the control tokens of its texts are spelled out as text.
+        """The ids of a query in which control tokens of the question and its turns are encoded as text.
 
-        The template is rendered with a mark in place of each text; its own control tokens, between the
-        marks, part the rendered text into runs, as the tokenizer parts it, and the runs are encoded as text.
+        The template is rendered with a mark in place of each text. Its own control tokens, between the marks,
+        split the rendered text into runs, as the tokenizer does, and the runs are encoded as text.
 
         Returns:
-          The ids; None where the template changes the texts, or control tokens were encoded all the same.
+          The ids; None if the template changes the texts, or if control tokens were encoded all the same.
         """
         assert self.control is not None
         texts = (*(text for _, text in before), question)
@@ -206,10 +206,10 @@ class Text:
                 runs[-1] += piece
                 continue
             end = 0
-            for found in self.control.finditer(piece):
-                runs[-1] += piece[end : found.start()]
-                runs += [found[0], ""]
-                end, own = found.end(), own + 1
+            for match in self.control.finditer(piece):
+                runs[-1] += piece[end : match.start()]
+                runs += [match[0], ""]
+                end, own = match.end(), own + 1
             runs[-1] += piece[end:]
         ids: list[int] = []
         for i, run in enumerate(runs):
@@ -221,21 +221,21 @@ class Text:
         return ids if sum(i in special for i in ids) == own else None
 
     def seen(self, question: str, before: Turns = ()) -> str:
-        """A query as text, out of its tokens."""
+        """The text of a query, decoded from its tokens."""
         return str(self.tokenizer.decode(self.query(question, before)))
 
     def query_lengths(self, questions: Sequence[str], before: Sequence[Turns] | None = None) -> list[int]:
-        """How many tokens each query has; of many questions at a time.
+        """The number of tokens of each query, for many questions at a time.
 
         Args:
-          questions: the questions.
-          before: the turns before each; by default there are none.
+          questions: the questions themselves.
+          before: turns that go before each; by default none.
         """
-        asked = list(zip(questions, before or [()] * len(questions), strict=True))
-        lengths = {i: len(self.query(*one)) for i, one in enumerate(asked) if self.control_in(*one)}
-        others = [self.rendered(*one) for i, one in enumerate(asked) if i not in lengths]
+        queries = list(zip(questions, before or [()] * len(questions), strict=True))
+        lengths = {i: len(self.query(*one)) for i, one in enumerate(queries) if self.control_in(*one)}
+        others = [self.rendered(*one) for i, one in enumerate(queries) if i not in lengths]
         rest = iter(self.tokenizer(others, add_special_tokens=False)["input_ids"] if others else ())
-        return [lengths[i] if i in lengths else len(next(rest)) for i in range(len(asked))]
+        return [lengths[i] if i in lengths else len(next(rest)) for i in range(len(queries))]
 
     def lost(self, texts: Iterable[str]) -> dict[int, str]:
         """Find the characters that the tokenizer cannot say: they become `<unk>` or `<pad>`, or vanish.
@@ -263,30 +263,30 @@ class Text:
         return lost
 
     def answers(self, rows: Sequence[Any], stopped: Sequence[bool]) -> list[str]:
-        """Whole responses as the text that is judged: up to a stop text, if one ended it.
+        """The text of whole responses that is judged, each up to its stop text if one ended it.
 
         Args:
-          rows: ids of each, as they were sampled.
-          stopped: whether each came to an end.
+          rows: ids of each response as they were sampled.
+          stopped: whether each response ended before the length limit.
         """
         tails = [b""] * len(rows)
         if self.stop:
             rows = list(rows)
             for i, (row, end) in enumerate(zip(rows, stopped, strict=True)):
                 if end and row[-1] not in self.end_tokens:
-                    kept, tails[i] = cut(self.pieces, list(row), self.stop)
+                    kept, tails[i] = cut_answer(self.pieces, list(row), self.stop)
                     rows[i] = row[:kept]
         texts = zip(self.decode(rows), tails, strict=True)
         return [text.removesuffix(tail.decode(errors="replace")) for text, tail in texts]
 
     def decode(self, rows: Sequence[Any]) -> list[str]:
-        """Responses (sequences of ids) as text, special tokens left out."""
+        """The text of responses, given as sequences of ids; special tokens are left out."""
         # transformers makes one empty text of no rows.
         return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True)) if len(rows) else []
 
 
 def load_text(directory: Path, template: str, stop: Sequence[str] = ()) -> Text:
-    """Read the tokenizer of a checkpoint directory.
+    """The tokenizer of a checkpoint directory with a template.
 
     Args:
       directory: of the checkpoint.
@@ -294,8 +294,8 @@ def load_text(directory: Path, template: str, stop: Sequence[str] = ()) -> Text:
       stop: texts that end an answer.
 
     Raises:
-      ConfigError: the template is none of these, or a stop text is empty; there is no tokenizer, no end
-        token, or no chat template where one is asked for.
+      ConfigError: the template is none of these, a stop text is empty, or there is no tokenizer, no end
+        token, or no chat template for a template that needs one.
     """
     if not all(stop):
         raise ConfigError("a stop text is empty; leave it out")

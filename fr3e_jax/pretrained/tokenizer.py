@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and the ids that its files name."""
+"""The tokenizer of a checkpoint, and the special tokens that its files name."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-# Its advice that there is no torch is not for our users: only tokenizers are used of it.
+# It would advise to install torch, but only its tokenizers are used here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 
@@ -34,18 +34,18 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def known_ids(directory: Path, vocabulary: int) -> tuple[tuple[int, int], ...]:
-    """The ids of a checkpoint's tokenizer, as the decoder takes them: empty where it has all.
+    """The ids of a checkpoint's tokenizer as the decoder takes them, ranges [first, end).
 
     Args:
       directory: of the checkpoint.
       vocabulary: rows of the embedding.
 
     Returns:
-      Ranges [first, end). None of a directory without tokenizer, with which text cannot be read anyway.
+      The ranges; () if the tokenizer has all ids of the vocabulary, or if the directory has no tokenizer.
 
     Raises:
-      ConfigError: the embedding lacks ids of the tokenizer, or the padding token; or an end token is none
-        of the tokenizer's.
+      ConfigError: the embedding lacks ids of the tokenizer or the padding token, or the tokenizer lacks an
+        end token.
     """
     if not (directory / TOKENIZER_FILE).is_file():
         return ()
@@ -82,47 +82,52 @@ def end_tokens(directory: Path) -> tuple[int, ...]:
     eos_token.
 
     Raises:
-      ConfigError: none of them names one, or it is no id.
+      ConfigError: no file names an end token, or what it names is no id.
     """
-    found = token_id(directory, "eos_token_id", "eos_token")
-    if found is None:
+    named = token_id(directory, "eos_token_id", "eos_token")
+    if named is None:
         raise ConfigError(
             f"{directory} names no end token: eos_token_id is in neither {GENERATION_FILE} nor config.json, "
             "and tokenizer_config.json has no eos_token"
         )
-    ids = found if isinstance(found, list) else [found]
+    ids = named if isinstance(named, list) else [named]
     if not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise ConfigError(f"eos_token_id of {directory} is {found!r}, must be an id or a list of ids")
+        raise ConfigError(f"eos_token_id of {directory} is {named!r}, must be an id or a list of ids")
     return tuple(ids)
 
 
 def pad_token(directory: Path) -> int | None:
-    """The id that pads, as the checkpoint's files say, or None where they say nothing.
+    """The id of the padding token that the checkpoint's files name, or None.
 
-    Nothing here is padded with it: masks come from lengths. It is what others read of an export.
+    Nothing here is padded with it, since masks come from lengths. It is written into exports for others.
     """
     return one_id(directory, "pad_token_id", "pad_token")
 
 
 def begin_token(directory: Path) -> int | None:
-    """The id that begins a text, as the checkpoint's files say, or None where they say nothing.
+    """The id of the token that begins a text, as the checkpoint's files name it, or None.
 
-    Nothing here begins with it, but what others read of an export.
+    No text here begins with it. It is written into exports for others.
     """
     return one_id(directory, "bos_token_id", "bos_token")
 
 
 def one_id(directory: Path, id_field: str, token_field: str) -> int | None:
-    """An id that the checkpoint's files name, or None where they name none, or no id."""
-    found = token_id(directory, id_field, token_field)
-    return found if type(found) is int and found >= 0 else None  # -1 says that there is none
+    """An id that the checkpoint's files name; None if they name none, or something that is no id."""
+    named = token_id(directory, id_field, token_field)
+    return named if type(named) is int and named >= 0 else None  # -1 says that there is none
 
 
 def token_id(directory: Path, id_field: str, token_field: str) -> Any:
-    """An id of the first file that names it; the tokenizer's own is looked up in its vocabulary."""
+    """An id, or ids, from the first file that names it; None if no file does.
+
+    Args:
+      id_field: of generation_config.json and config.json.
+      token_field: of tokenizer_config.json, whose text is looked up in the vocabulary.
+    """
     for name in (GENERATION_FILE, "config.json"):
-        if (directory / name).is_file() and (found := read_json(directory / name).get(id_field)) is not None:
-            return found
+        if (directory / name).is_file() and (named := read_json(directory / name).get(id_field)) is not None:
+            return named
     token = read_tokenizer_config(directory).get(token_field)
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
@@ -131,7 +136,7 @@ def token_id(directory: Path, id_field: str, token_field: str) -> Any:
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json of a checkpoint; nothing where there is none."""
+    """The fields of a checkpoint's tokenizer_config.json; {} if there is no such file."""
     file = directory / TOKENIZER_CONFIG
     return read_json(file) if file.is_file() else {}
 

@@ -149,6 +149,15 @@ DATASETS: dict[str, DataSet] = {
         licence="not stated",
         about="AIME I and II of 2025",
     ),
+    "aime26": DataSet(
+        hub="MathArena/aime_2026",
+        files="data/{split}-*.parquet",
+        prompt="problem",
+        answer="answer",
+        rows=30,
+        licence="CC BY-NC-SA 4.0",
+        about="AIME I and II of 2026",
+    ),
     "amc23": DataSet(
         hub="math-ai/amc23",
         files="{split}-*.parquet",

@@ -8,6 +8,7 @@ import numpy as np
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.types import Problem, Queries
 
@@ -16,7 +17,7 @@ PROMPT_BUCKET = 64  # queries are padded to a multiple of it where their lengths
 
 def padded_width(tokens: int) -> int:
     """The width that queries of so many tokens are padded to, so that few are compiled."""
-    return -(-tokens // PROMPT_BUCKET) * PROMPT_BUCKET
+    return next_multiple(tokens, PROMPT_BUCKET)
 
 
 @dataclasses.dataclass(frozen=True)

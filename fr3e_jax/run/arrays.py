@@ -14,7 +14,7 @@ from etils import epath
 
 
 def open_array(place: epath.Path, name: str) -> Any:
-    """The stored array of a path in an item's folder.
+    """Open the stored array of a path in an item's folder.
 
     Raises:
       ValueError: it is not there, or damaged; the text begins with a status, such as NOT_FOUND.
@@ -27,7 +27,7 @@ def open_array(place: epath.Path, name: str) -> Any:
 
 
 def stored_shapes(place: epath.Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of those arrays of `names` that an item's folder has.
+    """Read path -> shape of those arrays of `names` that an item's folder has.
 
     Raises:
       ValueError: one is damaged.
@@ -43,11 +43,11 @@ def stored_shapes(place: epath.Path, names: Iterable[str]) -> dict[str, tuple[in
 
 
 def read_arrays(place: epath.Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Path -> array out of an item's folder, one after the other, so that the host holds the parts of one.
+    """Read path -> array from an item's folder, one at a time, so that the host holds parts of one array.
 
     Args:
       place: the item's folder.
-      like: path -> shape, type and sharding; what has no sharding becomes a numpy array.
+      like: path -> shape, type and sharding; an array without a sharding becomes one of numpy.
 
     Raises:
       ValueError: an array is not there, damaged, or has another shape.
@@ -56,7 +56,7 @@ def read_arrays(place: epath.Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> 
 
 
 def read_array(place: epath.Path, name: str, like: jax.ShapeDtypeStruct) -> Any:
-    """An array out of an item's folder: of jax where `like` has a sharding, else of numpy.
+    """Read an array from an item's folder: a jax array where `like` has a sharding, otherwise a numpy array.
 
     Raises:
       ValueError: it is not there, damaged, or has another shape.

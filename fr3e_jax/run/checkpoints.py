@@ -21,11 +21,7 @@ from fr3e_jax.types import StateGroups
 
 
 class Checkpoints:
-    """The checkpoints of a run directory.
-
-    The last `keep` are kept, and those of steps that `keep_every` divides. With None they are only read: none
-    is deleted, and no directory is made. `settings`, the text of the run's config.yaml, is saved in each.
-    """
+    """The checkpoints of a run directory."""
 
     def __init__(
         self,
@@ -34,8 +30,17 @@ class Checkpoints:
         keep_every: int = 0,
         settings: str | None = None,
     ) -> None:
-        """Raises:
-        StorageError: the directory cannot be made.
+        """Open the checkpoints of a run.
+
+        Args:
+          directory: of the run.
+          keep: last checkpoints that are kept. With None they are only read: none is deleted, and no
+            directory is made.
+          keep_every: checkpoints of steps that this divides are kept too; 0 keeps none of them.
+          settings: text of the run's config.yaml, which is saved in each checkpoint.
+
+        Raises:
+          StorageError: the directory cannot be made.
         """
         quiet_orbax()
         self.settings = settings
@@ -50,15 +55,15 @@ class Checkpoints:
             self.manager = ocp.CheckpointManager(place, options=options)
 
     def latest(self) -> int | None:
-        """The step of the last checkpoint that was written to its end."""
+        """Return the step of the last checkpoint that is complete; None without any."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints that were written to their ends, ascending."""
+        """Return the steps of all complete checkpoints, ascending."""
         return sorted(self.manager.all_steps())
 
     def saved(self, step: int) -> Saved:
-        """A checkpoint, to be read.
+        """Open a checkpoint to read it.
 
         Raises:
           DamagedError: it is damaged.
@@ -66,7 +71,7 @@ class Checkpoints:
         return Saved(self.manager.directory / str(step))
 
     def save(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
-        """Start to save; returns when the arrays are copied, and writes in the background.
+        """Start to save: return when the arrays are copied, and write them in the background.
 
         Raises:
           StorageError: this checkpoint could not be written, or the one before.
@@ -89,7 +94,7 @@ class Checkpoints:
                 )
 
     def check(self) -> None:
-        """Tell of a checkpoint that could not be written in the background, as soon as that is known.
+        """Raise the error of a checkpoint that could not be written in the background, if there is one.
 
         Raises:
           StorageError: it could not be written.
@@ -131,7 +136,7 @@ class Checkpoints:
 
 
 def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
-    """Item -> path -> array of a checkpoint, in the layout of `like`, not verified yet.
+    """Read item -> path -> array of a checkpoint into the layout of `like`, without verifying it.
 
     Raises:
       DamagedError: it is damaged.
@@ -150,14 +155,14 @@ def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
 
 
 def assemble(items: dict[str, dict[str, Any]], like: TrainState) -> tuple[TrainState, StateGroups]:
-    """What was saved, out of what `read_items` read."""
+    """Build the state and the carried states from what `read_items` returns."""
     params = from_leaves(items["params"], like.params)
     optimizer = from_leaves(items["optimizer"], like.optimizer)
     return TrainState(params, optimizer), from_dict(items["carried"])
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:
-    """Path -> array: names in the checkpoint do not depend on the libraries' container classes."""
+    """Flatten a tree to path -> array, with paths that do not depend on the libraries' container classes."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -165,12 +170,12 @@ def as_leaves(tree: Any) -> dict[str, Any]:
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape."""
+    """Flatten a tree to path -> shape of its arrays."""
     return {name: tuple(leaf.shape) for name, leaf in as_leaves(tree).items()}
 
 
 def abstract_leaves(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape, type and sharding, as which a leaf is to be read."""
+    """Flatten a tree to path -> shape, type and sharding, with which each array is to be read."""
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in as_leaves(tree).items()
@@ -178,5 +183,5 @@ def abstract_leaves(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def from_leaves(leaves: dict[str, Any], like: Any) -> Any:
-    """The inverse of `as_leaves`, for a tree of the structure of `like`."""
+    """Undo `as_leaves` for a tree of the structure of `like`."""
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in as_leaves(like)])

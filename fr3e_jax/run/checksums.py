@@ -1,8 +1,8 @@
-"""Checksums of what a checkpoint holds, taken where the arrays lie.
+"""Checksums of the arrays of a checkpoint, computed on the devices that hold them.
 
-That of an array on a mesh is a sum over its elements, modulo 2^32, so that it does not depend on how the
-array is laid out. It is computed on the devices, each of which adds up what it holds, before a checkpoint is
-written and after it is read, on whatever mesh. No host reads a file twice, or the files of another.
+The checksum of an array on a mesh is a sum over its elements, modulo 2^32, so that it does not depend on the
+array's layout. Each device adds up its own part, before a checkpoint is written and after it is read, on
+whatever mesh. No host reads a file twice, or the files of another host.
 """
 
 import functools
@@ -18,13 +18,13 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 Entry = dict[str, Any]
-"""What is noted of an array: its `shape`, its `dtype`, its checksum `sum`, in [0, 2^32)."""
+"""The `shape`, the `dtype` and the checksum `sum`, in [0, 2^32), of an array."""
 
 
 def entries_of(leaves: Mapping[str, Any]) -> dict[str, Entry]:
-    """Path -> what is noted of the array, which lies on devices or on the host.
+    """Compute path -> shape, type and checksum of arrays on devices or on the host.
 
-    Every process calls it; for arrays of a mesh all get the same numbers.
+    Every process calls this; for arrays of a mesh all get the same numbers.
     """
     on_devices = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Array)}
     sums = {name: int(number) for name, number in device_sums(on_devices).items()}
@@ -36,7 +36,7 @@ def entries_of(leaves: Mapping[str, Any]) -> dict[str, Entry]:
 
 
 def device_sums(leaves: Mapping[str, Array]) -> dict[str, np.ndarray]:
-    """Path -> checksum of the array, uint32 [], on the host."""
+    """Compute path -> checksum of arrays on devices, uint32 [] each, on the host."""
     if not leaves:
         return {}
     shardings = [leaf.sharding for leaf in leaves.values()]
@@ -45,19 +45,19 @@ def device_sums(leaves: Mapping[str, Array]) -> dict[str, np.ndarray]:
         for sharding in shardings
         if isinstance(sharding, NamedSharding)
     }
-    # On every process, where there are several.
+    # The sums lie on every process, where there are several.
     out = everywhere.pop() if len(everywhere) == 1 else None
     return jax.device_get(summing(out)(dict(leaves)))
 
 
 @functools.cache
 def summing(out: NamedSharding | None) -> Any:
-    """The jitted function: tree of arrays -> tree of their checksums, with the sharding `out`."""
+    """Compile the function from a tree of arrays to a tree of their checksums, with the sharding `out`."""
     return jax.jit(lambda leaves: jax.tree.map(element_sum, leaves), out_shardings=out)
 
 
 def element_sum(x: Array) -> Array:
-    """Checksum of an array, uint32 []: the sum of a mix of each element's bits and its place."""
+    """Compute the checksum of an array, uint32 []: the sum of each element's bits mixed with its place."""
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
@@ -74,15 +74,15 @@ def element_sum(x: Array) -> Array:
 
 
 def host_sum(x: np.ndarray) -> int:
-    """Checksum of an array on the host: CRC-32 of its bytes."""
+    """Compute the checksum of an array on the host: the CRC-32 of its bytes."""
     return zlib.crc32(np.ascontiguousarray(x).tobytes())
 
 
-def differing_entries(noted: Mapping[str, Entry], found: Mapping[str, Entry]) -> list[str]:
-    """Paths of arrays that were noted and read otherwise, or not both."""
-    return [name for name in sorted(noted.keys() | found.keys()) if noted.get(name) != found.get(name)]
+def differing_entries(saved: Mapping[str, Entry], read: Mapping[str, Entry]) -> list[str]:
+    """List the paths of arrays that were not read as they were saved."""
+    return [name for name in sorted(saved.keys() | read.keys()) if saved.get(name) != read.get(name)]
 
 
 def json_sum(value: Any) -> int:
-    """Checksum of a JSON value, whatever the order of keys: CRC-32 of its text."""
+    """Compute the checksum of a JSON value, whatever the order of its keys: the CRC-32 of its text."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())

@@ -11,7 +11,7 @@ ENVIRONMENT = "JAX_COMPILATION_CACHE_DIR"
 
 
 def keep_compiled(setting: str, run_dir: str | None) -> str | None:
-    """Keep what jax compiles from here on, and use what is there.
+    """Keep the programs that jax compiles from now on, and use those that are kept already.
 
     Args:
       setting: a directory or a place in a bucket; `off`; `auto`: what `JAX_COMPILATION_CACHE_DIR` says, else
@@ -20,7 +20,7 @@ def keep_compiled(setting: str, run_dir: str | None) -> str | None:
       run_dir: of the run.
 
     Returns:
-      Where they are.
+      The directory or place in a bucket; None where none are kept.
 
     Raises:
       ConfigError: a bucket that cannot be reached from here.

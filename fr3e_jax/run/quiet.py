@@ -1,4 +1,4 @@
-"""No tracebacks on stderr of what is told in one line."""
+"""Keeps tracebacks of errors off stderr that users are shown in one line."""
 
 import functools
 import logging
@@ -8,15 +8,15 @@ from typing import Any
 
 @functools.cache
 def quiet_orbax() -> None:
-    """From here on, orbax says nothing of a save that fails but by raising it.
+    """Keep orbax from printing the errors of failed saves, which it raises as well.
 
-    It logs tracebacks besides. And it gives up at the first write that fails while others are under way: they
-    end in threads and coroutines of their own, where what they raise can only be kept from being printed.
-    Errors of anything else are printed as before.
+    It logs tracebacks. And it gives up at the first write that fails while others are under way: these end in
+    threads and coroutines of their own, whose errors can only be kept from being printed. Errors of other
+    code are printed as before.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    told = sys.unraisablehook
+    print_error = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)
@@ -24,6 +24,6 @@ def quiet_orbax() -> None:
         # Of tensorstore, which reports to a loop that orbax has closed.
         late = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
         if not (of_orbax or late):
-            told(unraisable)
+            print_error(unraisable)
 
     sys.unraisablehook = hook

@@ -1,7 +1,7 @@
-"""Which checkpoint is gone on from: the newest that is whole.
+"""The choice of the checkpoint that a run goes on from: the newest one that is whole.
 
-Of a damaged one it is told what is damaged, and the one before it is tried. All processes take the same one:
-each says whether it could read its part, and what one could not read is damaged for all.
+A damaged one is reported with what is damaged in it, and the one before it is tried. All processes take the
+same one: each says whether it could read its part, and what one of them could not read is damaged for all.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from fr3e_jax.run.saved import CHECKPOINTS, UNVERIFIED, DamagedError, Progress, 
 from fr3e_jax.run.storage import move, writing
 from fr3e_jax.types import StateGroups
 
-DAMAGED = "damaged"  # the folder of a run directory for checkpoints that are not gone on from
+DAMAGED = "damaged"  # the folder of a run directory that damaged checkpoints are moved to
 
 Items = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """A checkpoint that was found whole.
+    """A checkpoint that is whole.
 
-    items: item -> path -> array, of those that were asked for. damaged: step -> what is damaged, of the
-    newer ones.
+    items: item -> path -> array, of the arrays that were asked for. damaged: step of a newer checkpoint ->
+    what is damaged in it.
     """
 
     step: int
@@ -45,8 +45,8 @@ class Whole:
     items: Items
     damaged: dict[int, str]
 
-    def told(self, run: epath.PathLike) -> list[str]:
-        """Lines on what is not as it should be."""
+    def messages(self, run: epath.PathLike) -> list[str]:
+        """Lines for people on damaged and unverified checkpoints."""
         lines = [
             f"warning: the checkpoint of step {step} of {run} is damaged: {why}"
             for step, why in self.damaged.items()
@@ -59,12 +59,12 @@ class Whole:
 
 
 def newest_whole(run: epath.Path, steps: list[int], read: Callable[[Saved], Items], hosts: Hosts) -> Whole:
-    """The newest of the checkpoints of `steps` that is whole. Every process calls it.
+    """Find the newest of the checkpoints of `steps` that is whole. Every process calls this.
 
     Args:
       run: directory.
-      steps: those to choose from; at least one.
-      read: what is wanted of a checkpoint, read but not verified.
+      steps: of the checkpoints to choose from; at least one.
+      read: reads what is wanted of a checkpoint, without verifying it.
       hosts: all processes.
 
     Raises:
@@ -105,12 +105,15 @@ def newest_whole(run: epath.Path, steps: list[int], read: Callable[[Saved], Item
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on. told: lines for people. damaged: steps of the checkpoints that are not used."""
+    """The point that a run goes on from.
+
+    messages: lines for people. damaged: steps of the damaged checkpoints, which are not used.
+    """
 
     state: TrainState
     carried: StateGroups
     progress: Progress
-    told: list[str]
+    messages: list[str]
     damaged: list[int]
 
 
@@ -121,12 +124,12 @@ def resume(
     hosts: Hosts,
     lost: LostSettingsError | None,
 ) -> Resumed:
-    """Where the run in a directory goes on; at its beginning where it has no checkpoint yet.
+    """Find where the run in a directory goes on: at its beginning where it has no checkpoint yet.
 
     Args:
       run: directory, which need not be there yet.
       config: settings of the run that is to go on.
-      fresh: its beginning; arrays are read into its layout.
+      fresh: state, carried states and progress of its beginning; arrays are read into their layout.
       hosts: all processes.
       lost: why config.yaml does not say what the run was started with (`refuse_other_settings`).
 
@@ -152,15 +155,15 @@ def resume(
         return items
 
     whole = newest_whole(run, steps, read, hosts)
-    told = whole.told(run)
+    messages = whole.messages(run)
     if lost is not None:
         known = (
             "only its seed and its problems are known"
             if whole.record.settings is None
             else "it is written again, with the settings that the checkpoint has"
         )
-        told.append(f"warning: {lost}: {known}")
-    return Resumed(*assemble(whole.items, state), whole.record.progress, told, sorted(whole.damaged))
+        messages.append(f"warning: {lost}: {known}")
+    return Resumed(*assemble(whole.items, state), whole.record.progress, messages, sorted(whole.damaged))
 
 
 def refuse_other_run(
@@ -198,14 +201,14 @@ def refuse_other_run(
         )
 
 
-def refuse_misshapen(found: Mapping[str, Any], like: Mapping[str, Any]) -> None:
-    """Refuse carried states that are not of the run's shapes, but for their number.
+def refuse_misshapen(carried: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Refuse carried states whose shapes, but for their number, or types are not those of the run.
 
     Raises:
       DamagedError: they are not.
     """
-    shapes = [{name: (x.shape[1:], str(x.dtype)) for name, x in fields.items()} for fields in (found, like)]
-    if shapes[0] != shapes[1] or len({len(x) for x in jax.tree.leaves(dict(found))}) != 1:
+    shapes = [{name: (x.shape[1:], str(x.dtype)) for name, x in fields.items()} for fields in (carried, like)]
+    if shapes[0] != shapes[1] or len({len(x) for x in jax.tree.leaves(dict(carried))}) != 1:
         raise DamagedError("carried is not of the shapes that the settings give")
 
 

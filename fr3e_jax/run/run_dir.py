@@ -1,4 +1,4 @@
-"""A run's directory: new, or held by a run that goes on."""
+"""The directory of a run: which settings it may go on with, and what it holds."""
 
 import dataclasses
 import itertools
@@ -42,8 +42,8 @@ RESUMABLE = {
     "optimizer.remat",
     "optimizer.max_skipped",
 }
-"""Sections and settings that a resumed run may have otherwise: they do not change what is learned, or
-are what a failed run is told to change. `steps` is none of them where the learning rate decays over it."""
+"""Sections and settings that may change when a run is resumed: they do not change what is learned, or an
+error message advises to change them. `steps` may not change where the learning rate decays over it."""
 
 
 AnyPath = TypeVar("AnyPath", Path, epath.Path)
@@ -61,7 +61,7 @@ def refuse_other_settings(config: Config) -> LostSettingsError | None:
     """Refuse a run directory that holds another run.
 
     Returns:
-      Why its config.yaml says nothing, where it holds a run without one; its checkpoints say more.
+      The reason why the settings of its run are not known from config.yaml, where that is missing or damaged.
 
     Raises:
       ConfigError: the directory holds a run with saved steps that was started with other settings, or any run
@@ -164,7 +164,7 @@ def what_may_change(message: str, run: epath.Path) -> str:
 
 
 def holds_run(directory: epath.Path) -> bool:
-    """Whether a directory is one of a run, perhaps of one whose config.yaml is lost."""
+    """Decide whether a directory holds a run, perhaps one whose config.yaml is lost."""
     if (directory / CONFIG_FILE).exists():
         return True
     # A model's directory may have a folder of that name as well.
@@ -172,10 +172,10 @@ def holds_run(directory: epath.Path) -> bool:
 
 
 def read_settings(directory: epath.Path) -> dict[str, Any]:
-    """What a run's config.yaml says.
+    """Read a run's settings from its config.yaml.
 
     Raises:
-      LostSettingsError: there is none, or it holds nothing that settings are.
+      LostSettingsError: there is no such file, or it holds no settings.
     """
     file = directory / CONFIG_FILE
     if not file.exists():
@@ -187,10 +187,10 @@ def read_settings(directory: epath.Path) -> dict[str, Any]:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Section -> option -> value, out of the text of a config.yaml.
+    """Parse the text of a config.yaml into section -> option -> value.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it holds no settings.
     """
     try:
         held = yaml.safe_load(text)
@@ -227,9 +227,9 @@ def refuse_differing(held: dict[str, Any], config: Config, holder: str, where: s
 
 
 def open_run_dir(config: Config, name: str) -> epath.Path:
-    """Make the run's directory and write config.yaml into it; by default it is a new one.
+    """Make the run's directory, by default a new one, and write config.yaml into it.
 
-    One process writes; before, all must have read what lies there.
+    The first process writes, after all have read what lies there.
 
     Raises:
       ConfigError: it cannot be made.
@@ -253,7 +253,7 @@ def open_run_dir(config: Config, name: str) -> epath.Path:
 
 
 def numbered(directory: AnyPath, number: int) -> AnyPath:
-    """`directory`, or with a number from 1 behind its name."""
+    """Append a number to the name of a directory; 0 leaves it as it is."""
     return directory.with_name(f"{directory.name}-{number}") if number else directory
 
 
@@ -302,13 +302,13 @@ def arrows(changed: dict[str, tuple[Any, Any]]) -> str:
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """`section.key` -> value."""
+    """Flatten settings to `section.key` -> value."""
     flat = traverse_util.flatten_dict(config, keep_empty_nodes=False)
     return {".".join(map(str, path)): value for path, value in flat.items()}
 
 
 def options(config: Any, prefix: str = "") -> set[str]:
-    """Names of all options of a configuration, `section.key`."""
+    """Collect the names of all options of a configuration, `section.key`."""
     names = set()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -318,6 +318,6 @@ def options(config: Any, prefix: str = "") -> set[str]:
 
 
 def beginnings(name: str) -> list[str]:
-    """`a.b.c` -> `a`, `a.b`, `a.b.c`: an option may be a mapping."""
+    """Split `a.b.c` into `a`, `a.b`, `a.b.c`, one of which is an option; its value may be a mapping."""
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,4 +1,4 @@
-"""One checkpoint: the record that lies beside its arrays, and reading it so that nothing damaged is taken.
+"""One checkpoint: the record beside its arrays, and how both are read so that damage is noticed.
 
 The record is JSON in the item `progress`: where the run stands, the run's settings, and a checksum of each
 array and of itself. It is a part of the checkpoint, so it appears with it, in the same rename.
@@ -25,7 +25,7 @@ FORMAT = 1
 RECORD = "progress"  # the item that holds the record
 UNVERIFIED = "an earlier version wrote it without checksums, so that it is not verified"
 
-# tensorstore's words for what another try may read.
+# Beginnings of tensorstore's errors after which another try may succeed.
 UNREACHABLE = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
@@ -44,7 +44,7 @@ class DamagedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands, beside its arrays.
+    """The state of a run beside its arrays.
 
     Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
     the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
@@ -65,10 +65,10 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint says of itself.
+    """The description of a checkpoint that is saved with it.
 
-    settings: the run's config.yaml, its text; None where it was not saved. arrays: item (`params`,
-    `optimizer`, `carried`) -> path -> what is noted of the array; None of an earlier version's checkpoint.
+    settings: text of the run's config.yaml; None where it was not saved. arrays: item (`params`, `optimizer`,
+    `carried`) -> path -> shape, type and checksum of the array; None in an earlier version's checkpoint.
     """
 
     progress: Progress
@@ -76,13 +76,13 @@ class Record:
     arrays: dict[str, dict[str, Entry]] | None
 
     def as_json(self) -> dict[str, Any]:
-        """As it is saved, with a checksum of itself."""
+        """Convert to the JSON value that is saved, with a checksum of itself."""
         record = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
         return {**record, "sum": json_sum(record)}
 
 
 def parse_record(raw: Any, step: int) -> Record:
-    """The record of the checkpoint of `step`, out of the JSON value that was read.
+    """Check the JSON value that was read as the record of the checkpoint of `step`.
 
     Raises:
       DamagedError: it is not as it was written, or of another step.
@@ -104,7 +104,7 @@ def parse_record(raw: Any, step: int) -> Record:
 
 
 def parse_progress(raw: Any) -> Progress:
-    """Progress out of a JSON value; what an earlier version did not have yet takes its default.
+    """Check a JSON value as progress; what an earlier version did not have takes its default.
 
     Raises:
       DamagedError: a value is missing, unknown or of another type.
@@ -119,14 +119,14 @@ def parse_progress(raw: Any) -> Progress:
         raise DamagedError(f"{RECORD} has no {', '.join(missing)}")
     for name, value in raw.items():
         number = type(value) is int or (name == "seconds" and type(value) is float)
-        told = value is None or (isinstance(value, dict) and {"metrics", "sample"} <= value.keys())
-        if not (told if name == "unreported" else number and value >= 0):
+        report = value is None or (isinstance(value, dict) and {"metrics", "sample"} <= value.keys())
+        if not (report if name == "unreported" else number and value >= 0):
             raise DamagedError(f"{RECORD} has the {name} {str(value)[:80]!r}")
     return Progress(**raw)
 
 
 class Saved:
-    """A checkpoint that is there: its record, and its arrays when they are asked for.
+    """A checkpoint on disk: its record, and its arrays when they are asked for.
 
     Every process reads the part of an array that its devices hold; none waits for another, so that one that
     fails does not leave the others waiting.
@@ -144,7 +144,7 @@ class Saved:
         self.record = parse_record(raw, int(directory.name))
 
     def shapes(self, item: str, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Path -> shape of the arrays of an item; of an earlier version's, of those of `names` that it has.
+        """Read path -> shape of an item's arrays; in an earlier version's item, of those in `names`.
 
         Raises:
           DamagedError: the item is damaged.
@@ -155,11 +155,11 @@ class Saved:
         return attempt(self.directory, item, lambda place: stored_shapes(place, names))
 
     def read(self, item: str, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-        """Path -> array of an item, not verified yet.
+        """Read path -> array of an item, without verifying it.
 
         Args:
           item: `params`, `optimizer` or `carried`.
-          like: path -> shape, type and sharding; what has no sharding is read onto the host.
+          like: path -> shape, type and sharding; an array without a sharding is read onto the host.
 
         Raises:
           DamagedError: the item is missing or damaged.
@@ -168,29 +168,32 @@ class Saved:
         return attempt(self.directory, item, lambda place: read_arrays(place, like))
 
     def verify(self, items: Mapping[str, Mapping[str, Any]]) -> None:
-        """Compare the checksums of what was read, item -> path -> array, with those that were saved.
+        """Compare the checksums of arrays that were read with those that were saved.
 
-        Every process calls it, and all find the same.
+        Every process calls this, with the same result.
+
+        Args:
+          items: item -> path -> array.
 
         Raises:
           DamagedError: an array is not as it was written.
         """
         if self.record.arrays is None:
             return
-        found = {item: entries_of(leaves) for item, leaves in items.items()}
-        for item, entries in found.items():
+        read = {item: entries_of(leaves) for item, leaves in items.items()}
+        for item, entries in read.items():
             if wrong := differing_entries(self.record.arrays[item], entries):
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
                 raise DamagedError(f"the checksum of {item}/{wrong[0]}{more} differs")
 
 
 def attempt(directory: epath.Path, item: str, read: Callable[[epath.Path], T]) -> T:
-    """What `read` returns of the folder of an item.
+    """Call `read` with the folder of an item, and sort its errors into two kinds.
 
     Args:
       directory: of the checkpoint.
       item: name in it.
-      read: what reads it.
+      read: takes the folder, and returns what it holds.
 
     Raises:
       DamagedError: what lies there cannot be read, and will not be when it is tried again.
@@ -202,17 +205,17 @@ def attempt(directory: epath.Path, item: str, read: Callable[[epath.Path], T]) -
         root = innermost(error)
         if isinstance(root, MemoryError | jax.errors.JaxRuntimeError):
             raise
-        lost, told = is_damage(root, in_bucket(directory)), brief(root)
-    if lost:
-        raise DamagedError(f"{item} cannot be read ({told})")
+        damaged, message = is_damage(root, in_bucket(directory)), brief(root)
+    if damaged:
+        raise DamagedError(f"{item} cannot be read ({message})")
     raise StorageError(
         f"{directory / item} cannot be read now; nothing was changed, and the same command tries "
-        f"again ({told})"
+        f"again ({message})"
     )
 
 
 def is_damage(error: BaseException, bucket: bool) -> bool:
-    """Whether an error of reading says that the files are damaged, and not that they are out of reach."""
+    """Decide whether an error of reading means damaged files; otherwise they are out of reach now."""
     if isinstance(error, ABSENT):
         return True
     if isinstance(error, OSError):

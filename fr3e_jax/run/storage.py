@@ -17,18 +17,17 @@ BUCKET = "gs://"
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# As tensorstore and safetensors tell of an error of the operating system.
+# Texts of tensorstore and safetensors for errors of the operating system.
 FROM_SYSTEM = re.compile(r"\[os_error_code=|\[OS error|Os \{ code")
 DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec)=.*", re.DOTALL)
 
 
 class StorageError(RuntimeError):
-    """A disk or a bucket did not take what was to be written, or cannot be read now; the message says what
-    and why."""
+    """A disk or a bucket refused a write, or cannot be read now; the message says which and why."""
 
 
 def location(path: str) -> epath.Path:
-    """A directory, or a place in a bucket.
+    """Parse the name of a directory, or of a place in a bucket.
 
     Raises:
       ConfigError: a bucket that cannot be used from here, or another kind of address.
@@ -52,7 +51,7 @@ def location(path: str) -> epath.Path:
 
 @functools.cache
 def refuse_unusable(bucket: str) -> None:
-    """Refuse a bucket that is not there or not open to this account, asked as orbax asks before it lists.
+    """Refuse a bucket that is not there or not open to this account, with the request that orbax makes too.
 
     Raises:
       ConfigError: with what to do.
@@ -109,31 +108,31 @@ def writing(place: epath.PathLike) -> Iterator[None]:
 
 
 def of_system(error: BaseException) -> bool:
-    """Whether the operating system refused what an error tells of, such as where a disk is full."""
+    """Decide whether an error comes from the operating system, such as that of a full disk."""
     root = innermost(error)
     return isinstance(root, OSError) or FROM_SYSTEM.search(str(root)) is not None
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What an error was raised from, in the end."""
+    """Return the error that an error was raised from, at the end of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line, without what libraries say of themselves."""
+    """Write an error in one line, without the details that libraries add about themselves."""
     text = " ".join(DETAILS.sub("", str(error)).split())
     return f"{type(error).__name__}: {text[:400]}"
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The same place whatever the working directory is."""
+    """Return the place by a name that does not depend on the working directory."""
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
 def in_bucket(path: epath.PathLike) -> bool:
-    """Whether it is a place in a bucket."""
+    """Decide whether a path names a place in a bucket."""
     return str(path).startswith(BUCKET)
 
 
@@ -151,7 +150,7 @@ def write_atomically(file: epath.PathLike, content: str | bytes) -> None:
 
 
 def upload(source: Path, target: epath.Path) -> None:
-    """Copy a file to a bucket, or a directory, which replaces what lies there."""
+    """Copy a file, or a directory with its files, to a bucket; what lies there is replaced."""
     if source.is_dir():
         with writing(target):
             target.rmtree(missing_ok=True)
@@ -163,7 +162,7 @@ def upload(source: Path, target: epath.Path) -> None:
 
 
 def move(source: epath.Path, target: epath.Path) -> None:
-    """Move a directory, in one rename; in a bucket file by file, and what is moved is deleted at the end."""
+    """Move a directory in one rename; in a bucket file by file, deleting the source at the end."""
     if not in_bucket(source):
         target.parent.mkdir(exist_ok=True)
         source.rename(target)
@@ -174,7 +173,7 @@ def move(source: epath.Path, target: epath.Path) -> None:
 
 
 def copy_folder(source: epath.Path, target: epath.Path) -> None:
-    """Copy all files of a folder of a bucket, which the bucket does by itself."""
+    """Copy all files of a folder within a bucket, without reading them here."""
     for each in source.iterdir():
         if each.is_dir():
             copy_folder(each, target / each.name)

@@ -1,4 +1,4 @@
-"""The model of a run, out of its checkpoints."""
+"""The model that a run has trained, read from its checkpoints."""
 
 import dataclasses
 from typing import Any
@@ -24,19 +24,20 @@ from fr3e_jax.run.saved import CHECKPOINTS, DamagedError, Saved
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model as a run had it after a step.
+    """A model with the parameters that a run had after a step.
 
-    params: float32, in the layout for training. told: lines on checkpoints that are not as they should be.
+    params: float32, in the layout for training. messages: lines for people on damaged and unverified
+    checkpoints.
     """
 
     model: PlacedModel
     params: Params
     step: int
-    told: list[str]
+    messages: list[str]
 
 
 def read_trained(run: epath.Path, step: int | None, name: str | None, hosts: Hosts) -> Trained:
-    """The parameters of a checkpoint, on whatever mesh is here. Every process calls it.
+    """Read the parameters of a checkpoint onto the mesh of `hosts`. Every process calls this.
 
     Args:
       run: directory.
@@ -66,11 +67,11 @@ def read_trained(run: epath.Path, step: int | None, name: str | None, hosts: Hos
 
     whole = newest_whole(run, steps, read, hosts)
     params = from_leaves(whole.items["params"], like)
-    return Trained(model, params, whole.step, whole.told(run))
+    return Trained(model, params, whole.step, whole.messages(run))
 
 
 def steps_of(run: epath.Path, step: int | None) -> list[int]:
-    """Steps of the checkpoints that may be meant, ascending: of `step`, or where it is None all.
+    """List the steps of the checkpoints to choose from, ascending: `step` alone, or all where it is None.
 
     Raises:
       ConfigError: the run directory holds no such checkpoint.
@@ -87,15 +88,15 @@ def steps_of(run: epath.Path, step: int | None) -> list[int]:
 
 
 def setting(run: epath.Path, section: str, key: str, absent: Any = None) -> Any:
-    """What a run's config.yaml says of `section.key`, or where it says nothing the run's checkpoints.
+    """Read a run's setting `section.key` from its config.yaml, or from its checkpoints where that is lost.
 
     Args:
       run: directory.
       section, key: of the setting.
-      absent: what runs had that are older than the setting.
+      absent: the value of runs that are older than the setting.
 
     Raises:
-      ConfigError: neither does.
+      ConfigError: neither has it.
     """
     try:
         held, why = [read_settings(run)], f"{run / CONFIG_FILE} is damaged (it has no {section}.{key})"
@@ -112,7 +113,7 @@ def setting(run: epath.Path, section: str, key: str, absent: Any = None) -> Any:
 
 
 def saved_settings(run: epath.Path) -> list[dict[str, Any]]:
-    """The settings that the newest checkpoint holds whose record is whole; at most one."""
+    """Read the settings from the newest checkpoint whose record is whole; a list of one, or of none."""
     if not (run / CHECKPOINTS).is_dir():
         return []
     checkpoints = Checkpoints(run, keep=None)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int
 
 from fr3e_jax.algorithm.explore import solved
 from fr3e_jax.algorithm.rules import RuleError
@@ -16,35 +17,33 @@ Metrics = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A round whose rewards are known, on the host, the same on every process.
-
-    base: leaves [B, R, S], answers sampled from the query alone. base_reward: float32 [B, R].
-    rollouts: leaves [N, J x M, S], state by state. reward, advantage: float32 [N, J, M].
-    value, alpha: float32 [N, J]. accepted: bool [N, J], the states that are trained on.
-    restarts: whether there are positions; without, the base answers are the rollouts. success_at: least
-    reward of an answer that is right.
-    """
+    """A round whose rewards are known, on the host, the same on every process."""
 
     base: Rollouts
-    base_reward: np.ndarray
+    """Answers sampled from the query alone, leaves [B, R, S]."""
+    base_reward: Float32[np.ndarray, "B R"]
     states: States
     rollouts: Rollouts
-    reward: np.ndarray
-    value: np.ndarray
-    alpha: np.ndarray
-    advantage: np.ndarray
-    accepted: np.ndarray
+    """Partial rollouts, leaves [N, J x M, S], state by state."""
+    reward: Float32[np.ndarray, "N J M"]
+    value: Float32[np.ndarray, "N J"]
+    alpha: Float32[np.ndarray, "N J"]
+    advantage: Float32[np.ndarray, "N J M"]
+    accepted: Bool[np.ndarray, "N J"]
+    """The states that are trained on."""
     restarts: bool
+    """Whether there are positions; without, the base answers are the rollouts."""
     success_at: float = 1.0
+    """Least reward of an answer that is right."""
 
     @property
-    def right(self) -> np.ndarray:
-        """Which rollouts have a right answer, bool [N, J, M]."""
+    def right(self) -> Bool[np.ndarray, "N J M"]:
+        """Which rollouts have a right answer."""
         return solved(self.reward, self.success_at)
 
     @property
-    def valid(self) -> np.ndarray:
-        """Which states there are, bool [N, J]."""
+    def valid(self) -> Bool[np.ndarray, "N J"]:
+        """Which states there are."""
         return self.states.valid
 
 
@@ -64,14 +63,14 @@ class Metric:
     watch: str = ""
 
 
-def root_mean(states: States, value: np.ndarray) -> float:
+def root_mean(states: States, value: Float32[np.ndarray, "N J"]) -> float:
     """Mean of V(S_0) over queries, however many trajectories of each were kept."""
     kept = states.valid[:, 0]
     count, total = (np.bincount(states.query[kept], weights=w) for w in (None, value[kept, 0]))
     return float((total[count > 0] / count[count > 0]).mean())
 
 
-def of_accepted(x: np.ndarray, reduce: Callable[[np.ndarray], Any]) -> Any:
+def of_accepted(x: Float[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]) -> Any:
     """A statistic of what the accepted states have; None where none is accepted."""
     return reduce(x) if x.size else None
 
@@ -79,7 +78,7 @@ def of_accepted(x: np.ndarray, reduce: Callable[[np.ndarray], Any]) -> Any:
 def identical(m: Measured) -> int:
     """States whose rollouts are the same, token by token."""
     token = m.rollouts.token.reshape(*m.reward.shape, -1)
-    return (m.valid & (token == token[:, :, :1]).all(axis=(2, 3))).sum()
+    return int((m.valid & (token == token[:, :, :1]).all(axis=(2, 3))).sum())
 
 
 def position_entropy(m: Measured) -> float | None:
@@ -88,11 +87,11 @@ def position_entropy(m: Measured) -> float | None:
         return None
     entropy = m.base.entropy[m.states.query, m.states.base]
     at = np.take_along_axis(entropy, m.states.prefix_length[:, 1:], axis=1)[m.valid[:, 1:]]
-    return at.mean() if at.size else 0.0
+    return float(at.mean()) if at.size else 0.0
 
 
-def continuations(m: Measured, x: np.ndarray) -> Any:
-    """Mean over the partial rollouts that there are of x, [N, J x M]."""
+def continuations(m: Measured, x: Int[np.ndarray, "N C"] | Bool[np.ndarray, "N C"]) -> Any:
+    """Mean of x over the partial rollouts that there are; None where there are no positions."""
     return x[m.rollouts.length > 0].mean() if m.restarts else None
 
 
@@ -215,12 +214,12 @@ def measure(measured: Measured) -> Metrics:
     """
     metrics: Metrics = {}
     for name, metric in METRICS.items():
-        found = metric.function(measured)
-        if found is None:
+        number = metric.function(measured)
+        if number is None:
             continue
-        if np.ndim(found) or not np.issubdtype(np.asarray(found).dtype, np.number):
-            raise RuleError(f"the metric {name} gave {found!r:.80}; it must be a number, or None")
-        metrics[name] = int(found) if metric.counted else float(found)
+        if np.ndim(number) or not np.issubdtype(np.asarray(number).dtype, np.number):
+            raise RuleError(f"the metric {name} gave {number!r:.80}; it must be a number, or None")
+        metrics[name] = int(number) if metric.counted else float(number)
     return metrics
 
 

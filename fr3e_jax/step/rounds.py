@@ -19,21 +19,22 @@ grpo and grpo++ have no positions: a round is M rollouts from S_0, which stages 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Bool, Float32, Int32, Key
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
 from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
 from fr3e_jax.config import Config, CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.cost import Cost, rollout_cost
+from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
-from fr3e_jax.engine.rollout import Caches, Engine
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import row_key
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
@@ -43,21 +44,18 @@ from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure
-from fr3e_jax.types import Problem, Queries, Rollouts, StateGroups, States
+from fr3e_jax.types import AnyArray, Queries, Rollouts, StateGroups, States, pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Draws:
-    """What all randomness of a step is a function of, beside query, branch and position; on all devices.
+    """What all randomness of a step is a function of, beside query, branch and position; on all devices."""
 
-    tokens: PRNG key, for the tokens that are drawn. choices: PRNG key, for trajectories and positions that
-    are chosen. step: int32 [].
-    """
-
-    tokens: Array
-    choices: Array
-    step: Array
+    tokens: Key[Array, ""]
+    """For the tokens that are drawn."""
+    choices: Key[Array, ""]
+    """For the trajectories and positions that are chosen."""
+    step: Int32[Array, ""]
 
 
 def draws_of(seed: int, step: int, placement: Placement) -> Draws:
@@ -74,15 +72,14 @@ def make_key(seed: int, purpose: int, at: NamedSharding) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """A round whose last rewards are being found: stages 1 to 7 are done. All arrays are on the host.
-
-    base_reward: float32 [B, R]; None where the base trajectories are what is explored, from S_0.
-    """
+    """A round whose last rewards are being found: stages 1 to 7 are done. All arrays are on the host."""
 
     queries: Queries
-    problems: Sequence[Problem]
+    problems: Any
+    """The problem of each query by its row, read when it is asked for."""
     base: Rollouts
-    base_reward: np.ndarray | None
+    base_reward: Float32[np.ndarray, "B R"] | None
+    """None where the base trajectories are what is explored, from S_0."""
     states: States
     rollouts: Rollouts
     rewards: Rewards
@@ -176,7 +173,7 @@ def first_return(
     """Stage 2: R whole answers per query, or M where no other are sampled; all on the devices.
 
     Returns:
-      (rollouts, their caches if there is to be exploration, rows decoded).
+      (rollouts, their KV caches if there is to be exploration, rows decoded).
     """
     explore, sampling = config.explore, sampling_of(config.rollout)
     if explore.positions:
@@ -188,9 +185,20 @@ def first_return(
 
 
 def keep(
-    rules: ExploreConfig, draws: Draws, query: Array, base_reward: Array, success_at: float = 1.0
-) -> Array:
-    """Stage 4: bool [B, R] from rewards [B, R] of queries [B]; a reward of `success_at` is correct."""
+    rules: ExploreConfig,
+    draws: Draws,
+    query: Int32[Array, " B"],
+    base_reward: Float32[Array, "B R"],
+    success_at: float = 1.0,
+) -> Bool[Array, "B R"]:
+    """Stage 4: which base trajectories are explored.
+
+    Args:
+      rules: names or functions.
+      query: the queries' places in the stream.
+      base_reward: of the base trajectories.
+      success_at: least reward of a trajectory that is correct.
+    """
     return compiled_keep(with_functions(rules), draws, query, base_reward, success_at)
 
 
@@ -209,7 +217,7 @@ def find_states(
     draws: Draws,
     queries: Queries,
     base: Rollouts,
-    kept: np.ndarray,
+    kept: Bool[np.ndarray, "B R"],
     sampled: Rollouts,
 ) -> tuple[States, States]:
     """Stages 5 and 6: the states of kept trajectories.
@@ -221,7 +229,7 @@ def find_states(
       rules: how positions are chosen.
       engine: what samples from the states, and lays trajectories out for its mesh.
       queries, base: of the round, on the host; base trajectories have leaves [B, R, S].
-      kept: bool [B, R].
+      kept: which are explored.
       sampled: base trajectories as they lie on the devices; longer than `base` where a stop text was cut off.
 
     Returns:
@@ -243,24 +251,24 @@ def choose_states(rules: ExploreConfig, placement: Placement, draws: Draws, *res
 @functools.partial(jax.jit, static_argnames=("rules", "mesh"))
 def compiled_states(
     rules: ExploreConfig,
-    mesh: Any,
+    mesh: Mesh,
     draws: Draws,
     base: Rollouts,
-    length: Array,
-    index: Array,
-    query: Array,
-    trajectory: Array,
-    real: Array,
+    length: Int32[AnyArray, "B R"],
+    index: Int32[AnyArray, " N"],
+    query: Int32[AnyArray, " N"],
+    trajectory: Int32[AnyArray, " N"],
+    real: Bool[AnyArray, " N"],
 ) -> States:
     """Stages 5 and 6 on the devices: the states of N kept trajectories, each in the part of its query.
 
     Args:
       rules: functions.
       base: leaves [B, R, S].
-      length: int32 [B, R], tokens of each that count.
-      index: int32 [N], the queries' places in the stream.
-      query, trajectory: int32 [N], row and column of the kept trajectories in `base`.
-      real: bool [N], False where a row is only padding.
+      length: tokens of each that count.
+      index: the queries' places in the stream.
+      query, trajectory: row and column of the kept trajectories in `base`.
+      real: False where a row is only padding.
     """
     placement, parts = Placement(mesh), row_parts(mesh)
     per_part = length.shape[0] // parts
@@ -318,22 +326,48 @@ def explore(
     Returns:
       (rollouts, rows decoded).
     """
-    count, sampling = config.explore.rollouts, sampling_of(config.rollout)
-    return engine.explore(params, queries, caches, states, draws.tokens, draws.step, count, sampling)
+    return engine.explore(
+        params,
+        queries,
+        caches,
+        states,
+        seed_key=draws.tokens,
+        step=draws.step,
+        rollouts=config.explore.rollouts,
+        sampling=sampling_of(config.rollout),
+    )
+
+
+Credit = tuple[Float32[Array, "N J M"], Float32[Array, "N J"], Float32[Array, "N J"], Bool[Array, "N J"]]
 
 
 def assign_credit(
-    credit: CreditConfig, reward: Array, valid: Array, query: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Stage 9: (advantage [N, J, M], value [N, J], alpha [N, J], accepted bool [N, J])."""
+    credit: CreditConfig,
+    reward: Float32[AnyArray, "N J M"],
+    valid: Bool[AnyArray, "N J"],
+    query: Int32[AnyArray, " N"],
+) -> Credit:
+    """Stage 9: (advantage, value, alpha, accepted) of the states of kept trajectories.
+
+    Args:
+      credit: names or functions.
+      reward: of the partial rollouts, whole answers.
+      valid: which states there are.
+      query: row of the round's queries, of each trajectory.
+    """
     return compiled_credit(with_functions(credit), reward, valid, query)
 
 
 @functools.partial(jax.jit, static_argnames="credit")
-def compiled_credit(
-    credit: CreditConfig, reward: Array, valid: Array, query: Array
-) -> tuple[Array, Array, Array, Array]:
+def compiled_credit(credit: CreditConfig, reward: Array, valid: Array, query: Array) -> Credit:
     """`assign_credit` of rules that are functions."""
-    told = (credit.normalize_std, credit.modulation, credit.first_state, credit.sharpen, credit.advantage)
-    advantage, value, alpha = modulated_advantage(reward, valid, *told)
+    advantage, value, alpha = modulated_advantage(
+        reward,
+        valid,
+        normalize_std=credit.normalize_std,
+        modulation=credit.modulation,
+        first_state=credit.first_state,
+        sharpen=credit.sharpen,
+        advantage=credit.advantage,
+    )
     return advantage, value, alpha, accept_states(reward, valid, query, credit.reject)

@@ -77,9 +77,9 @@ def train_step(
         if groups.count(waiting) + opened.most < wanted and len(rounds) + 1 < config.credit.max_rounds:
             # There will be another round, whatever the verdicts on this one.
             ahead = open_round(config, parts, sampler_params, step, position, watch)
-        accepted, metrics, sample = close_round(config, parts, opened, watch)
-        waiting = groups.join(waiting, accepted)
-        rounds.append(metrics)
+        accepted, round_metrics, sample = close_round(config, parts, opened, watch)
+        waiting = groups.concatenate(waiting, accepted)
+        rounds.append(round_metrics)
     parts.between()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)
@@ -92,25 +92,25 @@ def train_step(
                 bundles = bundles_of(part, row_parts(placement.mesh), config.optimizer.micro_tokens)
                 flops += update_flops(parts.policy.model.config, bundles)
                 tokens += np.array(token_counts(bundles))
-                state, metrics = parts.learner.update(state, bundles, reference)
-                updates.append(metrics)
+                state, update_metrics = parts.learner.update(state, bundles, reference)
+                updates.append(update_metrics)
         updates = jax.device_get(updates)
 
-    told: Metrics = {"step": step} | summarize(rounds, updates) | {"flops/update": flops}
-    told |= {"tokens/trained": tokens[0], "update/padding": tokens[1] / tokens[0]}
-    if "rows/decoded" in told:
-        told["rows/occupancy"] = told["tokens/generated"] / told["rows/decoded"]
-    generated = progress.tokens_generated + told.get("tokens/generated", 0)
-    told |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
+    metrics: Metrics = {"step": step} | summarize(rounds, updates) | {"flops/update": flops}
+    metrics |= {"tokens/trained": tokens[0], "update/padding": tokens[1] / tokens[0]}
+    if "rows/decoded" in metrics:
+        metrics["rows/occupancy"] = metrics["tokens/generated"] / metrics["rows/decoded"]
+    generated = progress.tokens_generated + metrics.get("tokens/generated", 0)
+    metrics |= {"states/carried": groups.count(carried), "tokens/total": generated, "rounds": len(rounds)}
     if rounds:
-        told["reward/timed_out"] = count_timed_out(parts.verifier, timed_out)
-        told |= parts.verifier.parts.take()
-    told |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
+        metrics["reward/timed_out"] = count_timed_out(parts.verifier, timed_out)
+        metrics |= parts.verifier.parts.take()
+    metrics |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
     skipped = skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped)
     progress = dataclasses.replace(
         progress, step=step, data_position=position, tokens_generated=generated, skipped=skipped
     )
-    return state, carried, progress, told, sample
+    return state, carried, progress, metrics, sample
 
 
 def count_timed_out(verifier: Verifier, before: int) -> int:

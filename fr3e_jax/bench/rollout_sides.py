@@ -1,0 +1,141 @@
+"""The sides that the benchmarks of rollouts compare, as functions to be timed."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fr3e_jax.bench.table import TINY, hugging_face_model
+from fr3e_jax.engine.branches import Branches, Decoding
+from fr3e_jax.engine.rollout import Engine, branch_keys, last
+from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.models.attention import Segment
+from fr3e_jax.models.decoder import DecoderConfig, Params, abstract_params, graph_of, logical_axes
+from fr3e_jax.parallel.mesh import make_mesh, place_model
+from fr3e_jax.types import Queries
+
+
+@dataclasses.dataclass(frozen=True)
+class Exploration:
+    """The sizes of an exploration of one trajectory; lengths are tokens."""
+
+    model: DecoderConfig = TINY
+    prompt: int = 64
+    response: int = 512
+    positions: int = 4
+    rollouts: int = 16
+    new: int = 160
+
+    @property
+    def prefix_length(self) -> np.ndarray:
+        """Response tokens of each branch's state, int [C]: from none to all, at equal distances."""
+        ends = np.linspace(0, self.response, self.positions + 1).astype(int)
+        return np.repeat(ends, self.rollouts)
+
+
+def engine_of(model: DecoderConfig, max_new: int) -> Engine:
+    """Make an engine on one device whose branches do not end before their limit."""
+    _, placement = place_model(make_mesh(1, 1, 1), logical_axes(model), abstract_params(model))
+    return Engine(graph_of(model), placement, max_new, ())
+
+
+def opening(engine: Engine) -> Callable[[Params, Branches], Decoding]:
+    """Compile `Engine.start` as a program of its own."""
+
+    @jax.jit
+    def start(params: Params, branches: Branches) -> Decoding:
+        return engine.start(nnx.merge(engine.graph, params), branches)
+
+    return start
+
+
+def exploring(exploration: Exploration, params: Params) -> Callable[[], Any]:
+    """Make the side that explores, from caches of random numbers, which cost the same as others."""
+    model, engine = exploration.model, engine_of(exploration.model, exploration.new)
+    prefix = exploration.prefix_length[None]
+    branches = branches_of(
+        model, exploration.prompt, exploration.response, prefix, np.full_like(prefix, exploration.new)
+    )
+    start = opening(engine)
+
+    def side() -> None:
+        decoding = last(engine.decode(params, branches, start(params, branches), Sampling()))
+        assert int(decoding.rollouts.length.min()) == exploration.new
+
+    return side
+
+
+def branches_of(
+    model: DecoderConfig, prompt: int, response: int, prefix: np.ndarray, limit: np.ndarray
+) -> Branches:
+    """Make branches from states, with random caches.
+
+    Args:
+      model: the architecture.
+      prompt, response: tokens of every query, and slots of every base response.
+      prefix: int [N, C], response tokens of each branch's state.
+      limit: int [N, C], tokens that each branch draws.
+    """
+    rng = np.random.default_rng(0)
+
+    def segment(slots: int, length: Any) -> Segment:
+        sizes = (model.num_hidden_layers, len(prefix), model.num_key_value_heads, slots, model.head_dim)
+        key, value = (jnp.asarray(rng.standard_normal(sizes, np.float32)) for _ in range(2))
+        return Segment(key, value, jnp.asarray(np.broadcast_to(length, prefix.shape), jnp.int32))
+
+    number = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
+    return Branches(
+        token=jnp.zeros(prefix.shape, jnp.int32),
+        position=jnp.asarray(prompt - 1 + prefix, jnp.int32),
+        context=(segment(prompt, prompt - 1), segment(response, prefix)),
+        limit=jnp.asarray(limit, jnp.int32),
+        key=branch_keys(jax.random.key(0), 0, jnp.arange(len(prefix)), number),
+    )
+
+
+def sampling(model: DecoderConfig, params: Params, length: np.ndarray, new: int) -> Callable[[], Any]:
+    """Make the side that samples `new` tokens to each of B prompts of `length` int [B] tokens."""
+    engine, rng = engine_of(model, new), np.random.default_rng(0)
+    token = rng.integers(2, model.vocab_size, (len(length), length.max())).astype(np.int32)
+    index = np.arange(len(length), dtype=np.int32)
+    queries = engine.placement.place_rows(Queries(token, length.astype(np.int32), index))
+
+    def side() -> None:
+        rollouts, _ = engine.sample(params, queries, jax.random.key(0), 0, 1, Sampling())
+        assert int(rollouts.length.min()) == new
+
+    return side
+
+
+def generating_with_hugging_face(length: np.ndarray, new: int) -> Callable[[], Any]:
+    """Make the side that generates with Hugging Face and a model of the shape of `TINY`.
+
+    Prompts have `length` int [B] tokens, padded on the left.
+
+    Raises:
+      ImportError: without torch.
+    """
+    import torch
+
+    peer = hugging_face_model().eval()
+    token = torch.randint(2, TINY.vocab_size, (len(length), int(length.max())))
+    mask = torch.arange(token.shape[1])[None] >= token.shape[1] - torch.tensor(length)[:, None]
+
+    def side() -> None:
+        with torch.no_grad():
+            peer.generate(
+                token,
+                attention_mask=mask.long(),
+                do_sample=True,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                max_new_tokens=new,
+                min_new_tokens=new,
+            )
+
+    return side

@@ -1,0 +1,57 @@
+"""The configuration of a run: its options, what each takes, what cannot stand together, and its files."""
+
+from fr3e_jax.config.consistency import check, resolve, updates_of, without_effect
+from fr3e_jax.config.files import find_config
+from fr3e_jax.config.sections import (
+    PACKAGE,
+    QUICKSTART_MODEL,
+    BadRows,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    RewardConfig,
+    ScoringConfig,
+    SourceConfig,
+)
+from fr3e_jax.config.sft import SFTConfig
+from fr3e_jax.config.stages import CreditConfig, ExploreConfig, LossConfig, OptimizerConfig, RolloutConfig
+from fr3e_jax.config.values import ConfigError, OptionError, check_options, tables_of, with_functions
+from fr3e_jax.config.written import as_written, dump
+
+__all__ = [
+    "PACKAGE",
+    "QUICKSTART_MODEL",
+    "BadRows",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "CreditConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvaluateConfig",
+    "ExploreConfig",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OptionError",
+    "RewardConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "ScoringConfig",
+    "SourceConfig",
+    "as_written",
+    "check",
+    "check_options",
+    "dump",
+    "find_config",
+    "resolve",
+    "tables_of",
+    "updates_of",
+    "with_functions",
+    "without_effect",
+]

@@ -1,0 +1,151 @@
+"""What settings imply, and which of them cannot stand together."""
+
+import dataclasses
+
+from fr3e_jax.config.sections import Config
+from fr3e_jax.config.values import ConfigError, check_options
+
+
+def resolve(config: Config) -> Config:
+    """Write out what the algorithm implies: the baselines are settings of the same code."""
+    if config.algorithm == "fr3e":
+        return config
+    explore = dataclasses.replace(config.explore, positions=0)
+    credit = dataclasses.replace(config.credit, modulation="none", normalize_std=True)
+    loss = config.loss
+    if config.algorithm == "grpo":
+        credit = dataclasses.replace(credit, reject="none")
+        loss = dataclasses.replace(loss, clip_high=loss.clip_low)
+    return dataclasses.replace(config, explore=explore, credit=credit, loss=loss)
+
+
+def updates_of(config: Config) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps * config.optimizer.epochs * config.optimizer.minibatches
+
+
+def check(config: Config, row_parts: int, context: int) -> None:
+    """Refuse what cannot run.
+
+    Args:
+      config: resolved.
+      row_parts: in how many parts the mesh splits rows (data x fsdp).
+      context: the model's longest sequence, tokens.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    check_options(config)
+    check_rollouts(config, context)
+    check_updates(config)
+    if not config.reward.answer + config.reward.format > 0:
+        raise ConfigError("reward.answer and reward.format are 0; one of them must be above 0")
+    rows = {"rollout.queries": config.rollout.queries, "evaluate.rows": config.evaluate.rows}
+    for name, value in rows.items():
+        if value % row_parts:
+            raise ConfigError(
+                f"{name} is {value}, which does not divide by the mesh's data x fsdp = {row_parts}"
+            )
+
+
+def check_rollouts(config: Config, context: int) -> None:
+    """Refuse lengths, positions and filters of rollouts that leave nothing to learn from.
+
+    Args:
+      config: resolved.
+      context: the model's longest sequence, tokens.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    rollout, explore = config.rollout, config.explore
+    if rollout.top_k == 1:
+        raise ConfigError(
+            "rollout.top_k is 1, which leaves one token to draw: all rollouts of a state would be the same; "
+            "raise it, or use 0 to draw from all tokens"
+        )
+    if rollout.max_response == 1 and config.reward.cut == "wrong":
+        raise ConfigError(
+            "rollout.max_response is 1, which leaves no room for an answer and its end token, and answers "
+            "that are cut count as wrong; raise it, or use --reward.cut judged"
+        )
+    if rollout.max_prompt + rollout.max_response > context:
+        raise ConfigError(
+            f"rollout.max_prompt {rollout.max_prompt} + rollout.max_response {rollout.max_response} is "
+            f"more than the model's context of {context}; lower one of them"
+        )
+    if config.algorithm == "fr3e" and explore.positions == 0:
+        raise ConfigError(
+            "explore.positions is 0, which leaves fr3e nothing to return to; set it to 1 or more, or "
+            "use --algorithm grpo++"
+        )
+    most = most_positions(rollout.max_response, explore.min_gap)
+    if explore.positions > most:
+        apart = f" that are explore.min_gap {explore.min_gap} apart" if explore.min_gap > 1 else ""
+        raise ConfigError(
+            f"explore.positions is {explore.positions}, but responses of at most rollout.max_response "
+            f"{rollout.max_response} tokens have room for {most} positions{apart}; lower it"
+            + (" or explore.min_gap" if apart else "")
+            + ", or raise rollout.max_response"
+        )
+
+
+def most_positions(response: int, min_gap: int) -> int:
+    """The most positions that a response of so many tokens has; its first token is never one."""
+    return 0 if response < 2 else 1 + (response - 2) // max(min_gap, 1)
+
+
+def check_updates(config: Config) -> None:
+    """Refuse batches that do not divide, and schedules without an update to decay over.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    optimizer = config.optimizer
+    if optimizer.batch_states % optimizer.minibatches:
+        raise ConfigError(
+            f"optimizer.batch_states {optimizer.batch_states} does not divide by "
+            f"optimizer.minibatches {optimizer.minibatches}"
+        )
+    if optimizer.schedule != "constant" and optimizer.warmup_updates >= updates_of(config):
+        raise ConfigError(
+            f"optimizer.warmup_updates {optimizer.warmup_updates} leaves optimizer.schedule "
+            f"{optimizer.schedule} none of the run's {updates_of(config)} updates (steps x optimizer.epochs "
+            "x optimizer.minibatches) to decay over; lower it, raise steps, or use --optimizer.schedule "
+            "constant"
+        )
+
+
+def without_effect(config: Config) -> list[str]:
+    """Settings that the user has set and that change nothing, as sentences.
+
+    Args:
+      config: as given, not resolved.
+    """
+    default = Config()
+    sentences: list[str] = []
+
+    def note(section: str, names: str, why: str) -> None:
+        given, usual = getattr(config, section), getattr(default, section)
+        changed = [name for name in names.split() if getattr(given, name) != getattr(usual, name)]
+        sentences.extend(f"{section}.{name} has no effect: {why}" for name in changed)
+
+    explores = config.algorithm == "fr3e"
+    if not explores:
+        why = f"{config.algorithm} restarts from no positions"
+        note("explore", "positions rule min_gap keep", why)
+        note("rollout", "base_trajectories", why)
+        note("credit", "modulation first_state sharpen", why)
+    elif config.credit.modulation == "none":
+        note("credit", "first_state sharpen", "credit.modulation is none")
+    if config.algorithm == "grpo":
+        note("credit", "reject", "grpo rejects no states")
+        note("loss", "clip_high", "grpo clips at loss.clip_low on both sides")
+    if config.reward.format == 0:
+        note("reward", "pattern", "reward.format is 0")
+    if config.optimizer.schedule == "constant":
+        note("optimizer", "final_rate_share", "optimizer.schedule is constant")
+    if updates_of(config) == config.steps and config.loss.policy == default.loss.policy:
+        why = "with one update a step the ratio is 1"
+        note("loss", "clip_low clip_high dual_clip", why)
+    return sentences

@@ -1,0 +1,224 @@
+"""The options of training: a frozen dataclass for each section.
+
+Every field says its unit and, where a number has one, its source: (paper) arXiv 2507.07017,
+(release) the authors' released code, (ours) a choice of this project.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fr3e_jax.config.stages import CreditConfig, ExploreConfig, LossConfig, OptimizerConfig, RolloutConfig
+from fr3e_jax.config.values import (
+    Bounds,
+    Count,
+    CountOrNone,
+    Expression,
+    MeshAxis,
+    Name,
+    NonNegativeNumber,
+    PositiveNumber,
+    Rows,
+    Seed,
+    Share,
+    Size,
+)
+
+Algorithm = Literal["fr3e", "grpo", "grpo++"]
+BadRows = Literal["refuse", "drop"]
+PACKAGE = Path(__file__).parent.parent
+QUICKSTART_MODEL = PACKAGE / "assets" / "quickstart"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    path: Name = "quickstart"
+    """Hugging Face directory of a Qwen2, Qwen3 or Llama model, name on the hub (`Org/Name`, or
+    `Org/Name@revision`), or `quickstart` for the small one that is shipped."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products; parameters, statistics and reductions stay float32. Use bfloat16 on
+    accelerators."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights of the model that a run writes at its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of problems."""
+
+    name: Name
+    """`carry_addition`, `word_addition`; `gym:NAME`, a data set of reasoning-gym; a named data set
+    (fr3e_jax/problems/README.md); a file `*.jsonl`, `*.csv`, `*.tsv` or `*.parquet`; a data set of the hub,
+    `Org/Name` or `Org/Name@revision`; or a task of your own, `FILE.py` or the name of an entry point."""
+    weight: PositiveNumber = 1.0
+    """Share of the queries, relative to the other sources'."""
+    split: Name | None = None
+    """Split of a data set of the hub. Default: the named data set's, or `train`."""
+    subset: Name | None = None
+    """Subset (configuration) of a data set of the hub."""
+    prompt: Name | None = None
+    """Column of the question; dots and numbers go into nested ones. Default: the named data set's, or the
+    first of `question`, `problem`, `prompt`, `messages`, `conversations` that exists. It holds text, or
+    chats, whose last turn of the user is the question."""
+    answer: Name | None = None
+    """Column of the answer. Default: the named data set's, or the first of `answer`, `final_answer`,
+    `solution` that exists. Of a chat it is what the assistant says behind the question."""
+    answer_is: Literal["plain", "last_box", "after_hashes"] | None = None
+    """What that column holds: the answer; a solution whose last \\boxed{} it is; a solution with the answer
+    behind ####. Default: the named data set's, or `plain`."""
+    solution: Name | None = None
+    """Column of a worked solution, which `sft` teaches. Default: `solution`."""
+    scorer: Name | None = None
+    """What judges answers: `math`, `exact`, `numeric`, `choice`. Default: the named data set's, or `math`."""
+    where: dict[str, list[str | int]] = dataclasses.field(default_factory=dict)
+    """Column -> the values that a row may have there; other rows are left out."""
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a reasoning-gym data set, or of a task of your own."""
+    file: Name | None = None
+    """A copy of a named data set here, read instead of the hub's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The problems and what the model sees of them."""
+
+    source: Name | list[SourceConfig] = "carry_addition"
+    """Where problems come from: a name as in SourceConfig.name, a named mixture such as `fr3e_paper`, or a
+    list of sources with their settings and weights. `carry_addition`: column by column with written carries.
+    `word_addition`: asked in words, scored by the final number."""
+    min_digits: Count = 3
+    """Fewest digits of an operand of the two additions."""
+    max_digits: Count = 3
+    """Most digits of an operand of the two additions."""
+    template: Name = "plain"
+    """What the model sees: `plain`, the question as it is; `chat`, through the tokenizer's chat template;
+    `boxed`, the question with "Please reason step by step, and put your final answer within \\boxed{}."
+    (paper); `boxed_chat`, that through the chat template; or a text of your own with `{question}` in it."""
+    held_out: Size | None = None
+    """Problems kept for evaluation; training never draws them. Default: 256, but of data sets no more than a
+    tenth of the different questions, and of a task of your own no more than it has."""
+    held_out_source: Name | None = None
+    """Evaluate on the first `held_out` (by default 256) problems of this source, such as `math500`, and train
+    on all of `source`."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """Queries of more than rollout.max_prompt tokens: end with an error, or leave them out and say how many
+    (of data sets; of generated problems they are always refused)."""
+    bad_rows: BadRows = "refuse"
+    """Rows of data sets that hold no problem (empty, null, NaN, no box where answer_is asks for one), and
+    rows whose answer no response can ever be right for (a list written as text, `Answer: 70`; `seventy` for
+    the scorer numeric; no letter for choice). `refuse`: the first of the former ends the run with an error;
+    the latter are told, and are an error where they are more than a tenth. `drop`: all are left out and
+    counted. Nothing is left out of held_out_source."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What an answer earns."""
+
+    answer: NonNegativeNumber = 1.0
+    """Weight of the answer being right. Rewards are weighted means of the parts, in [0, 1]; values of states
+    are success rates where this is the only part (paper)."""
+    format: NonNegativeNumber = 0.0
+    """Weight of the response having the form of reward.pattern."""
+    pattern: Annotated[str, Expression()] = r"\\boxed\{"
+    """Regular expression of Python that a response with the right form contains somewhere. `.` is any
+    character but a new line; behind (?s) at the beginning of the pattern it is any. It is searched for within
+    scoring.time_limit; a response that takes longer has not the form, and reward/timed_out counts it."""
+    success_at: Share = 1.0
+    """Least reward of an answer that counts as right: explore.keep, states/all_right and the accuracy of
+    evaluations go by it. Only scorers that give numbers, and reward.format, need less than 1."""
+    cut: Literal["wrong", "judged"] = "wrong"
+    """Answers that the length limit cut off: `wrong` whatever they say, or `judged` like others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringConfig:
+    """The worker processes that judge answers."""
+
+    workers: CountOrNone = 0
+    """Processes that judge; 0: one for each core of the host but one, up to 16. They start when a scorer
+    needs one."""
+    time_limit: PositiveNumber = 5.0
+    """Seconds that judging an answer may take; then it is wrong."""
+    memory_gb: Annotated[float, Bounds(least=1, why="of which a worker needs 1 GiB")] = 4.0
+    """Most memory of a worker, GiB; an answer that takes more is wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Greedy accuracy on the held-out problems."""
+
+    every: CountOrNone = 10
+    """Steps between evaluations; 0 evaluates before and after only."""
+    rows: Rows = 256
+    """Problems decoded at a time; bounds memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What survives a kill."""
+
+    every: Count = 10
+    """Steps between checkpoints."""
+    keep: Count = 2
+    """Last checkpoints to keep."""
+    keep_every: CountOrNone = 0
+    """Steps between checkpoints that are kept for good, beside the last ones; 0: none are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh; the product is the number of devices, and -1 means all that are left."""
+
+    data: MeshAxis = 1
+    """Copies of the parameters, each with its own rows."""
+    fsdp: MeshAxis = -1
+    """Parts that parameters, optimizer state and rows are split into."""
+    tensor: MeshAxis = 1
+    """Parts that heads, MLP and vocabulary are split into."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that run one program, one on each host of a slice."""
+
+    initialize: bool = False
+    """Join the other processes (also by FR3E_DISTRIBUTED=1 in the environment). jax finds them on Cloud TPU,
+    GKE and Slurm; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+    timeout: Count = 300
+    """Seconds that a process waits for another that is gone or late, before it ends with an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """FR3E and its baselines."""
+
+    algorithm: Algorithm = "fr3e"
+    """`fr3e`; `grpo`; `grpo++`, which is grpo with rejection sampling and clip-higher."""
+    steps: Count = 100
+    """Training steps."""
+    seed: Seed = 0
+    """All randomness is a function of it."""
+    run_dir: Name | None = None
+    """Where checkpoints, metrics, log and the final model go, a directory or `gs://BUCKET/PATH`; default
+    runs/NAME-TIME. Several processes need one that all of them see."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on where the run directory holds a checkpoint; `never` refuses such a directory."""
+    compilation_cache: Name = "auto"
+    """Where compiled programs are kept for the next start: a directory, `gs://BUCKET/PATH`, `off`, or `auto`:
+    JAX_COMPILATION_CACHE_DIR, or beside a run directory in a bucket, or ~/.cache/fr3e_jax."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
+    explore: ExploreConfig = dataclasses.field(default_factory=ExploreConfig)
+    credit: CreditConfig = dataclasses.field(default_factory=CreditConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

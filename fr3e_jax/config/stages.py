@@ -1,0 +1,163 @@
+"""The options of the algorithm's stages: a frozen dataclass for each section.
+
+Every field says its unit and, where a number has one, its source: (paper) arXiv 2507.07017,
+(release) the authors' released code, (ours) a choice of this project.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from fr3e_jax.algorithm.credit import (
+    ADVANTAGES,
+    MODULATIONS,
+    REJECT_RULES,
+    AdvantageRule,
+    FirstState,
+    Modulation,
+    RejectRule,
+)
+from fr3e_jax.algorithm.explore import KEEP_RULES, POSITION_RULES, KeepRule, PositionRule
+from fr3e_jax.algorithm.loss import POLICY_LOSSES, PolicyLoss
+from fr3e_jax.config.values import (
+    Bounds,
+    Count,
+    CountOrNone,
+    Decay,
+    Fraction,
+    NonNegativeNumber,
+    PositiveNumber,
+    Rows,
+    Samples,
+    Size,
+    TopK,
+    TopP,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """First return: whole answers sampled from the policy."""
+
+    queries: Rows = 32
+    """B, queries per sampling round (release: 32)."""
+    base_trajectories: Samples = 4
+    """R, whole answers per query that positions are sought in (release: 4). Not sampled by grpo and
+    grpo++, which have no positions."""
+    max_prompt: Size = 1024
+    """Longest query, tokens (release: 1024)."""
+    max_response: Size = 3072
+    """Longest response, prefix included, tokens (release: 3072)."""
+    temperature: Annotated[float, Bounds(above=0, why="at 0 all rollouts of a state are the same")] = 1.0
+    """Sampling temperature (release: 1). Log-probabilities and entropies that are learned from and explored
+    by are those of temperature 1, unfiltered."""
+    top_k: TopK = 0
+    """Draw from this many of the most likely tokens; 0 from all (ours)."""
+    top_p: TopP = 1.0
+    """Draw from the fewest most likely tokens that together have this probability; 1 from all (ours)."""
+    stop: list[str] = dataclasses.field(default_factory=list)
+    """Texts that end an answer, as the model's end tokens do. The answer is cut before such a text; the
+    tokens up to there are judged and trained on (ours: none)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig:
+    """Entropy-eliciting explore: where to restart, and how often."""
+
+    positions: CountOrNone = 4
+    """K, positions per kept trajectory (release: 4). grpo and grpo++ set it to 0."""
+    rollouts: Annotated[int, Bounds(least=2, most=2**12)] = 16
+    """M, rollouts per state (release: 16); the group size of grpo and grpo++."""
+    rule: PositionRule = dataclasses.field(default="entropy", metadata={"table": POSITION_RULES})
+    """What makes a position:"""
+    min_gap: CountOrNone = 0
+    """Least distance of two positions, tokens (paper: 0)."""
+    keep: KeepRule = dataclasses.field(default="first_of_each", metadata={"table": KEEP_RULES})
+    """Base trajectories to explore:"""
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditConfig:
+    """Values, advantages, rejection."""
+
+    advantage: AdvantageRule = dataclasses.field(default="group", metadata={"table": ADVANTAGES})
+    """Advantage of a rollout, before it is modulated:"""
+    modulation: Modulation = dataclasses.field(default="paper", metadata={"table": MODULATIONS})
+    """alpha_j, by which the advantages of a state are multiplied:"""
+    first_state: FirstState = "neutral"
+    """Value change at the root: `neutral`, 0 (ours), or `released`, 1 - V(S_0) (release)."""
+    sharpen: bool = False
+    """Raise value changes to the power 1.5 and normalise them over the trajectory (release: an
+    option)."""
+    normalize_std: bool = False
+    """Divide advantages by the group's standard deviation. grpo and grpo++ set it."""
+    reject: RejectRule = dataclasses.field(default="state", metadata={"table": REJECT_RULES})
+    """States without signal:"""
+    max_rounds: Count = 16
+    """Most sampling rounds per step to fill the batch; then the run ends with an error (ours)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective."""
+
+    policy: PolicyLoss = dataclasses.field(default="clip", metadata={"table": POLICY_LOSSES})
+    """What is minimised, before the two coefficients:"""
+    clip_low: Decay = 0.22
+    """The ratio's lower bound is 1 - clip_low (paper: 0.22; release: 0.2)."""
+    clip_high: NonNegativeNumber = 0.28
+    """The ratio's upper bound is 1 + clip_high (paper: 0.28; release: 0.3). grpo sets it to
+    clip_low."""
+    dual_clip: Annotated[float, Bounds(above=1, why="or null")] | None = None
+    """Bound of the loss of tokens with negative advantage, in multiples of it (release: 10); off by
+    default (paper)."""
+    kl_coefficient: NonNegativeNumber = 0.0
+    """Weight of KL(policy, starting model), k3 estimate. At 0 (paper) no reference model is held."""
+    entropy_coefficient: NonNegativeNumber = 0.0
+    """Weight of the policy's mean entropy, nats, as a bonus. At 0 (paper) it is not computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update."""
+
+    batch_states: Size = 64
+    """Accepted states per step, each with M rollouts; what is left over is carried to the next step
+    (ours)."""
+    minibatches: Count = 2
+    """Optimizer steps per pass over the batch. With 1 (and 1 epoch) the ratio is 1 and clipping does
+    nothing (ours: 2)."""
+    epochs: Count = 1
+    """Passes over the batch (release: 1)."""
+    micro_tokens: Count = 8192
+    """Tokens that run through the model at a time in each of the mesh's data x fsdp parts, padding included;
+    bounds memory, does not change the gradient. One whole rollout there always is."""
+    logit_chunk: Count = 1024
+    """Tokens whose logits exist at a time in each of the mesh's data x fsdp parts; bounds memory."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of holding it: less memory, a third more
+    work."""
+    learning_rate: PositiveNumber = 2e-6
+    """AdamW's rate after warm-up (release: 2e-6)."""
+    warmup_updates: CountOrNone = 10
+    """Optimizer steps of linear warm-up (ours)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The rate after warm-up: `constant` (ours), or `linear` or `cosine` decay to final_rate_share over the
+    rest of the run's optimizer steps, which are steps x epochs x minibatches."""
+    final_rate_share: Fraction = 0.0
+    """Share of learning_rate that `linear` and `cosine` end at, in [0, 1]."""
+    weight_decay: NonNegativeNumber = 0.01
+    """AdamW's decay of matrices; norms and biases are not decayed (ours)."""
+    max_grad_norm: PositiveNumber = 1.0
+    """Gradients are scaled down to this global norm (release: 1)."""
+    b1: Decay = 0.9
+    """AdamW's decay of the first moment (release: 0.9)."""
+    b2: Decay = 0.95
+    """AdamW's decay of the second moment (ours)."""
+    eps: PositiveNumber = 1e-8
+    """AdamW's epsilon (its usual value)."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type that AdamW's two moments are held in between updates. `bfloat16` takes half their memory; they are
+    computed in float32 and rounded up or down at random, so that small changes are right on average."""
+    max_skipped: Count = 5
+    """Updates in a row whose loss or gradient is not finite, after which the run ends with an error. Each is
+    skipped: parameters, moments and rate stay as they were (ours)."""

@@ -1,0 +1,346 @@
+"""The types of options: each says which values it takes, and one function checks a value by its type.
+
+A type is an annotation of Python with its limits beside it, as in `Annotated[int, Bounds(least=1)]`. A value
+stays a plain number or text, wherever it comes from: a file, a flag, or a call in Python.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fr3e_jax.algorithm.rules import Rule, function_of
+
+OptionPath = tuple[str | int, ...]
+"""Where an option stands: the names of its sections and its own, and numbers from 0 within lists."""
+SectionT = TypeVar("SectionT")
+LONGEST = 100  # characters of a value in a message
+
+
+class ConfigError(ValueError):
+    """An impossible combination of settings; the message says what to change."""
+
+
+class OptionError(ConfigError):
+    """A value that its option does not take, or an option that is not there.
+
+    path: where it stands, so that a file and a line can be named beside it.
+    """
+
+    def __init__(self, path: OptionPath, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class Limit(Protocol):
+    """What a type asks of its values beyond being a number or text."""
+
+    def refusal(self, value: Any) -> str | None:
+        """What is wrong with a value, as in "must be at least 1"; None if it is right."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Bounds:
+    """The limits of a number, which may not be infinite either.
+
+    least, most: included. above, below: excluded. besides: a value that is taken too. why: for the message.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    besides: float | None = None
+    why: str = ""
+
+    def __repr__(self) -> str:
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        shown = [f"{name} {limit:,}" for name, limit in limits.items() if math.isfinite(limit)]
+        either = "" if self.besides is None else f", or {self.besides}"
+        return (" and ".join(shown) or "finite") + either
+
+    def refusal(self, value: float) -> str | None:
+        """What is wrong with a number; None if it lies within the bounds."""
+        inside = self.least <= value <= self.most and self.above < value < self.below
+        if (inside and math.isfinite(value)) or value == self.besides:
+            return None
+        return f"must be {self!r}" + (f" ({self.why})" if self.why else "")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class NotEmpty:
+    """Text of which something is left when spaces are taken away."""
+
+    def __repr__(self) -> str:
+        return "not empty"
+
+    def refusal(self, value: str) -> str | None:
+        """What is wrong with a text."""
+        return None if value.strip() else "must not be empty"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Expression:
+    """Text that is a regular expression of Python."""
+
+    def __repr__(self) -> str:
+        return "a regular expression"
+
+    def refusal(self, value: str) -> str | None:
+        """What is wrong with a text."""
+        try:
+            re.compile(value)
+        except re.error as error:
+            return f"which is no regular expression: {error}"
+        return None
+
+
+Count = Annotated[int, Bounds(least=1)]
+"""A number of things, of which there is one at least."""
+CountOrNone = Annotated[int, Bounds(least=0)]
+"""A number of things, or 0."""
+Size = Annotated[int, Bounds(least=1, most=2**20)]
+"""The size of an axis of an array."""
+Rows = Annotated[int, Bounds(least=1, most=2**16)]
+"""Rows that are decoded at a time, or queries of a round."""
+Samples = Annotated[int, Bounds(least=1, most=2**12)]
+"""Answers that are sampled of one question or state."""
+Seed = Annotated[int, Bounds(least=0, most=2**32 - 1)]
+"""What a random key is made of."""
+PositiveNumber = Annotated[float, Bounds(above=0)]
+NonNegativeNumber = Annotated[float, Bounds(least=0)]
+Fraction = Annotated[float, Bounds(least=0, most=1)]
+"""A share of something, nothing and all included."""
+Share = Annotated[float, Bounds(above=0, most=1)]
+"""A share of something that is not nothing."""
+Decay = Annotated[float, Bounds(least=0, below=1)]
+"""A decay rate of a moving average."""
+TopK = Annotated[int, Bounds(least=0, why="0 draws from all tokens")]
+TopP = Annotated[float, Bounds(above=0, most=1, why="1 draws from all tokens")]
+MeshAxis = Annotated[int, Bounds(least=1, besides=-1, why="-1 takes all devices that are left")]
+Name = Annotated[str, NotEmpty()]
+"""A path, or the name of something."""
+
+
+def tables_of(section: Any) -> dict[str, Mapping[str, Rule]]:
+    """Field name -> table, of the fields of a dataclass whose values are the names in one.
+
+    `--help` shows each name with its line. In a library call a function may stand there as well.
+    """
+    tables = {field.name: field.metadata.get("table") for field in dataclasses.fields(section)}
+    return {name: table for name, table in tables.items() if table is not None}
+
+
+def with_functions(section: SectionT) -> SectionT:
+    """A section with the functions of its rules in place of their names.
+
+    What is compiled for it is compiled for the functions: a name may get another one.
+
+    Raises:
+      RuleError: there is no rule of a name.
+    """
+    functions = {
+        name: function_of(table, getattr(section, name)) for name, table in tables_of(section).items()
+    }
+    return dataclasses.replace(section, **functions)  # type: ignore[type-var]
+
+
+def check_options(section: Any, path: OptionPath = ()) -> None:
+    """Refuse a section of a configuration, or a whole one, that holds a value which its option does not take.
+
+    Args:
+      section: a dataclass whose fields are options or sections.
+      path: where it stands.
+
+    Raises:
+      OptionError: with one line that says what to change.
+    """
+    kinds, tables = get_type_hints(type(section), include_extras=True), tables_of(section)
+    for field in dataclasses.fields(section):
+        check_option(kinds[field.name], getattr(section, field.name), (*path, field.name), tables)
+
+
+def check_mapping(section: type, given: Mapping[Any, Any], path: OptionPath = ()) -> None:
+    """Refuse a mapping of options to values, as a file has it, as a section of this type.
+
+    Raises:
+      OptionError: an option is not there, or does not take its value.
+    """
+    kinds, tables = get_type_hints(section, include_extras=True), tables_of(section)
+    for name, value in given.items():
+        inner = (*path, str(name))
+        if name not in kinds:
+            sections = [part for part, kind in kinds.items() if dataclasses.is_dataclass(kind)]
+            known = [*kinds_of(section, path), *sections]  # sections stand at the top alone
+            raise OptionError(inner, unknown_option(shown_path(inner), known))
+        if dataclasses.is_dataclass(kinds[name]) and not isinstance(value, Mapping):
+            refuse(inner, value, "must be a section: a mapping of options to values")
+        check_option(kinds[name], value, inner, tables)
+    for field in dataclasses.fields(section):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if path and needed and field.name not in given:
+            raise OptionError(path, f"{shown_path(path)} has no {field.name}")
+
+
+def check_option(kind: Any, value: Any, path: OptionPath, tables: Mapping[str, Any]) -> None:
+    """Refuse a value of an option, or a section, by its type or, of a rule, by its table.
+
+    Raises:
+      OptionError: with one line that says what to change.
+    """
+    table = tables.get(str(path[-1]))
+    if table is None:
+        check_value(kind, value, path)
+    elif not callable(value) and not (isinstance(value, str) and value in table):
+        raise OptionError(path, f"{shown_path(path)} is {value!r}; choose one of {', '.join(table)}")
+
+
+def check_value(kind: Any, value: Any, path: OptionPath) -> None:
+    """Refuse a value that is not of a type.
+
+    Args:
+      kind: as annotated.
+      value: of an option, or of an entry of one that is a list or a mapping.
+      path: where it stands.
+
+    Raises:
+      OptionError: with one line that says what to change.
+    """
+    kind, limits = without_limits(kind)
+    parts = get_args(kind)
+    if is_union(kind):
+        fitting = [part for part in parts if takes(part, value)]
+        if not fitting:
+            refuse(path, value, f"must be {described(kind)}")
+        check_value(fitting[0], value, path)
+    elif not takes(kind, value):
+        refuse(path, value, f"must be {described(kind)}")
+    elif dataclasses.is_dataclass(kind):
+        if isinstance(value, Mapping):
+            check_mapping(kind, value, path)  # type: ignore[arg-type]
+        else:
+            check_options(value, path)
+    elif get_origin(kind) is list:
+        for i, entry in enumerate(value):
+            check_value(parts[0], entry, (*path, i))
+    elif get_origin(kind) is dict:
+        for name, entry in value.items():
+            check_value(parts[1], entry, (*path, name))
+    for limit in limits:
+        if refusal := limit.refusal(value):
+            refuse(path, value, refusal)
+
+
+def without_limits(kind: Any) -> tuple[Any, Sequence[Limit]]:
+    """(A type, the limits that are annotated beside it)."""
+    if get_origin(kind) is not Annotated:
+        return kind, ()
+    base, *limits = get_args(kind)
+    return base, limits
+
+
+def is_union(kind: Any) -> bool:
+    """Whether a type is several, such as `str | None`."""
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def takes(kind: Any, value: Any) -> bool:
+    """Whether a value is of a type, whatever its limits, its entries or its own options are."""
+    kind, _ = without_limits(kind)
+    origin = get_origin(kind) or kind
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind is types.NoneType:
+        return value is None
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is int:
+        return isinstance(value, numbers.Integral)
+    if kind is float:
+        return isinstance(value, numbers.Real)
+    if origin is list:
+        return isinstance(value, list | tuple)
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, Mapping) or (isinstance(kind, type) and isinstance(value, kind))
+    return isinstance(value, origin)
+
+
+def described(kind: Any) -> str:
+    """What values of a type are, in words."""
+    kind, _ = without_limits(kind)
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if is_union(kind):
+        return " or ".join(described(part) for part in parts)
+    if get_origin(kind) is list:
+        return "a list of mappings" if dataclasses.is_dataclass(parts[0]) else "a list"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    words |= {types.NoneType: "null"}
+    return words.get(kind, "a mapping")
+
+
+def refuse(path: OptionPath, value: Any, refusal: str) -> None:
+    """Refuse a value.
+
+    Raises:
+      OptionError: always.
+    """
+    raise OptionError(path, f"{shown_path(path)} is {shown_value(value)}, {refusal}")
+
+
+def shown_value(value: Any) -> str:
+    """A value for people: one line, not too long, texts in quotes."""
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
+
+
+def shown_path(path: OptionPath) -> str:
+    """Where an option stands, for people: `section.option`, or `data.source[1].scorer` within a list."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def kinds_of(section: type, path: OptionPath = ()) -> dict[str, Any]:
+    """`section.option` -> its type without limits, of all options of a section and of the sections in it."""
+    kinds: dict[str, Any] = {}
+    for name, kind in get_type_hints(section).items():
+        inner = (*path, name)
+        kinds |= kinds_of(kind, inner) if dataclasses.is_dataclass(kind) else {shown_path(inner): kind}  # type: ignore[arg-type]
+    return kinds
+
+
+def unknown_option(name: str, names: Iterable[str], dashes: str = "") -> str:
+    """What is said of an option that is not there, with the nearest one that is.
+
+    Args:
+      name: as it was given. names: of those that are there.
+      dashes: in front of both, `--` of flags.
+    """
+    near = nearest(name, names)
+    return f"there is no option {dashes}{name}" + (f"; did you mean {dashes}{near}?" if near else "")
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that a mistaken one is most like; None if it is like none.
+
+    The option's own name counts most, so that one in the wrong section, or in none, is found.
+    """
+    section, _, own = name.rpartition(".")
+
+    def likeness(other: str) -> float:
+        other_section, _, other_own = other.rpartition(".")
+        ratio = difflib.SequenceMatcher(None, own, other_own).ratio()
+        if len(own) > 2 and other_own.startswith(own):
+            ratio = max(ratio, 0.8)
+        return ratio + 0.1 * (section == other_section) if ratio > 0.7 else 0.0
+
+    best = max(names, key=likeness, default=None)
+    return best if best is not None and likeness(best) else None

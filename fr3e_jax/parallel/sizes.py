@@ -1,0 +1,36 @@
+"""Rules that round sizes up, so that few programs are compiled.
+
+XLA compiles a program for every shape that it meets. Numbers of rows, slots and tokens differ from step to
+step, so each is rounded up to one of few sizes. The rest of an array is padding.
+"""
+
+
+def ceil_divide(count: int, divisor: int) -> int:
+    """Divide, and round up to a whole number."""
+    return -(-count // divisor)
+
+
+def next_multiple(count: int, factor: int) -> int:
+    """Round up to a multiple of `factor`."""
+    return ceil_divide(count, factor) * factor
+
+
+def next_power_of_two(count: int) -> int:
+    """Round up to a power of 2; 0 and less become 1."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def last_power_of_two(count: int) -> int:
+    """Round down to a power of 2; 0 and less become 1."""
+    return 1 << max(count, 1).bit_length() - 1
+
+
+def two_per_doubling(count: int) -> int:
+    """Round up to one of 2 sizes per doubling: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = next_power_of_two(count)
+    return power // 4 * 3 if power >= 4 and count <= power // 4 * 3 else power
+
+
+def eight_per_doubling(count: int, smallest: int) -> int:
+    """Round up to one of 8 sizes per doubling, each a multiple of `smallest`, which is a power of 2."""
+    return next_multiple(max(count, 1), max(smallest, last_power_of_two(count - 1) // 8))

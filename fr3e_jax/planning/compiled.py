@@ -1,0 +1,91 @@
+"""Compiling one program, and its memory and costs on a chip."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from fr3e_jax.planning.hlo import Program
+from fr3e_jax.planning.program_costs import Costs, costs_of
+from fr3e_jax.planning.setup import abstract
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram:
+    """Memory and costs of a program. Bytes are those of one chip, as XLA laid the program out.
+
+    arguments, results: bytes of arrays that go in and come out. aliased: bytes of results that take the place
+    of arguments. temporary: bytes beside these, code included. once: costs of a run without its loop over
+    tokens; each: costs of one round of that loop. seconds: that compiling took. refusal: XLA's message if the
+    program alone is too large, else None; then results and costs are not known, and `temporary` is all that
+    XLA asked for beside the arguments.
+    """
+
+    name: str
+    arguments: int
+    results: int
+    aliased: int
+    temporary: int
+    once: Costs
+    each: Costs
+    seconds: float
+    refusal: str | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes that are in use while the program runs."""
+        return self.arguments + self.results - self.aliased + self.temporary
+
+
+def compile_program(name: str, lowered: Any, mesh: Mesh) -> tuple[CompiledProgram, Any]:
+    """Compile a lowered program, and read its memory and costs.
+
+    Returns:
+      (the program, its results as ShapeDtypeStructs with shardings, or None if it is too large).
+
+    Raises:
+      JaxRuntimeError: the compiler fails for another reason than memory.
+    """
+    started = time.perf_counter()
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        wanted, seconds = requested_bytes(message) or 0, time.perf_counter() - started
+        return CompiledProgram(name, 0, 0, 0, wanted, Costs(), Costs(), seconds, message), None
+    seconds, text, memory = time.perf_counter() - started, executable.as_text(), executable.memory_analysis()
+    assert text is not None and memory is not None
+    program = Program(text)
+    once = costs_of(program, mesh, 0)
+    each = costs_of(program, mesh, 1) + once.times(-1)
+    results = jax.tree.map(
+        lambda x, sharding: abstract(x.shape, x.dtype, sharding),
+        lowered.out_info,
+        executable.output_shardings,
+    )
+    compiled = CompiledProgram(
+        name,
+        arguments=memory.argument_size_in_bytes,
+        results=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        once=once,
+        each=each,
+        seconds=seconds,
+    )
+    return compiled, results
+
+
+def requested_bytes(message: str) -> int | None:
+    """Bytes that XLA asked for, from its message that a program is too large; None if it does not say."""
+    match = re.search(r"\(([\d.]+)([KMGT]?)\)? exceeds available", message) or re.search(
+        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message
+    )
+    if match is None:
+        return None
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))

@@ -1,0 +1,367 @@
+"""The programs of a step by arithmetic instead of compilation: memory, FLOPs and traffic in seconds.
+
+Exact are the bytes of parameters, moments, gradient, their copies, and KV caches. Temporaries are what the
+algorithm itself needs beside them: logits, activations that the backward pass reads, gathered weights, a
+cache while it moves. Left out are the buffers that XLA adds (layout changes, padding to tiles, code), reading
+and writing of activations in main memory while decoding, and collectives other than those of weights,
+gradients and activations. Compiled plans say how far that is off: see planning/README.md.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fr3e_jax.engine.seats import Leg
+from fr3e_jax.parallel.mesh import logical_sizes
+from fr3e_jax.parallel.sizes import next_multiple
+from fr3e_jax.planning.compiled import CompiledProgram
+from fr3e_jax.planning.program_costs import Costs
+from fr3e_jax.planning.rollout_programs import legs_to_compile
+from fr3e_jax.planning.setup import Setup, bytes_on_chip
+from fr3e_jax.planning.stages import Stage, state_bytes, without
+from fr3e_jax.planning.update_programs import typical_chunk
+from fr3e_jax.planning.workload import Chunk, Workload
+
+ROLLOUT_BYTES = 16  # of a token: its id, two log-probabilities, and the entropy
+FREE_OF_COSTS = Costs()
+LANES = 128  # numbers that the last axis of an array on a TPU is padded to a multiple of
+
+
+def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
+    """The stages of a step, as `compile_step` would find them, by arithmetic."""
+    always, sizes = state_bytes(setup), ModelSizes(setup)
+    stages = [
+        cast_stage(sizes, always),
+        prefill_stage(sizes, work, always),
+        decode_stage(sizes, work, "first return", "decode", work.first_return.largest, always),
+    ]
+    if work.explore is not None:
+        stages.append(open_states_stage(sizes, work, always))
+        held = {**always, "queries' caches": sizes.query_cache}
+        for leg in legs_to_compile(work):
+            name = f"decode {leg.rows} x {leg.slots}" + (" after a move" if leg.moves else "")
+            stages.append(decode_stage(sizes, work, "explore", name, leg, held))
+    return [*stages, *update_stages(sizes, work, always)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model on one chip of a mesh; bytes where nothing else is said."""
+
+    setup: Setup
+
+    @functools.cached_property
+    def logical(self) -> dict[str, int]:
+        """Size of every logical axis."""
+        return logical_sizes(self.setup.axes, self.setup.shapes)
+
+    @property
+    def tensor(self) -> int:
+        """Number of chips that heads, MLP and vocabulary are split over."""
+        return self.setup.mesh.shape["tensor"]
+
+    @functools.cached_property
+    def sampling_copy(self) -> int:
+        """Weights in the compute dtype, placed for sampling."""
+        return bytes_on_chip(self.setup.params(self.setup.dtype, sampling=True))
+
+    @functools.cached_property
+    def largest_weight(self) -> int:
+        """The largest parameter of the sampling copy, all its layers."""
+        copy = self.setup.params(self.setup.dtype, sampling=True)
+        return max(bytes_on_chip(leaf) for leaf in jax.tree.leaves(copy))
+
+    @functools.cached_property
+    def compute_copy(self) -> int:
+        """Weights in the compute dtype, placed for training."""
+        return bytes_on_chip(self.setup.params(self.setup.dtype))
+
+    @functools.cached_property
+    def gradient(self) -> int:
+        """Gradient of the parameters, float32."""
+        return bytes_on_chip(self.setup.params(jnp.float32))
+
+    @property
+    def gathered_layer(self) -> float:
+        """Weights of one layer, gathered over fsdp."""
+        return self.compute_copy * self.setup.mesh.shape["fsdp"] / self.setup.model.num_hidden_layers
+
+    @property
+    def slot(self) -> int:
+        """Keys and values of one token, all layers."""
+        return self.setup.cache_bytes(1, 1)
+
+    @property
+    def padding(self) -> float:
+        """Factor by which a TPU pads the last axis of a cache whose layout is not compact."""
+        head_dim = self.setup.model.head_dim
+        return next_multiple(head_dim, LANES) / head_dim
+
+    @property
+    def queries(self) -> int:
+        """Number of queries of a part."""
+        return self.setup.config.rollout.queries // self.setup.parts
+
+    @property
+    def query_cache(self) -> int:
+        """KV cache of the queries of a part."""
+        return self.slot * self.queries * self.setup.config.rollout.max_prompt
+
+    def rollouts(self, branches: int) -> int:
+        """Tokens of a number of branches, and their statistics."""
+        return ROLLOUT_BYTES * branches * self.setup.config.rollout.max_response
+
+    def activations(self, tokens: int) -> float:
+        """Arrays of one layer that exist at a time for a number of tokens, in the compute dtype."""
+        size, item = self.logical, self.setup.dtype.itemsize
+        heads = (size["heads"] + 2 * size["kv_heads"]) * size["head_dim"] / self.tensor
+        return item * tokens * (4.0 * size["embed"] + 2 * heads + 3 * size["mlp"] / self.tensor)
+
+    def logits(self, tokens: int) -> float:
+        """Logits of a number of tokens, float32."""
+        return 4.0 * tokens * self.setup.model.vocab_size / self.tensor
+
+    def flops(self, tokens: float, pairs: float, logits: float) -> float:
+        """FLOPs of a forward pass of the tokens of a part on one chip."""
+        return self.setup.model.forward_flops(tokens, pairs, logits) / self.tensor
+
+    def gathers(self, times: float) -> dict[tuple[str, tuple[str, ...]], float]:
+        """Bytes that gathering all weights over fsdp `times` times receives."""
+        fsdp = self.setup.mesh.shape["fsdp"]
+        return {("all-gather", ("fsdp",)): times * self.compute_copy * (fsdp - 1.0)} if fsdp > 1 else {}
+
+    def reductions(self, tokens: float, times: float) -> dict[tuple[str, tuple[str, ...]], float]:
+        """Bytes that adding activations over tensor receives, after attention and MLP of every layer."""
+        if self.tensor == 1:
+            return {}
+        size = self.setup.dtype.itemsize * tokens * self.logical["embed"]
+        received = 2.0 * (self.tensor - 1) / self.tensor * size
+        return {("all-reduce", ("tensor",)): times * 2 * self.setup.model.num_hidden_layers * received}
+
+    def calls(self, times: float) -> float:
+        """Number of collectives of `times` passes through the layers."""
+        axes = sum(self.setup.mesh.shape[name] > 1 for name in ("fsdp", "tensor"))
+        return times * axes * 2 * self.setup.model.num_hidden_layers
+
+
+def stage_of(
+    phase: str,
+    name: str,
+    held: dict[str, int],
+    own: dict[str, int],
+    *,
+    results: float = 0.0,
+    temporary: float = 0.0,
+    once: Costs = FREE_OF_COSTS,
+    each: Costs = FREE_OF_COSTS,
+    leg: Leg | None = None,
+    chunk: Chunk | None = None,
+) -> Stage:
+    """A stage whose program is not compiled. results: bytes that do not take the place of arguments."""
+    program = CompiledProgram(
+        name, sum(own.values()), int(results), 0, int(temporary), once, each, seconds=0.0
+    )
+    return Stage(phase, program, held, own, leg, chunk)
+
+
+def cast_stage(sizes: ModelSizes, always: dict[str, int]) -> Stage:
+    """The cast of the parameters to the copy for sampling, which gathers them over fsdp."""
+    moved = sizes.largest_weight if sizes.setup.mesh.shape["fsdp"] > 1 else 0
+    return stage_of(
+        "reshard",
+        "cast",
+        without(always, "parameters"),
+        {"parameters": always["parameters"]},
+        results=sizes.sampling_copy,
+        temporary=2 * moved,
+        once=Costs(bytes=always["parameters"] + sizes.sampling_copy, wire=sizes.gathers(1)),
+    )
+
+
+def prefill_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> Stage:
+    """The prefill of the queries, with the empty caches of their branches."""
+    tokens = sizes.queries * sizes.setup.config.rollout.max_prompt
+    first = work.first_return.legs[0]
+    opened = sizes.query_cache + sizes.slot * first.size + sizes.rollouts(first.rows)
+    pairs = tokens * sizes.setup.config.rollout.max_prompt / 2
+    return stage_of(
+        "first return",
+        "prefill",
+        always,
+        {"sampling copy": sizes.sampling_copy},
+        results=opened,
+        temporary=sizes.activations(tokens),
+        once=Costs(
+            sizes.flops(tokens, pairs, 0),
+            sizes.sampling_copy + opened,
+            sizes.reductions(tokens, 1),
+            sizes.calls(1) if sizes.tensor > 1 else 0.0,
+        ),
+    )
+
+
+def open_states_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> Stage:
+    """The opening of branches from states: caches of kept trajectories are taken out, and empty ones made."""
+    assert work.explore is not None
+    first = work.explore.legs[0]
+    opened = shared_cache(sizes, work, "explore") + sizes.slot * first.size
+    opened += sizes.rollouts(work.explore.lengths[0].size)
+    last = work.first_return.legs[-1]
+    base = sizes.slot * last.size
+    return stage_of(
+        "explore",
+        "open states",
+        always,
+        {"sampling copy": sizes.sampling_copy, "shared caches": sizes.query_cache + base},
+        results=opened,
+        once=Costs(bytes=2.0 * opened),
+    )
+
+
+def shared_cache(sizes: ModelSizes, work: Workload, phase: str) -> int:
+    """KV caches that the branches of a part share: queries, and for exploration kept trajectories."""
+    if phase == "first return":
+        return sizes.query_cache
+    slots = work.first_return.legs[-1].slots
+    return sizes.slot * work.trajectories * (sizes.setup.config.rollout.max_prompt + slots)
+
+
+def decode_stage(
+    sizes: ModelSizes, work: Workload, phase: str, name: str, leg: Leg, held: dict[str, int]
+) -> Stage:
+    """A call of the decoding program."""
+    config, rows = sizes.setup.config, leg.rows
+    decode = work.first_return if phase == "first return" else work.explore
+    assert decode is not None
+    shared, before = shared_cache(sizes, work, phase), sizes.slot * leg.size_before
+    after = sizes.slot * leg.size
+    grown = after if after != before else 0
+    context = config.rollout.max_prompt
+    context += work.first_return.legs[-1].slots if phase == "explore" else 0
+    keys = rows * (context + min(leg.slots, config.rollout.max_response))
+    read = sizes.sampling_copy + shared + sizes.setup.cache_bytes(rows, leg.slots) + 2 * sizes.logits(rows)
+    return stage_of(
+        phase,
+        name,
+        held,
+        {
+            "sampling copy": sizes.sampling_copy,
+            "shared caches": shared,
+            "branch caches": before,
+            "rollouts": sizes.rollouts(decode.lengths[0].size),
+        },
+        results=grown,
+        temporary=2 * sizes.logits(rows) + sizes.padding * grown,
+        once=Costs(bytes=float(before + after)) if leg.moves else Costs(),
+        each=Costs(
+            sizes.flops(rows, keys, rows),
+            read,
+            sizes.reductions(rows, 1),
+            sizes.calls(1) if sizes.tensor > 1 else 0.0,
+        ),
+        leg=leg,
+    )
+
+
+def update_stages(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> list[Stage]:
+    """The programs of the update, the same as are compiled."""
+    setup, params = sizes.setup, always["parameters"]
+    compute, gradient = sizes.compute_copy, sizes.gradient
+    count, width = work.widest_trunks
+    # The caches in the compute dtype, and their gradient in float32.
+    caches = sizes.slot * count * width
+    cache_gradient = caches * 4 // setup.dtype.itemsize
+    copies = compute * (2 if setup.config.loss.kl_coefficient > 0 else 1)
+    own = {"compute copy": copies, "gradient": gradient, "trunk caches": caches + cache_gradient}
+    pairs = count * width * width / 2
+    begin = stage_of(
+        "update",
+        "begin",
+        without(always, "parameters"),
+        {"parameters": params},
+        results=compute + gradient,
+        once=Costs(bytes=float(params + compute + gradient)),
+    )
+    opening = stage_of(
+        "update",
+        "open trunks",
+        {**always, "gradient": gradient},
+        {"compute copy": compute},
+        results=caches + cache_gradient,
+        temporary=sizes.activations(count * width) + 2 * sizes.gathered_layer,
+        once=forward_costs(sizes, count * width, pairs),
+    )
+    chunks = []
+    for chunk in dict.fromkeys((typical_chunk(work), work.widest)):
+        logits = min(chunk.tokens, setup.config.optimizer.logit_chunk)
+        seen = chunk.tokens * (chunk.window + chunk.width / 2)
+        stage = stage_of(
+            "update",
+            f"chunk {chunk.rows} x {chunk.width}",
+            always,
+            own,
+            temporary=backward_temporary(sizes, chunk.tokens, logits),
+            once=backward_costs(sizes, chunk.tokens, seen, head=True),
+            chunk=chunk,
+        )
+        chunks.append(stage)
+    closing = stage_of(
+        "update",
+        "close trunks",
+        {**always, "trunk caches": caches},
+        {**own, "trunk caches": cache_gradient},
+        temporary=backward_temporary(sizes, count * width, 0) + caches,
+        once=backward_costs(sizes, count * width, pairs, head=False),
+    )
+    apply = stage_of(
+        "update",
+        "apply",
+        without(always, "parameters", "optimizer"),
+        {"parameters": params, "optimizer": always["optimizer"], "gradient": gradient},
+        once=Costs(bytes=2.0 * (params + always["optimizer"]) + gradient),
+    )
+    return [begin, opening, *chunks, closing, apply]
+
+
+def backward_temporary(sizes: ModelSizes, tokens: int, logit_tokens: int) -> float:
+    """Bytes that a forward and backward pass of tokens needs beside its arguments.
+
+    These are the gradient in the compute dtype, what is kept of each layer, the arrays of one layer, its
+    gathered weights with their gradient, and logits with their gradient.
+    """
+    setup, size = sizes.setup, sizes.logical
+    kept = setup.dtype.itemsize * tokens * size["embed"] * setup.model.num_hidden_layers
+    layer = sizes.activations(tokens)
+    layers = kept + 2 * layer if setup.config.optimizer.remat else layer * setup.model.num_hidden_layers
+    return sizes.compute_copy + layers + 3 * sizes.gathered_layer + 3 * sizes.logits(logit_tokens)
+
+
+def forward_costs(sizes: ModelSizes, tokens: int, pairs: float) -> Costs:
+    """Costs of a forward pass of the tokens of a part."""
+    layers = sizes.setup.model.num_hidden_layers
+    moved = sizes.setup.mesh.shape["fsdp"] * sizes.compute_copy + 3 * layers * sizes.activations(tokens)
+    wire = sizes.gathers(1) | sizes.reductions(tokens, 1)
+    return Costs(sizes.flops(tokens, pairs, 0), moved, wire, sizes.calls(1))
+
+
+def backward_costs(sizes: ModelSizes, tokens: int, pairs: float, head: bool) -> Costs:
+    """Costs of a forward and a backward pass of the tokens of a part, recomputation included.
+
+    Args:
+      head: whether the tokens have logits.
+    """
+    setup = sizes.setup
+    passes = 4.0 if setup.config.optimizer.remat else 3.0
+    logits = tokens if head else 0
+    flops = passes * sizes.flops(tokens, pairs, 0) + 4.0 * sizes.flops(0, 0, logits)
+    layers, fsdp = setup.model.num_hidden_layers, setup.mesh.shape["fsdp"]
+    moved = 3.0 * fsdp * sizes.compute_copy + 2.0 * sizes.gradient + 6.0 * sizes.logits(logits)
+    moved += 3 * passes * layers * sizes.activations(tokens)
+    wire = sizes.gathers(passes - 1) | sizes.reductions(tokens, passes)
+    if fsdp > 1:
+        wire["reduce-scatter", ("fsdp",)] = sizes.compute_copy * (fsdp - 1.0)
+    if setup.mesh.shape["data"] > 1:
+        wire["all-reduce", ("data",)] = 2.0 * sizes.compute_copy
+    return Costs(flops, moved, wire, sizes.calls(passes))

@@ -1,0 +1,129 @@
+"""Making a plan, from compiled programs or by arithmetic, and looking for a slice that is large enough."""
+
+import dataclasses
+import warnings
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from fr3e_jax.config import Config, ConfigError, MeshConfig, check, resolve
+from fr3e_jax.models.decoder import DecoderConfig
+from fr3e_jax.parallel.mesh import PlacementError, row_parts
+from fr3e_jax.planning.estimate import estimate_step
+from fr3e_jax.planning.fit import Plan
+from fr3e_jax.planning.programs import compile_step
+from fr3e_jax.planning.setup import Setup
+from fr3e_jax.planning.slices import GIB, Slice, find_slice, other_slices
+from fr3e_jax.planning.stages import Stage
+from fr3e_jax.planning.times import Rates, phases_of
+from fr3e_jax.planning.topology import positions_in, run_mesh, splits
+from fr3e_jax.planning.workload import Assumptions, Workload, workload_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a plan is asked for.
+
+    name: of the configuration, for the report. config: as given, not resolved. topology: name of the slice.
+    price: of a chip-hour.
+    """
+
+    name: str
+    config: Config
+    model: DecoderConfig
+    topology: str
+    assumptions: Assumptions
+    price: float | None = None
+
+
+def compiled_plan(question: Question, console: Console) -> Plan:
+    """The plan of a run whose programs are compiled for its slice.
+
+    Args:
+      console: where a line is printed for each program when it is compiled.
+
+    Raises:
+      ConfigError, PlacementError: the run cannot start on the slice; the message says what to change.
+    """
+    tpu = find_slice(question.topology)
+    setup = setup_on(question, run_mesh(tpu, question.config.mesh))
+    work = workload_of(setup.config, setup.parts, question.assumptions)
+    with warnings.catch_warnings(), console.status("compiling") as status:
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+
+        def started(phase: str, name: str) -> None:
+            status.update(f"compiling {phase}: {name}")
+
+        def finished(stage: Stage, seconds: float) -> None:
+            outcome = "is too large for a chip" if stage.program.refusal else f"{stage.total / GIB:.1f} GiB"
+            line = f"{stage.phase}: {stage.program.name}, {outcome} (compiled in {seconds:.0f} s)"
+            console.print(line, soft_wrap=True, highlight=False)
+
+        stages = list(compile_step(setup, work, started, finished))
+    plan = plan_of(question, tpu, setup, work, stages)
+    return plan if plan.fits else dataclasses.replace(plan, alternative=smallest_slice(question, tpu))
+
+
+def quick_plan(question: Question) -> Plan:
+    """The plan of a run by arithmetic, in seconds and without libtpu.
+
+    Raises:
+      ConfigError, PlacementError: as `compiled_plan`.
+    """
+    tpu = find_slice(question.topology)
+    plan = estimated_plan(question, tpu)
+    return plan if plan.fits else dataclasses.replace(plan, alternative=smallest_slice(question, tpu))
+
+
+def estimated_plan(question: Question, tpu: Slice) -> Plan:
+    """The plan of a run on a slice by arithmetic, without alternatives."""
+    setup = setup_on(question, run_mesh(tpu, question.config.mesh, positions_in(tpu)))
+    work = workload_of(setup.config, setup.parts, question.assumptions)
+    plan = plan_of(question, tpu, setup, work, estimate_step(setup, work))
+    return dataclasses.replace(plan, estimated=True)
+
+
+def setup_on(question: Question, mesh: Mesh) -> Setup:
+    """The run on a mesh, checked as training checks it.
+
+    Raises:
+      ConfigError, PlacementError: the run cannot start on the mesh; the message says what to change.
+    """
+    setup = Setup(resolve(question.config), question.model, mesh)
+    check(setup.config, row_parts(mesh), question.model.context)
+    _ = setup.placements  # refuses a model that does not divide by the mesh
+    return setup
+
+
+def plan_of(question: Question, tpu: Slice, setup: Setup, work: Workload, stages: list[Stage]) -> Plan:
+    """The plan from its stages."""
+    phases = phases_of(setup, work, stages, Rates(tpu, setup.mesh, question.assumptions))
+    return Plan(question.name, setup, tpu, work, question.assumptions, stages, phases, question.price)
+
+
+def smallest_slice(question: Question, tpu: Slice) -> str | None:
+    """The smallest slice that a run fits by an estimate, with its mesh; None if there is none.
+
+    Tried are the larger slices of the same generation, then those of others, each with the run's own mesh
+    and with all that have one data part. Of the meshes that fit, the one with the shortest step is named.
+    """
+    for other in other_slices(tpu):
+        fitting = []
+        for mesh in meshes_for(question.config.mesh, other.chips):
+            config = dataclasses.replace(question.config, mesh=mesh)
+            try:
+                plan = estimated_plan(dataclasses.replace(question, config=config), other)
+            except (ConfigError, PlacementError):
+                continue  # the run cannot start on this mesh
+            if plan.fits and plan.step_seconds is not None:
+                fitting.append((plan.step_seconds, mesh))
+        if fitting:
+            _, mesh = min(fitting, key=lambda x: x[0])
+            flags = " ".join(f"--mesh.{name} {size}" for name, size in dataclasses.asdict(mesh).items())
+            return f"{other.name} with {flags}"
+    return None
+
+
+def meshes_for(given: MeshConfig, chips: int) -> list[MeshConfig]:
+    """The meshes that are tried on a slice: the given one, and all with one data part."""
+    return [given, *(MeshConfig(1, fsdp, tensor) for fsdp, tensor in splits(chips))]

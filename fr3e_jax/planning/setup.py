@@ -1,0 +1,122 @@
+"""A run on a mesh without arrays: its engine, its learner, and the shapes and shardings of its state."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fr3e_jax.config import Config, updates_of
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.learner.state import TrainState, state_shardings
+from fr3e_jax.learner.update import Learner
+from fr3e_jax.models.decoder import DecoderConfig, abstract_params
+from fr3e_jax.parallel.mesh import Placement, row_parts
+from fr3e_jax.pretrained.model import UnplacedModel
+from fr3e_jax.run.build import Policy
+
+END_TOKENS = (0, 1)
+"""Any two ids: which ones they are does not change a program."""
+
+
+def abstract(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
+    """The shape, dtype and sharding of an array that is never allocated."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def bytes_on_chip(tree: Any) -> int:
+    """Bytes that a tree of arrays, abstract or not, takes on one chip."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        sharding = getattr(x, "sharding", None)
+        local = x.shape if sharding is None else sharding.shard_shape(x.shape)
+        size = 16 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
+        total += int(np.prod(local, dtype=float)) * size
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run on a mesh, without arrays. `config` is resolved."""
+
+    config: Config
+    model: DecoderConfig
+    mesh: Mesh
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The model on the mesh, from which a run makes its engine and its learner.
+
+        Raises:
+          PlacementError: the model does not divide by the mesh.
+        """
+        config: Any = self.model
+        model = UnplacedModel(self.config.model.path, Path(), config)  # its files are not read
+        return Policy(model.place(self.mesh), END_TOKENS, None, self.dtype)
+
+    @property
+    def axes(self) -> Any:
+        """Logical axes of the parameters."""
+        return self.policy.model.axes
+
+    @functools.cached_property
+    def shapes(self) -> Any:
+        """The parameters as ShapeDtypeStructs."""
+        return abstract_params(self.model)
+
+    @property
+    def placements(self) -> tuple[Placement, Placement]:
+        """The placements (for training, for sampling); errors as of `policy`."""
+        return self.policy.model.training, self.policy.model.sampling
+
+    @functools.cached_property
+    def dtype(self) -> Any:
+        """The dtype of matrix products and KV caches."""
+        return jnp.dtype(self.config.model.compute_dtype)
+
+    @functools.cached_property
+    def parts(self) -> int:
+        """Number of parts that the mesh splits batch rows into."""
+        return row_parts(self.mesh)
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The engine that training makes, without stop texts."""
+        return self.policy.engine(self.config.rollout.max_response)
+
+    @functools.cached_property
+    def learner(self) -> Learner:
+        """The learner that training makes on a TPU."""
+        updates = updates_of(self.config)
+        return self.policy.learner(self.config.loss, self.config.optimizer, updates, on_tpu=True)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """Parameters and optimizer moments, abstract."""
+        shardings = state_shardings(self.placements[0], self.learner.optimizer, self.axes, self.shapes)
+        moments = jax.eval_shape(self.learner.optimizer.init, self.shapes)
+        place = functools.partial(jax.tree.map, lambda x, to: abstract(x.shape, x.dtype, to))
+        return TrainState(place(self.shapes, shardings.params), place(moments, shardings.optimizer))
+
+    def params(self, dtype: Any, sampling: bool = False) -> Any:
+        """The parameters in a dtype, abstract, placed for training or for sampling."""
+        shardings = self.placements[sampling].shardings(self.axes, self.shapes)
+        return jax.tree.map(lambda x, to: abstract(x.shape, dtype, to), self.shapes, shardings)
+
+    def rows(self, dtype: Any, *sizes: int) -> Any:
+        """An abstract array whose first axis is split as batch rows are."""
+        return abstract(sizes, dtype, self.placements[0].sharding("batch"))
+
+    def cache_bytes(self, rows: int, slots: int) -> int:
+        """Bytes that a chip reads of a KV cache of `rows` rows, each with `slots` slots, for one token.
+
+        Slots behind the longest response are not read.
+        """
+        heads, tensor = self.model.num_key_value_heads, self.mesh.shape["tensor"]
+        split = tensor if heads >= tensor else 1
+        slot = 2 * self.model.num_hidden_layers * heads // split * self.model.head_dim * self.dtype.itemsize
+        return slot * rows * min(slots, self.config.rollout.max_response)

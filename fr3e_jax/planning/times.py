@@ -1,0 +1,185 @@
+"""Seconds of a step: from the costs of its compiled programs to the time of each phase."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from fr3e_jax.engine.seats import Leg
+from fr3e_jax.planning.compiled import CompiledProgram
+from fr3e_jax.planning.program_costs import Costs
+from fr3e_jax.planning.setup import Setup
+from fr3e_jax.planning.slices import Slice
+from fr3e_jax.planning.stages import Stage
+from fr3e_jax.planning.topology import lane_of
+from fr3e_jax.planning.workload import Assumptions, Decode, Workload
+
+Runs = list[tuple[float, Costs]]
+"""Programs with their number of runs: (runs, costs of one run)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Time on one chip, seconds.
+
+    compute, memory, network: of FLOPs, memory traffic and collectives, each alone. total: of all three, which
+    partly overlap.
+    """
+
+    compute: float = 0.0
+    memory: float = 0.0
+    network: float = 0.0
+    total: float = 0.0
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(
+            *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        )
+
+    def times(self, factor: float) -> "Seconds":
+        """The time of `factor` runs."""
+        return Seconds(*(factor * x for x in dataclasses.astuple(self)))
+
+    @property
+    def bound(self) -> str:
+        """The name of the longest of compute, memory and network."""
+        return max(("compute", "memory", "network"), key=lambda name: float(getattr(self, name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """The rates that programs are assumed to reach on a slice."""
+
+    slice: Slice
+    mesh: Mesh
+    assumptions: Assumptions
+
+    def seconds(self, costs: Costs) -> Seconds:
+        """The time of a program.
+
+        Matrix products and memory traffic overlap, and so do collectives over data and fsdp, which can start
+        early. Collectives over tensor are waited for.
+        """
+        chip, assumptions = self.slice.chip, self.assumptions
+        compute = costs.flops / (assumptions.compute * chip.flops)
+        memory = costs.bytes / (assumptions.memory * chip.memory)
+        early = late = 0.0
+        for (_, axes), received in costs.wire.items():
+            lane = lane_of(self.slice, self.mesh, axes)
+            taken = received / (assumptions.network * lane.bandwidth(chip.link))
+            early, late = (early, late + taken) if "tensor" in axes else (early + taken, late)
+        if any("tensor" in axes for _, axes in costs.wire):
+            late += costs.calls * assumptions.latency
+        else:
+            early += costs.calls * assumptions.latency
+        return Seconds(compute, memory, early + late, max(compute, memory, early) + late)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A phase of a step, all its rounds together. costs: of one chip."""
+
+    name: str
+    costs: Costs
+    seconds: Seconds
+
+
+def phases_of(setup: Setup, work: Workload, stages: Sequence[Stage], rates: Rates) -> list[Phase]:
+    """The phases of a step; none if a program is too large, since the costs of later ones are not known."""
+    programs = {(stage.phase, stage.program.name): stage.program for stage in stages}
+    if any(program.refusal for program in programs.values()):
+        return []
+    rounds, first = float(work.rounds), work.first_return
+    decode = [(programs["first return", "decode"], first.largest)]
+    runs: dict[str, Runs] = {
+        "reshard": [(1.0, programs["reshard", "cast"].once)],
+        "first return": [
+            (rounds, programs["first return", "prefill"].once),
+            *((rounds, costs) for costs in decode_costs(setup, first, decode)),
+        ],
+    }
+    if work.explore is not None:
+        compiled = [
+            (stage.program, stage.leg)
+            for stage in stages
+            if stage.phase == "explore" and stage.leg is not None
+        ]
+        runs["explore"] = [
+            (rounds, programs["explore", "open states"].once),
+            *((rounds, costs) for costs in decode_costs(setup, work.explore, compiled)),
+        ]
+    runs["update"] = update_runs(setup, work, stages)
+    return [phase_of(name, of_phase, rates) for name, of_phase in runs.items()]
+
+
+def phase_of(name: str, runs: Runs, rates: Rates) -> Phase:
+    """A phase from the runs of its programs."""
+    costs, seconds = Costs(), Seconds()
+    for times, one in runs:
+        costs, seconds = costs + one.times(times), seconds + rates.seconds(one).times(times)
+    return Phase(name, costs, seconds)
+
+
+def decode_costs(
+    setup: Setup, decode: Decode, compiled: Sequence[tuple[CompiledProgram, Leg]]
+) -> list[Costs]:
+    """The costs of each call of a decoding.
+
+    Args:
+      compiled: decoding programs with the calls that they were compiled for.
+    """
+    costs = []
+    for leg, steps in zip(decode.legs, decode.steps, strict=True):
+        nearest = min(compiled, key=lambda x: (abs(x[1].rows - leg.rows), x[1].slots < leg.slots))
+        costs.append(leg_costs(setup, leg, steps, *nearest))
+    return costs
+
+
+def leg_costs(setup: Setup, leg: Leg, steps: int, program: CompiledProgram, compiled_leg: Leg) -> Costs:
+    """The costs of a leg of `steps` tokens a row, from a program that was compiled for another leg."""
+    ratio = leg.rows / compiled_leg.rows
+    read = setup.cache_bytes(leg.rows, leg.slots)
+    read -= setup.cache_bytes(compiled_leg.rows, compiled_leg.slots)
+    each = dataclasses.replace(
+        program.each,
+        flops=program.each.flops * ratio,
+        bytes=max(program.each.bytes + read, 0.0),
+        wire={key: size * ratio for key, size in program.each.wire.items()},
+    )
+    total = each.times(steps)
+    return total + program.once if leg.moves and compiled_leg.moves else total
+
+
+def update_runs(setup: Setup, work: Workload, stages: Sequence[Stage]) -> Runs:
+    """The programs of the update with their number of runs; shapes that were not compiled are scaled."""
+    programs = {stage.program.name: stage.program for stage in stages if stage.phase == "update"}
+    optimizer = setup.config.optimizer
+    updates = float(optimizer.minibatches * optimizer.epochs)
+    stage = next(stage for stage in stages if stage.chunk is not None)
+    compiled = stage.chunk
+    assert compiled is not None
+    weights, gradient = stage.own["compute copy"], stage.own["gradient"]
+    # Weights are read forward, backward and once more where layers are recomputed; the gradient is added to.
+    split = setup.mesh.shape["fsdp"]
+    fixed = 3.0 * weights * split + 2.0 * gradient
+    runs: Runs = [(updates, programs["begin"].once), (updates, programs["apply"].once)]
+    for chunk, times in work.chunks.items():
+        ratio = chunk.tokens / compiled.tokens
+        runs.append((float(times), scaled_costs(stage.program.once, ratio, fixed)))
+    opening, closing = programs["open trunks"].once, programs["close trunks"].once
+    for (count, width), times in work.trunks.items():
+        ratio = count * width / (work.widest_trunks[0] * work.widest_trunks[1])
+        runs.append((float(times), scaled_costs(opening, ratio, float(weights * split))))
+        runs.append((float(times), scaled_costs(closing, ratio, fixed)))
+    return runs
+
+
+def scaled_costs(costs: Costs, ratio: float, fixed: float) -> Costs:
+    """The costs of a program on `ratio` times the tokens.
+
+    Args:
+      fixed: bytes that it reads or writes for any number of tokens: weights and their gradient.
+    """
+    fixed = min(fixed, costs.bytes)
+    wire = {key: size * (ratio if key[1] == ("tensor",) else 1.0) for key, size in costs.wire.items()}
+    return Costs(costs.flops * ratio, fixed + (costs.bytes - fixed) * ratio, wire, costs.calls)

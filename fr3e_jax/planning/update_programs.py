@@ -1,0 +1,109 @@
+"""The programs of the update, compiled for a slice."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from fr3e_jax.learner.update import Learner, Prefilled, applying
+from fr3e_jax.planning.setup import Setup, abstract, bytes_on_chip
+from fr3e_jax.planning.stages import Stage, StageCompiler, without
+from fr3e_jax.planning.workload import Chunk, Workload
+from fr3e_jax.types import Batch, Trunks
+
+
+def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
+    """Compile the programs of the update: of its chunks, the one that most tokens run in, and the largest.
+
+    Programs that need the results of one that is too large are left out.
+    """
+    setup, held = compiler.setup, dict(compiler.always)
+    learner, state = setup.learner, setup.state
+    sizes = {
+        "compute copy": bytes_on_chip(setup.params(setup.dtype)),
+        "gradient": bytes_on_chip(setup.params(jnp.float32)),
+    }
+    beginning, begun = compiler(
+        "update",
+        "begin",
+        lambda: Learner.cast_and_zero_gradient.lower(learner, state.params),
+        held=without(held, "parameters"),
+        own={"parameters": held["parameters"]},
+    )
+    yield beginning
+    if begun is None:
+        return
+    compute, gradient = begun
+    reference = compute if setup.config.loss.kl_coefficient > 0 else None
+
+    trunks = abstract_trunks(setup, work.widest_trunks)
+    opening, opened = compiler(
+        "update",
+        "open trunks",
+        lambda: Learner.prefill_and_zero_gradient.lower(learner, compute, trunks),
+        held={**held, "gradient": sizes["gradient"]},
+        own={"compute copy": sizes["compute copy"]},
+    )
+    yield opening
+    if opened is None:
+        return
+    caches, cache_gradient = opened
+    own = {
+        "compute copy": sizes["compute copy"] * (1 if reference is None else 2),
+        "gradient": sizes["gradient"],
+        "trunk caches": bytes_on_chip((caches, cache_gradient)),
+    }
+    prefilled = Prefilled(compute, caches)
+    prefilled_reference = None if reference is None else Prefilled(reference, caches)
+    for chunk in dict.fromkeys((typical_chunk(work), work.widest)):
+        lower = functools.partial(
+            Learner.add_chunk.lower,
+            *(learner, gradient, cache_gradient, prefilled, prefilled_reference),
+            *(abstract_batch(setup, chunk), abstract((), jnp.float32)),
+            window=chunk.window,
+        )
+        name = f"chunk {chunk.rows} x {chunk.width}"
+        yield compiler("update", name, lower, held=held, own=own, chunk=chunk)[0]
+    yield compiler(
+        "update",
+        "close trunks",
+        lambda: Learner.add_trunks.lower(learner, gradient, cache_gradient, compute, trunks),
+        held={**held, "trunk caches": bytes_on_chip(caches)},
+        own={**own, "trunk caches": bytes_on_chip(cache_gradient)},
+    )[0]
+    leaves, tree = jax.tree.flatten(state)
+    apply = applying(learner.optimizer, tree, tuple(x.sharding for x in leaves))
+    yield compiler(
+        "update",
+        "apply",
+        lambda: apply.lower(state, gradient, abstract((), jnp.float32)),
+        held=without(held, "parameters", "optimizer"),
+        own={name: held[name] for name in ("parameters", "optimizer")} | {"gradient": sizes["gradient"]},
+    )[0]
+
+
+def typical_chunk(work: Workload) -> Chunk:
+    """The shape of chunk that most tokens run in."""
+    return max(work.chunks, key=lambda chunk: (work.chunks[chunk] * chunk.tokens, chunk.tokens))
+
+
+def abstract_trunks(setup: Setup, shape: tuple[int, int]) -> Trunks:
+    """The trunks of a bundle without arrays. shape: number and width of the trunks of a part."""
+    count, width = shape
+    return Trunks(setup.rows(jnp.int32, setup.parts, count, width), setup.rows(jnp.int32, setup.parts, count))
+
+
+def abstract_batch(setup: Setup, chunk: Chunk) -> Batch:
+    """The batch rows of a chunk, on all parts, without arrays."""
+    rows = chunk.rows * setup.parts
+    numbers = setup.rows(jnp.int32, rows)
+    return Batch(
+        token=setup.rows(jnp.int32, rows, chunk.width + 1),
+        length=numbers,
+        start=numbers,
+        old_logprob=setup.rows(jnp.float32, rows, chunk.width + 1),
+        advantage=setup.rows(jnp.float32, rows),
+        trunk=numbers,
+        prefix=numbers,
+    )
