@@ -177,7 +177,7 @@ def warn(command: str, message: str) -> None:
 
 
 @contextlib.contextmanager
-def one_line(
+def ending_in_one_line(
     command: str,
     mistakes: tuple[type[Exception], ...],
     failures: tuple[type[Exception], ...] = (),

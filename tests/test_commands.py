@@ -112,7 +112,7 @@ def test_the_installed_script_is_the_same():
         ("evaluate", "evaluate", ("--model=quickstart",), "rows"),
         ("generate", "generate", ("--model=quickstart", "--prompt=1"), "max_new_tokens"),
         ("export", "export", ("--run=a", "--out=b"), "max_file_gb"),
-        ("bench.__main__", "run", ("score",), "repeats"),
+        ("bench.__main__", "run_benchmark", ("score",), "repeats"),
     ],
 )
 def test_a_memory_that_does_not_suffice_is_one_line_with_what_to_lower(

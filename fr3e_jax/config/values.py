@@ -18,7 +18,7 @@ from fr3e_jax.algorithm.rules import Rule, function_of
 OptionPath = tuple[str | int, ...]
 """Where an option stands: the names of its sections and its own, and numbers from 0 within lists."""
 SectionT = TypeVar("SectionT")
-LONGEST = 100  # characters of a value in a message
+LONGEST_SHOWN = 100  # characters of a value in a message
 
 
 class ConfigError(ValueError):
@@ -105,8 +105,8 @@ NonNegativeInt = Annotated[int, Bounds(least=0)]
 """A number of things, of which there may be none."""
 Size = Annotated[int, Bounds(least=1, most=2**20)]
 """The size of an axis of an array."""
-Rows = Annotated[int, Bounds(least=1, most=2**16)]
-"""Rows that are decoded at a time, or queries of a round."""
+RowCount = Annotated[int, Bounds(least=1, most=2**16)]
+"""RowCount that are decoded at a time, or queries of a round."""
 Samples = Annotated[int, Bounds(least=1, most=2**12)]
 """Answers that are sampled of one question or state."""
 Seed = Annotated[int, Bounds(least=0, most=2**32 - 1)]
@@ -178,7 +178,7 @@ def check_mapping(section: type, given: Mapping[Any, Any], path: OptionPath = ()
             known = [*kinds_of(section, path), *sections]  # sections stand at the top alone
             raise OptionError(inner, unknown_option(shown_path(inner), known))
         if dataclasses.is_dataclass(kinds[name]) and not isinstance(value, Mapping):
-            refuse(inner, value, "must be a section: a mapping of options to values")
+            refuse_value(inner, value, "must be a section: a mapping of options to values")
         check_option(kinds[name], value, inner, tables)
     for field in dataclasses.fields(section):
         needed = field.default is field.default_factory is dataclasses.MISSING
@@ -215,10 +215,10 @@ def check_value(kind: Any, value: Any, path: OptionPath) -> None:
     if is_union(kind):
         fitting = [part for part in parts if takes(part, value)]
         if not fitting:
-            refuse(path, value, f"must be {described(kind)}")
+            refuse_value(path, value, f"must be {described(kind)}")
         check_value(fitting[0], value, path)
     elif not takes(kind, value):
-        refuse(path, value, f"must be {described(kind)}")
+        refuse_value(path, value, f"must be {described(kind)}")
     elif dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
             check_mapping(kind, value, path)  # type: ignore[arg-type]
@@ -232,7 +232,7 @@ def check_value(kind: Any, value: Any, path: OptionPath) -> None:
             check_value(parts[1], entry, (*path, name))
     for limit in limits:
         if refusal := limit.refusal(value):
-            refuse(path, value, refusal)
+            refuse_value(path, value, refusal)
 
 
 def without_limits(kind: Any) -> tuple[Any, Sequence[Limit]]:
@@ -288,7 +288,7 @@ def described(kind: Any) -> str:
     return words.get(kind, "a mapping")
 
 
-def refuse(path: OptionPath, value: Any, refusal: str) -> None:
+def refuse_value(path: OptionPath, value: Any, refusal: str) -> None:
     """Refuse a value.
 
     Raises:
@@ -300,7 +300,7 @@ def refuse(path: OptionPath, value: Any, refusal: str) -> None:
 def shown_value(value: Any) -> str:
     """A value for people: one line, not too long, texts in quotes."""
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
 
 
 def shown_path(path: OptionPath) -> str:
