@@ -335,6 +335,13 @@ def test_flags_add_to_the_one_source_of_a_file(tmp_path, capsys):
             ["--data.source=[{nmae: a}]"],
             "there is no option data.source[0].nmae; did you mean data.source[0].name?",
         ),
+        (["--data.source=[a, b]"], "data.source[0] is 'a', must be a mapping"),
+        (["--data.source=[a]", "--data.source.prompt=q"], "data.source[0] is 'a', must be a mapping"),
+        (["--data.source=[{name: a"], "'[{name: a' is no YAML"),
+        (
+            ["--data.source=a.csv", "--data.source.prompt=q", "--data.source.prompt.x=3"],
+            "data.source[0].prompt is {'x': '3'}, must be text or null",
+        ),
         (
             ["--data.source=a.csv", "--data.source.answer_is=box"],
             "data.source[0].answer_is is 'box', must be one",
