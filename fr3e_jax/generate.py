@@ -23,6 +23,7 @@ from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.decoder import Params, abstract_params, logical_axes
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts, widest_tensor
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.model import compute_type, open_model
 from fr3e_jax.pretrained.stops import before_stop
 from fr3e_jax.pretrained.text import Text, load_text
@@ -127,7 +128,7 @@ def answer(config: GenerateConfig, policy: Policy, params: Params, query: list[i
     token = np.zeros((copies, width), np.int32)
     token[:, : len(query)] = query
     length = np.full(copies, len(query), np.int32)
-    number = np.arange(copies * -(-config.n // copies), dtype=np.int32).reshape(-1, copies).T
+    number = np.arange(next_multiple(config.n, copies), dtype=np.int32).reshape(-1, copies).T
     asked = number < config.n
     queries, number = place.place_rows((Queries(token, length, np.zeros_like(length)), number))
     most = min(config.max_new_tokens, policy.model.config.context - len(query))

@@ -57,6 +57,9 @@ class PlanConfig(Config):
     such as v5p:2x2x1."""
     quick: bool = False
     """Estimate by arithmetic in seconds, and compile nothing: it needs no libtpu, and it is less exact."""
+    peak: bool = False
+    """Compile only the programs that may not fit by the estimate, and estimate the others: it says whether
+    the run fits in a fraction of the time, and not how long a step takes."""
     json: bool = False
     """Print one object instead of tables."""
     markdown: bool = False
@@ -138,7 +141,7 @@ def main() -> None:
     with ending_in_one_line("plan", (ConfigError, PlacementError, CheckpointError)):
         try:
             for number, asked in enumerate(questions(options, name)):
-                plan = quick_plan(asked) if options.quick else compiled_plan(asked, console)
+                plan = quick_plan(asked) if options.quick else compiled_plan(asked, console, options.peak)
                 all_fit &= plan.fits
                 if number == 0 and not options.all:
                     print(*applied, file=sys.stderr)

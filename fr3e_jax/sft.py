@@ -21,14 +21,15 @@ from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
 from fr3e_jax.cli import ending_in_one_line, parse
-from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig, check_options
+from fr3e_jax.config import ConfigError, OptimizerConfig, SFTConfig, check_options
 from fr3e_jax.engine.finite import NotFiniteError
+from fr3e_jax.learner.forward import Forward, Prefilled, row_statistics, trained
 from fr3e_jax.learner.state import TrainState, decayed, init_state
-from fr3e_jax.learner.update import Learner, Prefilled, row_statistics, trained
 from fr3e_jax.models.decoder import Decoder, Params, init_params
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.presets import small
 from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.export import check_out, export_model
 from fr3e_jax.pretrained.model import PlacedModel, open_model
 from fr3e_jax.pretrained.text import Text, load_text
@@ -105,7 +106,7 @@ def make_batch(config: SFTConfig, task: CarryAddition, text: Text, step: int, wi
             )
         token[row, : len(ids)] = ids
         start[row], length[row] = len(query), len(ids)
-    longest = -(-int(length.max()) // 16) * 16
+    longest = next_multiple(int(length.max()), 16)
     nothing = np.zeros((config.batch, longest), np.float32)
     none = np.zeros((config.batch,), np.int32)
     return Batch(token[:, :longest], length, start, nothing, nothing[:, 0], none, none)
@@ -117,16 +118,14 @@ def make_step(
     """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
 
     chunk = OptimizerConfig().logit_chunk
-    learner = Learner(
-        graph, placement, optimizer, LossConfig(), compute_dtype=jnp.float32, logit_chunk=chunk, remat=False
-    )
+    forward = Forward(graph, placement, compute_dtype=jnp.float32, logit_chunk=chunk, remat=False)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
         mask = trained(batch)
 
         def loss(params: Params) -> Array:
-            logprob, _ = row_statistics(learner, Prefilled(params, None), batch, entropy=False)
+            logprob, _ = row_statistics(forward, Prefilled(params, None), batch, entropy=False)
             return -masked_sum(logprob, mask) / jnp.sum(mask)
 
         value, gradient = jax.value_and_grad(loss)(state.params)

@@ -50,7 +50,7 @@ class SourceConfig:
 
     name: Name
     """`carry_addition`, `word_addition`; `gym:NAME`, a data set of reasoning-gym; a named data set
-    (fr3e_jax/problems/README.md); a file `*.jsonl`, `*.csv` or `*.parquet`; a data set of the hub,
+    (fr3e_jax/problems/README.md); a file `*.jsonl`, `*.csv`, `*.tsv` or `*.parquet`; a data set of the hub,
     `Org/Name` or `Org/Name@revision`; or a task of your own, `FILE.py` or the name of an entry point."""
     weight: PositiveNumber = 1.0
     """Share of the queries, relative to the other sources'."""
@@ -60,14 +60,16 @@ class SourceConfig:
     """Subset (configuration) of a data set of the hub."""
     prompt: Name | None = None
     """Column of the question; dots and numbers go into nested ones. Default: the named data set's, or the
-    first of `question`, `problem`, `prompt` that exists. It holds text, or chats, whose last turn of
-    the user is the question."""
+    first of `question`, `problem`, `prompt`, `messages`, `conversations` that exists. It holds text, or
+    chats, whose last turn of the user is the question."""
     answer: Name | None = None
     """Column of the answer. Default: the named data set's, or the first of `answer`, `final_answer`,
-    `solution` that exists."""
+    `solution` that exists. Of a chat it is what the assistant says behind the question."""
     answer_is: Literal["plain", "last_box", "after_hashes"] | None = None
     """What that column holds: the answer; a solution whose last \\boxed{} it is; a solution with the answer
     behind ####. Default: the named data set's, or `plain`."""
+    solution: Name | None = None
+    """Column of a worked solution, which `sft` teaches. Default: `solution`."""
     scorer: Name | None = None
     """What judges answers: `math`, `exact`, `numeric`, `choice`. Default: the named data set's, or `math`."""
     where: dict[str, list[str | int]] = dataclasses.field(default_factory=dict)
@@ -94,11 +96,12 @@ class DataConfig:
     """What the model sees: `plain`, the question as it is; `chat`, through the tokenizer's chat template;
     `boxed`, the question with "Please reason step by step, and put your final answer within \\boxed{}."
     (paper); `boxed_chat`, that through the chat template; or a text of your own with `{question}` in it."""
-    held_out: Size = 256
-    """Problems kept for evaluation; training never draws them."""
+    held_out: Size | None = None
+    """Problems kept for evaluation; training never draws them. Default: 256, but of data sets no more than a
+    tenth of the different questions, and of a task of your own no more than it has."""
     held_out_source: Name | None = None
-    """Evaluate on the first `held_out` problems of this source, such as `math500`, and train on all of
-    `source`."""
+    """Evaluate on the first `held_out` (by default 256) problems of this source, such as `math500`, and train
+    on all of `source`."""
     too_long: Literal["refuse", "drop"] = "refuse"
     """Queries of more than rollout.max_prompt tokens: end with an error, or leave them out and say how many
     (of data sets; of generated problems they are always refused)."""

@@ -48,6 +48,9 @@ class EvaluationConfig:
     the chat template ends its turns as the model does, and `boxed` for base models."""
     stop: list[str] | None = None
     """Texts that end an answer, as rollout.stop of train; by default those that the run was trained with."""
+    success_at: Annotated[float, Bounds(least=0, most=1)] = 0.0
+    """Least score of an answer that counts as right, for scorers that give numbers. 0 takes reward.success_at
+    of a run, and 1 for other models."""
     limit: NonNegativeInt = 0
     """Take the first so many problems of each benchmark; 0 takes all."""
     rows: RowCount = 64
@@ -89,6 +92,9 @@ HOW_IT_IS_DONE = {
     "files",
 }
 """Settings with which an evaluation may go on otherwise: they do not change what is asked of whom."""
+
+NEWER = {"success_at": 1.0}
+"""Settings that evaluations of earlier versions do not have, with what those versions did."""
 
 
 def check(config: EvaluationConfig, row_parts: int) -> None:

@@ -1,171 +1,30 @@
-"""The stages of FR3E for a notebook: load a model, sample, restart, judge, and update, one call each.
-
-    import fr3e_jax as fr3e
-
-    model = fr3e.Model.load("Qwen/Qwen2.5-0.5B-Instruct", template="boxed")
-    engine = model.engine(max_response=512)
-    queries = model.encode(["What is 12 * 13?", "What is 17 + 5?"])
-    base = engine.first_return(queries, count=4)
-    states = fr3e.states(base, rule="entropy", count=4)
-    rollouts = engine.explore(base, states, count=16)
-    reward = fr3e.judge(model.texts(states, rollouts), lambda question, answer: "156" in answer)
-    advantage, value, alpha = fr3e.modulated_advantage(reward, states.valid)
-    learner = model.learner(fr3e.LossConfig(), fr3e.OptimizerConfig(learning_rate=1e-6))
-    state, metrics = learner.update(learner.init(), fr3e.groups(states, rollouts, advantage))
-    model = model.updated(state)
-
-These are the programs that training runs. Nothing here sets signal handlers or environment variables. Arrays
-are numpy arrays on the host, whose shapes README's words name: B queries, R base trajectories, N kept ones, J
-states of each, M partial rollouts of each state, S tokens.
-"""
+"""A model of the library, and what samples from it and updates it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax import Array
-from jaxtyping import Bool, Float, Float32
 
-from fr3e_jax.algorithm.credit import modulated_advantage
-from fr3e_jax.algorithm.explore import KeepRule, PositionRule
-from fr3e_jax.config import ConfigError, ExploreConfig, LossConfig, OptimizerConfig, check_options
-from fr3e_jax.engine.caches import Caches
+from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, check_options
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.learner.groups import collect
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import TrainState
-from fr3e_jax.learner.update import Learner, UpdateMetrics
+from fr3e_jax.learner.update import Learner
+from fr3e_jax.library.results import Answers, Base, Encoded, Restarts
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.model import compute_type
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.problems.stream import padded_width
 from fr3e_jax.rewards.verify import whole_answer
 from fr3e_jax.run.build import Policy, open_policy
-from fr3e_jax.step.stages import draws_of, find_states, keep
-from fr3e_jax.types import Queries, Rollouts, StateGroups, States
-
-__all__ = [
-    "Answers",
-    "Base",
-    "Explorer",
-    "Model",
-    "PolicyLearner",
-    "Restarts",
-    "groups",
-    "judge",
-    "modulated_advantage",
-    "states",
-]
-
-SHOWN = 3  # rows of what a repr shows
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """Questions and their tokens. `queries` is padded with copies of the first to what the mesh divides."""
-
-    questions: tuple[str, ...]
-    queries: Queries
-
-    def __repr__(self) -> str:
-        tokens = self.queries.length[: len(self.questions)]
-        return f"{len(self.questions)} queries of {tokens.min()} to {tokens.max()} tokens"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Base:
-    """Base trajectories of queries, and the KV caches that exploration restarts from.
-
-    seed, step: what they were drawn with.
-    """
-
-    encoded: Encoded
-    rollouts: Rollouts
-    """Leaves [B, R, S], those of queries that are only padding included."""
-    caches: Caches
-    engine: "Explorer"
-    seed: int
-    step: int
-
-    @property
-    def texts(self) -> list[list[str]]:
-        """The text of every base trajectory, without those of padding: [B][R]."""
-        rows, text = self.rollouts, self.engine.model.text
-        return [
-            text.answers([rows.token[b, r, :n] for r, n in enumerate(rows.length[b])], rows.stopped[b])
-            for b in range(len(self.encoded.questions))
-        ]
-
-    def __repr__(self) -> str:
-        r = self.rollouts.length.shape[1]
-        shown = zip(self.encoded.questions[:SHOWN], self.texts, strict=False)
-        lines = [f"  {question!r}: {answers[0]!r}" for question, answers in shown]
-        return "\n".join([f"{r} base trajectories of each of {self.encoded}; the first of each:", *lines])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Restarts:
-    """States of kept trajectories, N x J, to restart from.
-
-    arrays: laid out for the mesh, so that N has rows of padding, which are not valid. value: once it is known
-    (`with_values`).
-    """
-
-    base: Base
-    arrays: States
-    value: Float[np.ndarray, "N J"] | None = None
-
-    @property
-    def valid(self) -> Bool[np.ndarray, "N J"]:
-        """Which states there are."""
-        return np.asarray(self.arrays.valid)
-
-    @property
-    def prefixes(self) -> list[list[str | None]]:
-        """The text that each state keeps of its base trajectory, [N][J]; None where there is no state."""
-        text, arrays = self.base.engine.model.text, self.arrays
-        return [
-            [
-                text.decode([arrays.response[n, : arrays.prefix_length[n, j]]])[0] if valid else None
-                for j, valid in enumerate(self.valid[n])
-            ]
-            for n in range(len(self.valid))
-        ]
-
-    def with_values(self, value: Any) -> "Restarts":
-        """The same states with V(S_j), float32 [N, J], to be shown."""
-        shaped("value", value, self.valid.shape)
-        return dataclasses.replace(self, value=np.asarray(value))
-
-    def __repr__(self) -> str:
-        kept = np.flatnonzero(self.valid.any(axis=1))
-        lines, prefixes = [f"{self.valid.sum()} states of {len(kept)} trajectories"], self.prefixes
-        for n in kept[:SHOWN]:
-            lines.append(f"  {self.base.encoded.questions[self.arrays.query[n]]!r}")
-            for j in np.flatnonzero(self.valid[n]):
-                worth = "" if self.value is None else f"V={self.value[n, j]:.2f} "
-                lines.append(f"    {worth}{prefixes[n][j]!r}")
-        return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Answers:
-    """Whole answers, prefixes included. question: of each trajectory, [N]. text: [N][J][M], None where there
-    is no state."""
-
-    question: list[str]
-    text: list[list[list[str] | None]]
-    rollouts: int
-
-    def __repr__(self) -> str:
-        some = next((texts for row in self.text for texts in row if texts), [])
-        return f"answers of {self.rollouts} partial rollouts of each state, such as {some[:SHOWN]!r}"
+from fr3e_jax.step.stages import draws_of
+from fr3e_jax.types import Queries, Rollouts, StateGroups
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,7 +87,7 @@ class Model:
             raise ConfigError("encode takes a list of questions, at least one")
         rows = [self.text.query(question) for question in questions]
         parts = row_parts(self.policy.model.sampling.mesh)
-        count, width = -(-len(rows) // parts) * parts, padded_width(max(map(len, rows)))
+        count, width = next_multiple(len(rows), parts), padded_width(max(map(len, rows)))
         padded = [rows[i] if i < len(rows) else rows[0] for i in range(count)]
         token = np.zeros((count, width), np.int32)
         for i, row in enumerate(padded):
@@ -339,76 +198,6 @@ class Explorer:
         return self.model.text.trimmed(rollouts, states.arrays)
 
 
-def states(
-    base: Base,
-    rule: PositionRule = "entropy",
-    count: int = 4,
-    min_gap: int = 0,
-    reward: Any = None,
-    keep_rule: KeepRule = "all",
-) -> Restarts:
-    """Where to restart: the query, and before each of `count` positions of the base trajectories.
-
-    Args:
-      base: what was sampled.
-      rule: what makes a position, as explore.rule, or a function.
-      count: K, positions of a trajectory.
-      min_gap: least distance of two, tokens.
-      reward: float32 [B, R] of the base trajectories, where `keep_rule` is not `all`.
-      keep_rule: which trajectories are kept, as explore.keep, or a function.
-
-    Raises:
-      ConfigError: a rule needs rewards and there are none, or their shape is another; or `count` or `min_gap`
-        is below 0.
-      RuleError: there is no rule of a name, or its function gives something else than it must.
-    """
-    check_options(ExploreConfig(positions=count, min_gap=min_gap))
-    rules = ExploreConfig(positions=count, rule=rule, min_gap=min_gap, keep=keep_rule)
-    rollouts, asked = base.rollouts, len(base.encoded.questions)
-    b, r = rollouts.length.shape
-    if reward is None and keep_rule != "all":
-        raise ConfigError(f"keep_rule {keep_rule} chooses by reward; give reward, float32 [{asked}, {r}]")
-    engine, rewards = base.engine.engine, np.zeros((b, r), np.float32)
-    if reward is not None:
-        shaped("reward", reward, (asked, r))
-        rewards[:asked] = reward
-    place = engine.placement
-    draws, queries = draws_of(base.seed, base.step, place), base.encoded.queries
-    kept = gather(keep(rules, draws, *place.place_rows((queries.index, rewards))))
-    kept = kept & (np.arange(b) < asked)[:, None]
-    sampled = place.place_rows(rollouts)
-    return Restarts(base, find_states(rules, engine, draws, queries, rollouts, kept, sampled)[0])
-
-
-def judge(answers: Answers, verifier: Callable[[str, str], float]) -> Float32[np.ndarray, "N J M"]:
-    """Rewards of whole answers, 0 where there is no state.
-
-    Args:
-      answers: as `Model.texts` makes them.
-      verifier: of a question and an answer to it; its value is the reward, in [0, 1].
-    """
-    reward = np.zeros((len(answers.text), len(answers.text[0]), answers.rollouts), np.float32)
-    for n, (question, row) in enumerate(zip(answers.question, answers.text, strict=True)):
-        for j, texts in enumerate(row):
-            if texts is not None:
-                reward[n, j] = [float(verifier(question, text)) for text in texts]
-    return reward
-
-
-def groups(states: Restarts, rollouts: Rollouts, advantage: Any) -> StateGroups:
-    """The states that carry a gradient, with their rollouts, for the learner.
-
-    Args:
-      states: where the rollouts restarted.
-      rollouts: leaves [N, J x M, S].
-      advantage: float32 [N, J, M]; a state whose advantages are all 0 is left out.
-    """
-    n, j = states.valid.shape
-    shaped("advantage", advantage, (n, j, rollouts.length.shape[1] // j))
-    accepted = states.valid & np.any(np.asarray(advantage) != 0, axis=2)
-    return collect(accepted, states.base.encoded.queries, states.arrays, rollouts, np.asarray(advantage))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class PolicyLearner:
     """Updates a model: clip-higher policy gradients over partial rollouts, each prefix computed once."""
@@ -423,7 +212,7 @@ class PolicyLearner:
 
     def update(
         self, state: TrainState, batch: StateGroups, reference: Params | None = None
-    ) -> tuple[TrainState, UpdateMetrics]:
+    ) -> tuple[TrainState, dict[str, float]]:
         """One optimizer step over a batch; `state` is used up.
 
         Args:
@@ -445,13 +234,3 @@ class PolicyLearner:
         bundles = bundles_of(batch, parts, self.settings.micro_tokens)
         state, metrics = self.learner.update(state, bundles, reference)
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
-
-
-def shaped(name: str, x: Array | np.ndarray | Any, shape: tuple[int, ...]) -> None:
-    """Refuse an array of another shape.
-
-    Raises:
-      ConfigError: with both.
-    """
-    if np.shape(x) != shape:
-        raise ConfigError(f"{name} has shape {list(np.shape(x))}, must be {list(shape)}")
