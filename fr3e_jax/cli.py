@@ -130,7 +130,7 @@ def parse(
         check_mapping(config_class, sources)
         parser = make_parser(config_class, command, files=default is not None)
         if default is not None:
-            what = f"{parser.description} What applies here: {applied}. Defaults are shown as they apply."
+            what = f"{parser.description} Of the defaults below: {applied}."
             parser.description = what.replace("%", "%%")
         parser.set_defaults(flat(config_class, merged_options(written.options, sources)))
         values = parser.instantiate(parser.parse_args(flags))

@@ -86,7 +86,8 @@ def files_that_apply(
       files: those that are named. flags: as they are declared.
     """
     if files:
-        return files, f"{', then '.join(files)} applies" + (", and the flags over it" if flags else "")
+        over = any(flag not in ("--help", "-h") for flag in flags)
+        return files, f"{', then '.join(files)} applies" + (", and the flags over it" if over else "")
     others = []
     for name in CHOSEN:
         value = value_of(flags, name) if name in kinds_of(config_class) else None
