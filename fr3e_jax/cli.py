@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import jsonargparse
 
+from fr3e_jax.config.checks import check_mapping, check_options, described
 from fr3e_jax.config.files import Written, merged_options, read_files
 from fr3e_jax.config.flags import (
     files_that_apply,
@@ -19,7 +20,7 @@ from fr3e_jax.config.flags import (
     split_files,
     split_sources,
 )
-from fr3e_jax.config.values import check_mapping, check_options, described, kinds_of, shown_value, tables_of
+from fr3e_jax.config.values import kinds_of, shown_value, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
 ConfigT = TypeVar("ConfigT")

@@ -15,7 +15,8 @@ from fr3e_jax.bench.score import measure_scoring
 from fr3e_jax.bench.update import update
 from fr3e_jax.cli import ending_in_one_line, plain_error
 from fr3e_jax.config import ConfigError
-from fr3e_jax.config.values import check_value, nearest, unknown_option
+from fr3e_jax.config.checks import check_value
+from fr3e_jax.config.values import nearest, unknown_option
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 from fr3e_jax.parallel.mesh import PlacementError
 

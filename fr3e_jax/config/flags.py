@@ -5,8 +5,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
+from fr3e_jax.config.checks import described
 from fr3e_jax.config.files import merged_options, parse_value
-from fr3e_jax.config.values import ConfigError, described, kinds_of, unknown_option
+from fr3e_jax.config.values import ConfigError, kinds_of, unknown_option
 
 Flags = list[str]
 CHOSEN = ("model.path", "data.source", "init_path")
