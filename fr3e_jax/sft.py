@@ -20,7 +20,7 @@ from jax import Array
 from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
-from fr3e_jax.cli import one_line, parse
+from fr3e_jax.cli import ending_in_one_line, parse
 from fr3e_jax.config import ConfigError, OptimizerConfig, SFTConfig, check_options
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.learner.forward import Forward, Prefilled, row_statistics, trained
@@ -193,7 +193,7 @@ def warm_up(config: SFTConfig, task: CarryAddition, model: PlacedModel) -> Param
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml")
-    with one_line("sft", (ConfigError, PlacementError, CheckpointError), (NotFiniteError,)):
+    with ending_in_one_line("sft", (ConfigError, PlacementError, CheckpointError), (NotFiniteError,)):
         run(config)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from fr3e_jax.algorithm.rules import RuleError
-from fr3e_jax.cli import one_line, parse
+from fr3e_jax.cli import ending_in_one_line, parse
 from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
@@ -279,7 +279,7 @@ def main() -> None:
     interrupted = "interrupted; with --run_dir DIR this run goes on from its last checkpoint"
     failures = (SamplingError, NotFiniteError, ScorerError, SkippedError, HostError, StorageError)
     mistakes = (ConfigError, RuleError, PlacementError, CheckpointError)
-    with leaving_at_once("train"), one_line("train", mistakes, failures, interrupted):
+    with leaving_at_once("train"), ending_in_one_line("train", mistakes, failures, interrupted):
         initialize(config.distributed)
         keep_compiled(config.compilation_cache, config.run_dir)
         train(config, name)

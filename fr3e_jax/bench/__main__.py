@@ -13,9 +13,10 @@ from fr3e_jax.bench.load import measure_loading
 from fr3e_jax.bench.rollout import rollout
 from fr3e_jax.bench.score import measure_scoring
 from fr3e_jax.bench.update import update
-from fr3e_jax.cli import one_line, plain_error
+from fr3e_jax.cli import ending_in_one_line, plain_error
 from fr3e_jax.config import ConfigError
-from fr3e_jax.config.values import check_value, nearest, unknown_option
+from fr3e_jax.config.checks import check_value
+from fr3e_jax.config.values import nearest, unknown_option
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 from fr3e_jax.parallel.mesh import PlacementError
 
@@ -93,7 +94,7 @@ def run_benchmark(arguments: Sequence[str]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run a benchmark: tables for people, and JSON on stdout."""
     leave_out_absent_tpu()
-    with one_line("bench", (ConfigError, PlacementError)):
+    with ending_in_one_line("bench", (ConfigError, PlacementError)):
         for line in run_benchmark(sys.argv[1:]):
             print(json.dumps(line))
 
