@@ -491,8 +491,9 @@ def test_models_are_planned_without_a_download(tmp_path):
         (["--topology", "v5e-4", "--fast"], "--fast"),
         (["--topology", "v5e-4", "--assume.response", "2"], "assume.response is 2.0; it is a share"),
         (["--topology", "v5e-4", "--model.path", "Org/Unknown"], "known are"),
+        (["--topology", "v5e-4", "--quick", "--peak"], "choose one of them"),
     ],
-    ids=["none", "topology", "flag", "share", "model"],
+    ids=["none", "topology", "flag", "share", "model", "quick and peak"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, message):
     told = call("plan", *flags)

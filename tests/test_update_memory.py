@@ -63,7 +63,8 @@ def test_sixteen_chunks_run_the_programs_of_one(mesh):
 @needs_compiler
 def test_no_scores_and_no_logits_of_all_tokens_exist_on_a_tpu():
     """Of responses of 2,048 tokens and 8,192 words: no array has both, or the length twice, on any chip."""
-    shape = UpdateShape("v5e:2x2", (1, 4, 1), 1, LENGTH, 2, LENGTH, LENGTH)
+    sizes = {"trunks": 1, "trunk": LENGTH, "rows": 2, "length": LENGTH, "window": LENGTH}
+    shape = UpdateShape(topology="v5e:2x2", mesh=(1, 4, 1), **sizes)
     for name, program in compile_update(MODEL, shape).items():
         assert square_arrays(program.as_text(), LENGTH) == [], name
 
