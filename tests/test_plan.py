@@ -18,11 +18,12 @@ from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.learner.forward import Prefilled
 from fr3e_jax.learner.state import make_optimizer
-from fr3e_jax.learner.update import Learner, Prefilled
+from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE, PlacementError
-from fr3e_jax.plan import PLANS, model_of, with_underscores
+from fr3e_jax.plan import PLANS, PlanConfig, model_of
 from fr3e_jax.planning.as_json import as_json
 from fr3e_jax.planning.compiled import CompiledProgram, requested_bytes
 from fr3e_jax.planning.fit import RESERVE, Plan, memory_parts
@@ -469,10 +470,14 @@ def test_each_of_the_three_can_bound_a_phase():
 # --- the command
 
 
-def test_flags_may_be_written_with_dashes():
-    assert with_underscores(["--price-per-chip-hour", "2", "--topology=v5e-4", "--mesh.fsdp", "-1"]) == [
-        *("--price_per_chip_hour", "2", "--topology=v5e-4", "--mesh.fsdp", "-1")
-    ]
+def test_flags_may_have_dashes_as_gcloud_has_them():
+    config, _ = parse(
+        PlanConfig,
+        "plan",
+        "configs/quickstart.yaml",
+        ["--price-per-chip-hour", "2", "--topology=v5e-4", "--mesh.fsdp", "-1"],
+    )
+    assert (config.price_per_chip_hour, config.topology, config.mesh.fsdp) == (2.0, "v5e-4", -1)
 
 
 def test_models_are_planned_without_a_download(tmp_path):

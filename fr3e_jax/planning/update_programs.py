@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fr3e_jax.learner.update import Learner, Prefilled, applying
+from fr3e_jax.learner.forward import Prefilled
+from fr3e_jax.learner.update import Learner, applying
 from fr3e_jax.planning.setup import Setup, abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler, without
 from fr3e_jax.planning.workload import Chunk, Workload
