@@ -66,7 +66,7 @@ def test_a_slice_is_found_by_the_name_that_it_is_rented_under(name, topology, ch
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "similar"),
     [
         ("v5p-12", "v5p-8, v5p-16"),
         ("v5e-3", "v5e-4, v5e-8"),
@@ -76,10 +76,10 @@ def test_a_slice_is_found_by_the_name_that_it_is_rented_under(name, topology, ch
         ("v5e:2x2x2", "v5e"),
     ],
 )
-def test_an_unknown_slice_is_refused_with_those_that_are_near(name, told):
+def test_an_unknown_slice_is_refused_with_those_that_are_near(name, similar):
     with pytest.raises(ConfigError, match="there is no slice") as error:
         find_slice(name)
-    assert told in str(error.value)
+    assert similar in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -336,8 +336,8 @@ def test_the_calls_of_a_decoding_are_those_of_the_engine(max_new):
         tiny_params(config, 2.0), at.shardings(logical_axes(config), tiny_params(config, 2.0))
     )
     queries = Queries(np.full((4, 4), 5, np.int32), np.full(4, 4, np.int32), np.arange(4, dtype=np.int32))
-    told = (params, at.place_rows(queries), jax.random.key(0), 0)
-    rollouts, row_steps = engine.sample(*told, 16, Sampling())
+    arguments = (params, at.place_rows(queries), jax.random.key(0), 0)
+    rollouts, row_steps = engine.sample(*arguments, 16, Sampling())
     plan = decode_of(np.asarray(rollouts.length).reshape(2, 2, 16), max_new, compact=True)
     assert plan.row_steps == int(row_steps)
     assert plan.tokens == int(rollouts.length.sum())
@@ -442,11 +442,11 @@ def test_what_a_program_is_given_and_does_not_read_is_alive():
 def test_a_price_is_told_for_a_thousand_steps(monkeypatch):
     plan = placed_on(plan_of(4 * GIB), monkeypatch)
     assert plan.cost == pytest.approx(1000 * 20 / 3600 * 4 * 2.0)
-    told = as_json(plan)
-    assert json.loads(json.dumps(told)) == told
-    assert told["fits"] is True
-    assert told["cost_per_1000_steps"] == plan.cost
-    assert told["phases"][0]["bound"] == "memory"
+    report = as_json(plan)
+    assert json.loads(json.dumps(report)) == report
+    assert report["fits"] is True
+    assert report["cost_per_1000_steps"] == plan.cost
+    assert report["phases"][0]["bound"] == "memory"
 
 
 @needs_compiler
@@ -494,17 +494,21 @@ def test_models_are_planned_without_a_download(tmp_path):
         ([], "--topology says for which slice"),
         (["--topology", "v5e-17"], "there is no slice 'v5e-17'; v5e comes as v5e-1, v5e-4"),
         (["--topology", "v5e-4", "--fast"], "--fast"),
-        (["--topology", "v5e-4", "--assume.response", "2"], "assume.response is 2.0; it is a share"),
+        (
+            ["--topology", "v5e-4", "--assume.response", "2"],
+            "assume.response is 2.0, must be above 0 and at most 1",
+        ),
         (["--topology", "v5e-4", "--model.path", "Org/Unknown"], "known are"),
+        (["--topology", "v5e-4", "--quick", "--peak"], "choose one of them"),
     ],
-    ids=["none", "topology", "flag", "share", "model"],
+    ids=["none", "topology", "flag", "share", "model", "quick and peak"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, message):
-    told = call("plan", *flags)
-    assert told.returncode == 2
-    assert message in told.stderr
-    assert told.stderr.count("\n") == 1
-    assert told.stdout == ""
+    done = call("plan", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
 
 
 def test_every_planned_preset_is_there_and_has_the_numbers_of_the_release():
@@ -531,11 +535,11 @@ SHORT = (
 def test_a_small_run_is_planned_from_end_to_end(topology):
     """By the command, on the quickstart's model with short answers."""
     flags = ["--topology", topology, "--json", "--price-per-chip-hour", "1.5", "--mesh.fsdp", "2"]
-    told = run("plan", *flags, "--mesh.tensor", "2", *SHORT)
-    assert told.returncode == 0, told.stderr
-    plan = json.loads(told.stdout)
+    done = run("plan", *flags, "--mesh.tensor", "2", *SHORT)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
     assert plan["fits"] is True
-    assert told.stderr.count("(compiled in ") == len(plan["programs"])
+    assert done.stderr.count("(compiled in ") == len(plan["programs"])
     assert plan["chips"] == 4
     assert plan["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
     assert [phase["phase"] for phase in plan["phases"]] == ["reshard", "first return", "explore", "update"]
@@ -555,12 +559,12 @@ def test_a_small_run_is_planned_from_end_to_end(topology):
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_run_that_is_too_large_is_told_so_with_exit_code_1():
+def test_a_run_that_is_too_large_is_done_so_with_exit_code_1():
     """Of a small model so many answers at a time that their caches are."""
     queries = "16384"
-    told = run("plan", "--topology", "v5e-1", "--json", *SHORT, "--rollout.queries", queries)
-    assert told.returncode == 1, told.stderr
-    plan = json.loads(told.stdout)
+    done = run("plan", "--topology", "v5e-1", "--json", *SHORT, "--rollout.queries", queries)
+    assert done.returncode == 1, done.stderr
+    plan = json.loads(done.stdout)
     assert plan["fits"] is False
     assert plan["short_gib"] > 0
     assert "--rollout.queries 8192" in plan["try"]
