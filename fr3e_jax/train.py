@@ -116,7 +116,12 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             print(line, flush=True)
         return summary
     anew = begun_anew(config)
-    parts = build(config, hosts, stack.enter_context(Interruption(hosts)).check)
+    parts = build(
+        config,
+        hosts,
+        stack.enter_context(Interruption(hosts)).check,
+        lambda *decoded: reporter.within_step.rows(*decoded),
+    )
     corpus, policy = parts.corpus, parts.policy
     state, reference = policy.fresh_state(parts.learner), None
     if config.loss.kl_coefficient > 0:
@@ -169,7 +174,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                     lock.check()
                     with waiting(f"step {progress.step + 1}"):
                         state, carried, progress, metrics, sample = train_step(
-                            config, parts, reference, state, carried, progress
+                            config, parts, reference, state, carried, progress, reporter.within_step
                         )
                     told = {"metrics": metrics, "sample": sample}
                     progress = dataclasses.replace(progress, unreported=told)
