@@ -37,9 +37,9 @@ def write_json(rows, path):
     path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def write_csv(rows, path):
+def write_csv(rows, path, separator=","):
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -48,4 +48,11 @@ def write_parquet(rows, path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
 
 
-WRITERS = {".jsonl": write_jsonl, ".json": write_json, ".csv": write_csv, ".parquet": write_parquet}
+def write_tsv(rows, path):
+    write_csv(rows, path, "\t")
+
+
+WRITERS = {
+    **{".jsonl": write_jsonl, ".json": write_json, ".csv": write_csv, ".tsv": write_tsv},
+    ".parquet": write_parquet,
+}

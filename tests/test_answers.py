@@ -4,9 +4,9 @@ import json
 import time
 
 import pytest
+from environment import REPOSITORY
 
 from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
-from fr3e_jax.pretrained.hub import find_model
 from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.problems.answers import MOST_BAD, unanswerable
 from fr3e_jax.problems.corpus import judging_problems, make_corpus
@@ -160,7 +160,7 @@ def test_boxes_that_are_asked_for_and_missing_are_bad_rows(tmp_path):
 
 
 def test_a_run_tells_what_is_bad_and_makes_no_benchmark_smaller(tmp_path):
-    text = load_text(find_model("quickstart"), "plain")
+    text = load_text(REPOSITORY / "tests" / "qwen2.5_tokenizer_cut", "plain")
     train = file_of(tmp_path, [*["1"] * 50, None, "['70']"], name="train.jsonl")
     suite = file_of(tmp_path, [*["1"] * 19, "Answer: 7"], name="suite.jsonl", extra=1)
     data = DataConfig(train, held_out=20, held_out_source=suite, bad_rows="drop")

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import yaml
+from environment import REPOSITORY
 from support import mesh_of
 
 from fr3e_jax.cli import parse
@@ -26,8 +27,14 @@ from fr3e_jax.types import Problem
 
 @pytest.fixture(scope="module")
 def text():
-    """One token for each character of additions; others are one token also."""
+    """One token for each character of additions, and none for others."""
     return load_text(find_model("quickstart"), "plain")
+
+
+@pytest.fixture(scope="module")
+def bytes_text():
+    """A tokenizer that can say everything."""
+    return load_text(REPOSITORY / "tests" / "qwen2.5_tokenizer_cut", "plain")
 
 
 @pytest.fixture
@@ -91,8 +98,8 @@ def test_held_out_problems_that_are_too_long_are_refused_also_where_training_dro
         corpus(text, files[0], max_prompt=12, held_out=20, held_out_source=files[1], too_long="drop")
 
 
-def test_the_stream_has_every_source_by_its_weight(text, files):
-    found = corpus(text, [SourceConfig(files[0], 3.0), SourceConfig("word_addition", 1.0)], held_out=4)
+def test_the_stream_has_every_source_by_its_weight(bytes_text, files):
+    found = corpus(bytes_text, [SourceConfig(files[0], 3.0), SourceConfig("word_addition", 1.0)], held_out=4)
     problems = found.stream(0)[0:200]
     count = Counter(problems[i].source for i in range(200))
     assert count["word_addition"] == 50
@@ -118,7 +125,7 @@ def test_a_mixture_among_sources_has_its_weight_between_its_parts():
         ({"source": [SourceConfig("gym:gcd", prompt="q", where={"a": [1]})]}, "reads no prompt, where"),
         ({"source": [SourceConfig("a.jsonl", parameters={"x": 1})]}, "reads no parameters"),
         ({"source": "nowhere.csv"}, "nowhere.csv"),
-        ({"min_digits": 1, "max_digits": 1}, "held-out problems"),
+        ({"min_digits": 1, "max_digits": 1, "held_out": 50}, r"is 50, but carry_addition has only \d+ held"),
     ],
 )
 def test_sources_that_cannot_be_are_refused_in_one_line(text, settings, message):
@@ -157,14 +164,14 @@ def test_only_carry_addition_has_worked_solutions():
         worked_task(DataConfig("word_addition"), 0.5)
 
 
-def test_a_run_knows_its_problems_again_by_their_checksum(text, files, tmp_path):
+def test_a_run_knows_its_problems_again_by_their_checksum(bytes_text, files, tmp_path):
     """A run that goes on counts in the same problems, or is told."""
     settings = {"held_out": 4, "held_out_source": "word_addition"}
-    one = corpus(text, files[0], **settings)
+    one = corpus(bytes_text, files[0], **settings)
     assert 0 < one.checksum < 2**31
-    assert one.checksum == corpus(text, files[0], seed=5, **settings).checksum
+    assert one.checksum == corpus(bytes_text, files[0], seed=5, **settings).checksum
     # Also of what it is judged by.
-    assert one.checksum != corpus(text, files[0], held_out=4, held_out_source="carry_addition").checksum
+    assert one.checksum != corpus(bytes_text, files[0], held_out=4, held_out_source="carry_addition").checksum
     lines = (tmp_path / "short.jsonl").read_text().splitlines(keepends=True)
     for changed in (
         lines[1:],
@@ -172,7 +179,45 @@ def test_a_run_knows_its_problems_again_by_their_checksum(text, files, tmp_path)
         [lines[0].replace('"answer": "0"', '"answer": "1"'), *lines[1:]],
     ):
         (tmp_path / "short.jsonl").write_text("".join(changed))
-        assert corpus(text, files[0], **settings).checksum != one.checksum
+        assert corpus(bytes_text, files[0], **settings).checksum != one.checksum
     # And of the first problems that a source makes.
-    made = {"held_out": 4, "held_out_source": "word_addition"}
-    assert corpus(text, "carry_addition", **made).checksum != corpus(text, "word_addition", **made).checksum
+    first, second = (
+        corpus(bytes_text, name, held_out=4, held_out_source="word_addition").checksum
+        for name in ("carry_addition", "word_addition")
+    )
+    assert first != second
+
+
+def write_sums(path, count):
+    path.write_text("question,answer\n" + "".join(f"{i}+1=,{i + 1}\n" for i in range(count)))
+    return str(path)
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(300, 30), (2, 1), (19, 1), (4000, 256)])
+def test_a_tenth_of_a_file_is_held_out_by_default_and_at_most_256(text, tmp_path, rows, kept):
+    found = corpus(text, write_sums(tmp_path / "sums.csv", rows))
+    assert (len(found.held_out), len(found.tasks[0])) == (kept, rows - kept)
+    assert not any("are held out, and" in line for line in found.told)
+
+
+def test_many_that_are_held_out_by_hand_are_told(text, tmp_path):
+    """256 of 300, as it once was without a word."""
+    name = write_sums(tmp_path / "sums.csv", 300)
+    line = (
+        f"{name}: 256 of 300 different questions are held out, and 44 are left to train on; data.held_out 30 "
+        "would be a tenth"
+    )
+    found = corpus(text, name, held_out=256)
+    assert len(found.held_out) == 256 and line in found.told
+    assert not any("are held out, and" in told for told in corpus(text, name, held_out=75).told)
+
+
+def test_the_default_takes_what_a_made_source_has_and_256_where_there_are_more(text, tmp_path):
+    held_out = corpus(text, "carry_addition").held_out
+    assert len(held_out) == 256 and held_out == corpus(text, "carry_addition", held_out=256).held_out
+    few = corpus(text, "carry_addition", min_digits=1, max_digits=1).held_out
+    assert 4 < len(few) < 30
+    name = write_sums(tmp_path / "sums.csv", 300)
+    both = corpus(text, [SourceConfig(name), SourceConfig("carry_addition")]).held_out
+    assert [sum(p.source == source for p in both) for source in (name, "carry_addition")] == [30, 128]
+    assert len(corpus(text, "carry_addition", held_out_source=name).held_out) == 256

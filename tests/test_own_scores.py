@@ -182,8 +182,8 @@ def test_what_counts_as_solved_is_chosen_for_keep_rules_and_metrics():
         [True, False, False, False],
         [True, True, False, False],
     ]
-    valid = np.array([[True, True, True]])
-    states = States(None, None, None, None, valid)
+    valid, zero = np.ones((1, 3), bool), np.zeros(1, np.int32)
+    states = States(zero, zero, np.zeros((1, 4), np.int32), np.zeros((1, 3), np.int32), valid)
     rest = dict.fromkeys(("base", "base_reward", "rollouts", "value", "alpha", "advantage", "accepted"))
     measured = Measured(**rest, states=states, reward=REWARD[None], restarts=True, success_at=0.8)
     assert METRICS["states/all_right"].function(measured) == 1

@@ -1,7 +1,7 @@
 """Problems from files: formats, columns, and answers."""
 
 import pytest
-from problem_files import WRITERS, jsonl, read, refusal
+from problem_files import WRITERS, jsonl, read, refusal, write_csv
 
 from fr3e_jax.config import SourceConfig
 from fr3e_jax.problems.sources import file_task
@@ -33,6 +33,21 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, suffix):
     WRITERS[suffix](TWENTY, path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(read(str(path))) == 20
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_csv_file_may_have_semicolons_or_tabs(tmp_path, separator):
+    """As programs write them where the comma is in numbers; quoted names may hold either sign."""
+    rows = [{"question": "1,5 + 1; what?", "answer": "2,5", "the, level": "1"}] * 2
+    write_csv(rows, tmp_path / "a.csv", separator)
+    assert read(str(tmp_path / "a.csv")) == [("1,5 + 1; what?", "2,5")] * 2
+
+
+def test_a_tsv_file_with_a_short_row_names_its_line(tmp_path):
+    (tmp_path / "a.tsv").write_text("question\tanswer\n1, 2 and?\t3\n4\n")
+    assert refusal(str(tmp_path / "a.tsv")).endswith(
+        "a.tsv, line 3: has 1 columns, but the first line names 2; correct it"
+    )
 
 
 def test_a_json_file_may_have_an_object_on_each_line(tmp_path):
@@ -124,6 +139,19 @@ def test_a_turn_that_is_not_the_users_is_no_question(tmp_path):
     assert "the chat of column 'messages' has no turn of the user" in refusal(name, prompt="messages")
     name = jsonl(tmp_path, {"messages": [turn("user", [{"type": "text", "text": "q"}])], "answer": "1"})
     assert "turn 0 of the chat of column 'messages' is not text" in refusal(name, prompt="messages")
+
+
+def test_chats_of_other_names_are_chats_and_their_answers_are_the_assistants(tmp_path):
+    turns = [("system", "Be brief."), ("human", "1+1?"), ("gpt", "2"), ("human", "2+2?"), ("gpt", "So 4.")]
+    shared = [{"from": role, "value": text} for role, text in turns]
+    plain = [{"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "6"}]
+    name = jsonl(tmp_path, {"conversations": shared}, {"conversations": plain})
+    first, second = read_source(SourceConfig(name, answer="conversations", scorer="exact"))[0]
+    assert (first.question, first.answer) == ("2+2?", "So 4.")
+    assert first.before == (("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"))
+    assert (second.question, second.answer, second.before) == ("3+3?", "6", ())
+    unanswered = jsonl(tmp_path, {"messages": plain[:1]}, name="b.jsonl")
+    assert "the answer (column 'messages') is empty" in refusal(unanswered, answer="messages")
 
 
 def test_chats_that_end_alike_are_other_questions_where_they_begin_otherwise(tmp_path):

@@ -12,10 +12,10 @@ from fr3e_jax.config.stages import CreditConfig, ExploreConfig, LossConfig, Opti
 from fr3e_jax.config.values import (
     Bounds,
     Count,
-    CountOrNone,
     Expression,
     MeshAxis,
     Name,
+    NonNegativeInt,
     NonNegativeNumber,
     PositiveNumber,
     Rows,
@@ -32,7 +32,7 @@ QUICKSTART_MODEL = PACKAGE / "assets" / "quickstart"
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The policy."""
+    """The model that is trained: where it is read from, and its number types."""
 
     path: Name = "quickstart"
     """Hugging Face directory of a Qwen2, Qwen3 or Llama model, name on the hub (`Org/Name`, or
@@ -50,7 +50,7 @@ class SourceConfig:
 
     name: Name
     """`carry_addition`, `word_addition`; `gym:NAME`, a data set of reasoning-gym; a named data set
-    (fr3e_jax/problems/README.md); a file `*.jsonl`, `*.csv` or `*.parquet`; a data set of the hub,
+    (fr3e_jax/problems/README.md); a file `*.jsonl`, `*.csv`, `*.tsv` or `*.parquet`; a data set of the hub,
     `Org/Name` or `Org/Name@revision`; or a task of your own, `FILE.py` or the name of an entry point."""
     weight: PositiveNumber = 1.0
     """Share of the queries, relative to the other sources'."""
@@ -60,20 +60,22 @@ class SourceConfig:
     """Subset (configuration) of a data set of the hub."""
     prompt: Name | None = None
     """Column of the question; dots and numbers go into nested ones. Default: the named data set's, or the
-    first of `question`, `problem`, `prompt` that exists. It holds text, or chats, whose last turn of
-    the user is the question."""
+    first of `question`, `problem`, `prompt`, `messages`, `conversations` that exists. It holds text, or
+    chats, whose last turn of the user is the question."""
     answer: Name | None = None
     """Column of the answer. Default: the named data set's, or the first of `answer`, `final_answer`,
-    `solution` that exists."""
+    `solution` that exists. Of a chat it is what the assistant says behind the question."""
     answer_is: Literal["plain", "last_box", "after_hashes"] | None = None
     """What that column holds: the answer; a solution whose last \\boxed{} it is; a solution with the answer
     behind ####. Default: the named data set's, or `plain`."""
+    solution: Name | None = None
+    """Column of a worked solution, which `sft` teaches. Default: `solution`."""
     scorer: Name | None = None
     """What judges answers: `math`, `exact`, `numeric`, `choice`. Default: the named data set's, or `math`."""
     where: dict[str, list[str | int]] = dataclasses.field(default_factory=dict)
     """Column -> the values that a row may have there; other rows are left out."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a reasoning-gym data set, or of a task of your own."""
+    """Arguments of a reasoning-gym data set, or of `problems` of a task of your own."""
     file: Name | None = None
     """A copy of a named data set here, read instead of the hub's."""
 
@@ -94,11 +96,12 @@ class DataConfig:
     """What the model sees: `plain`, the question as it is; `chat`, through the tokenizer's chat template;
     `boxed`, the question with "Please reason step by step, and put your final answer within \\boxed{}."
     (paper); `boxed_chat`, that through the chat template; or a text of your own with `{question}` in it."""
-    held_out: Size = 256
-    """Problems kept for evaluation; training never draws them."""
+    held_out: Size | None = None
+    """Problems kept for evaluation; training never draws them. Default: 256, but of data sets no more than a
+    tenth of the different questions, and of a task of your own no more than it has."""
     held_out_source: Name | None = None
-    """Evaluate on the first `held_out` problems of this source, such as `math500`, and train on all of
-    `source`."""
+    """Evaluate on the first `held_out` (by default 256) problems of this source, such as `math500`, and train
+    on all of `source`."""
     too_long: Literal["refuse", "drop"] = "refuse"
     """Queries of more than rollout.max_prompt tokens: end with an error, or leave them out and say how many
     (of data sets; of generated problems they are always refused)."""
@@ -112,7 +115,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What an answer earns."""
+    """Rewards of answers: their parts, and how much each counts."""
 
     answer: NonNegativeNumber = 1.0
     """Weight of the answer being right. Rewards are weighted means of the parts, in [0, 1]; values of states
@@ -134,7 +137,7 @@ class RewardConfig:
 class ScoringConfig:
     """The worker processes that judge answers."""
 
-    workers: CountOrNone = 0
+    workers: NonNegativeInt = 0
     """Processes that judge; 0: one for each core of the host but one, up to 16. They start when a scorer
     needs one."""
     time_limit: PositiveNumber = 5.0
@@ -147,7 +150,7 @@ class ScoringConfig:
 class EvaluateConfig:
     """Greedy accuracy on the held-out problems."""
 
-    every: CountOrNone = 10
+    every: NonNegativeInt = 10
     """Steps between evaluations; 0 evaluates before and after only."""
     rows: Rows = 256
     """Problems decoded at a time; bounds memory."""
@@ -155,13 +158,13 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What survives a kill."""
+    """Checkpoints, from which a run that was killed goes on."""
 
     every: Count = 10
     """Steps between checkpoints."""
     keep: Count = 2
     """Last checkpoints to keep."""
-    keep_every: CountOrNone = 0
+    keep_every: NonNegativeInt = 0
     """Steps between checkpoints that are kept for good, beside the last ones; 0: none are."""
 
 
@@ -197,7 +200,7 @@ class Config:
     steps: Count = 100
     """Training steps."""
     seed: Seed = 0
-    """All randomness is a function of it."""
+    """Seed of all random numbers of the run."""
     run_dir: Name | None = None
     """Where checkpoints, metrics, log and the final model go, a directory or `gs://BUCKET/PATH`; default
     runs/NAME-TIME. Several processes need one that all of them see."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,31 @@ class Text:
         others = [self.rendered(*one) for i, one in enumerate(queries) if i not in lengths]
         rest = iter(self.tokenizer(others, add_special_tokens=False)["input_ids"] if others else ())
         return [lengths[i] if i in lengths else len(next(rest)) for i in range(len(queries))]
+
+    def lost(self, texts: Iterable[str]) -> dict[int, str]:
+        """Find the characters that the tokenizer cannot say: they become `<unk>` or `<pad>`, or vanish.
+
+        Args:
+          texts: without control tokens.
+
+        Returns:
+          Index of a text -> its characters that are not there again when its tokens are decoded, each once.
+        """
+        texts = list(texts)
+        none = {*self.tokenizer.all_special_ids, self.tokenizer.unk_token_id} - {None}
+        suspects = {
+            character
+            for character in set().union(*map(set, texts))
+            # Some tokenizers say white space with the word behind it alone.
+            if none & set(ids := self.encoded(character)) or not (ids or character.isspace())
+        }
+        lost = {}
+        for i, text in enumerate(texts if suspects else ()):
+            if not suspects.isdisjoint(text):
+                said = str(self.tokenizer.decode(self.encoded(text), skip_special_tokens=True))
+                if missing := [c for c in dict.fromkeys(text) if c in suspects and c not in said]:
+                    lost[i] = "".join(missing)
+        return lost
 
     def answers(self, rows: Sequence[Any], stopped: Sequence[bool]) -> list[str]:
         """The text of whole responses that is judged, each up to its stop text if one ended it.

@@ -47,22 +47,25 @@ class Addition:
         return self.problem(*pair)
 
     def held_out(self, count: int) -> list[Problem]:
-        """`count` different held-out problems.
+        """The first `count` different held-out problems; all of them where there are fewer.
 
         Raises:
-          ConfigError: there are not that many.
+          ConfigError: there is none.
         """
         pairs: dict[tuple[int, int], None] = {}
-        for index in range(1000 * count):
+        different = 10 ** (2 * self.max_digits)  # pairs of operands, at most
+        for index in range(min(1000 * count, 20 * different)):
             pair = self.draw(1, index)
             if is_held_out(pair):
                 pairs[pair] = None
             if len(pairs) == count:
-                return [self.problem(*pair) for pair in pairs]
-        raise ConfigError(
-            f"data.held_out is {count}, but operands of {self.min_digits} to {self.max_digits} digits "
-            f"have only {len(pairs)} held-out problems"
-        )
+                break
+        if not pairs:
+            raise ConfigError(
+                f"operands of {self.min_digits} to {self.max_digits} digits have no held-out problems; raise "
+                "data.max_digits"
+            )
+        return [self.problem(*pair) for pair in pairs]
 
     def draw(self, *entropy: int) -> tuple[int, int]:
         """A pair of operands as a function of `entropy`."""

@@ -6,7 +6,6 @@ so that all hosts decide alike, and everything takes time linear in the text.
 """
 
 import re
-from collections.abc import Sequence
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.rewards import plain
@@ -81,29 +80,29 @@ def no_mathematics(answer: str) -> str | None:
 
 
 def judged_answers(
-    name: str, rows: Sequence[tuple[str, Problem]], drop: bool, remedy: str
+    name: str, problems: list[Problem], drop: bool, remedy: str
 ) -> tuple[list[Problem], list[str]]:
     """The problems of a source, and a line for people on those that have no answer.
 
     Args:
       name: of the source.
-      rows: the place of each problem for people, and the problem.
+      problems: all that it has.
       drop: leave them out.
       remedy: what a person can do beside correcting them.
 
     Raises:
       ConfigError: they are more than MOST_BAD of all, and stay; or all are.
     """
-    bad = {i: why for i, (_, problem) in enumerate(rows) if (why := unanswerable(problem))}
-    problems = [problem for _, problem in rows]
+    bad = {i: why for i, problem in enumerate(problems) if (why := unanswerable(problem))}
     if not bad:
         return problems, []
-    examples = [f"{problems[i].answer[:40]!r} ({rows[i][0]}: {bad[i]})" for i in list(bad)[:EXAMPLES]]
-    told = f"{name}: {len(bad):,} of {len(rows):,} answers can never be right, such as {', '.join(examples)}"
-    if len(bad) == len(rows):
+    examples = [f"{problems[i].answer[:40]!r} ({problems[i].place}: {bad[i]})" for i in list(bad)[:EXAMPLES]]
+    counts = f"{len(bad):,} of {len(problems):,}"
+    told = f"{name}: {counts} answers can never be right, such as {', '.join(examples)}"
+    if len(bad) == len(problems):
         raise ConfigError(f"{told}; name another column, answer_is or scorer")
     if drop:
         return [p for i, p in enumerate(problems) if i not in bad], [f"{told}; they are left out"]
-    if len(bad) > MOST_BAD * len(rows):
+    if len(bad) > MOST_BAD * len(problems):
         raise ConfigError(f"{told}; correct them, or change the source's answer, answer_is or scorer{remedy}")
     return problems, [f"{told}; they stay in{remedy}"]

@@ -2,7 +2,7 @@
 
 import decimal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from fr3e_jax.config import ConfigError, SourceConfig
 from fr3e_jax.problems.datasets import DataSet
@@ -10,8 +10,18 @@ from fr3e_jax.problems.rows import Row, Rows
 from fr3e_jax.rewards.extract import last_box
 from fr3e_jax.types import Problem, Turns
 
-QUESTIONS = ("question", "problem", "prompt")
+QUESTIONS = ("question", "problem", "prompt", "messages", "conversations")
 ANSWERS = ("answer", "final_answer", "solution")
+SOLUTION = "solution"
+ROLES = {"human": "user", "gpt": "assistant"}  # other names that chats have for them
+
+
+class Columns(NamedTuple):
+    """Names of the columns that a problem is read from; `solution` is None where none is read."""
+
+    prompt: str
+    answer: str
+    solution: str | None
 
 
 class BadRow(ConfigError):
@@ -19,15 +29,20 @@ class BadRow(ConfigError):
 
 
 def problems_of(
-    source: SourceConfig, data: DataSet | None, rows: Rows
-) -> Iterator[tuple[str, Problem | BadRow]]:
-    """The problems that rows hold, each with its place for people; in place of one, why a row holds none.
+    source: SourceConfig, data: DataSet | None, rows: Rows, solutions: bool = False
+) -> Iterator[Problem | BadRow]:
+    """Read the problems that rows hold; in place of one, why a row holds none.
+
+    Args:
+      source, data: say how rows are read.
+      rows: in their order.
+      solutions: read the column of the solution too.
 
     Raises:
       ConfigError: the first row lacks a column, or a column holds something else than is asked for.
     """
     where = {column: {str(value) for value in values} for column, values in source.where.items()}
-    prompt, answer = source.prompt, source.answer
+    columns: Columns | None = None
     first = True
     found: Problem | BadRow | None
     for place, row in rows:
@@ -35,33 +50,41 @@ def problems_of(
             if any(as_text(value_at(row, c, place, "where"), c, place) not in where[c] for c in where):
                 continue
             # By the first row: a later one without the column is an error, not read from another.
-            prompt = prompt or next((name for name in QUESTIONS if name in row), QUESTIONS[0])
-            answer = answer or next((name for name in ANSWERS if name in row), ANSWERS[0])
-            found = problem_of(source, data, row, place, prompt, answer)
+            columns = columns or columns_of(source, row, solutions)
+            found = problem_of(source, data, row, place, columns)
         except ConfigError as error:
             if first and not isinstance(error, BadRow):  # a wrong setting
                 raise
             found = BadRow(str(error))
         first = False
         if found is not None:
-            yield place, found
+            yield found
+
+
+def columns_of(source: SourceConfig, row: Row, solutions: bool) -> Columns:
+    """Choose the columns of a source: those that it names, else the usual ones that its first row has."""
+    prompt = source.prompt or next((name for name in QUESTIONS if name in row), QUESTIONS[0])
+    answer = source.answer or next((name for name in ANSWERS if name in row), ANSWERS[0])
+    return Columns(prompt, answer, (source.solution or SOLUTION) if solutions else None)
 
 
 def problem_of(
-    source: SourceConfig, data: DataSet | None, row: Row, place: str, prompt: str, answer: str
+    source: SourceConfig, data: DataSet | None, row: Row, place: str, columns: Columns
 ) -> Problem | None:
-    """The problem of a row, or None where a data set is known to leave some unanswered.
+    """Read the problem of a row; None where a data set is known to leave some unanswered.
 
     Args:
       source, data: say how it is read.
-      row, place: the row, and where it is for people.
-      prompt, answer: the columns.
+      row: column -> value.
+      place: where the row stands, for messages.
+      columns: which are read.
 
     Raises:
       BadRow: the question or the answer is empty, or cannot be had out of its column.
       ConfigError: it lacks a column, or one holds something else than is asked for.
     """
-    said = value_at(row, prompt, place, "prompt")
+    prompt, answer = columns.prompt, columns.answer
+    said = turns_of(value_at(row, prompt, place, "prompt"))
     refuse_other_turn(row, prompt, place)
     before: Turns = ()
     if is_chat(said):
@@ -76,7 +99,7 @@ def problem_of(
     question = checked(said.strip(), "question", prompt, place)
     if data and data.choices:
         question += choices_of(value_at(row, data.choices, place, "choices"), data.choices, place)
-    written = as_text(value_at(row, answer, place, "answer"), answer, place)
+    written = as_text(answer_of(value_at(row, answer, place, "answer")), answer, place)
     if not written and data and data.unanswered:
         return None
     return Problem(
@@ -85,7 +108,36 @@ def problem_of(
         source.scorer or "math",
         source.name,
         before=before,
+        place=place,
+        solution=solution_of(row, columns.solution, place) if columns.solution else "",
     )
+
+
+def solution_of(row: Row, column: str, place: str) -> str:
+    """The worked solution of a row, as text that is not empty.
+
+    Raises:
+      BadRow: it is empty.
+      ConfigError: there is no such column.
+    """
+    value = answer_of(value_at(row, column, place, "solution"))
+    return checked(as_text(value, column, place), "solution", column, place)
+
+
+def turns_of(value: Any) -> Any:
+    """A chat with `from` and `value` in its turns as one with `role` and `content`; other values as is."""
+    if isinstance(value, list) and all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in value):
+        return [{"role": ROLES.get(t["from"], t["from"]), "content": t["value"]} for t in value]
+    return value
+
+
+def answer_of(value: Any) -> Any:
+    """Of a chat what the assistant says behind the last question; other values as is."""
+    turns = turns_of(value)
+    if not turns or not is_chat(turns):
+        return value
+    asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=0)
+    return next((turn["content"] for turn in turns[asked:] if turn["role"] == "assistant"), "")
 
 
 def is_chat(value: Any) -> bool:

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
+from fr3e_jax.config.values import OptionError, OptionPath, nearest
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.problems.additions import CarryAddition, make_addition
 from fr3e_jax.problems.datasets import DATASETS, MIXTURES
 from fr3e_jax.problems.gym import GymTask
 from fr3e_jax.problems.overlap import normalised, report
-from fr3e_jax.problems.own_task import OwnTask, is_own
-from fr3e_jax.problems.sources import FileTask, file_task, read, stream
+from fr3e_jax.problems.own_task import COMPARED, OwnTask, is_own
+from fr3e_jax.problems.sources import DROP_BAD, FileTask, file_task, read, stream
 from fr3e_jax.problems.task import Task
+from fr3e_jax.problems.unsayable import require_template, sayable, unwritable
 from fr3e_jax.rewards.rules import named_scorers
 from fr3e_jax.types import Problem
 
@@ -71,7 +73,9 @@ def names_of(data: DataConfig) -> list[str]:
     return [data.source] if isinstance(data.source, str) else [source.name for source in data.source]
 
 
-def make_task(source: SourceConfig, data: DataConfig, seed: int, held_out: int) -> Task:
+def make_task(
+    source: SourceConfig, data: DataConfig, seed: int, held_out: int, solutions: bool = False
+) -> Task:
     """The task of a source.
 
     Args:
@@ -79,18 +83,19 @@ def make_task(source: SourceConfig, data: DataConfig, seed: int, held_out: int) 
       data: the run's data section.
       seed: of the run; generated problems are a function of it.
       held_out: problems that a data set keeps for evaluation.
+      solutions: read the worked solutions of files too.
 
     Raises:
       ConfigError: it cannot be had; the message says what to change.
     """
-    refuse_unread(source)
+    refuse_unread(source, path_of(source, data))
     if source.name in ADDITIONS:
         return make_addition(source.name, data)
     if source.name.startswith(GYM):
         return GymTask(source.name.removeprefix(GYM), source.parameters, seed)
     if is_own(source.name):
         return OwnTask(source.name, source.parameters)
-    return file_task(source, held_out, data.bad_rows)
+    return file_task(source, held_out, data.bad_rows, data.held_out is None, solutions)
 
 
 def is_made(name: str) -> bool:
@@ -98,11 +103,22 @@ def is_made(name: str) -> bool:
     return name in ADDITIONS or name.startswith(GYM) or is_own(name)
 
 
-def refuse_unread(source: SourceConfig) -> None:
+def path_of(source: SourceConfig, data: DataConfig) -> OptionPath:
+    """Where a source stands in the configuration, so that its file and line can be named."""
+    named = [] if isinstance(data.source, str) else [one.name for one in data.source]
+    number = (named.index(source.name),) if source.name in named else ()
+    return ("data", "source", *number)
+
+
+def refuse_unread(source: SourceConfig, path: OptionPath = ()) -> None:
     """Refuse settings that a source of this kind does not read, and scorers that are not there.
 
+    Args:
+      source: its name and settings.
+      path: where it stands in the configuration.
+
     Raises:
-      ConfigError: it has one.
+      OptionError: it has one.
     """
     if source.name in ADDITIONS:
         reads = {"name", "weight"}
@@ -113,11 +129,16 @@ def refuse_unread(source: SourceConfig) -> None:
     plain = SourceConfig(source.name)
     given = [f.name for f in dataclasses.fields(source) if getattr(source, f.name) != getattr(plain, f.name)]
     if unread := sorted(set(given) - reads):
-        raise ConfigError(f"source {source.name} reads no {', '.join(unread)}; leave it out")
+        raise OptionError(
+            (*path, unread[0]), f"source {source.name} reads no {', '.join(unread)}; leave it out"
+        )
     if source.scorer is not None and source.scorer not in named_scorers():
-        raise ConfigError(
-            f"the scorer of source {source.name} is {source.scorer!r}; choose one of "
-            f"{', '.join(named_scorers())}"
+        near = nearest(source.scorer, named_scorers())
+        raise OptionError(
+            (*path, "scorer"),
+            f"the scorer of source {source.name} is {source.scorer!r}; "
+            + (f"did you mean {near}? Scorers are" if near else "choose one of")
+            + f" {', '.join(named_scorers())}",
         )
 
 
@@ -131,7 +152,8 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
         where they are refused.
     """
     sources = sources_of(data.source)
-    share, more = divmod(0 if data.held_out_source else data.held_out, len(sources))
+    wanted = GENERATED if data.held_out is None else data.held_out
+    share, more = divmod(0 if data.held_out_source else wanted, len(sources))
     tasks, held_out = [], []
     told: list[str] = []
     for i, source in enumerate(sources):
@@ -140,32 +162,53 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
         held_out += task.held_out(count) if count else []
         tasks.append(task)
     if data.held_out_source:
-        held_out, judged_by = judging_problems(judging_source(data.held_out_source), seed, data.held_out)
+        held_out, judged_by = judging_problems(judging_source(data.held_out_source), seed, wanted)
         told += judged_by
-    elif len(held_out) < data.held_out:
+    elif data.held_out is not None and len(held_out) < data.held_out:
         raise ConfigError(
             f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
             "held-out problems; lower it"
         )
+    # Of a source that models are judged by nothing is left out.
+    others = "keep" if data.held_out_source else data.bad_rows
+    held_out, lines = sayable(held_out, text, "held-out problems", others, DROP_BAD)
+    told += lines
+    require_template(held_out[0], text)
     fitting(held_out, text, max_prompt, "refuse", "held-out problems", "")
     asked = {normalised(problem.asked) for problem in held_out}
     from_files: list[Problem] = []
     for i, (source, task) in enumerate(zip(sources, tasks, strict=True)):
-        if isinstance(task, FileTask):
-            apart = [p for p in task.problems if normalised(p.asked) not in asked]
-            kept = fitting(apart, text, max_prompt, data.too_long, source.name)
-            told += task.told
-            told += left_out(source.name, len(task) - len(apart), "that are held out")
-            told += left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens")
-            chosen = [apart[k] for k in kept]
-            tasks[i] = FileTask(chosen, task.kept)
-            from_files += chosen
+        if not isinstance(task, FileTask):
+            told += made_sayable(task, text, source.name)
+            continue
+        apart = [p for p in task.problems if normalised(p.asked) not in asked]
+        told += [*task.told, *left_out(source.name, len(task) - len(apart), "that are held out")]
+        apart, lines = sayable(apart, text, source.name, data.bad_rows, DROP_BAD)
+        kept = fitting(apart, text, max_prompt, data.too_long, source.name)
+        told += [*lines, *left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens")]
+        chosen = [apart[k] for k in kept]
+        tasks[i] = FileTask(chosen, task.kept)
+        from_files += chosen
     if from_files:
         told.append(report(from_files, held_out))
     told += as_text(from_files + held_out, text)
     first = [task[i] for task in tasks for i in range(known(task))]
     weights = tuple(source.weight for source in sources)
     return Corpus(tuple(tasks), weights, held_out, tuple(told), checksum([*first, *held_out]))
+
+
+def made_sayable(task: Task, text: Text, name: str) -> list[str]:
+    """Look at the first problems that a program makes for what the tokenizer cannot say.
+
+    Returns:
+      Lines for people on answers of a user's own task.
+
+    Raises:
+      ConfigError: a question has characters that the tokenizer cannot say.
+    """
+    count = {OwnTask: COMPARED, GymTask: FIRST}.get(type(task), GENERATED)
+    problems, _ = sayable([task[k] for k in range(min(count, len(task)))], text, name)
+    return unwritable(problems, text, name) if isinstance(task, OwnTask) else []
 
 
 def known(task: Task) -> int:

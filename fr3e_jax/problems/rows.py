@@ -1,10 +1,11 @@
-"""Rows of files: JSON lines, CSV or parquet.
+"""Rows of files: JSON lines, CSV, TSV or parquet.
 
 What is wrong in a file is an error that names it and the line.
 """
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fr3e_jax.config import ConfigError
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
-"""Each with its place for people."""
+"""(Where a row stands, for messages; the row)."""
 
 
 def lines_of(path: Path, shown: str) -> Iterator[str]:
@@ -84,17 +85,40 @@ def an_object(row: Any, place: str) -> Row:
 def csv_rows(path: Path, shown: str) -> Rows:
     """The rows of a CSV file whose first line names the columns.
 
+    Columns are separated by what the first line has most of: commas, semicolons or tabs.
+
     Raises:
       ConfigError: a row has more or fewer columns, or is no CSV.
     """
-    reader = csv.reader(lines_of(path, shown), strict=True)
+    first = next(lines_of(path, shown), "")
+    unquoted = re.sub(r'"[^"]*"', "", first)
+    return separated_rows(path, shown, max(",;\t", key=unquoted.count))
+
+
+def tsv_rows(path: Path, shown: str) -> Rows:
+    """The rows of a file whose columns are separated by tabs, and whose first line names them.
+
+    Raises:
+      ConfigError: a row has more or fewer columns, or cannot be read.
+    """
+    return separated_rows(path, shown, "\t")
+
+
+def separated_rows(path: Path, shown: str, separator: str) -> Rows:
+    """The rows of a file whose columns are separated by a character, and whose first line names them.
+
+    Raises:
+      ConfigError: a row has more or fewer columns, or cannot be read.
+    """
+    kind = "TSV" if path.suffix == ".tsv" else "CSV"
+    reader = csv.reader(lines_of(path, shown), strict=True, delimiter=separator)
     header: list[str] | None = None
     while True:
         place = f"{shown}, line {reader.line_num + 1}"
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise ConfigError(f"{place}: is not CSV ({error}); correct it") from None
+            raise ConfigError(f"{place}: is not {kind} ({error}); correct it") from None
         if row is None:
             return
         if not row:
@@ -136,4 +160,5 @@ READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": json_rows,
     ".json": json_list_rows,
     ".csv": csv_rows,
+    ".tsv": tsv_rows,
 }

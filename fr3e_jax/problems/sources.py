@@ -1,4 +1,4 @@
-"""Problems from files: JSON lines, CSV or parquet, here or of a data set of the Hugging Face hub.
+"""Problems from files: JSON lines, CSV, TSV or parquet, here or of a data set of the Hugging Face hub.
 
 The files are read as data, never a repository's own code. What is wrong in one is an error that names the
 file and the line.
@@ -32,6 +32,9 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Words in the names of a split's files, as the hub's own library knows them."""
+TENTH = 10  # of the questions, one in so many is held out by default
+DROP_BAD = ", or use --data.bad_rows drop"
+MANY = 4  # of the questions, more than one in so many held out are told
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -65,7 +68,13 @@ class FileTask:
         return self.kept[:count]
 
 
-def file_task(source: SourceConfig, held_out: int, bad_rows: BadRows = "refuse") -> FileTask:
+def file_task(
+    source: SourceConfig,
+    held_out: int,
+    bad_rows: BadRows = "refuse",
+    tenth: bool = False,
+    solutions: bool = False,
+) -> FileTask:
     """A source with some problems held out.
 
     They are chosen by a hash of the question: whatever the order of the rows, the same ones are held out, and
@@ -75,15 +84,19 @@ def file_task(source: SourceConfig, held_out: int, bad_rows: BadRows = "refuse")
       source: where the problems are.
       held_out: how many to keep for evaluation.
       bad_rows: what becomes of rows that hold no problem, and of answers that can never be right.
+      tenth: keep no more than a tenth of the different questions, but one.
+      solutions: read worked solutions too.
 
     Raises:
       ConfigError: the problems cannot be had, or are too few; the message says what to change.
     """
-    problems, told = read(source, bad_rows == "drop", ", or use --data.bad_rows drop")
+    problems, told = read(source, bad_rows == "drop", DROP_BAD, solutions)
     if not held_out:
         return FileTask(problems, [], told)
     texts = [normalised(problem.asked) for problem in problems]
     order = sorted(set(texts), key=lambda text: (zlib.crc32(text.encode()), text))
+    if tenth:
+        held_out = min(held_out, max(1, len(order) // TENTH))
     if held_out >= len(order):
         raise ConfigError(
             f"{source.name} has {len(order)} different questions, too few to hold {held_out} of them out and "
@@ -95,6 +108,12 @@ def file_task(source: SourceConfig, held_out: int, bad_rows: BadRows = "refuse")
         first[text] = min(first.get(text, problem), problem, key=lambda p: (p.question, p.answer, p.before))
     kept = dict.fromkeys(order[:held_out])
     training = [problem for text, problem in zip(texts, problems, strict=True) if text not in kept]
+    if not tenth and held_out * MANY > len(order):
+        told += (
+            f"{source.name}: {held_out:,} of {len(order):,} different questions are held out, and "
+            f"{len(order) - held_out:,} are left to train on; data.held_out {len(order) // TENTH} would be a "
+            "tenth",
+        )
     return FileTask(training, [first[text] for text in kept], told)
 
 
@@ -116,13 +135,16 @@ def stream(tasks: Sequence[Task], weights: Sequence[float], seed: int) -> Any:
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
 
-def read(source: SourceConfig, drop: bool = False, remedy: str = "") -> tuple[list[Problem], tuple[str, ...]]:
+def read(
+    source: SourceConfig, drop: bool = False, remedy: str = "", solutions: bool = False
+) -> tuple[list[Problem], tuple[str, ...]]:
     """The problems of a source, in the order of its files, and lines for people on its bad rows.
 
     Args:
       source: where they are.
       drop: leave rows out that hold no problem, and answers that can never be right.
       remedy: what a person can do beside correcting them.
+      solutions: read worked solutions too.
 
     Raises:
       ConfigError: a file cannot be had or read, or has no problem; a row holds none, or too many answers can
@@ -131,12 +153,12 @@ def read(source: SourceConfig, drop: bool = False, remedy: str = "") -> tuple[li
     data = DATASETS.get(source.name)
     source = filled(source, data) if data else source
     files = files_of(source, data)
-    found: list[tuple[str, Problem]] = []
+    found: list[Problem] = []
     broken: list[BadRow] = []
     for shown, file in files:
-        for place, problem in problems_of(source, data, READERS[file.suffix](file, shown)):
+        for problem in problems_of(source, data, READERS[file.suffix](file, shown), solutions):
             if isinstance(problem, Problem):
-                found.append((place, problem))
+                found.append(problem)
             elif drop:
                 broken.append(problem)
             else:

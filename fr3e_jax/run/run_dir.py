@@ -13,7 +13,7 @@ import yaml
 from etils import epath
 from flax import traverse_util
 
-from fr3e_jax.config import Config, ConfigError, dump, resolve
+from fr3e_jax.config import Config, ConfigError, SourceConfig, as_written, dump, resolve
 from fr3e_jax.parallel.hosts import is_first
 from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.reporter import SUMMARY_FILE
@@ -22,6 +22,7 @@ from fr3e_jax.run.storage import FULL, StorageError, brief, location, write_atom
 
 CONFIG_FILE = "config.yaml"
 MODEL = "model"  # the directory of the final model, in the run directory
+OLD_HELD_OUT = 256  # what data.held_out was before its default was null
 ALGORITHMS = get_args(get_type_hints(Config)["algorithm"])
 
 RESUMABLE = {
@@ -272,8 +273,21 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
         for name in sorted(before.keys() | after.keys())
         if name not in resumable
         and name.partition(".")[0] not in resumable
-        and before.get(name) != after.get(name)
+        and not alike(name, before.get(name), after.get(name))
     }
+
+
+def alike(name: str, old: Any, new: Any) -> bool:
+    """Whether two values of a setting ask for the same; an earlier version may have written the old one.
+
+    Where the default of data.held_out says something else than it did, the problems' checksum tells.
+    """
+    if name == "data.held_out" and new is None:
+        return old in (None, OLD_HELD_OUT)
+    if name == "data.source" and isinstance(old, list) and all(isinstance(one, dict) for one in old):
+        usual = as_written(SourceConfig(""))  # of options that are newer than what was written
+        old = [usual | one for one in old]
+    return bool(old == new)
 
 
 def arrows(changed: dict[str, tuple[Any, Any]]) -> str:
