@@ -8,7 +8,7 @@ from typing import Any
 
 from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
 from fr3e_jax.pretrained.text import Text
-from fr3e_jax.problems.additions import CarryAddition, make_addition
+from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.datasets import DATASETS, MIXTURES
 from fr3e_jax.problems.gym import GymTask
 from fr3e_jax.problems.overlap import normalised, report
@@ -125,6 +125,50 @@ def refuse_unread(source: SourceConfig) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What a configuration names: sources, the task of each, and the held-out problems.
+
+    told: lines for people on answers of a held-out source that can never be right.
+    """
+
+    sources: list[SourceConfig]
+    tasks: list[Task]
+    held_out: list[Problem]
+    told: tuple[str, ...]
+
+
+def chosen_tasks(data: DataConfig, seed: int, solutions: bool = False) -> Chosen:
+    """Read, or make, the tasks of a configuration and choose its held-out problems.
+
+    Args:
+      data: the data section.
+      seed: of the run; generated problems are a function of it.
+      solutions: read the worked solutions of files too.
+
+    Raises:
+      ConfigError: a source cannot be had, or has too few held-out problems.
+    """
+    sources = sources_of(data.source)
+    wanted = GENERATED if data.held_out is None else data.held_out
+    share, more = divmod(0 if data.held_out_source else wanted, len(sources))
+    tasks, held_out = [], []
+    told: tuple[str, ...] = ()
+    for i, source in enumerate(sources):
+        count = share + (i < more)
+        task = make_task(source, data, seed, count, solutions)
+        held_out += task.held_out(count) if count else []
+        tasks.append(task)
+    if data.held_out_source:
+        held_out, told = judging_problems(judging_source(data.held_out_source), seed, wanted)
+    elif data.held_out is not None and len(held_out) < data.held_out:
+        raise ConfigError(
+            f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
+            "held-out problems; lower it"
+        )
+    return Chosen(sources, tasks, held_out, told)
+
+
 def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Corpus:
     """Read, or make, the problems of a run.
 
@@ -134,27 +178,11 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
       ConfigError: a source cannot be had, has no problems, or has queries of more than `max_prompt` tokens
         where they are refused.
     """
-    sources = sources_of(data.source)
-    wanted = GENERATED if data.held_out is None else data.held_out
-    share, more = divmod(0 if data.held_out_source else wanted, len(sources))
-    tasks, held_out = [], []
-    told: list[str] = []
-    for i, source in enumerate(sources):
-        count = share + (i < more)
-        task = make_task(source, data, seed, count)
-        held_out += task.held_out(count) if count else []
-        tasks.append(task)
-    if data.held_out_source:
-        held_out, judged_by = judging_problems(judging_source(data.held_out_source), seed, wanted)
-        told += judged_by
-    elif data.held_out is not None and len(held_out) < data.held_out:
-        raise ConfigError(
-            f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
-            "held-out problems; lower it"
-        )
+    chosen = chosen_tasks(data, seed)
+    sources, tasks, told = chosen.sources, list(chosen.tasks), list(chosen.told)
     # Of a source that models are judged by nothing is left out.
     others = "keep" if data.held_out_source else data.bad_rows
-    held_out, lines = sayable(held_out, text, "held-out problems", others, DROP_BAD)
+    held_out, lines = sayable(chosen.held_out, text, "held-out problems", others, DROP_BAD)
     told += lines
     require_template(held_out[0], text)
     fitting(held_out, text, max_prompt, "refuse", "held-out problems", "")
@@ -169,9 +197,9 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
         apart, lines = sayable(apart, text, source.name, data.bad_rows, DROP_BAD)
         kept = fitting(apart, text, max_prompt, data.too_long, source.name)
         told += [*lines, *left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens")]
-        chosen = [apart[k] for k in kept]
-        tasks[i] = FileTask(chosen, task.kept)
-        from_files += chosen
+        training = [apart[k] for k in kept]
+        tasks[i] = FileTask(training, task.kept)
+        from_files += training
     if from_files:
         told.append(report(from_files, held_out))
     told += as_text(from_files + held_out, text)
@@ -278,16 +306,3 @@ def judging_problems(source: SourceConfig, seed: int, limit: int) -> tuple[list[
         return make_task(source, DataConfig(), seed, 0).held_out(limit or GENERATED), ()
     problems, told = read(source)
     return problems[: limit or None], told
-
-
-def worked_task(data: DataConfig, dropped_carry: float) -> CarryAddition:
-    """The task that a model is warmed up on.
-
-    Raises:
-      ConfigError: it has no worked solutions.
-    """
-    if data.source != "carry_addition":
-        raise ConfigError(f"{data.source} has no worked solutions; use data.source carry_addition")
-    task = make_addition("carry_addition", data, dropped_carry)
-    assert isinstance(task, CarryAddition)
-    return task
