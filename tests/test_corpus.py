@@ -19,7 +19,6 @@ from fr3e_jax.problems.corpus import (
     make_corpus,
     names_of,
     sources_of,
-    worked_task,
 )
 from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.types import Problem
@@ -156,12 +155,6 @@ def test_a_mixture_in_a_config_file_is_read_and_written_as_it_was(tmp_path):
 def test_a_source_on_the_command_line_is_a_name():
     config, _ = parse(Config, "train", "configs/quickstart.yaml", ["--data.source", "fr3e_paper"])
     assert config.data.source == "fr3e_paper"
-
-
-def test_only_carry_addition_has_worked_solutions():
-    assert worked_task(DataConfig(), 0.5).dropped_carry == 0.5
-    with pytest.raises(ConfigError, match="word_addition has no worked solutions; use"):
-        worked_task(DataConfig("word_addition"), 0.5)
 
 
 def test_a_run_knows_its_problems_again_by_their_checksum(bytes_text, files, tmp_path):
