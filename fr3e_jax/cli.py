@@ -4,18 +4,20 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import jsonargparse
 
-from fr3e_jax.config.files import merged_options, read_files
+from fr3e_jax.config.files import Written, merged_options, read_files
 from fr3e_jax.config.flags import flat, others_chosen, refuse_unknown, spell_out, split_files, split_sources
 from fr3e_jax.config.values import check_mapping, check_options, described, kinds_of, shown_value, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
 ConfigT = TypeVar("ConfigT")
+READ: list[Written] = []
+"""What the files of this process's command say, for the file and line of a mistake that is found later."""
 OWN_FILE = "configs/own_task.yaml"
 SMALLER = {
     "train": "rollout.queries, explore.rollouts, rollout.max_response, evaluate.rows or "
@@ -83,12 +85,16 @@ def rule_lines(config_class: type, prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def parse(
-    config_class: type[ConfigT], command: str, default: str | None, argv: Sequence[str] | None = None
+    config_class: type[ConfigT],
+    command: str,
+    default: str | None,
+    argv: Sequence[str] | None = None,
+    announce: Callable[[str], None] = print,
 ) -> tuple[ConfigT, str]:
     """Parse the command line of a command; a mistake in it is one line and exit code 2.
 
     Every command begins here, so that none starts the library of a TPU that is not there. Flags override
-    files, and a later file overrides an earlier one. A command that takes files says on stderr which apply.
+    files, and a later file overrides an earlier one.
 
     Args:
       config_class: frozen dataclass of the command.
@@ -96,6 +102,7 @@ def parse(
       default: configuration file of the shipped model and task, which applies where neither `--config` nor
         another model or task is named; None for a command that takes no files.
       argv: arguments; the process's by default.
+      announce: is given a line that says which files apply, of a command that takes files.
 
     Returns:
       (the configuration, the stem of the last configuration file, or `run` where there is none).
@@ -115,8 +122,11 @@ def parse(
             applied = (
                 f"no file applies, since {default} is not for {', '.join(others)}: the defaults and the "
             )
-            applied += f"flags do. {OWN_FILE} is a beginning for a file of your own"
+            applied += "flags do"
+            if command != "sft":
+                applied += f". {OWN_FILE} is a beginning for a file of your own"
         written = read_files(files, config_class)
+        READ[:] = [written]
         flags, sources = split_sources(config_class, flags, written.options)
         check_mapping(config_class, sources)
         parser = make_parser(config_class, command, files=default is not None)
@@ -128,22 +138,26 @@ def parse(
         config = config_class(**{name: getattr(values, name) for name in get_type_hints(config_class)})
         check_options(config)
     except jsonargparse.ArgumentError as error:
-        fail(command, plain_error(config_class, str(error)))
+        fail(command, plain_error(kinds_of(config_class), str(error)))
     except ValueError as error:
         fail(command, error)
     if default is not None:
-        warn(command, applied)
+        announce(f"fr3e_jax.{command}: {applied}")
     return config, Path(files[-1]).stem if files else "run"
 
 
-def plain_error(config_class: type, message: str) -> str:
-    """What the parser says of a flag, in one line for people."""
+def plain_error(kinds: dict[str, Any], message: str) -> str:
+    """What the parser says of a flag, in one line for people.
+
+    Args:
+      kinds: option as on the command line -> its type.
+      message: of the parser.
+    """
     lines = [line.strip() for line in message.splitlines()]
     name = next(iter(re.findall(r'^Parser key "([^"]+)"', message)), None)
     if name is None:
         missing = re.sub(r"^argument (--\S+): expected one argument$", r"\1 needs a value", lines[0])
         return re.sub(r"^unrecognized arguments: (.*)$", r"\1: options are written --key VALUE", missing)
-    kinds = kinds_of(config_class)
     value = next(iter(re.findall(r"(?:Got|Given) value: (.*)$", message)), None)
     if name in kinds and value is not None:
         return f"{name} is {shown_value(value)}, must be {described(kinds[name])}"
@@ -180,7 +194,7 @@ def one_line(
     try:
         yield
     except mistakes as error:
-        fail(command, error)
+        fail(command, READ[0].explain(error) if READ else error)
     except failures as error:
         fail(command, error, 1)
     except KeyboardInterrupt:

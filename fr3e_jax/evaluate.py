@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fr3e_jax.cli import fail, parse, warn
+from fr3e_jax.cli import one_line, parse, warn
 from fr3e_jax.config import ConfigError
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.evaluation.ask import ask_all, asks_of, how_asked, problems_of, resolved_settings
@@ -159,18 +159,14 @@ def say(line: str) -> None:
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(EvaluationConfig, "evaluate", None)
-    with leaving_at_once("evaluate"):
-        try:
-            initialize(config.distributed)
-            keep_compiled(config.compilation_cache, None)
-            with exiting_at_sigterm():
-                evaluate(config)
-        except (ConfigError, CheckpointError, PlacementError) as error:
-            fail("evaluate", error)
-        except (HostError, NotFiniteError, ScorerError, StorageError) as error:
-            fail("evaluate", error, 1)
-        except KeyboardInterrupt:
-            fail("evaluate", f"interrupted; the same command with --out {config.out or 'DIR'} goes on", 130)
+    interrupted = f"interrupted; the same command with --out {config.out or 'DIR'} goes on"
+    mistakes = (ConfigError, CheckpointError, PlacementError)
+    failures = (HostError, NotFiniteError, ScorerError, StorageError)
+    with leaving_at_once("evaluate"), one_line("evaluate", mistakes, failures, interrupted):
+        initialize(config.distributed)
+        keep_compiled(config.compilation_cache, None)
+        with exiting_at_sigterm():
+            evaluate(config)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fr3e_jax.cli import fail, parse, warn
+from fr3e_jax.cli import one_line, parse, warn
 from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig, check_options
-from fr3e_jax.config.values import CountOrNone, Name, PositiveNumber
+from fr3e_jax.config.values import Name, NonNegativeInt, PositiveNumber
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts
@@ -38,7 +38,7 @@ class ExportConfig:
     """Without --run, what to write: a run directory, a Hugging Face directory, a name on the hub (`Org/Name`
     or `Org/Name@REVISION`), or `quickstart`. With --run, the model that the run started from, for
     configuration and tokenizer; by default where the run's config.yaml says."""
-    step: CountOrNone | None = None
+    step: NonNegativeInt | None = None
     """Checkpoint of a run to write; by default the last one that is whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights. Training holds float32; bfloat16 halves the size and rounds to the nearest."""
@@ -102,14 +102,10 @@ def read_model(config: ExportConfig, mesh: Mesh) -> tuple[PlacedModel, Params, s
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(ExportConfig, "export", None)
-    try:
+    mistakes = (ConfigError, PlacementError, CheckpointError)
+    # An OSError is one of the disk, which may be full.
+    with one_line("export", mistakes, (OSError, StorageError), "interrupted; --out was not written"):
         export(config)
-    except (ConfigError, PlacementError, CheckpointError) as error:
-        fail("export", error)
-    except (OSError, StorageError) as error:  # such as a full disk
-        fail("export", error, 1)
-    except KeyboardInterrupt:
-        fail("export", "interrupted; --out was not written", 130)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ import jax
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from fr3e_jax.cli import fail, parse
+from fr3e_jax.cli import one_line, parse
 from fr3e_jax.config import ConfigError, check_options
-from fr3e_jax.config.values import CountOrNone, Name, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
+from fr3e_jax.config.values import Name, NonNegativeInt, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.decoder import Params, abstract_params, logical_axes
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.mesh import PlacementError, make_mesh, row_parts, widest_tensor
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.model import compute_type, open_model
 from fr3e_jax.pretrained.stops import before_stop
 from fr3e_jax.pretrained.text import Text, load_text
@@ -61,7 +62,7 @@ class GenerateConfig:
     """All randomness is a function of it."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    tensor: CountOrNone = 0
+    tensor: NonNegativeInt = 0
     """Parts that heads, MLP and vocabulary are split into over the devices; 0 takes as many as the model's
     shape allows."""
 
@@ -127,7 +128,7 @@ def answer(config: GenerateConfig, policy: Policy, params: Params, query: list[i
     token = np.zeros((copies, width), np.int32)
     token[:, : len(query)] = query
     length = np.full(copies, len(query), np.int32)
-    number = np.arange(copies * -(-config.n // copies), dtype=np.int32).reshape(-1, copies).T
+    number = np.arange(next_multiple(config.n, copies), dtype=np.int32).reshape(-1, copies).T
     asked = number < config.n
     queries, number = place.place_rows((Queries(token, length, np.zeros_like(length)), number))
     most = min(config.max_new_tokens, policy.model.config.context - len(query))
@@ -218,16 +219,11 @@ def say(message: str) -> None:
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(GenerateConfig, "generate", None)
-    try:
-        generate(config)
-    except (ConfigError, CheckpointError) as error:
-        fail("generate", error)
-    except NotFiniteError as error:
-        fail("generate", error, 1)
-    except BrokenPipeError:  # the reader had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        fail("generate", "interrupted", 130)
+    with one_line("generate", (ConfigError, CheckpointError), (NotFiniteError,)):
+        try:
+            generate(config)
+        except BrokenPipeError:  # the reader had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

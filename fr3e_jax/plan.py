@@ -10,12 +10,12 @@ another reason than memory.
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 from rich.console import Console
 
-from fr3e_jax.cli import fail, parse
+from fr3e_jax.cli import fail, one_line, parse
 from fr3e_jax.config import Config, ConfigError, check_options
 from fr3e_jax.config.values import Name, NonNegativeNumber
 from fr3e_jax.models.decoder import DecoderConfig
@@ -57,6 +57,9 @@ class PlanConfig(Config):
     such as v5p:2x2x1."""
     quick: bool = False
     """Estimate by arithmetic in seconds, and compile nothing: it needs no libtpu, and it is less exact."""
+    peak: bool = False
+    """Compile only the programs that may not fit by the estimate, and estimate the others: it says whether
+    the run fits in a fraction of the time, and not how long a step takes."""
     json: bool = False
     """Print one object instead of tables."""
     markdown: bool = False
@@ -92,16 +95,6 @@ def model_of(name: str) -> DecoderConfig:
     )
 
 
-def with_underscores(argv: Sequence[str]) -> list[str]:
-    """Command-line arguments with the dashes in their flags replaced, as options are declared."""
-    return [
-        part.partition("=")[0].replace("-", "_").replace("__", "--", 1) + "".join(part.partition("=")[1:])
-        if part.startswith("--")
-        else part
-        for part in argv
-    ]
-
-
 def questions(options: PlanConfig, name: str) -> Iterator[Question]:
     """The plans that are asked for: of one configuration, or with `--all` of all shipped ones.
 
@@ -111,7 +104,7 @@ def questions(options: PlanConfig, name: str) -> Iterator[Question]:
     check_options(options)
     if options.all:
         for shipped, topology in PLANS.items():
-            config, _ = parse(Config, "plan", f"configs/slices/{shipped}.yaml", [])
+            config, _ = parse(Config, "plan", f"configs/slices/{shipped}.yaml", [], lambda _: None)
             yield question(options, shipped, config, topology)
         return
     if options.topology is None:
@@ -142,19 +135,19 @@ def report(plan: Plan, options: PlanConfig, first: bool) -> None:
 
 def main() -> None:
     """Parse the command line, compile, report; a user's mistake is one line and exit code 2."""
-    options, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", with_underscores(sys.argv[1:]))
+    applied: list[str] = []
+    options, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", None, applied.append)
     all_fit, console = True, Console(stderr=True)
-    try:
-        for number, asked in enumerate(questions(options, name)):
-            plan = quick_plan(asked) if options.quick else compiled_plan(asked, console)
-            all_fit &= plan.fits
-            report(plan, options, first=number == 0)
-    except (ConfigError, PlacementError, CheckpointError) as error:
-        fail("plan", error)
-    except jax.errors.JaxRuntimeError as error:
-        fail("plan", f"the compiler failed: {error}", 3)
-    except KeyboardInterrupt:
-        fail("plan", "interrupted", 130)
+    with one_line("plan", (ConfigError, PlacementError, CheckpointError)):
+        try:
+            for number, asked in enumerate(questions(options, name)):
+                plan = quick_plan(asked) if options.quick else compiled_plan(asked, console, options.peak)
+                all_fit &= plan.fits
+                if number == 0 and not options.all:
+                    print(*applied, file=sys.stderr)
+                report(plan, options, first=number == 0)
+        except jax.errors.JaxRuntimeError as error:
+            fail("plan", f"the compiler failed: {error}", 3)
     raise SystemExit(0 if all_fit else 1)
 
 

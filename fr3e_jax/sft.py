@@ -21,15 +21,16 @@ from jax import Array
 from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
-from fr3e_jax.cli import fail, parse
-from fr3e_jax.config import ConfigError, LossConfig, OptimizerConfig, SFTConfig, check_options
+from fr3e_jax.cli import one_line, parse
+from fr3e_jax.config import ConfigError, OptimizerConfig, SFTConfig, check_options
 from fr3e_jax.engine.finite import NotFiniteError
+from fr3e_jax.learner.forward import Forward, Prefilled, row_statistics, trained
 from fr3e_jax.learner.state import TrainState, decayed, init_state
-from fr3e_jax.learner.update import Learner, Prefilled, row_statistics, trained
 from fr3e_jax.models.decoder import Decoder, Params, init_params
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.presets import small
 from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.export import check_out, export_model
 from fr3e_jax.pretrained.model import PlacedModel, open_model
 from fr3e_jax.pretrained.text import Text, load_text
@@ -49,9 +50,9 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
       ConfigError: with one line that says what to change.
     """
     check_options(config)
-    if not 0 <= config.warmup_steps < config.steps:
+    if config.warmup >= config.steps:
         raise ConfigError(
-            f"warmup_steps {config.warmup_steps} must be at least 0 and below steps {config.steps}"
+            f"warmup_steps is {config.warmup}, must be below steps, which is {config.steps}; lower it"
         )
     if config.batch % row_parts:
         raise ConfigError(f"batch {config.batch} does not divide by the mesh's data x fsdp {row_parts}")
@@ -116,7 +117,7 @@ def make_batch(config: SFTConfig, problems: WorkedProblems, text: Text, step: in
             )
         token[row, : len(ids)] = ids
         start[row], length[row] = len(query), len(ids)
-    longest = -(-int(length.max()) // 16) * 16
+    longest = next_multiple(int(length.max()), 16)
     nothing = np.zeros((config.batch, longest), np.float32)
     none = np.zeros((config.batch,), np.int32)
     return Batch(token[:, :longest], length, start, nothing, nothing[:, 0], none, none)
@@ -128,16 +129,14 @@ def make_step(
     """The jitted step: mean negative log-likelihood of the solutions' tokens, one optimizer step."""
 
     chunk = OptimizerConfig().logit_chunk
-    learner = Learner(
-        graph, placement, optimizer, LossConfig(), compute_dtype=jnp.float32, logit_chunk=chunk, remat=False
-    )
+    forward = Forward(graph, placement, compute_dtype=jnp.float32, logit_chunk=chunk, remat=False)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
         mask = trained(batch)
 
         def loss(params: Params) -> Array:
-            logprob, _ = row_statistics(learner, Prefilled(params, None), batch, entropy=False)
+            logprob, _ = row_statistics(forward, Prefilled(params, None), batch, entropy=False)
             return -masked_sum(logprob, mask) / jnp.sum(mask)
 
         value, gradient = jax.value_and_grad(loss)(state.params)
@@ -181,9 +180,7 @@ def warm_up(config: SFTConfig, problems: WorkedProblems, model: PlacedModel) -> 
         params = init_params(model.config, config.seed)
     else:
         params = model.read_params(placement)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps
-    )
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed(model.axes)),
@@ -207,12 +204,8 @@ def warm_up(config: SFTConfig, problems: WorkedProblems, model: PlacedModel) -> 
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml")
-    try:
+    with one_line("sft", (ConfigError, PlacementError, CheckpointError), (NotFiniteError,)):
         run(config)
-    except (ConfigError, PlacementError, CheckpointError) as error:
-        fail("sft", error)
-    except NotFiniteError as error:
-        fail("sft", error, 1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from fr3e_jax.algorithm.rules import RuleError
-from fr3e_jax.cli import fail, parse
+from fr3e_jax.cli import one_line, parse
 from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
@@ -52,7 +52,7 @@ from fr3e_jax.run.run_dir import (
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
 from fr3e_jax.step.metrics import Metrics
-from fr3e_jax.step.rounds import draws_of
+from fr3e_jax.step.stages import draws_of
 from fr3e_jax.step.update import SamplingError, SkippedError, train_step
 
 LINE = (
@@ -271,17 +271,13 @@ def share(accuracy: float | None) -> str:
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, name = parse(Config, "train", "configs/quickstart.yaml")
-    with leaving_at_once("train"):
-        try:
-            initialize(config.distributed)
-            keep_compiled(config.compilation_cache, config.run_dir)
-            train(config, name)
-        except (ConfigError, RuleError, PlacementError, CheckpointError) as error:
-            fail("train", error)
-        except (SamplingError, NotFiniteError, ScorerError, SkippedError, HostError, StorageError) as error:
-            fail("train", error, code=1)
-        except KeyboardInterrupt:
-            fail("train", "interrupted; with --run_dir DIR this run goes on from its last checkpoint", 130)
+    interrupted = "interrupted; with --run_dir DIR this run goes on from its last checkpoint"
+    failures = (SamplingError, NotFiniteError, ScorerError, SkippedError, HostError, StorageError)
+    mistakes = (ConfigError, RuleError, PlacementError, CheckpointError)
+    with leaving_at_once("train"), one_line("train", mistakes, failures, interrupted):
+        initialize(config.distributed)
+        keep_compiled(config.compilation_cache, config.run_dir)
+        train(config, name)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ if [ $# = 0 ] || [ "$1" = --help ]; then
 fi
 run_dir=$1
 shift
+if [ $# = 0 ]; then
+  echo "pod.sh: no options of training, which would train the quickstart: add --config FILE" >&2
+  exit 2
+fi
 
 complete() {
   python -c 'import sys, tensorstore as ts

@@ -2,6 +2,9 @@
 
 A context is a chain of segments: the query, then the shared part of a response, then a branch's own tokens.
 Each segment is attended to in place; nothing is concatenated, so nothing is copied per branch.
+
+While tests run, what functions take and return is checked against the annotations. Fields of named tuples are
+not: jax makes such tuples of axis numbers, partition specs and shapes as well.
 """
 
 import functools
@@ -19,8 +22,7 @@ MASKED = -1e30  # finite, so that a wholly masked part joins with weight 0 inste
 class Segment(NamedTuple):
     """Keys (rotated) and values of consecutive tokens, for all layers.
 
-    L layers, K key-value heads, S slots, D per head. (Any, since trees of axis numbers and of shapes have
-    this form too.)
+    L layers, K key-value heads, S slots, D per head.
     """
 
     key: Float[Any, "L *batch K S D"]
@@ -93,7 +95,7 @@ def attend(query: Float[Array, "T H D"], parts: Sequence[Part]) -> Float[Array, 
 class Prefix(NamedTuple):
     """The KV cache that a sequence follows: one of n segments that several sequences share, or its beginning.
 
-    The axis L is there for all layers, and gone for one. (Any: as in `Segment`.)
+    The axis L is there for all layers, and gone for one.
     """
 
     key: Float[Any, "L *batch n K S D"]

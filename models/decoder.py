@@ -114,7 +114,7 @@ class Layer(Protocol):
           shard: places activations on the mesh.
 
         Returns:
-          (query, key, value); query and key are rotated by their position, since attention is not told it.
+          (query, key, value); query and key are rotated by their position, which attention does not get.
         """
 
     def finish(

@@ -22,12 +22,12 @@ from xdist.scheduler import LoadScopeScheduling
 LONGEST = (
     "test_real_model",
     "test_train",
-    "test_sampler",
-    "test_launch",
+    "test_filters",
+    "test_launch_run",
     "test_shared_prefix",
     "test_evaluate",
     "test_damage",
-    "test_engine",
+    "test_moving_rows",
     "test_library",
     "test_decoder",
     "test_hosts",
@@ -38,6 +38,9 @@ LONGEST = (
     "test_compiled",
     "test_config",
     "test_stops",
+    "test_sampler",
+    "test_engine",
+    "test_sharded_vocabulary",
     "test_splash",
     "test_qwen2",
     "test_vocabularies",
@@ -69,7 +72,7 @@ LONGEST_SLOW = (
     "test_engine",
 )
 # One after the other: they measure time, or wait for processes that do.
-CLOCK = ("test_pool", "test_hostile", "test_launch")
+CLOCK = ("test_pool", "test_hostile", "test_launch", "test_launch_run", "test_launch_slice")
 
 # Few examples, the same in every run, so that what they compile is kept; `.ci/run` draws more, and new ones.
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=40)

@@ -1,5 +1,5 @@
-"""Stands in for gcloud in test_launch.py: records every command, refuses flags that gcloud does not have, and
-keeps a slice, its workers and a bucket as files. Commands for a worker are run, by bash, in its own home.
+"""Stands in for gcloud in the tests of launch/tpu.sh: records every command, refuses flags that it does not
+have, and keeps a slice, its workers and a bucket as files. Commands for a worker run here, in its home.
 
 The directory is $FAKE_GCLOUD:
   commands.jsonl           argv of each call
@@ -7,6 +7,7 @@ The directory is $FAKE_GCLOUD:
   states-KIND              states that describe says first, one a call
   broken                   text of the error that describe ends with
   no_capacity              create fails
+  logged_out               text of the error that every command ends with
   unreachable              numbers of workers that cannot be reached
   worker-N/                home of a worker
   worker_bin/              programs that workers have besides the system's
@@ -169,6 +170,8 @@ def main():
     with open(home / "commands.jsonl", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(argv) + "\n")
+    if (home / "logged_out").exists():
+        end((home / "logged_out").read_text())
     command, flags, words = parse(argv)
     if command[0] == "storage":
         return storage(command[1], words)

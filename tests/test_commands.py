@@ -1,5 +1,6 @@
 """Each command as a process: what it tells of itself, and the exit code of a mistake."""
 
+import importlib
 import tomllib
 
 import jax
@@ -8,6 +9,7 @@ from environment import REPOSITORY
 from support import call, run
 
 from fr3e_jax import __main__ as front
+from fr3e_jax import sft
 
 COMMANDS = ("train", "sft", "evaluate", "generate", "export", "plan")
 
@@ -90,3 +92,98 @@ def test_the_version_says_so_where_jax_finds_no_device(monkeypatch):
 def test_the_installed_script_is_the_same():
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"fr3e": "fr3e_jax.__main__:main"}
+
+
+@pytest.mark.parametrize(
+    "shortage",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 9.31 TiB for an array with shape (99, 99)"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\n  at 0x1"),
+        jax.errors.JaxRuntimeError("INTERNAL: std::bad_alloc"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    ("command", "function", "flags", "lower"),
+    [
+        ("train", "train", (), "rollout.queries"),
+        ("sft", "run", (), "batch"),
+        ("evaluate", "evaluate", ("--model=quickstart",), "rows"),
+        ("generate", "generate", ("--model=quickstart", "--prompt=1"), "max_new_tokens"),
+        ("export", "export", ("--run=a", "--out=b"), "max_file_gb"),
+        ("bench.__main__", "run", ("score",), "repeats"),
+    ],
+)
+def test_a_memory_that_does_not_suffice_is_one_line_with_what_to_lower(
+    monkeypatch, command, function, flags, lower, shortage
+):
+    def short(*_):
+        raise shortage
+
+    monkeypatch.setattr(importlib.import_module(f"fr3e_jax.{command}"), function, short)
+    ended = call(command, *flags)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    name = command.partition(".")[0]
+    assert ended.stderr.startswith(f"fr3e_jax.{name}: error: the memory does not suffice (")
+    assert lower in ended.stderr.partition("; lower ")[2]
+
+
+def test_another_failure_of_the_devices_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(sft, "run", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        call("sft")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rolout"], "there is no benchmark rolout; did you mean rollout?"),
+        (["quick"], "there is no benchmark quick; choose one of load, rollout, score, update"),
+        ([], "name a benchmark: load, rollout, score, update"),
+        (["rollout", "--repeat=3"], "there is no option --repeat; did you mean --repeats?"),
+        (["update", "--repeats=0"], "repeats is 0, must be at least 1"),
+        (["rollout", "--occupancy_limit", "-1"], "occupancy_limit is -1, must be at least 1"),
+        (["load", "--file_gb=0"], "file_gb is 0.0, must be above 0"),
+        (["score", "--answers=1.5"], "answers is '1.5', must be a whole number"),
+        (["score", "stray"], "stray: options are written --key VALUE"),
+    ],
+)
+def test_a_mistake_of_a_benchmark_is_one_line_with_the_nearest_name(arguments, message):
+    refused = call("bench.__main__", *arguments)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == f"fr3e_jax.bench: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "message"),
+    [
+        ("train", "--explore.rolouts=3", "there is no option --explore.rolouts; did you mean "
+         "--explore.rollouts?"),
+        ("sft", "--step=3", "there is no option --step; did you mean --steps?"),
+        ("evaluate", "--suit=math", "there is no option --suit; did you mean --suite?"),
+        ("generate", "--max-tokens=3", "there is no option --max-tokens; did you mean --max_new_tokens?"),
+        ("export", "--outt=x", "there is no option --outt; did you mean --out?"),
+        ("plan", "--topolgy=v5e-8", "there is no option --topolgy; did you mean --topology?"),
+        ("plan", "--assume.reponse=1", "there is no option --assume.reponse; did you mean "
+         "--assume.response?"),
+        ("evaluate", "--temperature=-0.5", "temperature is -0.5, must be at least 0, or -1 (-1 takes each "
+         "benchmark's own)"),
+        ("generate", "--n=0", "n is 0, must be at least 1 and at most 4,096"),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_any_command_is_one_line_with_the_nearest_name(command, argument, message):
+    needed = {"evaluate": ["--model=m"], "generate": ["--model=m", "--prompt=p"], "export": ["--run=r"]}
+    refused = call(command, *needed.get(command, []), argument)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == f"fr3e_jax.{command}: error: {message}\n"
+
+
+def test_dashes_in_the_name_of_an_option_are_as_good_as_underscores():
+    assert call("generate", "--model=m", "--prompt=p", "--max-new-tokens=0").stderr.startswith(
+        "fr3e_jax.generate: error: max_new_tokens is 0, must be at least 1"
+    )

@@ -3,11 +3,12 @@
 import ast
 import dataclasses
 import inspect
+import json
 
 import pytest
 import yaml
 from environment import REPOSITORY
-from support import differences, settings_of
+from support import call, differences, settings_of
 
 from fr3e_jax import config as config_module
 from fr3e_jax.cli import parse
@@ -155,6 +156,30 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, capsys):
     assert "mine.yaml is no configuration: " in refused(capsys, "--config", tmp_path / "mine.yaml")
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            "scorer: maths",
+            "FILE, line 6: the scorer of source b.jsonl is 'maths'; did you mean math? Scorers are ",
+        ),
+        ("parameters: {size: 3}", "FILE, line 6: source b.jsonl reads no parameters; leave it out"),
+    ],
+)
+def test_a_mistake_that_is_found_later_has_its_file_and_line_too(tmp_path, entry, message):
+    """When the sources are read, which is behind the parser and the model."""
+    file = tmp_path / "mine.yaml"
+    for name in "ab":
+        rows = [{"q": f"1+{n}=", "question": f"1+{n}=", "answer": str(1 + n)} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = SOURCES.format(entry).replace("name: ", f"name: {tmp_path}/") + "  held_out: 1\n"
+    file.write_text(text + "rollout: {max_prompt: 8, max_response: 40}\nevaluate: {rows: 8}\n")
+    refusal = call("train", "--config", file).stderr
+    expected = message.replace("FILE", str(file)).replace("b.jsonl", f"{tmp_path}/b.jsonl")
+    assert refusal.startswith(f"fr3e_jax.train: error: {expected}")
+    assert len(refusal.splitlines()) == 1
+
+
 # --- files that begin from others
 
 
@@ -249,7 +274,7 @@ def test_where_a_file_went_is_said(capsys):
 def test_the_quickstarts_file_is_for_the_quickstart_and_what_applies_is_said(capsys, argv, name, said):
     config, named = parsed(*argv)
     assert named == name
-    assert capsys.readouterr().err.startswith(f"fr3e_jax.train: {said}")
+    assert capsys.readouterr().out.startswith(f"fr3e_jax.train: {said}")
     quick = yaml.safe_load((REPOSITORY / DEFAULT).read_text())["rollout"]["max_response"]
     assert config.rollout.max_response == {"quickstart": quick, "run": 3072, "smollm2_135m": 48}[name]
 

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from support import mesh_of, tiny_params
-from test_engine import (
+from decoding import (
     MAX_NEW,
     MAX_PROMPT,
     POLICY,
@@ -26,6 +24,8 @@ from test_engine import (
     starts_of_queries,
     starts_of_states,
 )
+from flax import nnx
+from support import mesh_of, tiny_params
 
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.cost import rollout_cost

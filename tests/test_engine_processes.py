@@ -9,9 +9,10 @@ import functools
 import jax
 import numpy as np
 import pytest
+from decoding import ENDS, GRAPH, MAX_NEW, MAX_PROMPT, PARAMS, POLICY, STEP
 from jax.experimental.multihost_utils import process_allgather
+from moving_rows import small_ladder
 from support import TINY, mesh_of, two_processes
-from test_engine import ENDS, GRAPH, MAX_NEW, MAX_PROMPT, PARAMS, POLICY, STEP, small_ladder
 
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.models.decoder import logical_axes

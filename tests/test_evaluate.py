@@ -94,7 +94,7 @@ def test_what_was_asked_of_whom_is_in_the_answers_the_summary_and_the_table(suit
     shown = capsys.readouterr().out
     asked = {"model": "quickstart", "source": "quickstart", "step": None, "template": template}
     asked |= {"compute_dtype": "float32", "stop": []}
-    drawn = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_response": 48, "seed": 0}  # a file's: greedy
+    drawn = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_response": 48, "seed": 0, "success_at": 1.0}
     for line in answers(tmp_path / "e"):
         assert line["prompt"] == line["question"]
         assert line["settings"] == asked | drawn
@@ -128,9 +128,9 @@ def test_an_evaluation_goes_on_only_where_its_settings_come_to_the_same(done, su
     other = held | {"resolved": held["resolved"] | {"compute_dtype": "bfloat16"}}
     (out / SETTINGS).write_text(yaml.safe_dump(other))
     (out / ANSWERS).write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(ConfigError, match=r"other settings of compute_dtype \('float32' now\)"):
+    with pytest.raises(ConfigError, match="other settings: compute_dtype: bfloat16 -> float32;"):
         evaluate(settings(suite, out))
-    with pytest.raises(ConfigError, match="other settings of compute_dtype"):
+    with pytest.raises(ConfigError, match="other settings: compute_dtype: bfloat16 -> float32;"):
         evaluate(settings(suite, out, compute_dtype="float32"))
     assert (out / ANSWERS).read_bytes() == b"".join(lines[:-1])
     (out / SETTINGS).write_text(yaml.safe_dump(held))
@@ -172,15 +172,19 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(done, suite, tmp_path,
 
 def test_a_directory_of_another_evaluation_is_refused_with_what_differs(done, suite, tmp_path):
     before = (done[0] / ANSWERS).read_bytes()
-    with pytest.raises(ConfigError, match="other settings of samples, seed"):
+    with pytest.raises(ConfigError, match="other settings: samples: 3 -> 4, seed: 0 -> 3;"):
         evaluate(settings(suite, done[0], seed=3, samples=4))
     assert (done[0] / ANSWERS).read_bytes() == before
     # One that was ended before its model was found: nothing is what `auto` came to.
     (tmp_path / SETTINGS).write_text(yaml.safe_dump({"stop": ["x"], "model": "quickstart"}))
-    with pytest.raises(ConfigError, match="other settings of seed, stop"):
+    with pytest.raises(ConfigError, match=r"other settings: seed: null -> 0, stop: \[x\] -> null;"):
         open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0}, answered=True)
     # Without answers it begins with any settings.
     open_directory(tmp_path, {"stop": None, "model": "quickstart", "seed": 0}, answered=False)
+    # What an earlier version did not have is at what that version did.
+    open_directory(tmp_path, {"model": "quickstart", "success_at": 1.0}, answered=True)
+    with pytest.raises(ConfigError, match=r"other settings: success_at: 1.0 -> 0.5;"):
+        open_directory(tmp_path, {"model": "quickstart", "success_at": 0.5}, answered=True)
     assert yaml.safe_load((tmp_path / SETTINGS).read_text())["seed"] == 0
 
 
@@ -252,7 +256,9 @@ def test_a_file_of_a_suite_has_columns_and_a_scorer(done, suite, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in asked))
     source = {"name": str(file), "prompt": "extra.q", "answer": "sum", "scorer": "numeric"}
     source["where"] = {"kind": ["a"]}
-    flags = ["--model=quickstart", "--suite", json.dumps([source]), "--out", str(tmp_path / "e")]
+    flags = ["--model=quickstart", "--suite", str(file), "--out", str(tmp_path / "e")]
+    flags += [f"--suite.{name}={json.dumps(value)}" for name, value in source.items() if name == "where"]
+    flags += [f"--suite.{name}={source[name]}" for name in ("prompt", "answer", "scorer")]
     flags += [f"--samples={SAMPLES}", "--temperature=1", "--max_response=48", "--template=plain", "--rows=8"]
     config, _ = parse(EvaluationConfig, "evaluate", None, [*flags, "--compilation_cache=off"])
     assert config.suite == [SourceConfig(**source)]

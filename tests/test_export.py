@@ -132,12 +132,10 @@ def test_a_hugging_face_directory_or_a_name_is_written_bit_for_bit(tmp_path):
     [
         ([], "--run or --model says what to write"),
         (["--model=quickstart", "--step=1"], "--step is for runs"),
-        (["--model=gs://bucket/nothing"], "gs://bucket/nothing"),
         (["--model=not a name"], "not a name"),
     ],
 )
 def test_what_is_no_model_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr("fr3e_jax.export.holds_run", lambda _: False)
     assert message in refused(monkeypatch, capsys, ["--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
 

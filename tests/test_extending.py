@@ -24,7 +24,7 @@ from fr3e_jax.rewards import rules as scorers
 from fr3e_jax.rewards.pool import Asked, ScoringPool
 from fr3e_jax.step import metrics as step_metrics
 from fr3e_jax.step.metrics import Measured, Metric, measure
-from fr3e_jax.step.rounds import assign_credit, choose_states, draws_of
+from fr3e_jax.step.stages import assign_credit, choose_states, draws_of
 from fr3e_jax.types import Rollouts
 
 PAGE = (REPOSITORY / "fr3e_jax" / "README.md").read_text().partition("## How to extend")[2]

@@ -147,3 +147,14 @@ def test_the_package_is_imported_without_jax():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "no attribute 'Modle'" in done.stdout and "Model" in done.stdout
+
+
+def test_a_setting_that_cannot_be_is_refused_as_on_the_command_line(model, base):
+    with pytest.raises(ConfigError, match=r"^loss.clip_low is 2, must be at least 0 and below 1$"):
+        model.learner(fr3e.LossConfig(clip_low=2))
+    with pytest.raises(
+        ConfigError, match=r"^optimizer.moments is 'float16', must be one of float32, bfloat16$"
+    ):
+        model.learner(None, fr3e.OptimizerConfig(moments="float16"))
+    with pytest.raises(ConfigError, match=r"^positions is -1, must be at least 0$"):
+        fr3e.states(base, count=-1)

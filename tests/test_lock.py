@@ -11,13 +11,13 @@ import time
 
 import pytest
 from etils import epath
-from support import call, mesh_of
+from support import SMALL, call, ends_of, mesh_of, start_pair
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.run import lock as module
 from fr3e_jax.run.lock import HeldError, Lock, parse_owner, start_of, this_process
-from fr3e_jax.run.lock_file import LOCK_FILE, lock_file
+from fr3e_jax.run.lock_file import LOCK_FILE, DirectoryLockFile
 from fr3e_jax.run.storage import ChangedError, StorageError
 
 HERE = Hosts(mesh_of(), 9)
@@ -65,8 +65,9 @@ def test_a_second_process_is_refused_in_one_line_that_names_the_first(holder, tm
     assert f"process {holder.pid} on {os.uname().nodename}" in str(refused.value)
     assert "\n" not in str(refused.value)
     command = call("train", "--steps=1", "--run_dir", tmp_path)
-    assert command.returncode == 2 and len(command.stderr.splitlines()) == 1
-    assert f"{tmp_path} is in use by train, process {holder.pid}" in command.stderr
+    assert command.returncode == 2
+    (line,) = [line for line in command.stderr.splitlines() if "error" in line]
+    assert f"{tmp_path} is in use by train, process {holder.pid}" in line
     assert [file.name for file in tmp_path.iterdir()] == [LOCK_FILE]
 
 
@@ -173,10 +174,19 @@ def test_an_owner_goes_on_writing_and_finds_out_that_it_was_replaced(quick, tmp_
     assert parse_owner((tmp_path / LOCK_FILE).read_bytes()).token == "theirs"  # which is not given back
 
 
+class Slow(DirectoryLockFile):
+    """A lock file between whose reading and writing others have time to come."""
+
+    def _content(self):
+        content = super()._content()
+        time.sleep(0.02)
+        return content
+
+
 def test_of_many_that_try_at_once_one_succeeds(tmp_path):
     """Of those that all saw the same dead owner."""
     write_owner(tmp_path, started="1")
-    files = [lock_file(epath.Path(tmp_path)) for _ in range(8)]
+    files = [Slow(tmp_path) for _ in range(8)]
     for file in files:
         file.read()
     won, barrier = [], threading.Barrier(len(files))
@@ -214,8 +224,18 @@ def test_all_processes_of_a_run_refuse_alike(monkeypatch, holder, tmp_path):
             return text or said[0]
 
     with pytest.raises(HeldError) as first:
-        Lock("train", Told(None, 9)).take(epath.Path(tmp_path))
+        Lock("train", Told(mesh_of(), 9)).take(epath.Path(tmp_path))
     monkeypatch.setattr(module, "is_first", lambda: False)
     with pytest.raises(HeldError) as second:
-        Lock("train", Told(None, 9)).take(epath.Path(tmp_path))
+        Lock("train", Told(mesh_of(), 9)).take(epath.Path(tmp_path))
     assert str(second.value) == str(first.value) and said[1] == ""
+
+
+@pytest.mark.slow
+def test_two_hosts_of_one_run_are_both_refused_with_exit_code_2(holder, tmp_path):
+    ended = ends_of(start_pair("train", *SMALL, "--run_dir", tmp_path))
+    assert [code for code, _, _ in ended] == [2, 2]
+    for _, _, said in ended:
+        (line,) = [line for line in said.splitlines() if "error" in line]
+        assert f"{tmp_path} is in use by train, process {holder.pid}" in line
+    assert [file.name for file in tmp_path.iterdir()] == [LOCK_FILE]

@@ -21,8 +21,8 @@ LINE = re.compile(
     r"(?P<place>.+) \(--distributed\.timeout (?P<timeout>\d+)\); one of them is gone or late: .+"
 )
 
-# A run whose process `number` gets a signal 0.05 s after it has come to a place for the third time: the
-# checkpoint of its first step is whole then, since a save waits for the one before.
+# A run whose process `number` gets a signal 0.05 s after it has come to a place, in or after its third step:
+# the checkpoint of its first step is whole then, since a save waits for the one before.
 STRUCK = """
 import os, sys, threading, time
 from pathlib import Path
@@ -32,11 +32,12 @@ def strike():
     Path(when).write_text(str(time.time()))
     os.kill(os.getpid(), int(signal))
 class Trap(list):
-    came = 0
+    steps, striking = 0, False
     def append(self, entry):
         super().append(entry)
-        self.came += entry[0] == place
-        if self.came == 3 and entry[0] == place:
+        self.steps += entry[0].startswith("step ")
+        if self.steps == 3 and entry[0] == place and not self.striking:
+            self.striking = True
             threading.Timer(0.05, strike).start()
 if os.environ["JAX_PROCESS_ID"] == number:
     waiting.HERE.places = Trap()

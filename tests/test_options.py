@@ -163,7 +163,7 @@ REFUSED = {
     },
     EvaluationConfig: {
         "samples": [-1, 2**12 + 1],
-        "max_response": [0],
+        "max_response": [-1],
         "limit": [-1],
         "rows": [0],
         "seed": [-1, 2**32],

@@ -108,8 +108,6 @@ def test_every_command_is_shown():
 @every_page
 def test_commands_that_are_shown_parse(page):
     for name, arguments in commands(page.read_text()):
-        if name == "plan":
-            arguments = plan.arguments(arguments)
         if name == "bench":
             if arguments:
                 check_benchmark(*arguments)

@@ -233,6 +233,7 @@ def test_answers_that_were_asked_in_two_ways_are_not_told_as_one():
 
 
 DRAWN = ASKED | {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_response": 64, "seed": 0}
+DRAWN |= {"success_at": 1.0}
 OTHERWISE = {
     "template": "chat",
     "stop": [],
@@ -242,6 +243,7 @@ OTHERWISE = {
     "top_p": 0.9,
     "max_response": 32,
     "seed": 1,
+    "success_at": 0.5,
 }
 
 

@@ -8,7 +8,7 @@ from support import call, placement, read, run
 
 from fr3e_jax.algorithm.explore import Trajectories, positions_of
 from fr3e_jax.cli import parse
-from fr3e_jax.config import DataConfig, SFTConfig
+from fr3e_jax.config import ConfigError, DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling, row_key
 from fr3e_jax.models.decoder import graph_of
@@ -21,6 +21,7 @@ from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.pretrained.tokenizer import end_tokens
 from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.stream import QueryStream
+from fr3e_jax.sft import check_sft
 
 PROBLEMS, ROLLOUTS, MAX_RESPONSE, K = 64, 4, 40, 2
 
@@ -52,7 +53,7 @@ def test_the_command_writes_a_model_that_training_can_start_from(tmp_path):
         (["--max_position_embeddings=20"], "max_position_embeddings 20"),
         (["--init_path=/nowhere"], "/nowhere"),
         (["--hidden_size=33"], "hidden_size"),
-        (["--warmup_steps=9"], "warmup_steps 9"),
+        (["--warmup_steps=9"], "warmup_steps is 9, must be below steps, which is 1; lower it"),
         (["--num_attention_heads=0"], "num_attention_heads"),
         (["--num_key_value_heads=0"], "num_key_value_heads"),
         (["--seed=-1"], "seed"),
@@ -64,6 +65,16 @@ def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, messa
     assert message in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_few_steps_need_no_other_flag():
+    """The warm-up that nobody asked for is shortened, and is what it was for longer runs."""
+    for steps, warmup in ((1, 0), (4, 1), (10, 2), (80, 20), (300, 20), (400, 20)):
+        config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml", [f"--steps={steps}"])
+        check_sft(config, 1)
+        assert config.warmup == warmup
+    with pytest.raises(ConfigError, match="warmup_steps is 20, must be below steps, which is 10"):
+        check_sft(SFTConfig(steps=10, warmup_steps=20), 1)
 
 
 def test_a_directory_with_files_in_it_is_never_written_to(tmp_path):

@@ -15,7 +15,8 @@ from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.run.build import build, mesh_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
-from fr3e_jax.step.rounds import close_round, compiled_states, draws_of, open_round
+from fr3e_jax.step.rounds import close_round, open_round
+from fr3e_jax.step.stages import compiled_states, draws_of
 from fr3e_jax.step.update import train_step
 from fr3e_jax.types import Rollouts
 

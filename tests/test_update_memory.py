@@ -10,9 +10,10 @@ from support import TINY, needs_compiler, placement, square_arrays, tiny_params
 from fr3e_jax.bench.compiled_update import UpdateShape, compile_update
 from fr3e_jax.bench.update import TreeSizes, groups_of_tree
 from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.learner.forward import Prefilled
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import make_optimizer
-from fr3e_jax.learner.update import Learner, Prefilled
+from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
 from fr3e_jax.types import Batch, Trunks
 

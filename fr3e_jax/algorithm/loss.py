@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Real
 
 from fr3e_jax.algorithm.rules import Chosen, Rule
 from fr3e_jax.types import AnyArray
 
-Scalar = float | Float[AnyArray, ""]
+Scalar = float | Real[AnyArray, ""]
 
 PolicyLossFunction = Callable[..., tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]]
 """Takes and returns what `policy_loss` does; metrics are sums over tokens, divided by the denominator."""

@@ -1,7 +1,11 @@
 """The command line of the benchmarks: `python -m fr3e_jax.bench NAME`."""
 
+import functools
+import inspect
 import json
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
 
 import jsonargparse
 
@@ -9,28 +13,85 @@ from fr3e_jax.bench.load import measure_loading
 from fr3e_jax.bench.rollout import rollout
 from fr3e_jax.bench.score import measure_scoring
 from fr3e_jax.bench.update import update
-from fr3e_jax.cli import fail
+from fr3e_jax.cli import one_line, plain_error
 from fr3e_jax.config import ConfigError
+from fr3e_jax.config.values import check_value, nearest, unknown_option
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 from fr3e_jax.parallel.mesh import PlacementError
+
+BENCHMARKS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "load": measure_loading,
+    "rollout": rollout,
+    "score": measure_scoring,
+    "update": update,
+}
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that refuses arguments which are not of the types of its parameters."""
+    kinds = get_type_hints(function, include_extras=True)
+
+    @functools.wraps(function)
+    def call(**options: Any) -> Any:
+        for name, value in options.items():
+            check_value(kinds[name], value, (name,))
+        return function(**options)
+
+    return call
+
+
+def refuse_unknown(arguments: Sequence[str]) -> None:
+    """Refuse a benchmark, or an option of one, that is not there.
+
+    Raises:
+      ConfigError: with the nearest name.
+    """
+    if not arguments:
+        raise ConfigError(f"name a benchmark: {', '.join(BENCHMARKS)}")
+    if arguments[0].startswith("-"):
+        return
+    name, *options = arguments
+    if name not in BENCHMARKS:
+        near = nearest(name, BENCHMARKS)
+        meant = f"did you mean {near}?" if near else f"choose one of {', '.join(BENCHMARKS)}"
+        raise ConfigError(f"there is no benchmark {name}; {meant}")
+    known = [*inspect.signature(BENCHMARKS[name]).parameters, "help"]
+    for option in options:
+        given = option.removeprefix("--").partition("=")[0]
+        if option.startswith("--") and given not in known:
+            raise ConfigError(unknown_option(given, known, "--"))
+
+
+def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Make the measurements that are asked for.
+
+    Returns:
+      What is printed as JSON, an object a line.
+
+    Raises:
+      ConfigError: a benchmark or an option is not there, or does not take its value.
+    """
+    refuse_unknown(arguments)
+    kinds = get_type_hints(BENCHMARKS[arguments[0]]) if arguments and arguments[0] in BENCHMARKS else {}
+    try:
+        return jsonargparse.auto_cli(  # type: ignore[no-any-return]
+            {name: checked(function) for name, function in BENCHMARKS.items()},
+            args=[f"{argument}=true" if argument == "--json" else argument for argument in arguments],
+            as_positional=False,
+            allow_abbrev=False,
+            exit_on_error=False,
+            prog="python -m fr3e_jax.bench",
+        )
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(plain_error(kinds, str(error))) from None
 
 
 def main() -> None:
     """Run a benchmark: tables for people, and JSON on stdout."""
     leave_out_absent_tpu()
-    arguments = [f"{argument}=true" if argument == "--json" else argument for argument in sys.argv[1:]]
-    try:
-        result = jsonargparse.auto_cli(
-            {"load": measure_loading, "rollout": rollout, "score": measure_scoring, "update": update},
-            args=arguments,
-            as_positional=False,
-            allow_abbrev=False,
-            prog="python -m fr3e_jax.bench",
-        )
-    except (ConfigError, PlacementError) as error:
-        fail("bench", error)
-    for line in result:
-        print(json.dumps(line))
+    with one_line("bench", (ConfigError, PlacementError)):
+        for line in run(sys.argv[1:]):
+            print(json.dumps(line))
 
 
 if __name__ == "__main__":

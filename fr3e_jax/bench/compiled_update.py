@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.learner.forward import Prefilled
 from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import make_optimizer
-from fr3e_jax.learner.update import Learner, Prefilled
+from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.planning.topology import slice_mesh

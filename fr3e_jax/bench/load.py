@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from fr3e_jax.bench.process import in_fresh_process
 from fr3e_jax.config import ConfigError
+from fr3e_jax.config.values import Count, PositiveNumber
 from fr3e_jax.models.decoder import abstract_params, logical_axes
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.models.hf_tensors import LAYOUTS, Tensor, tensors_of
@@ -40,10 +41,10 @@ class Load(NamedTuple):
 
 def measure_loading(
     shape: str = "qwen2.5-1.5b",
-    devices: int = 8,
+    devices: Count = 8,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    file_gb: float = 0.5,
-    repeats: int = 3,
+    file_gb: PositiveNumber = 0.5,
+    repeats: Count = 3,
 ) -> list[dict[str, Any]]:
     """Measure loading from safetensors onto a mesh: piece by piece, against whole and then placed.
 
@@ -59,8 +60,6 @@ def measure_loading(
     """
     if shape not in PRESETS:
         raise ConfigError(f"no shape {shape!r}; there are {', '.join(PRESETS)}")
-    if min(repeats, devices, file_gb) <= 0:
-        raise ConfigError("repeats, devices and file_gb must be above 0")
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_random_checkpoint(directory, shape, file_gb)

@@ -23,6 +23,7 @@ from fr3e_jax.bench.rollout_sides import (
     sampling,
 )
 from fr3e_jax.bench.table import TINY, Measurement, in_turns, measurement, not_measured, run_measurements
+from fr3e_jax.config.values import Count
 from fr3e_jax.engine.sampler import Sampling, draw
 from fr3e_jax.models.decoder import abstract_params, init_params
 from fr3e_jax.models.presets import PRESETS
@@ -37,10 +38,10 @@ TPU_SHAPES = (
 
 def rollout(
     only: str = "",
-    repeats: int = 5,
+    repeats: Count = 5,
     json: bool = False,
     plot: Path | None = None,
-    occupancy_limit: int = 2048,
+    occupancy_limit: Count = 2048,
 ) -> list[Measurement]:
     """Measure rollouts on 2 CPU cores: exploration, plain sampling, occupancy, cost as the work grows.
 

@@ -10,13 +10,13 @@ from math_verify import parse, verify
 from rich.console import Console
 from rich.table import Table
 
-from fr3e_jax.config import ConfigError
+from fr3e_jax.config.values import Count
 from fr3e_jax.rewards import mathematics
 
 PROSE = "Let us go step by step. First we write $f(x) = x^2 - 3x + 1$ and note that $f(2) = -1$. "
 
 
-def measure_scoring(answers: int = 2000, repeats: int = 3, json: bool = False) -> list[dict[str, Any]]:
+def measure_scoring(answers: Count = 2000, repeats: Count = 3, json: bool = False) -> list[dict[str, Any]]:
     """Measure verdicts a second on one core: the scorer `math`, against math-verify on whole responses.
 
     Args:
@@ -27,8 +27,6 @@ def measure_scoring(answers: int = 2000, repeats: int = 3, json: bool = False) -
     Returns:
       What is printed, an object a line.
     """
-    if min(answers, repeats) < 1:
-        raise ConfigError("answers and repeats must be at least 1")
     sides: dict[str, Callable[[str, str], bool]] = {
         "math": lambda response, gold: mathematics.score(response, gold).right,
         "math-verify": lambda response, gold: verify(

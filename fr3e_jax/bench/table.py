@@ -100,13 +100,11 @@ def run_measurements(
       console: to print on.
 
     Raises:
-      ConfigError: an unknown name, or an argument below 1.
+      ConfigError: an unknown name.
     """
     chosen = [name for name in only.split(",") if name] or list(functions)
     if unknown := [name for name in chosen if name not in functions]:
         raise ConfigError(f"no measurement {', '.join(unknown)}; there are {', '.join(functions)}")
-    if (fewest := min(argument(name) for name in chosen)) < 1:
-        raise ConfigError(f"--repeats and limits must be at least 1, not {fewest}")
     measurements: list[Measurement] = []
     for name in track(chosen, "measuring", console=Console(stderr=True), transient=True):
         measurements += in_fresh_process(functions[name], argument(name), devices=1)

@@ -19,6 +19,7 @@ from fr3e_jax.bench.table import (
     run_measurements,
 )
 from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.config.values import Count
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import init_state, make_optimizer
 from fr3e_jax.learner.update import Learner
@@ -48,7 +49,7 @@ class TreeSizes:
         )
 
 
-def update(only: str = "", repeats: int = 3, json: bool = False) -> list[Measurement]:
+def update(only: str = "", repeats: Count = 3, json: bool = False) -> list[Measurement]:
     """Measure updates on 2 CPU cores, 8.9M parameters, float32.
 
     token_ratio: tokens of the flat form against those that run when every prefix runs once. update_vs_flat:

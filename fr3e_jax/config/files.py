@@ -39,8 +39,8 @@ class Written:
         inner = (path[:size] for size in range(len(path), 0, -1))
         return next((self.places[part] for part in inner if part in self.places), None)
 
-    def explain(self, error: ConfigError) -> ConfigError:
-        """An error with the file and line in front that its option is written at."""
+    def explain(self, error: Exception) -> Exception:
+        """An error with the file and line in front that its option is written at; others as they are."""
         place = self.place(error.path) if isinstance(error, OptionError) else None
         return ConfigError(f"{place}: {error}") if place else error
 

@@ -12,10 +12,10 @@ from fr3e_jax.config.stages import CreditConfig, ExploreConfig, LossConfig, Opti
 from fr3e_jax.config.values import (
     Bounds,
     Count,
-    CountOrNone,
     Expression,
     MeshAxis,
     Name,
+    NonNegativeInt,
     NonNegativeNumber,
     PositiveNumber,
     Rows,
@@ -32,7 +32,7 @@ QUICKSTART_MODEL = PACKAGE / "assets" / "quickstart"
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The policy."""
+    """The model that is trained: where it is read from, and its number types."""
 
     path: Name = "quickstart"
     """Hugging Face directory of a Qwen2, Qwen3 or Llama model, name on the hub (`Org/Name`, or
@@ -75,7 +75,7 @@ class SourceConfig:
     where: dict[str, list[str | int]] = dataclasses.field(default_factory=dict)
     """Column -> the values that a row may have there; other rows are left out."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a reasoning-gym data set, or of a task of your own."""
+    """Arguments of a reasoning-gym data set, or of `problems` of a task of your own."""
     file: Name | None = None
     """A copy of a named data set here, read instead of the hub's."""
 
@@ -115,7 +115,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What an answer earns."""
+    """Rewards of answers: their parts, and how much each counts."""
 
     answer: NonNegativeNumber = 1.0
     """Weight of the answer being right. Rewards are weighted means of the parts, in [0, 1]; values of states
@@ -137,7 +137,7 @@ class RewardConfig:
 class ScoringConfig:
     """The worker processes that judge answers."""
 
-    workers: CountOrNone = 0
+    workers: NonNegativeInt = 0
     """Processes that judge; 0: one for each core of the host but one, up to 16. They start when a scorer
     needs one."""
     time_limit: PositiveNumber = 5.0
@@ -150,7 +150,7 @@ class ScoringConfig:
 class EvaluateConfig:
     """Greedy accuracy on the held-out problems."""
 
-    every: CountOrNone = 10
+    every: NonNegativeInt = 10
     """Steps between evaluations; 0 evaluates before and after only."""
     rows: Rows = 256
     """Problems decoded at a time; bounds memory."""
@@ -158,13 +158,13 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What survives a kill."""
+    """Checkpoints, from which a run that was killed goes on."""
 
     every: Count = 10
     """Steps between checkpoints."""
     keep: Count = 2
     """Last checkpoints to keep."""
-    keep_every: CountOrNone = 0
+    keep_every: NonNegativeInt = 0
     """Steps between checkpoints that are kept for good, beside the last ones; 0: none are."""
 
 
@@ -200,7 +200,7 @@ class Config:
     steps: Count = 100
     """Training steps."""
     seed: Seed = 0
-    """All randomness is a function of it."""
+    """Seed of all random numbers of the run."""
     run_dir: Name | None = None
     """Where checkpoints, metrics, log and the final model go, a directory or `gs://BUCKET/PATH`; default
     runs/NAME-TIME. Several processes need one that all of them see."""

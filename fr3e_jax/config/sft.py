@@ -5,13 +5,13 @@ import dataclasses
 from fr3e_jax.config.sections import DataConfig, MeshConfig
 from fr3e_jax.config.values import (
     Count,
-    CountOrNone,
-    Fraction,
     Name,
+    NonNegativeInt,
     NonNegativeNumber,
     PositiveNumber,
     Seed,
     Size,
+    UnitInterval,
 )
 
 
@@ -22,36 +22,41 @@ class SFTConfig:
     out: Name = "runs/sft"
     """Directory for the model, in the Hugging Face format."""
     seed: Seed = 0
-    """All randomness is a function of it."""
+    """Seed of all random numbers."""
     steps: Count = 300
     """Optimizer steps."""
     batch: Size = 128
     """Solutions per step."""
     learning_rate: PositiveNumber = 2e-3
     """Peak of the cosine schedule of AdamW."""
-    warmup_steps: CountOrNone = 20
-    """Steps of linear warm-up."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up; by default 20, or a quarter of `steps` where that is less."""
     weight_decay: NonNegativeNumber = 0.01
-    """AdamW's decay of matrices."""
+    """AdamW's weight decay of matrices."""
     max_grad_norm: PositiveNumber = 1.0
     """Gradients are scaled down to this global norm."""
     init_path: Name | None = None
     """Hugging Face directory or name on the hub to start from; by default a new model of the shape below is
     drawn."""
     hidden_size: Size = 128
-    """Width of a new model."""
+    """Width of the residual stream of a new model."""
     intermediate_size: Size = 512
-    """Width of its MLP."""
+    """Width of the MLP of a new model."""
     num_hidden_layers: Size = 4
-    """Its layers."""
+    """Layers of a new model."""
     num_attention_heads: Size = 4
-    """Its query heads."""
+    """Query heads of a new model."""
     num_key_value_heads: Size = 2
-    """Its key-value heads."""
+    """Key-value heads of a new model."""
     max_position_embeddings: Size = 256
-    """Its context, tokens; also the longest solution with its question."""
-    dropped_carry: Fraction = 0.6
+    """Context of a new model, tokens; also the longest question with its solution."""
+    dropped_carry: UnitInterval = 0.6
     """carry_addition: probability that a solution forgets a carry between columns, the bad habit that
     reinforcement is to undo."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up, as given or by default."""
+        return min(20, self.steps // 4) if self.warmup_steps is None else self.warmup_steps

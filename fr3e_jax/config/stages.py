@@ -21,9 +21,8 @@ from fr3e_jax.algorithm.loss import POLICY_LOSSES, PolicyLoss
 from fr3e_jax.config.values import (
     Bounds,
     Count,
-    CountOrNone,
     Decay,
-    Fraction,
+    NonNegativeInt,
     NonNegativeNumber,
     PositiveNumber,
     Rows,
@@ -31,6 +30,7 @@ from fr3e_jax.config.values import (
     Size,
     TopK,
     TopP,
+    UnitInterval,
 )
 
 
@@ -48,8 +48,8 @@ class RolloutConfig:
     max_response: Size = 3072
     """Longest response, prefix included, tokens (release: 3072)."""
     temperature: Annotated[float, Bounds(above=0, why="at 0 all rollouts of a state are the same")] = 1.0
-    """Sampling temperature (release: 1). Log-probabilities and entropies that are learned from and explored
-    by are those of temperature 1, unfiltered."""
+    """Sampling temperature (release: 1). The position rules and the loss use log-probabilities and entropies
+    of temperature 1, unfiltered."""
     top_k: TopK = 0
     """Draw from this many of the most likely tokens; 0 from all (ours)."""
     top_p: TopP = 1.0
@@ -63,13 +63,13 @@ class RolloutConfig:
 class ExploreConfig:
     """Entropy-eliciting explore: where to restart, and how often."""
 
-    positions: CountOrNone = 4
+    positions: NonNegativeInt = 4
     """K, positions per kept trajectory (release: 4). grpo and grpo++ set it to 0."""
     rollouts: Annotated[int, Bounds(least=2, most=2**12)] = 16
     """M, rollouts per state (release: 16); the group size of grpo and grpo++."""
     rule: PositionRule = dataclasses.field(default="entropy", metadata={"table": POSITION_RULES})
     """What makes a position:"""
-    min_gap: CountOrNone = 0
+    min_gap: NonNegativeInt = 0
     """Least distance of two positions, tokens (paper: 0)."""
     keep: KeepRule = dataclasses.field(default="first_of_each", metadata={"table": KEEP_RULES})
     """Base trajectories to explore:"""
@@ -77,7 +77,7 @@ class ExploreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CreditConfig:
-    """Values, advantages, rejection."""
+    """Credit: values and advantages of states, and which states are rejected."""
 
     advantage: AdvantageRule = dataclasses.field(default="group", metadata={"table": ADVANTAGES})
     """Advantage of a rollout, before it is modulated:"""
@@ -98,7 +98,7 @@ class CreditConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The objective."""
+    """The loss that an update minimises."""
 
     policy: PolicyLoss = dataclasses.field(default="clip", metadata={"table": POLICY_LOSSES})
     """What is minimised, before the two coefficients:"""
@@ -118,7 +118,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The update."""
+    """Updates of the parameters: batches, AdamW, and bounds of memory."""
 
     batch_states: Size = 64
     """Accepted states per step, each with M rollouts; what is left over is carried to the next step
@@ -138,12 +138,12 @@ class OptimizerConfig:
     work."""
     learning_rate: PositiveNumber = 2e-6
     """AdamW's rate after warm-up (release: 2e-6)."""
-    warmup_updates: CountOrNone = 10
+    warmup_updates: NonNegativeInt = 10
     """Optimizer steps of linear warm-up (ours)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The rate after warm-up: `constant` (ours), or `linear` or `cosine` decay to final_rate_share over the
     rest of the run's optimizer steps, which are steps x epochs x minibatches."""
-    final_rate_share: Fraction = 0.0
+    final_rate_share: UnitInterval = 0.0
     """Share of learning_rate that `linear` and `cosine` end at, in [0, 1]."""
     weight_decay: NonNegativeNumber = 0.01
     """AdamW's decay of matrices; norms and biases are not decayed (ours)."""

@@ -101,8 +101,8 @@ class Expression:
 
 Count = Annotated[int, Bounds(least=1)]
 """A number of things, of which there is one at least."""
-CountOrNone = Annotated[int, Bounds(least=0)]
-"""A number of things, or 0."""
+NonNegativeInt = Annotated[int, Bounds(least=0)]
+"""A number of things, of which there may be none."""
 Size = Annotated[int, Bounds(least=1, most=2**20)]
 """The size of an axis of an array."""
 Rows = Annotated[int, Bounds(least=1, most=2**16)]
@@ -113,7 +113,7 @@ Seed = Annotated[int, Bounds(least=0, most=2**32 - 1)]
 """What a random key is made of."""
 PositiveNumber = Annotated[float, Bounds(above=0)]
 NonNegativeNumber = Annotated[float, Bounds(least=0)]
-Fraction = Annotated[float, Bounds(least=0, most=1)]
+UnitInterval = Annotated[float, Bounds(least=0, most=1)]
 """A share of something, nothing and all included."""
 Share = Annotated[float, Bounds(above=0, most=1)]
 """A share of something that is not nothing."""

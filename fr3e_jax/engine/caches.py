@@ -11,7 +11,7 @@ from fr3e_jax.engine.seats import Leg
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, cache_axes
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.types import States, pytree
+from fr3e_jax.types import AnyArray, States, pytree
 
 CACHE_AXES = cache_axes("batch")
 
@@ -71,7 +71,7 @@ def reseat(model: Decoder, placement: Placement, own: Segment, leg: Leg) -> Segm
     def move(cache: Float[Array, "L P K before D"]) -> Float[Array, "L P K after D"]:
         target = cache if cache.shape[3] == leg.size else empty_cache(model, placement, leg.size)
 
-        def one(number: Array, target: Array) -> Array:
+        def one(number: Int32[AnyArray, ""] | int, target: Float[Array, "L P K after D"]) -> Array:
             source = target if target.shape == cache.shape else cache
             layer = jax.lax.dynamic_index_in_dim(source, number, keepdims=False)
             return jax.lax.dynamic_update_index_in_dim(target, moved(layer), number, 0)

@@ -72,7 +72,7 @@ def distance_reaching(
     """
     bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
 
-    def halve(i: Int32[Array, ""], low: Int32[Array, ""]) -> Int32[Array, ""]:
+    def halve(i: Int32[AnyArray, ""] | int, low: Int32[Array, ""]) -> Int32[Array, ""]:
         # `low` is the largest number of which it is known that the weights below it do not suffice.
         tried = low + jax.lax.shift_left(jnp.int32(1), KEY_BITS - 1 - i)
         enough = jnp.sum(jnp.where(bits < tried, weight, 0.0)) >= wanted
@@ -108,7 +108,7 @@ def filtered(
       (cutoff, sums).
     """
 
-    def search_all(_: int, carried: tuple[Array, Array]) -> tuple[Array, Array]:
+    def search_all(_: Int32[AnyArray, ""] | int, carried: tuple[Array, Array]) -> tuple[Array, Array]:
         # Tied to what the loop carries: XLA computes what is not in advance, also for a loop of no step.
         here, _ = jax.lax.optimization_barrier((logits, carried))
         kept = cutoff(here - top, sampling)

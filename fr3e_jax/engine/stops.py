@@ -19,7 +19,7 @@ def state_after(
     return jnp.asarray(table.following)[state, jnp.asarray(table.group)[token]]
 
 
-def is_complete(table: StopTable, state: Int32[AnyArray, "*axes"]) -> Bool[Array, "*axes"]:
+def is_complete(table: StopTable, state: Int32[AnyArray, "*axes"]) -> Bool[AnyArray, "*axes"]:
     """Tell in which states a stop text is complete."""
     return state == table.following.shape[0] - 1
 

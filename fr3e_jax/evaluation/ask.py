@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from fr3e_jax.config import ConfigError
+from fr3e_jax.config import ConfigError, RewardConfig
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.evaluation.answers import MOST_PROBLEMS, Ask, Respondent
 from fr3e_jax.evaluation.asked_model import AskedModel, load
@@ -73,6 +73,7 @@ def how_asked(
         **dataclasses.asdict(Sampling(temperature, config.top_k, config.top_p)),
         "max_response": config.max_response,
         "seed": config.seed,
+        "success_at": config.success_at,
     }
     numbered = {n: (problem.question, problem.answer) for n, problem in enumerate(problems)}
     return HowAsked(settings, config.samples or benchmark.samples, numbered)
@@ -105,7 +106,7 @@ def ask_all(
     asks = [ask for some in missing.values() for ask in some]
     scorers = sorted({ask.problem.scorer for ask in asks})
     pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))
-    verifier = Verifier(text, hosts, pool)
+    verifier = Verifier(text, hosts, pool, RewardConfig(success_at=config.success_at))
     # One engine for all benchmarks: programs are compiled for an engine.
     engine, context = policy.engine(config.max_response), policy.model.config.context
     respondents = {

@@ -45,12 +45,17 @@ def find_asked(config: EvaluationConfig) -> AskedModel:
 
 
 def with_limits(config: EvaluationConfig) -> EvaluationConfig:
-    """Write out the longest answer, where it is left to the run that is evaluated."""
-    if config.max_response:
-        return config
+    """Write out the longest answer and the least score, where they are left to the run that is evaluated."""
     run = location(config.model)
-    longest = setting(run, "rollout", "max_response", LONGEST) if holds_run(run) else LONGEST
-    return dataclasses.replace(config, max_response=longest)
+
+    def of_run(section: str, key: str, otherwise: Any) -> Any:
+        return setting(run, section, key, otherwise) if holds_run(run) else otherwise
+
+    return dataclasses.replace(
+        config,
+        max_response=config.max_response or of_run("rollout", "max_response", LONGEST),
+        success_at=config.success_at or of_run("reward", "success_at", 1.0),
+    )
 
 
 def choose_step(

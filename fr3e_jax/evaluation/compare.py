@@ -22,6 +22,7 @@ HOW_ASKED = (
     "top_p",
     "max_response",
     "seed",
+    "success_at",
 )
 """Settings of which a difference makes a comparison one of the settings, not of the models."""
 

@@ -11,8 +11,10 @@ import yaml
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.evaluation.answers import Answer, Ask
+from fr3e_jax.evaluation.settings import NEWER
 from fr3e_jax.parallel.hosts import Hosts, is_first
 from fr3e_jax.run.jsonl import LineWriter
+from fr3e_jax.run.run_dir import arrows
 from fr3e_jax.run.storage import location, write_atomically
 
 ANSWERS, SETTINGS, SUMMARY = "answers.jsonl", "evaluation.yaml", "summary.json"
@@ -39,8 +41,13 @@ def open_directory(directory: Path, settings: dict[str, Any], answered: bool) ->
             raise ConfigError(f"--out {directory} cannot be written: {error}") from None
         return
     # What `auto` and a branch of the hub came to may also be given.
+    held = NEWER | held
     resolved = held | (held.get(RESOLVED) or {})
-    changed = [name for name in settings if settings[name] not in (held.get(name), resolved.get(name))]
+    changed = {
+        name: (resolved.get(name), value)
+        for name, value in settings.items()
+        if value not in (held.get(name), resolved.get(name))
+    }
     if changed:
         refuse(directory, changed)
 
@@ -59,15 +66,17 @@ def note_resolved(directory: Path, resolved: dict[str, Any]) -> None:
     before = held.get(RESOLVED)
     if before is None:
         write_settings(directory, held | {RESOLVED: resolved})
-    elif changed := [f"{name} ({now!r} now)" for name, now in resolved.items() if before.get(name) != now]:
+    elif changed := {
+        name: (before.get(name), now) for name, now in resolved.items() if before.get(name) != now
+    }:
         refuse(directory, changed)
 
 
-def refuse(directory: Path, changed: Sequence[str]) -> NoReturn:
-    """Refuse a directory that holds another evaluation."""
+def refuse(directory: Path, changed: dict[str, tuple[Any, Any]]) -> NoReturn:
+    """Refuse a directory that holds another evaluation, by name -> (its value, the value that was given)."""
     raise ConfigError(
-        f"{directory} holds an evaluation with other settings of {', '.join(sorted(changed))}; choose "
-        f"another --out, or restore them as its {SETTINGS} has them"
+        f"{directory} holds an evaluation with other settings: {arrows(dict(sorted(changed.items())))}; "
+        f"choose another --out, or restore them as its {SETTINGS} has them"
     )
 
 

@@ -8,14 +8,16 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from fr3e_jax.algorithm.explore import solved
 from fr3e_jax.config import ConfigError, ScoringConfig, SourceConfig
 from fr3e_jax.evaluation.ask import problems_of
 from fr3e_jax.evaluation.record import ANSWERS, RESOLVED, SETTINGS, held_settings, write_settings
 from fr3e_jax.evaluation.report import add_columns, percent
 from fr3e_jax.evaluation.scores import read_answers
-from fr3e_jax.evaluation.settings import EvaluationConfig
+from fr3e_jax.evaluation.settings import NEWER, EvaluationConfig
 from fr3e_jax.evaluation.suites import benchmarks_of
-from fr3e_jax.rewards.pool import Asked, ScoringPool
+from fr3e_jax.rewards.pool import ScoringPool
+from fr3e_jax.rewards.verify import begin_judging
 from fr3e_jax.run.jsonl import to_line
 from fr3e_jax.run.storage import write_atomically
 from fr3e_jax.types import Problem
@@ -54,14 +56,19 @@ def rescore(
     config = EvaluationConfig(suite=suite, seed=held.get("seed", 0), limit=held.get("limit", 0), files=files)
     named = {line["benchmark"] for line in lines}
     problems = {one.name: problems_of(one, config)[0] for one in benchmarks_of(suite) if one.name in named}
-    asked = [_asked(line, problems.get(line["benchmark"], []), directory) for line in lines]
-    pool = ScoringPool(sorted({one.scorer for one in asked}), **dataclasses.asdict(scoring))
+    asked = [_problem_of(line, problems.get(line["benchmark"], []), directory) for line in lines]
+    pool = ScoringPool(sorted({problem.scorer for problem in asked}), **dataclasses.asdict(scoring))
     try:
-        verdicts = pool.begin(asked).result()
+        verdicts = begin_judging(pool, [line["response"] for line in lines], asked)()
     finally:
         pool.close()
+    success_at = (NEWER | held)["success_at"]
     judged = [
-        line | {"right": bool(verdict.right) and not line["truncated"], "extracted": verdict.extracted}
+        line
+        | {
+            "right": bool(solved(verdict.score, success_at)) and not line["truncated"],
+            "extracted": verdict.extracted,
+        }
         for line, verdict in zip(lines, verdicts, strict=True)
     ]
     return lines, judged
@@ -118,8 +125,8 @@ def changes_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, An
     return shown
 
 
-def _asked(line: dict[str, Any], problems: Sequence[Problem], directory: Path) -> Asked:
-    """What a scorer is asked of a stored answer."""
+def _problem_of(line: dict[str, Any], problems: Sequence[Problem], directory: Path) -> Problem:
+    """Find the problem of a stored answer."""
     number = line["problem"]
     problem = problems[number] if number < len(problems) else None
     if problem is None or (problem.question, problem.answer) != (line["question"], line["answer"]):
@@ -127,4 +134,4 @@ def _asked(line: dict[str, Any], problems: Sequence[Problem], directory: Path) -
             f"problem {number} of {line['benchmark']} is not the one that {directory / ANSWERS} has an "
             "answer to; restore the data, or name a copy of it with --files"
         )
-    return Asked(problem.scorer, line["response"], problem.answer, problem.facts)
+    return problem

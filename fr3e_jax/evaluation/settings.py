@@ -11,7 +11,7 @@ from fr3e_jax.config import (
     SourceConfig,
     check_options,
 )
-from fr3e_jax.config.values import Bounds, CountOrNone, Name, Rows, Seed, TopK, TopP
+from fr3e_jax.config.values import Bounds, Name, NonNegativeInt, Rows, Seed, TopK, TopP
 from fr3e_jax.evaluation.answers import MOST_SAMPLES
 
 LONGEST = 3072  # tokens of an answer of a model that no run trained
@@ -28,7 +28,7 @@ class EvaluationConfig:
     """`math`, or names of benchmarks with commas between (fr3e_jax/evaluation/README.md), or sources of
     problems, such as FILE.jsonl; or a list of these with settings as data.source has them:
     '[{name: FILE.jsonl, prompt: COLUMN, answer: COLUMN, scorer: numeric}]'."""
-    step: CountOrNone | None = None
+    step: NonNegativeInt | None = None
     """Checkpoint of a run; by default the last."""
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     """Benchmark -> a copy of its data here (`--files.aime24 aime24.jsonl`), read instead of the hub's."""
@@ -48,7 +48,10 @@ class EvaluationConfig:
     the chat template ends its turns as the model does, and `boxed` for base models."""
     stop: list[str] | None = None
     """Texts that end an answer, as rollout.stop of train; by default those that the run was trained with."""
-    limit: CountOrNone = 0
+    success_at: Annotated[float, Bounds(least=0, most=1)] = 0.0
+    """Least score of an answer that counts as right, for scorers that give numbers. 0 takes reward.success_at
+    of a run, and 1 for other models."""
+    limit: NonNegativeInt = 0
     """Take the first so many problems of each benchmark; 0 takes all."""
     rows: Rows = 64
     """Answers decoded at a time, of any problems; bounds memory. In bfloat16 an answer now and then differs
@@ -89,6 +92,9 @@ HOW_IT_IS_DONE = {
     "files",
 }
 """Settings with which an evaluation may go on otherwise: they do not change what is asked of whom."""
+
+NEWER = {"success_at": 1.0}
+"""Settings that evaluations of earlier versions do not have, with what those versions did."""
 
 
 def check(config: EvaluationConfig, row_parts: int) -> None:

@@ -108,12 +108,11 @@ def with_bfloat16_moments(adam: optax.GradientTransformation) -> optax.GradientT
         mu, nu = jax.tree.unflatten(tree, [to(leaf, i) for i, leaf in enumerate(leaves)])
         return state._replace(mu=mu, nu=nu)
 
-    def init(params: Params) -> optax.OptState:
+    # optax calls both with trees of its own, too.
+    def init(params: Any) -> optax.OptState:
         return cast(adam.init(params), lambda x, _: x.astype(jnp.bfloat16))
 
-    def update(
-        gradient: Params, state: optax.OptState, params: Params | None = None
-    ) -> tuple[Params, optax.OptState]:
+    def update(gradient: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
         exact = cast(state, lambda x, _: x.astype(jnp.float32))
         changes, exact = adam.update(gradient, exact, params)
         # The noise is a function of the update and the leaf, so that a resumed run repeats it.

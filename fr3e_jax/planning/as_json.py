@@ -47,6 +47,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "collectives": collectives_as_json(stage.program.once + stage.program.each),
                 "compile_seconds": round(stage.program.seconds, 1),
                 "refused": stage.program.refusal,
+                "estimated": stage.program.estimated,
             }
             for stage in plan.stages
         ],

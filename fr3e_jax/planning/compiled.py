@@ -1,4 +1,4 @@
-"""Compiling one program, and its memory and costs on a chip."""
+"""Compiling one program; its memory and costs on a chip."""
 
 import dataclasses
 import re
@@ -15,13 +15,13 @@ from fr3e_jax.planning.setup import abstract
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """Memory and costs of a program. Bytes are those of one chip, as XLA laid the program out.
+    """Memory and costs of a program, compiled or estimated. Bytes are those of one chip.
 
     arguments, results: bytes of arrays that go in and come out. aliased: bytes of results that take the place
     of arguments. temporary: bytes beside these, code included. once: costs of a run without its loop over
     tokens; each: costs of one round of that loop. seconds: that compiling took. refusal: XLA's message if the
     program alone is too large, else None; then results and costs are not known, and `temporary` is all that
-    XLA asked for beside the arguments.
+    XLA asked for beside the arguments. estimated: whether the numbers are arithmetic, not XLA's.
     """
 
     name: str
@@ -33,6 +33,7 @@ class CompiledProgram:
     each: Costs
     seconds: float
     refusal: str | None = None
+    estimated: bool = False
 
     @property
     def peak(self) -> int:

@@ -7,26 +7,17 @@ and writing of activations in main memory while decoding, and collectives other 
 gradients and activations. Compiled plans say how far that is off: see planning/README.md.
 """
 
-import dataclasses
-import functools
-
-import jax
-import jax.numpy as jnp
-
 from fr3e_jax.engine.seats import Leg
-from fr3e_jax.parallel.mesh import logical_sizes
-from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.planning.compiled import CompiledProgram
+from fr3e_jax.planning.model_sizes import ModelSizes
 from fr3e_jax.planning.program_costs import Costs
-from fr3e_jax.planning.rollout_programs import legs_to_compile
-from fr3e_jax.planning.setup import Setup, bytes_on_chip
+from fr3e_jax.planning.rollout_programs import decode_name, legs_to_compile
+from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.stages import Stage, state_bytes, without
 from fr3e_jax.planning.update_programs import typical_chunk
 from fr3e_jax.planning.workload import Chunk, Workload
 
-ROLLOUT_BYTES = 16  # of a token: its id, two log-probabilities, and the entropy
 FREE_OF_COSTS = Costs()
-LANES = 128  # numbers that the last axis of an array on a TPU is padded to a multiple of
 
 
 def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
@@ -41,109 +32,8 @@ def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
         stages.append(open_states_stage(sizes, work, always))
         held = {**always, "queries' caches": sizes.query_cache}
         for leg in legs_to_compile(work):
-            name = f"decode {leg.rows} x {leg.slots}" + (" after a move" if leg.moves else "")
-            stages.append(decode_stage(sizes, work, "explore", name, leg, held))
+            stages.append(decode_stage(sizes, work, "explore", decode_name(leg), leg, held))
     return [*stages, *update_stages(sizes, work, always)]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSizes:
-    """Sizes of a model on one chip of a mesh; bytes where nothing else is said."""
-
-    setup: Setup
-
-    @functools.cached_property
-    def logical(self) -> dict[str, int]:
-        """Size of every logical axis."""
-        return logical_sizes(self.setup.axes, self.setup.shapes)
-
-    @property
-    def tensor(self) -> int:
-        """Number of chips that heads, MLP and vocabulary are split over."""
-        return self.setup.mesh.shape["tensor"]
-
-    @functools.cached_property
-    def sampling_copy(self) -> int:
-        """Weights in the compute dtype, placed for sampling."""
-        return bytes_on_chip(self.setup.params(self.setup.dtype, sampling=True))
-
-    @functools.cached_property
-    def largest_weight(self) -> int:
-        """The largest parameter of the sampling copy, all its layers."""
-        copy = self.setup.params(self.setup.dtype, sampling=True)
-        return max(bytes_on_chip(leaf) for leaf in jax.tree.leaves(copy))
-
-    @functools.cached_property
-    def compute_copy(self) -> int:
-        """Weights in the compute dtype, placed for training."""
-        return bytes_on_chip(self.setup.params(self.setup.dtype))
-
-    @functools.cached_property
-    def gradient(self) -> int:
-        """Gradient of the parameters, float32."""
-        return bytes_on_chip(self.setup.params(jnp.float32))
-
-    @property
-    def gathered_layer(self) -> float:
-        """Weights of one layer, gathered over fsdp."""
-        return self.compute_copy * self.setup.mesh.shape["fsdp"] / self.setup.model.num_hidden_layers
-
-    @property
-    def slot(self) -> int:
-        """Keys and values of one token, all layers."""
-        return self.setup.cache_bytes(1, 1)
-
-    @property
-    def padding(self) -> float:
-        """Factor by which a TPU pads the last axis of a cache whose layout is not compact."""
-        head_dim = self.setup.model.head_dim
-        return next_multiple(head_dim, LANES) / head_dim
-
-    @property
-    def queries(self) -> int:
-        """Number of queries of a part."""
-        return self.setup.config.rollout.queries // self.setup.parts
-
-    @property
-    def query_cache(self) -> int:
-        """KV cache of the queries of a part."""
-        return self.slot * self.queries * self.setup.config.rollout.max_prompt
-
-    def rollouts(self, branches: int) -> int:
-        """Tokens of a number of branches, and their statistics."""
-        return ROLLOUT_BYTES * branches * self.setup.config.rollout.max_response
-
-    def activations(self, tokens: int) -> float:
-        """Arrays of one layer that exist at a time for a number of tokens, in the compute dtype."""
-        size, item = self.logical, self.setup.dtype.itemsize
-        heads = (size["heads"] + 2 * size["kv_heads"]) * size["head_dim"] / self.tensor
-        return item * tokens * (4.0 * size["embed"] + 2 * heads + 3 * size["mlp"] / self.tensor)
-
-    def logits(self, tokens: int) -> float:
-        """Logits of a number of tokens, float32."""
-        return 4.0 * tokens * self.setup.model.vocab_size / self.tensor
-
-    def flops(self, tokens: float, pairs: float, logits: float) -> float:
-        """FLOPs of a forward pass of the tokens of a part on one chip."""
-        return self.setup.model.forward_flops(tokens, pairs, logits) / self.tensor
-
-    def gathers(self, times: float) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Bytes that gathering all weights over fsdp `times` times receives."""
-        fsdp = self.setup.mesh.shape["fsdp"]
-        return {("all-gather", ("fsdp",)): times * self.compute_copy * (fsdp - 1.0)} if fsdp > 1 else {}
-
-    def reductions(self, tokens: float, times: float) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Bytes that adding activations over tensor receives, after attention and MLP of every layer."""
-        if self.tensor == 1:
-            return {}
-        size = self.setup.dtype.itemsize * tokens * self.logical["embed"]
-        received = 2.0 * (self.tensor - 1) / self.tensor * size
-        return {("all-reduce", ("tensor",)): times * 2 * self.setup.model.num_hidden_layers * received}
-
-    def calls(self, times: float) -> float:
-        """Number of collectives of `times` passes through the layers."""
-        axes = sum(self.setup.mesh.shape[name] > 1 for name in ("fsdp", "tensor"))
-        return times * axes * 2 * self.setup.model.num_hidden_layers
 
 
 def stage_of(
@@ -161,7 +51,7 @@ def stage_of(
 ) -> Stage:
     """A stage whose program is not compiled. results: bytes that do not take the place of arguments."""
     program = CompiledProgram(
-        name, sum(own.values()), int(results), 0, int(temporary), once, each, seconds=0.0
+        name, sum(own.values()), int(results), 0, int(temporary), once, each, seconds=0.0, estimated=True
     )
     return Stage(phase, program, held, own, leg, chunk)
 
@@ -253,7 +143,7 @@ def decode_stage(
             "rollouts": sizes.rollouts(decode.lengths[0].size),
         },
         results=grown,
-        temporary=2 * sizes.logits(rows) + sizes.padding * grown,
+        temporary=2 * sizes.logits(rows) + (sizes.padding * grown if sizes.padding > 1 else 0),
         once=Costs(bytes=float(before + after)) if leg.moves else Costs(),
         each=Costs(
             sizes.flops(rows, keys, rows),
@@ -299,7 +189,7 @@ def update_stages(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> 
         seen = chunk.tokens * (chunk.window + chunk.width / 2)
         stage = stage_of(
             "update",
-            f"chunk {chunk.rows} x {chunk.width}",
+            chunk.name,
             always,
             own,
             temporary=backward_temporary(sizes, chunk.tokens, logits),

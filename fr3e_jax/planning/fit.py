@@ -29,9 +29,8 @@ class Plan:
     """What is known about a run on a slice.
 
     name: of the configuration. stages: programs with their memory. phases: with their time; none if a program
-    is too large for the chip. price: of a chip-hour, None if it is not given. estimated: whether the stages
-    are arithmetic, not compiled programs. alternative: the smallest slice that the run fits by such an
-    estimate, if it does not fit this one.
+    is too large for the chip, or if not all were compiled or all estimated. price: of a chip-hour, None if it
+    is not given. alternative: the smallest slice that the run fits by an estimate, if it does not fit this.
     """
 
     name: str
@@ -42,8 +41,12 @@ class Plan:
     stages: Sequence[Stage]
     phases: Sequence[Phase]
     price: float | None
-    estimated: bool = False
     alternative: str | None = None
+
+    @property
+    def estimated(self) -> bool:
+        """Whether all programs are estimated, not compiled."""
+        return all(stage.program.estimated for stage in self.stages)
 
     @property
     def available(self) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -10,7 +11,7 @@ from fr3e_jax.config import Config, ConfigError, MeshConfig, check, resolve
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.parallel.mesh import PlacementError, row_parts
 from fr3e_jax.planning.estimate import estimate_step
-from fr3e_jax.planning.fit import Plan
+from fr3e_jax.planning.fit import RESERVE, Plan
 from fr3e_jax.planning.programs import compile_step
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import GIB, Slice, find_slice, other_slices
@@ -18,6 +19,8 @@ from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.times import Rates, phases_of
 from fr3e_jax.planning.topology import positions_in, run_mesh, splits
 from fr3e_jax.planning.workload import Assumptions, Workload, workload_of
+
+MARGIN = 1.25  # programs whose estimate leaves less than this of a chip are compiled to see whether they fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Question:
     price: float | None = None
 
 
-def compiled_plan(question: Question, console: Console) -> Plan:
+def compiled_plan(question: Question, console: Console, peak: bool = False) -> Plan:
     """The plan of a run whose programs are compiled for its slice.
 
     Args:
       console: where a line is printed for each program when it is compiled.
+      peak: compile only the programs that may need most memory, and estimate the others; such a plan has no
+        times.
 
     Raises:
       ConfigError, PlacementError: the run cannot start on the slice; the message says what to change.
@@ -48,6 +53,8 @@ def compiled_plan(question: Question, console: Console) -> Plan:
     tpu = find_slice(question.topology)
     setup = setup_on(question, run_mesh(tpu, question.config.mesh))
     work = workload_of(setup.config, setup.parts, question.assumptions)
+    estimates = {key_of(stage): stage for stage in estimate_step(setup, work)} if peak else {}
+    wanted = may_be_peak(list(estimates.values()), tpu.chip.usable - RESERVE) if peak else None
     with warnings.catch_warnings(), console.status("compiling") as status:
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
 
@@ -59,9 +66,25 @@ def compiled_plan(question: Question, console: Console) -> Plan:
             line = f"{stage.phase}: {stage.program.name}, {outcome} (compiled in {seconds:.0f} s)"
             console.print(line, soft_wrap=True, highlight=False)
 
-        stages = list(compile_step(setup, work, started, finished))
-    plan = plan_of(question, tpu, setup, work, stages)
+        compiled = {key_of(stage): stage for stage in compile_step(setup, work, started, finished, wanted)}
+    plan = plan_of(question, tpu, setup, work, list((estimates | compiled).values()))
     return plan if plan.fits else dataclasses.replace(plan, alternative=smallest_slice(question, tpu))
+
+
+def key_of(stage: Stage) -> tuple[str, str]:
+    """The names of a stage's phase and program, which no other stage of a step has."""
+    return stage.phase, stage.program.name
+
+
+def may_be_peak(estimates: Sequence[Stage], available: float) -> set[tuple[str, str]]:
+    """The programs that may not fit by their estimates, and the one with the largest.
+
+    Args:
+      available: bytes on a chip that the run may take.
+    """
+    largest = max(estimates, key=lambda stage: stage.total)
+    close = [stage for stage in estimates if MARGIN * stage.total > available]
+    return {key_of(stage) for stage in (largest, *close)}
 
 
 def quick_plan(question: Question) -> Plan:
@@ -79,8 +102,7 @@ def estimated_plan(question: Question, tpu: Slice) -> Plan:
     """The plan of a run on a slice by arithmetic, without alternatives."""
     setup = setup_on(question, run_mesh(tpu, question.config.mesh, positions_in(tpu)))
     work = workload_of(setup.config, setup.parts, question.assumptions)
-    plan = plan_of(question, tpu, setup, work, estimate_step(setup, work))
-    return dataclasses.replace(plan, estimated=True)
+    return plan_of(question, tpu, setup, work, estimate_step(setup, work))
 
 
 def setup_on(question: Question, mesh: Mesh) -> Setup:
@@ -97,7 +119,9 @@ def setup_on(question: Question, mesh: Mesh) -> Setup:
 
 def plan_of(question: Question, tpu: Slice, setup: Setup, work: Workload, stages: list[Stage]) -> Plan:
     """The plan from its stages."""
-    phases = phases_of(setup, work, stages, Rates(tpu, setup.mesh, question.assumptions))
+    mixed = len({stage.program.estimated for stage in stages}) > 1
+    rates = Rates(tpu, setup.mesh, question.assumptions)
+    phases = [] if mixed else phases_of(setup, work, stages, rates)
     return Plan(question.name, setup, tpu, work, question.assumptions, stages, phases, question.price)
 
 

@@ -1,6 +1,6 @@
 """All programs of a step, compiled for a slice one after the other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from fr3e_jax.planning.rollout_programs import compile_rollouts
 from fr3e_jax.planning.setup import Setup
@@ -14,6 +14,7 @@ def compile_step(
     work: Workload,
     started: Callable[[str, str], None],
     finished: Callable[[Stage, float], None],
+    wanted: Collection[tuple[str, str]] | None = None,
 ) -> Iterator[Stage]:
     """Compile the programs of a step in their order.
 
@@ -22,8 +23,10 @@ def compile_step(
     Args:
       started: called with phase and program before it is compiled.
       finished: called with the stage and the seconds that it took.
+      wanted: the programs to compile, as (phase, program), and with them those whose results they need; by
+        default all.
     """
-    compiler = StageCompiler(setup, state_bytes(setup), started, finished)
+    compiler = StageCompiler(setup, state_bytes(setup), started, finished, wanted)
     yield from compile_cast(compiler)
     yield from compile_rollouts(compiler, work)
     yield from compile_updates(compiler, work)

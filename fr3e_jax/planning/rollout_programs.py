@@ -21,8 +21,11 @@ from fr3e_jax.types import Queries, States
 def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     """Compile the programs of first return and exploration.
 
-    Programs that need the results of one that is too large are left out.
+    Left out are programs that are not wanted, unless one that is wanted needs their results, and those that
+    need the results of one that is too large.
     """
+    if not compiler.wants("first return") and not compiler.wants("explore"):
+        return
     setup, always = compiler.setup, compiler.always
     config, engine = setup.config, setup.engine
     rollout, params = config.rollout, setup.params(setup.dtype, sampling=True)
@@ -45,8 +48,9 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
         return
     branches, decoding = opened
     leg = work.first_return.largest
-    yield compile_decode(compiler, ("first return", "decode"), opened, leg, held=always)
-    if work.explore is None:
+    if compiler.wants("first return", "decode"):
+        yield compile_decode(compiler, ("first return", "decode"), opened, leg, held=always)
+    if work.explore is None or not compiler.wants("explore"):
         return
 
     own = decoding.own.key
@@ -79,8 +83,9 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
         return
     held = {**always, "queries' caches": bytes_on_chip(caches.query)}
     for leg in legs_to_compile(work):
-        name = f"decode {leg.rows} x {leg.slots}" + (" after a move" if leg.moves else "")
-        yield compile_decode(compiler, ("explore", name), opened, leg, held=held)
+        names = ("explore", decode_name(leg))
+        if compiler.wants(*names):
+            yield compile_decode(compiler, names, opened, leg, held=held)
 
 
 def legs_to_compile(work: Workload) -> list[Leg]:
@@ -92,6 +97,11 @@ def legs_to_compile(work: Workload) -> list[Leg]:
     elif len(work.explore.legs) > 1:
         legs.append(work.explore.legs[1])
     return legs
+
+
+def decode_name(leg: Leg) -> str:
+    """The name of the program of a leg of exploration in reports."""
+    return f"decode {leg.rows} x {leg.slots}" + (" after a move" if leg.moves else "")
 
 
 def compile_decode(

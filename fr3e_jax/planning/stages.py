@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,13 +45,21 @@ class StageCompiler:
     """Compiles the programs of a step, one at a time.
 
     always: bytes on a chip that are in use during the whole step, by name. started: called with phase and
-    program before it is compiled. finished: called with the stage and the seconds that it took.
+    program before it is compiled. finished: called with the stage and the seconds that it took. wanted: the
+    programs to compile, as (phase, program); None stands for all.
     """
 
     setup: Setup
     always: Mapping[str, int]
     started: Callable[[str, str], None]
     finished: Callable[[Stage, float], None]
+    wanted: Collection[tuple[str, str]] | None = None
+
+    def wants(self, phase: str, name: str = "") -> bool:
+        """Whether a program is to be compiled; without a name, whether any of the phase is."""
+        if self.wanted is None:
+            return True
+        return (phase, name) in self.wanted if name else phase in {wanted for wanted, _ in self.wanted}
 
     def __call__(
         self,
@@ -95,6 +103,8 @@ def state_bytes(setup: Setup) -> dict[str, int]:
 
 def compile_cast(compiler: StageCompiler) -> Iterator[Stage]:
     """Compile the cast of the parameters to the copy for sampling."""
+    if not compiler.wants("reshard", "cast"):
+        return
     setup, params = compiler.setup, compiler.setup.state.params
     cast: Any = sampling_cast(setup.placements[1], setup.axes, setup.shapes, setup.dtype)
     stage, _ = compiler(

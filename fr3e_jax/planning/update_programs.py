@@ -2,11 +2,13 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fr3e_jax.learner.update import Learner, Prefilled, applying
+from fr3e_jax.learner.forward import Prefilled
+from fr3e_jax.learner.update import Learner, applying
 from fr3e_jax.planning.setup import Setup, abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler, without
 from fr3e_jax.planning.workload import Chunk, Workload
@@ -16,8 +18,11 @@ from fr3e_jax.types import Batch, Trunks
 def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     """Compile the programs of the update: of its chunks, the one that most tokens run in, and the largest.
 
-    Programs that need the results of one that is too large are left out.
+    Left out are programs that are not wanted, unless one that is wanted needs their results, and those that
+    need the results of one that is too large.
     """
+    if not compiler.wants("update"):
+        return
     setup, held = compiler.setup, dict(compiler.always)
     learner, state = setup.learner, setup.state
     sizes = {
@@ -57,29 +62,42 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     prefilled = Prefilled(compute, caches)
     prefilled_reference = None if reference is None else Prefilled(reference, caches)
     for chunk in dict.fromkeys((typical_chunk(work), work.widest)):
+        if not compiler.wants("update", chunk.name):
+            continue
         lower = functools.partial(
             Learner.add_chunk.lower,
             *(learner, gradient, cache_gradient, prefilled, prefilled_reference),
             *(abstract_batch(setup, chunk), abstract((), jnp.float32)),
             window=chunk.window,
         )
-        name = f"chunk {chunk.rows} x {chunk.width}"
-        yield compiler("update", name, lower, held=held, own=own, chunk=chunk)[0]
-    yield compiler(
-        "update",
-        "close trunks",
-        lambda: Learner.add_trunks.lower(learner, gradient, cache_gradient, compute, trunks),
-        held={**held, "trunk caches": bytes_on_chip(caches)},
-        own={**own, "trunk caches": bytes_on_chip(cache_gradient)},
-    )[0]
+        yield compiler("update", chunk.name, lower, held=held, own=own, chunk=chunk)[0]
+    if compiler.wants("update", "close trunks"):
+        yield compiler(
+            "update",
+            "close trunks",
+            lambda: Learner.add_trunks.lower(learner, gradient, cache_gradient, compute, trunks),
+            held={**held, "trunk caches": bytes_on_chip(caches)},
+            own={**own, "trunk caches": bytes_on_chip(cache_gradient)},
+        )[0]
+    if compiler.wants("update", "apply"):
+        yield compile_apply(compiler, gradient, sizes["gradient"])
+
+
+def compile_apply(compiler: StageCompiler, gradient: Any, gradient_bytes: int) -> Stage:
+    """Compile the optimizer's step.
+
+    Args:
+      gradient: abstract. gradient_bytes: of it on a chip.
+    """
+    state, held = compiler.setup.state, compiler.always
     leaves, tree = jax.tree.flatten(state)
-    apply = applying(learner.optimizer, tree, tuple(x.sharding for x in leaves))
-    yield compiler(
+    apply = applying(compiler.setup.learner.optimizer, tree, tuple(x.sharding for x in leaves))
+    return compiler(
         "update",
         "apply",
         lambda: apply.lower(state, gradient, abstract((), jnp.float32)),
         held=without(held, "parameters", "optimizer"),
-        own={name: held[name] for name in ("parameters", "optimizer")} | {"gradient": sizes["gradient"]},
+        own={name: held[name] for name in ("parameters", "optimizer")} | {"gradient": gradient_bytes},
     )[0]
 
 

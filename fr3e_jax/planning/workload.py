@@ -114,6 +114,11 @@ class Chunk:
     window: int
 
     @property
+    def name(self) -> str:
+        """Name of its program in reports."""
+        return f"chunk {self.rows} x {self.width}"
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that run through the model."""
         return self.rows * self.width
@@ -192,10 +197,10 @@ def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: boo
     if worst:
         continuations[:] = limit
     decode = decode_of(continuations.reshape(parts, kept, -1), limit, compact=True) if restarts else None
-    found = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
+    per_round = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
     accepted = accepted_groups(config, continuations.reshape(-1, states, explore.rollouts), assumptions, rng)
     return Workload(
-        rounds=math.ceil(config.optimizer.batch_states / found),
+        rounds=math.ceil(config.optimizer.batch_states / per_round),
         first_return=first,
         explore=decode,
         trajectories=kept,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
+from fr3e_jax.config.values import OptionError, OptionPath, nearest
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.datasets import DATASETS, MIXTURES
@@ -87,7 +88,7 @@ def make_task(
     Raises:
       ConfigError: it cannot be had; the message says what to change.
     """
-    refuse_unread(source)
+    refuse_unread(source, path_of(source, data))
     if source.name in ADDITIONS:
         return make_addition(source.name, data)
     if source.name.startswith(GYM):
@@ -102,11 +103,22 @@ def is_made(name: str) -> bool:
     return name in ADDITIONS or name.startswith(GYM) or is_own(name)
 
 
-def refuse_unread(source: SourceConfig) -> None:
+def path_of(source: SourceConfig, data: DataConfig) -> OptionPath:
+    """Where a source stands in the configuration, so that its file and line can be named."""
+    named = [] if isinstance(data.source, str) else [one.name for one in data.source]
+    number = (named.index(source.name),) if source.name in named else ()
+    return ("data", "source", *number)
+
+
+def refuse_unread(source: SourceConfig, path: OptionPath = ()) -> None:
     """Refuse settings that a source of this kind does not read, and scorers that are not there.
 
+    Args:
+      source: its name and settings.
+      path: where it stands in the configuration.
+
     Raises:
-      ConfigError: it has one.
+      OptionError: it has one.
     """
     if source.name in ADDITIONS:
         reads = {"name", "weight"}
@@ -117,11 +129,16 @@ def refuse_unread(source: SourceConfig) -> None:
     plain = SourceConfig(source.name)
     given = [f.name for f in dataclasses.fields(source) if getattr(source, f.name) != getattr(plain, f.name)]
     if unread := sorted(set(given) - reads):
-        raise ConfigError(f"source {source.name} reads no {', '.join(unread)}; leave it out")
+        raise OptionError(
+            (*path, unread[0]), f"source {source.name} reads no {', '.join(unread)}; leave it out"
+        )
     if source.scorer is not None and source.scorer not in named_scorers():
-        raise ConfigError(
-            f"the scorer of source {source.name} is {source.scorer!r}; choose one of "
-            f"{', '.join(named_scorers())}"
+        near = nearest(source.scorer, named_scorers())
+        raise OptionError(
+            (*path, "scorer"),
+            f"the scorer of source {source.name} is {source.scorer!r}; "
+            + (f"did you mean {near}? Scorers are" if near else "choose one of")
+            + f" {', '.join(named_scorers())}",
         )
 
 

@@ -42,6 +42,35 @@ class PartMeans:
         return means
 
 
+def begin_judging(
+    pool: ScoringPool,
+    responses: Sequence[str],
+    problems: Sequence[Problem],
+    groups: Sequence[int] | None = None,
+) -> Callable[[], list[Verdict]]:
+    """Start to judge whole responses in a pool; arguments and result are those of `Verifier.begin`."""
+    asked: list[Asked] = []
+    members: list[list[int]] = []
+    for group in grouped(problems, groups):
+        problem = problems[group[0]]
+        if judges_groups(problem.scorer):
+            texts = tuple(responses[i] for i in group)
+            asked.append(Asked(problem.scorer, texts, problem.answer, problem.facts))
+            members.append(group)
+        else:
+            asked += [Asked(problem.scorer, responses[i], problem.answer, problem.facts) for i in group]
+            members += [[i] for i in group]
+    judging = pool.begin(asked)
+
+    def result() -> list[Verdict]:
+        verdicts: dict[int, Verdict] = {}
+        for one, group, found in zip(asked, members, judging.result(), strict=True):
+            verdicts |= zip(group, [found] if isinstance(one.response, str) else found, strict=True)
+        return [verdicts[i] for i in range(len(responses))]
+
+    return result
+
+
 @dataclasses.dataclass(frozen=True)
 class Verifier:
     """Judges token ids, and makes rewards of the verdicts.
@@ -70,26 +99,7 @@ class Verifier:
         Returns:
           A function that waits for the verdicts, in the order of the responses.
         """
-        asked: list[Asked] = []
-        members: list[list[int]] = []
-        for group in grouped(problems, groups):
-            problem = problems[group[0]]
-            if judges_groups(problem.scorer):
-                texts = tuple(responses[i] for i in group)
-                asked.append(Asked(problem.scorer, texts, problem.answer, problem.facts))
-                members.append(group)
-            else:
-                asked += [Asked(problem.scorer, responses[i], problem.answer, problem.facts) for i in group]
-                members += [[i] for i in group]
-        judging = self.pool.begin(asked)
-
-        def result() -> list[Verdict]:
-            verdicts: dict[int, Verdict] = {}
-            for one, group, found in zip(asked, members, judging.result(), strict=True):
-                verdicts |= zip(group, [found] if isinstance(one.response, str) else found, strict=True)
-            return [verdicts[i] for i in range(len(responses))]
-
-        return result
+        return begin_judging(self.pool, responses, problems, groups)
 
     def rewards(
         self,

@@ -18,56 +18,26 @@ grpo and grpo++ have no positions: a round is M rollouts from S_0, which stages 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Bool, Float32, Int32, Key
+from jaxtyping import Float32
 
-from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
-from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
-from fr3e_jax.config import Config, CreditConfig, ExploreConfig, with_functions
+from fr3e_jax.config import Config
 from fr3e_jax.cost import Cost, rollout_cost
 from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.engine.sampler import row_key
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
-from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
 from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure
-from fr3e_jax.types import AnyArray, Queries, Rollouts, StateGroups, States, pytree
-
-
-@pytree
-class Draws:
-    """What all randomness of a step is a function of, beside query, branch and position; on all devices."""
-
-    tokens: Key[Array, ""]
-    """For the tokens that are drawn."""
-    choices: Key[Array, ""]
-    """For the trajectories and positions that are chosen."""
-    step: Int32[Array, ""]
-
-
-def draws_of(seed: int, step: int, placement: Placement) -> Draws:
-    """The randomness of a step of a run with a seed."""
-    at = placement.sharding()
-    return Draws(make_key(seed, 0, at), make_key(seed, 1, at), placement.place(np.int32(step)))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def make_key(seed: int, purpose: int, at: NamedSharding) -> Array:
-    """A key of a seed, made where it is to lie."""
-    return jax.lax.with_sharding_constraint(jax.random.fold_in(jax.random.key(seed), purpose), at)
+from fr3e_jax.step.stages import Draws, assign_credit, draws_of, find_states, keep
+from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,125 +154,6 @@ def first_return(
     return rollouts, None, row_steps
 
 
-def keep(
-    rules: ExploreConfig,
-    draws: Draws,
-    query: Int32[Array, " B"],
-    base_reward: Float32[Array, "B R"],
-    success_at: float = 1.0,
-) -> Bool[Array, "B R"]:
-    """Stage 4: which base trajectories are explored.
-
-    Args:
-      rules: names or functions.
-      query: the queries' places in the stream.
-      base_reward: of the base trajectories.
-      success_at: least reward of a trajectory that is correct.
-    """
-    return compiled_keep(with_functions(rules), draws, query, base_reward, success_at)
-
-
-@functools.partial(jax.jit, static_argnames=("rules", "success_at"))
-def compiled_keep(
-    rules: ExploreConfig, draws: Draws, query: Array, base_reward: Array, success_at: float
-) -> Array:
-    """`keep` of rules that are functions."""
-    keys = jax.vmap(row_key, (None, None, 0, None))(draws.choices, draws.step, query, 0)
-    return keep_trajectories(base_reward, rules.keep, keys, success_at)
-
-
-def find_states(
-    rules: ExploreConfig,
-    engine: Engine,
-    draws: Draws,
-    queries: Queries,
-    base: Rollouts,
-    kept: Bool[np.ndarray, "B R"],
-    sampled: Rollouts,
-) -> tuple[States, States]:
-    """Stages 5 and 6: the states of kept trajectories.
-
-    The kept trajectories are padded to a bucket, with some that have no valid state, so that few shapes
-    are compiled.
-
-    Args:
-      rules: how positions are chosen.
-      engine: what samples from the states, and lays trajectories out for its mesh.
-      queries, base: of the round, on the host; base trajectories have leaves [B, R, S].
-      kept: which are explored.
-      sampled: base trajectories as they lie on the devices; longer than `base` where a stop text was cut off.
-
-    Returns:
-      (states on the host, the same on the devices).
-    """
-    query, trajectory, real = engine.arrange(kept)
-    place = engine.placement.place_rows
-    where = place((queries.index[query], query, trajectory, real))
-    placed = choose_states(rules, engine.placement, draws, sampled, place(base.length), *where)
-    prefix_length, valid = gather((placed.prefix_length, placed.valid))
-    return States(query, trajectory, base.token[query, trajectory], prefix_length, valid), placed
-
-
-def choose_states(rules: ExploreConfig, placement: Placement, draws: Draws, *rest: Any) -> States:
-    """`compiled_states` of rules that are names or functions; the arguments are its."""
-    return compiled_states(with_functions(rules), placement.mesh, draws, *rest)
-
-
-@functools.partial(jax.jit, static_argnames=("rules", "mesh"))
-def compiled_states(
-    rules: ExploreConfig,
-    mesh: Mesh,
-    draws: Draws,
-    base: Rollouts,
-    length: Int32[AnyArray, "B R"],
-    index: Int32[AnyArray, " N"],
-    query: Int32[AnyArray, " N"],
-    trajectory: Int32[AnyArray, " N"],
-    real: Bool[AnyArray, " N"],
-) -> States:
-    """Stages 5 and 6 on the devices: the states of N kept trajectories, each in the part of its query.
-
-    Args:
-      rules: functions.
-      base: leaves [B, R, S].
-      length: tokens of each that count.
-      index: the queries' places in the stream.
-      query, trajectory: row and column of the kept trajectories in `base`.
-      real: False where a row is only padding.
-    """
-    placement, parts = Placement(mesh), row_parts(mesh)
-    per_part = length.shape[0] // parts
-
-    def take(x: Array) -> Array:
-        """[B, R, ...] -> [N, ...], each part of the mesh its own rows."""
-        rows = jax.vmap(lambda x, n, r: x[n, r], spmd_axis_name=BATCH_AXES)(
-            x.reshape(parts, per_part, *x.shape[1:]),
-            query.reshape(parts, -1) % per_part,
-            trajectory.reshape(parts, -1),
-        )
-        return placement.shard(rows.reshape(-1, *x.shape[2:]), "batch")
-
-    count = take(length)
-    counts = jnp.arange(base.token.shape[2])[None, :] < count[:, None]
-    response, entropy, logprob = (
-        jnp.where(counts, take(x), 0) for x in (base.token, base.entropy, base.logprob)
-    )
-    # Branch numbers from 1: 0 chose the trajectories.
-    keys = jax.vmap(row_key, (None, None, 0, 0))(draws.choices, draws.step, index, 1 + trajectory)
-    trajectories = Trajectories(
-        entropy=entropy,
-        logprob=logprob,
-        length=count,
-        key=keys,
-        count=rules.positions,
-        min_gap=rules.min_gap,
-    )
-    position, valid = positions_of(rules.rule, trajectories)
-    prefix_length, valid = states_of(position, valid)
-    states = States(query, trajectory, response, prefix_length, valid & real[:, None])
-    return jax.tree.map(lambda x: placement.shard(x, "batch"), states)
-
-
 def roots(base: Rollouts) -> States:
     """S_0 of every query, for rounds without positions."""
     n, _, width = base.token.shape
@@ -336,38 +187,3 @@ def explore(
         rollouts=config.explore.rollouts,
         sampling=sampling_of(config.rollout),
     )
-
-
-Credit = tuple[Float32[Array, "N J M"], Float32[Array, "N J"], Float32[Array, "N J"], Bool[Array, "N J"]]
-
-
-def assign_credit(
-    credit: CreditConfig,
-    reward: Float32[AnyArray, "N J M"],
-    valid: Bool[AnyArray, "N J"],
-    query: Int32[AnyArray, " N"],
-) -> Credit:
-    """Stage 9: (advantage, value, alpha, accepted) of the states of kept trajectories.
-
-    Args:
-      credit: names or functions.
-      reward: of the partial rollouts, whole answers.
-      valid: which states there are.
-      query: row of the round's queries, of each trajectory.
-    """
-    return compiled_credit(with_functions(credit), reward, valid, query)
-
-
-@functools.partial(jax.jit, static_argnames="credit")
-def compiled_credit(credit: CreditConfig, reward: Array, valid: Array, query: Array) -> Credit:
-    """`assign_credit` of rules that are functions."""
-    advantage, value, alpha = modulated_advantage(
-        reward,
-        valid,
-        normalize_std=credit.normalize_std,
-        modulation=credit.modulation,
-        first_state=credit.first_state,
-        sharpen=credit.sharpen,
-        advantage=credit.advantage,
-    )
-    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject)

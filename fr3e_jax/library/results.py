@@ -1,0 +1,127 @@
+"""What the calls of the library give: queries, base trajectories, states, answers, and how they are shown."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float
+
+from fr3e_jax.config import ConfigError
+from fr3e_jax.engine.caches import Caches
+from fr3e_jax.types import Queries, Rollouts, States
+
+SHOWN = 3  # rows of what a repr shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Questions and their tokens. `queries` is padded with copies of the first to what the mesh divides."""
+
+    questions: tuple[str, ...]
+    queries: Queries
+
+    def __repr__(self) -> str:
+        tokens = self.queries.length[: len(self.questions)]
+        return f"{len(self.questions)} queries of {tokens.min()} to {tokens.max()} tokens"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+    """Base trajectories of queries, and the KV caches that exploration restarts from.
+
+    seed, step: what they were drawn with.
+    """
+
+    encoded: Encoded
+    rollouts: Rollouts
+    """Leaves [B, R, S], those of queries that are only padding included."""
+    caches: Caches
+    engine: Any
+    """The `Explorer` that sampled them."""
+    seed: int
+    step: int
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The text of every base trajectory, without those of padding: [B][R]."""
+        rows, text = self.rollouts, self.engine.model.text
+        return [
+            text.answers([rows.token[b, r, :n] for r, n in enumerate(rows.length[b])], rows.stopped[b])
+            for b in range(len(self.encoded.questions))
+        ]
+
+    def __repr__(self) -> str:
+        r = self.rollouts.length.shape[1]
+        shown = zip(self.encoded.questions[:SHOWN], self.texts, strict=False)
+        lines = [f"  {question!r}: {answers[0]!r}" for question, answers in shown]
+        return "\n".join([f"{r} base trajectories of each of {self.encoded}; the first of each:", *lines])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restarts:
+    """States of kept trajectories, N x J, to restart from.
+
+    arrays: laid out for the mesh, so that N has rows of padding, which are not valid. value: once it is known
+    (`with_values`).
+    """
+
+    base: Base
+    arrays: States
+    value: Float[np.ndarray, "N J"] | None = None
+
+    @property
+    def valid(self) -> Bool[np.ndarray, "N J"]:
+        """Which states there are."""
+        return np.asarray(self.arrays.valid)
+
+    @property
+    def prefixes(self) -> list[list[str | None]]:
+        """The text that each state keeps of its base trajectory, [N][J]; None where there is no state."""
+        text, arrays = self.base.engine.model.text, self.arrays
+        return [
+            [
+                text.decode([arrays.response[n, : arrays.prefix_length[n, j]]])[0] if valid else None
+                for j, valid in enumerate(self.valid[n])
+            ]
+            for n in range(len(self.valid))
+        ]
+
+    def with_values(self, value: Any) -> "Restarts":
+        """The same states with V(S_j), float32 [N, J], to be shown."""
+        shaped("value", value, self.valid.shape)
+        return dataclasses.replace(self, value=np.asarray(value))
+
+    def __repr__(self) -> str:
+        kept = np.flatnonzero(self.valid.any(axis=1))
+        lines, prefixes = [f"{self.valid.sum()} states of {len(kept)} trajectories"], self.prefixes
+        for n in kept[:SHOWN]:
+            lines.append(f"  {self.base.encoded.questions[self.arrays.query[n]]!r}")
+            for j in np.flatnonzero(self.valid[n]):
+                worth = "" if self.value is None else f"V={self.value[n, j]:.2f} "
+                lines.append(f"    {worth}{prefixes[n][j]!r}")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+    """Whole answers, prefixes included. question: of each trajectory, [N]. text: [N][J][M], None where there
+    is no state."""
+
+    question: list[str]
+    text: list[list[list[str] | None]]
+    rollouts: int
+
+    def __repr__(self) -> str:
+        some = next((texts for row in self.text for texts in row if texts), [])
+        return f"answers of {self.rollouts} partial rollouts of each state, such as {some[:SHOWN]!r}"
+
+
+def shaped(name: str, x: Array | np.ndarray | Any, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape.
+
+    Raises:
+      ConfigError: with both.
+    """
+    if np.shape(x) != shape:
+        raise ConfigError(f"{name} has shape {list(np.shape(x))}, must be {list(shape)}")

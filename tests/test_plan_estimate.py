@@ -1,0 +1,149 @@
+"""Plans without a compiler: near the compiled ones, quick, and good for naming a larger slice."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import pytest
+from environment import REPOSITORY
+from rich.console import Console
+from support import call, needs_compiler
+
+from fr3e_jax.cli import parse
+from fr3e_jax.config import Config, MeshConfig
+from fr3e_jax.plan import PLANS, model_of
+from fr3e_jax.planning import make, stages, topology
+from fr3e_jax.planning.compiled import CompiledProgram
+from fr3e_jax.planning.make import Question, compiled_plan, estimated_plan, may_be_peak, quick_plan
+from fr3e_jax.planning.program_costs import Costs
+from fr3e_jax.planning.slices import GIB, find_slice, other_slices
+from fr3e_jax.planning.stages import Stage
+from fr3e_jax.planning.topology import devices_of, fits_torus, mesh_on, positions_in, splits
+from fr3e_jax.planning.workload import Assumptions
+
+COMPILED = json.loads((REPOSITORY / "tests" / "compiled_plans.json").read_text())
+"""Preset -> GiB of a chip while each program runs, "phase: program" -> GiB, from compiled plans."""
+
+
+def asked(name, topology=None):
+    """The question of a shipped preset on its slice, or on another."""
+    config, _ = parse(Config, "plan", f"configs/slices/{name}.yaml", [])
+    return Question(name, config, model_of(config.model.path), topology or PLANS[name], Assumptions())
+
+
+def table_rows():
+    """(preset, GiB of a chip, seconds of a step) of the compiled plans on the page of planning."""
+    page = (REPOSITORY / "fr3e_jax" / "planning" / "README.md").read_text()
+    for line in page.splitlines():
+        if match := re.match(r"\| `(qwen[^`]*)` \| [^|]*\| [^|]*\| ([\d.]+) of .*\| ([\d,]+) s \|", line):
+            yield match[1], float(match[2]), float(match[3].replace(",", ""))
+
+
+def test_estimates_are_near_the_compiled_plans_of_all_presets():
+    """Memory to 35%, and none that fits is refused; seconds, which leave more out, to a factor of 1.75."""
+    rows = list(table_rows())
+    assert {name for name, *_ in rows} == set(PLANS)
+    for name, gib, seconds in rows:
+        plan = quick_plan(asked(name))
+        assert plan.estimated and plan.fits, name
+        assert 0.95 < gib / (plan.largest.total / GIB) < 1.35, name
+        assert 0.9 < seconds / plan.step_seconds < 1.75, name
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_an_estimate_has_the_programs_of_the_compiled_plan_each_near_its_size(name):
+    """And the largest that was compiled is among those that `--peak` would compile."""
+    plan = quick_plan(asked(name))
+    estimates = {f"{stage.phase}: {stage.program.name}": stage.total / GIB for stage in plan.stages}
+    assert estimates.keys() == COMPILED[name].keys()
+    for program, gib in COMPILED[name].items():
+        assert 0.8 < gib / estimates[program] < make.MARGIN, program
+    largest = max(COMPILED[name], key=COMPILED[name].get)
+    assert tuple(largest.split(": ")) in may_be_peak(plan.stages, plan.available)
+
+
+def test_a_quick_plan_needs_no_compiler_and_says_what_it_leaves_out(monkeypatch):
+    monkeypatch.setattr(topology, "available", lambda: False)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+    flags = ["--config", "configs/slices/qwen2.5_0.5b_v5e1.yaml", "--topology", "v5e-1", "--quick"]
+    done = call("plan", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "estimated by arithmetic (--quick), nothing was compiled" in done.stdout
+    assert "Left out are" in done.stdout
+    assert "fits, by the estimate:" in done.stdout
+    plan = json.loads(call("plan", *flags, "--json").stdout)
+    assert plan["estimated"] is True
+    assert all(program["estimated"] for program in plan["programs"])
+    assert "--quick" in call("plan", *flags[:-1]).stderr  # what to do without the compiler
+
+
+def test_a_plan_that_cannot_fit_names_the_smallest_slice_that_does():
+    """Of 7B, the one that it is shipped for: on the next smaller one it does not fit."""
+    flags = ["--config", "configs/slices/qwen2.5_7b_v5e16.yaml", "--topology", "v5e-4", "--quick"]
+    done = call("plan", *flags, "--mesh.fsdp", "1")
+    assert done.returncode == 1
+    named = "v5e-16 with --mesh.data 1 --mesh.fsdp 4 --mesh.tensor 4"
+    assert f"by an estimate without compiling, the smallest slice that it fits is {named}" in done.stdout
+    question = asked("qwen2.5_7b_v5e16", "v5e-8")
+    for fsdp, tensor in ((4, 2), (2, 4)):
+        config = dataclasses.replace(question.config, mesh=MeshConfig(1, fsdp, tensor))
+        assert not estimated_plan(dataclasses.replace(question, config=config), find_slice("v5e-8")).fits
+
+
+def test_slices_are_tried_from_small_to_large_those_of_the_same_generation_first():
+    tried = [other.name for other in other_slices(find_slice("v5p-128"))]
+    assert tried[:3] == ["v5p-256", "v5p-512", "v5p-1024"]
+    foreign = [find_slice(name) for name in tried if not name.startswith("v5p")]
+    memory = [other.chips * other.chip.usable for other in foreign]
+    assert memory == sorted(memory)
+    assert {other.generation for other in foreign} == {"v4", "v5e", "v6e"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["v5e-8", "v5e-16", "v5p-16", "v5p-128", "v4-64", "v6e-8"])
+def test_a_mesh_without_a_compiler_is_the_mesh_with_it(name):
+    """Of every size: laid the same way, or impossible in both."""
+    tpu = find_slice(name)
+    real, positions = devices_of(tpu), positions_in(tpu)
+    for fsdp, tensor in splits(tpu.chips):
+        sizes = (1, fsdp, tensor)
+        assert fits_torus(sizes, real) == fits_torus(sizes, positions)
+        if fits_torus(sizes, real):
+            meshes = mesh_on(sizes, real), mesh_on(sizes, positions)
+            ours, theirs = ([tuple(x.coords) for x in mesh.devices.flat] for mesh in meshes)
+            assert ours == theirs
+
+
+def stage_with(name, gib):
+    """A stage whose program needs so many GiB."""
+    program = CompiledProgram(name, 0, 0, 0, int(gib * GIB), Costs(), Costs(), 0.0)
+    return Stage("update", program, {}, {})
+
+
+def test_what_may_not_fit_is_compiled_and_at_least_the_largest():
+    estimates = [stage_with("small", 4), stage_with("close", 9), stage_with("large", 10)]
+    assert may_be_peak(estimates, 11 * GIB) == {("update", "close"), ("update", "large")}
+    assert may_be_peak(estimates, 90 * GIB) == {("update", "large")}
+
+
+@needs_compiler
+def test_a_line_says_of_each_program_that_it_is_compiled_and_how_long_it_took(monkeypatch, tmp_path):
+    """On a terminal or not; here nothing is compiled, and a program is too large."""
+
+    def compiled(name, lowered, mesh):
+        refusal = "RESOURCE_EXHAUSTED" if name == "prefill" else None
+        return CompiledProgram(name, 0, 0, 0, 3 * GIB, Costs(), Costs(), 2.0, refusal), None
+
+    monkeypatch.setattr(stages, "compile_program", compiled)
+    with (tmp_path / "lines").open("w") as file:
+        plan = compiled_plan(asked("qwen2.5_0.5b_v5e1"), Console(file=file))
+    assert not plan.fits
+    lines = (tmp_path / "lines").read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        "reshard: cast",
+        "first return: prefill",
+        "update: begin",
+    ]
+    assert re.fullmatch(r"reshard: cast, [\d.]+ GiB \(compiled in \d+ s\)", lines[0])
+    assert "is too large for a chip" in lines[1]
