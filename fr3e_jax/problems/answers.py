@@ -98,11 +98,11 @@ def judged_answers(
         return problems, []
     examples = [f"{problems[i].answer[:40]!r} ({problems[i].place}: {bad[i]})" for i in list(bad)[:EXAMPLES]]
     counts = f"{len(bad):,} of {len(problems):,}"
-    told = f"{name}: {counts} answers can never be right, such as {', '.join(examples)}"
+    line = f"{name}: {counts} answers can never be right, such as {', '.join(examples)}"
     if len(bad) == len(problems):
-        raise ConfigError(f"{told}; name another column, answer_is or scorer")
+        raise ConfigError(f"{line}; name another column, answer_is or scorer")
     if drop:
-        return [p for i, p in enumerate(problems) if i not in bad], [f"{told}; they are left out"]
+        return [p for i, p in enumerate(problems) if i not in bad], [f"{line}; they are left out"]
     if len(bad) > MOST_BAD * len(problems):
-        raise ConfigError(f"{told}; correct them, or change the source's answer, answer_is or scorer{remedy}")
-    return problems, [f"{told}; they stay in{remedy}"]
+        raise ConfigError(f"{line}; correct them, or change the source's answer, answer_is or scorer{remedy}")
+    return problems, [f"{line}; they stay in{remedy}"]

@@ -121,19 +121,19 @@ class GymTask:
 
     def held_out(self, count: int) -> list[Problem]:
         """The first held-out problems that a bounded search finds, all different."""
-        found: dict[str, Problem] = {}
+        unique: dict[str, Problem] = {}
         for place in range(LENGTH, LENGTH + min(LENGTH, TRIES * count)):
-            if len(found) == count:
+            if len(unique) == count:
                 break
             entry = self.entry(place)
             if has_answer(entry) and is_held_out(entry["question"]):
-                found.setdefault(entry["question"], self.problem(entry))
-        if not found:
+                unique.setdefault(entry["question"], self.problem(entry))
+        if not unique:
             raise ConfigError(
                 f"gym:{self.name} has too few different questions to hold some out; change its parameters, "
                 "or set data.held_out_source"
             )
-        return list(found.values())
+        return list(unique.values())
 
     def problem(self, entry: dict[str, Any]) -> Problem:
         """An entry of the data set as a problem. Where many answers are right, it may have none."""

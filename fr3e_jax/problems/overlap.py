@@ -31,7 +31,7 @@ def words(question: str) -> list[str]:
     Characters that look alike are one: a minus sign is a hyphen, x\u00b2 is x^2, a full-width 7 is a 7.
     """
     if not question.isascii():
-        raised = SUPERSCRIPT.sub(lambda found: f"^{found[0]}", question.translate(TWINS))
+        raised = SUPERSCRIPT.sub(lambda match: f"^{match[0]}", question.translate(TWINS))
         question = unicodedata.normalize("NFKC", raised).translate(TWINS)
     return WORD.findall(question.casefold())
 
@@ -71,22 +71,22 @@ def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int = SHA
     for i, problem in enumerate(held_out):
         for run in runs(problem.asked, n):
             owners[run].add(i)
-    found: set[int] = set()
+    shared: set[int] = set()
     for problem in train:
         for run in filter(owners.__contains__, runs(problem.asked, n)):
-            found |= owners[run]
-    return sorted(found)
+            shared |= owners[run]
+    return sorted(shared)
 
 
 def report(train: Sequence[Problem], held_out: Sequence[Problem]) -> str:
     """One line for people: how many problems, duplicates and overlaps."""
-    told = f"{len(train):,} problems, {duplicates(train):,} duplicates"
+    line = f"{len(train):,} problems, {duplicates(train):,} duplicates"
     if not held_out:
-        return told
-    found = overlaps(train, held_out)
-    told += f"; of {len(held_out):,} held-out problems "
-    if not found:
-        return f"{told}none shares {SHARED} words in a row with a training problem"
-    example = " ".join(held_out[found[0]].question.split())[:60]
-    share = "share" if len(found) > 1 else "shares"
-    return f"{told}{len(found):,} {share} {SHARED} words in a row with a training problem (e.g. {example!r})"
+        return line
+    shared = overlaps(train, held_out)
+    line += f"; of {len(held_out):,} held-out problems "
+    if not shared:
+        return f"{line}none shares {SHARED} words in a row with a training problem"
+    example = " ".join(held_out[shared[0]].question.split())[:60]
+    share = "share" if len(shared) > 1 else "shares"
+    return f"{line}{len(shared):,} {share} {SHARED} words in a row with a training problem (e.g. {example!r})"

@@ -38,10 +38,10 @@ def load(place: str) -> ModuleType:
       Exception: what the module itself raises.
     """
     if not place.endswith(".py"):
-        found = tuple(importlib.metadata.entry_points(group=GROUP, name=place))
-        if not found:
+        matching = tuple(importlib.metadata.entry_points(group=GROUP, name=place))
+        if not matching:
             raise ImportError(f"no entry point {place} in the group {GROUP}")
-        return found[0].load()
+        return matching[0].load()
     if not Path(place).is_file():
         raise ImportError(f"there is no file {place}")
     spec = importlib.util.spec_from_file_location(f"fr3e_own_task_{Path(place).stem}", place)
@@ -130,7 +130,7 @@ def score_group(
 
 
 def called(
-    module: ModuleType, place: str, name: str, said: str | list[str], answer: str, facts: Facts
+    module: ModuleType, place: str, name: str, responses: str | list[str], answer: str, facts: Facts
 ) -> Any:
     """What a function of the user's module returns of responses.
 
@@ -140,12 +140,12 @@ def called(
     function = getattr(module, name)
     row = {ROW: facts} if takes_row(function) else {}
     try:
-        return function(said, answer, **row)
+        return function(responses, answer, **row)
     except (MemoryError, RecursionError):
         raise  # which make an answer wrong, as a time limit does
     except Exception as error:
         why = one_line(error, module.__file__)
-        raise ScorerError(f"{place}: {name}() failed over {said!r:.80}: {why}") from error
+        raise ScorerError(f"{place}: {name}() failed over {responses!r:.80}: {why}") from error
 
 
 def verdict(value: Any, response: str, returned: str) -> Verdict:

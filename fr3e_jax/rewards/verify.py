@@ -64,8 +64,8 @@ def begin_judging(
 
     def result() -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
-        for one, group, found in zip(asked, members, judging.result(), strict=True):
-            verdicts |= zip(group, [found] if isinstance(one.response, str) else found, strict=True)
+        for one, group, verdict in zip(asked, members, judging.result(), strict=True):
+            verdicts |= zip(group, [verdict] if isinstance(one.response, str) else verdict, strict=True)
         return [verdicts[i] for i in range(len(responses))]
 
     return result
