@@ -120,7 +120,15 @@ def make_batch(config: SFTConfig, problems: WorkedProblems, text: Text, step: in
     longest = next_multiple(int(length.max()), 16)
     nothing = np.zeros((config.batch, longest), np.float32)
     none = np.zeros((config.batch,), np.int32)
-    return Batch(token[:, :longest], length, start, nothing, nothing[:, 0], none, none)
+    return Batch(
+        token=token[:, :longest],
+        length=length,
+        start=start,
+        old_logprob=nothing,
+        advantage=nothing[:, 0],
+        trunk=none,
+        prefix=none,
+    )
 
 
 def make_step(

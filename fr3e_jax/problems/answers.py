@@ -25,7 +25,7 @@ PLACES = ("math", "numeric", "choice")
 
 
 def unanswerable(problem: Problem) -> str | None:
-    """Why no response to a problem of a data set would ever be right, or None where one would."""
+    """Say why no response to a problem of a data set can be right; None where one can."""
     answer, scorer = problem.answer, problem.scorer
     if scorer in PLACES and (why := dressed(answer)):
         return why
@@ -51,7 +51,7 @@ def boxed(answer: str) -> str:
 
 
 def dressed(answer: str) -> str | None:
-    """What there is around an answer that no model would repeat, and how to read it without, or None."""
+    """Say what stands around an answer that no model would repeat, and what removes it; None without it."""
     if has_box(answer):
         return "it has a box in it; set answer_is to last_box"
     if "####" in answer:
@@ -68,7 +68,7 @@ def dressed(answer: str) -> str | None:
 
 
 def no_mathematics(answer: str) -> str | None:
-    """Why `math` would find no response equal to an answer, or None."""
+    """Say why the scorer `math` finds no response equal to an answer; None where it can."""
     if not answer.strip(" .,;:?!$_*#/\\'\"`~-"):
         return "it has neither a number nor a word"
     if len(WORD.findall(answer)) > MOST_WORDS:
@@ -82,7 +82,7 @@ def no_mathematics(answer: str) -> str | None:
 def judged_answers(
     name: str, problems: list[Problem], drop: bool, remedy: str
 ) -> tuple[list[Problem], list[str]]:
-    """The problems of a source, and a line for people on those that have no answer.
+    """Sort out the problems of a source whose answers can never be right.
 
     Args:
       name: of the source.

@@ -148,7 +148,7 @@ def is_chat(value: Any) -> bool:
 
 
 def chat_of(turns: list[dict[str, Any]], column: str, place: str) -> tuple[str, Turns]:
-    """The last turn of the user in a chat, and the turns before it; what follows it answers it.
+    """Split a chat into the last turn of the user, which is the question, and the turns before it.
 
     Raises:
       BadRow: the user has no turn.
@@ -197,7 +197,7 @@ def choices_of(value: Any, column: str, place: str) -> str:
 
 
 def value_at(row: Row, column: str, place: str, setting: str) -> Any:
-    """The value of a column; behind dots are keys of objects and numbers of list elements.
+    """The value of a column; behind dots in its name are keys of objects and numbers of list elements.
 
     Raises:
       ConfigError: there is none.
@@ -216,7 +216,7 @@ def value_at(row: Row, column: str, place: str, setting: str) -> Any:
 
 
 def as_text(value: Any, column: str, place: str) -> str:
-    """A value as it is compared: whole numbers without a point, the elements of a list with commas.
+    """Write a value as the text that is compared: whole numbers without a point, lists with commas.
 
     Raises:
       ConfigError: it is an object.
@@ -238,7 +238,7 @@ def as_text(value: Any, column: str, place: str) -> str:
 
 
 def checked(text: str, what: str, column: str, place: str) -> str:
-    """Text that can be a question or an answer.
+    """Return a text if it can be a question, an answer or a solution.
 
     Raises:
       BadRow: it is empty, or cannot be encoded.
@@ -249,7 +249,7 @@ def checked(text: str, what: str, column: str, place: str) -> str:
 
 
 def checked_characters(text: str, what: str, place: str) -> str:
-    """Text that can be encoded.
+    """Return a text if it can be encoded.
 
     Raises:
       BadRow: it cannot.
@@ -262,7 +262,7 @@ def checked_characters(text: str, what: str, place: str) -> str:
 
 
 def answer_in(text: str, answer_is: str | None, column: str, place: str) -> str:
-    """The answer that a column's text holds.
+    """Take the answer out of a column's text.
 
     Raises:
       BadRow: it holds none.

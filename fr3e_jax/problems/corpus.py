@@ -51,7 +51,7 @@ class Corpus:
 
 
 def sources_of(source: str | list[SourceConfig]) -> list[SourceConfig]:
-    """The sources that `data.source` names; those of a mixture have its weight between them.
+    """List the sources that `data.source` names; the parts of a mixture share its weight.
 
     Raises:
       ConfigError: there is none, or a weight is not above 0.
@@ -69,14 +69,14 @@ def sources_of(source: str | list[SourceConfig]) -> list[SourceConfig]:
 
 
 def names_of(data: DataConfig) -> list[str]:
-    """The sources as a person names them."""
+    """Names of the sources as they stand in the configuration."""
     return [data.source] if isinstance(data.source, str) else [source.name for source in data.source]
 
 
 def make_task(
     source: SourceConfig, data: DataConfig, seed: int, held_out: int, solutions: bool = False
 ) -> Task:
-    """The task of a source.
+    """Make the task of a source.
 
     Args:
       source: its name and settings.
@@ -243,12 +243,12 @@ def made_sayable(task: Task, text: Text, name: str) -> list[str]:
 
 
 def known(task: Task) -> int:
-    """By how many of its first problems a task is known again: all of a file's, few where each is made."""
+    """Number of problems that the checksum of a task covers: all of a file's, few where each is made."""
     return len(task) if isinstance(task, FileTask) else min(FIRST, len(task))
 
 
 def checksum(problems: Sequence[Problem]) -> int:
-    """Of questions and answers in their order, in [0, 2^31)."""
+    """Checksum of questions and answers in their order, in [0, 2^31)."""
     total = 0
     for problem in problems:
         before = "".join(f"{role}\0{text}\0" for role, text in problem.before)
@@ -280,7 +280,7 @@ def fitting(
     whose: str,
     remedy: str = ", or use --data.too_long drop",
 ) -> list[int]:
-    """Which problems give queries of at most `max_prompt` tokens.
+    """Find the problems that give queries of at most `max_prompt` tokens.
 
     Raises:
       ConfigError: none does; or one does not, and `too_long` is `refuse`.
@@ -300,7 +300,7 @@ def fitting(
 
 
 def judging_source(name: str, file: str | None = None) -> SourceConfig:
-    """A source that models are judged by: the split that a named data set has, and `test` of others."""
+    """Make a source that models are judged by: the split that a named data set has, and `test` of others."""
     if is_made(name):
         return SourceConfig(name)
     return SourceConfig(name, split=None if name in DATASETS else "test", file=file)

@@ -40,7 +40,7 @@ def has_answer(entry: dict[str, Any]) -> bool:
 
 
 def places(index: int) -> Iterator[int]:
-    """Where to look for a training problem: at its index, then far away, the same places at every call."""
+    """Yield where to look for a training problem: its index, then random places, always the same."""
     far = random.Random(index)
     return itertools.chain([index], (far.randrange(LENGTH, PLACES) for _ in range(TRIES)))
 
@@ -67,7 +67,7 @@ class GymTask:
     """The problems of a data set of reasoning-gym."""
 
     def __init__(self, name: str, parameters: dict[str, Any], seed: int) -> None:
-        """A problem is made, so that parameters that do not work end here.
+        """Make a problem, so that parameters that do not work are refused at once.
 
         Args:
           name: of the data set.
@@ -104,7 +104,7 @@ class GymTask:
             return self.make(size=BLOCK, seed=self.seed + block)[number]
 
     def __len__(self) -> int:
-        """A large number."""
+        """Number of training problems; there are far more."""
         return LENGTH
 
     def __getitem__(self, index: int) -> Problem:

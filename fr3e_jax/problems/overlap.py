@@ -26,7 +26,7 @@ SHARED = 13
 
 
 def words(question: str) -> list[str]:
-    """A question as words and signs; case, white space and other punctuation do not count.
+    """Split a question into words and signs; case, white space and other punctuation do not count.
 
     Characters that look alike are one: a minus sign is a hyphen, x\u00b2 is x^2, a full-width 7 is a 7.
     """
@@ -37,12 +37,12 @@ def words(question: str) -> list[str]:
 
 
 def normalised(question: str) -> str:
-    """Text that two questions have in common if and only if they count as one."""
+    """Write a question as the text by which it counts as the same as another."""
     return " ".join(words(question))
 
 
 def duplicates(problems: Sequence[Problem]) -> int:
-    """How many problems have the question of an earlier one."""
+    """Count the problems that have the question of an earlier one."""
     return len(problems) - len({normalised(problem.asked) for problem in problems})
 
 
@@ -55,7 +55,7 @@ def runs(question: str, n: int) -> Iterator[tuple[str, ...]]:
 
 
 def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int = SHARED) -> list[int]:
-    """Which held-out problems share `n` words in a row with a training problem, in time linear in the words.
+    """Find the held-out problems that share `n` words in a row with a training problem, in linear time.
 
     A question of fewer words is shared as a whole or not at all.
 
@@ -79,7 +79,7 @@ def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int = SHA
 
 
 def report(train: Sequence[Problem], held_out: Sequence[Problem]) -> str:
-    """One line for people: how many problems, duplicates and overlaps."""
+    """Report, in one line for people, how many problems, duplicates and overlaps there are."""
     line = f"{len(train):,} problems, {duplicates(train):,} duplicates"
     if not held_out:
         return line

@@ -40,7 +40,7 @@ NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "stat
 
 @dataclasses.dataclass(frozen=True)
 class FileTask:
-    """The problems of a source.
+    """Problems of a source that are in memory.
 
     kept: the held-out ones, all different and none of the others. messages: lines for people on its rows.
     """
@@ -75,7 +75,7 @@ def file_task(
     tenth: bool = False,
     solutions: bool = False,
 ) -> FileTask:
-    """A source with some problems held out.
+    """Read a source and hold some of its problems out.
 
     They are chosen by a hash of the question: whatever the order of the rows, the same ones are held out, and
     fewer are a part of more. What repeats a held-out question is left out.
@@ -179,7 +179,7 @@ def read(
 
 
 def filled(source: SourceConfig, data: DataSet) -> SourceConfig:
-    """A source with what it leaves open taken from its named data set."""
+    """Fill in what a source leaves open from its named data set."""
     return dataclasses.replace(
         source,
         split=source.split or data.split,
@@ -252,7 +252,7 @@ def known_files(source: SourceConfig, data: DataSet) -> str:
 
 
 def of_split(files: list[str], split: str, subset: str | None) -> list[str]:
-    """Which files of a repository are of a split and a subset, by the hub's conventions for their names.
+    """Choose the files of a split and a subset, by the hub's conventions for their names.
 
     Files that name no split at all are `train`. Of several formats the first of READERS is taken.
     """
@@ -273,6 +273,6 @@ def names_split(file: str, split: str) -> bool:
 
 
 def subset_of(file: str, split: str) -> str:
-    """The folder of a file, without what is no subset's name."""
+    """The name of a file's subset: its folder, without `data` and the split."""
     folders = PurePosixPath(file).parent.parts
     return "/".join(folder for folder in folders if folder != "data" and not names_split(folder, split))

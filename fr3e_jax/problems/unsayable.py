@@ -20,7 +20,7 @@ WRITTEN = ("exact", "choice", *LETTERS)
 
 
 def lost_characters(problems: Sequence[Problem], text: Text) -> dict[int, str]:
-    """Index of a problem -> the characters that the tokenizer cannot say, of its question or its answer.
+    """Find the characters of each problem that the tokenizer cannot say, by the problem's index.
 
     The turns of a chat before the question count as the question; control tokens in it do not count.
     """

@@ -25,7 +25,7 @@ def has_box(text: str) -> bool:
 
 
 def braced(text: str, start: int) -> str | None:
-    r"""What the brace at `start` holds, if it is closed; \{ and \} are no braces."""
+    r"""Content of the brace at `start`, or None if it is not closed; \{ and \} are no braces."""
     depth = 0
     for match in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -94,7 +94,7 @@ def last_number(text: str) -> str | None:
 
 
 def run_start(text: str, end: int, characters: str) -> int:
-    """Where the run of `characters` that ends at `end` begins."""
+    """Find the beginning of the run of `characters` that ends at `end`."""
     start = end
     while start and text[start - 1] in characters:
         start -= 1

@@ -47,7 +47,7 @@ BASED = re.compile(r"(?:\\text\{)?([0-9A-F]*[0-9][0-9A-F]*)\}?_\{?(?:\\text\{)?(
 
 
 def score(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the response's answer means the same as the problem's."""
+    """Judge whether the response's answer means the same as the problem's."""
     candidate = judged(response)
     if not candidate.strip() or not answer.strip():
         return WRONG
@@ -92,13 +92,13 @@ def same(gold: str, candidate: str, depth: int = 0) -> bool:
 
 
 def by_number(gold: str, candidate: str, depth: int) -> bool | None:
-    """Two plain numbers are equal or not, exactly."""
+    """Compare two plain numbers exactly; None of other texts."""
     wanted, value = number(gold), number(candidate)
     return None if wanted is None or value is None else wanted == value
 
 
 def by_percent(gold: str, candidate: str, depth: int) -> bool | None:
-    """50% is 0.5, and it is 50 too: who asks for a percentage is often answered without the sign."""
+    """Compare percentages: 50% is 0.5, and it is 50 too, since the sign is often left out of an answer."""
     if gold.endswith("%") == candidate.endswith("%"):
         if not gold.endswith("%"):
             return None
@@ -112,7 +112,7 @@ def by_percent(gold: str, candidate: str, depth: int) -> bool | None:
 
 
 def by_degrees(gold: str, candidate: str, depth: int) -> bool | None:
-    """The sign of degrees is left out, except where the other text has radians or an angle is within."""
+    """Compare without the sign of degrees, except where the other text has radians or an angle is within."""
     sign = r"^\circ"
     if sign not in gold + candidate:
         return None
@@ -129,7 +129,7 @@ def by_degrees(gold: str, candidate: str, depth: int) -> bool | None:
 
 
 def with_unit(text: str) -> tuple[str, str]:
-    """A quantity and its unit, or nothing."""
+    """Split a quantity into its number and its unit, which may be empty."""
     match = UNIT.fullmatch(text)
     bare = None if match else BARE_UNIT.fullmatch(text)
     match = match or bare
@@ -148,7 +148,7 @@ def with_unit(text: str) -> tuple[str, str]:
 
 
 def by_unit(gold: str, candidate: str, depth: int) -> bool | None:
-    """A unit may be left out or added, and is not another."""
+    """Compare quantities: a unit may be left out or added, and is not another."""
     (wanted, unit), (value, other) = with_unit(gold), with_unit(candidate)
     if not unit and not other:
         return None
@@ -156,7 +156,7 @@ def by_unit(gold: str, candidate: str, depth: int) -> bool | None:
 
 
 def by_base(gold: str, candidate: str, depth: int) -> bool | None:
-    """Digits in a base are the same digits, in the same base where both name one."""
+    """Compare numbers with a base: the digits are the same, and the base where both name one."""
     wanted, value = BASED.fullmatch(gold), BASED.fullmatch(candidate)
     if not wanted and not value:
         return None
@@ -166,7 +166,7 @@ def by_base(gold: str, candidate: str, depth: int) -> bool | None:
 
 
 def by_matrix(gold: str, candidate: str, depth: int) -> bool | None:
-    """Matrices are the same cell by cell, whatever their brackets."""
+    """Compare matrices cell by cell, whatever their brackets."""
     match = [MATRIX.fullmatch(text) for text in (gold, candidate)]
     if not all(match) or "\\begin" in "".join(m[2] for m in match if m):
         return None
@@ -181,7 +181,7 @@ def by_matrix(gold: str, candidate: str, depth: int) -> bool | None:
 
 
 def items(text: str) -> tuple[str, list[str]]:
-    r"""How the parts of a text are held together, and the parts: brackets, `union`, `list`, or `one`."""
+    r"""Split a text into (what holds its parts together: brackets, `union`, `list` or `one`; the parts)."""
     union = split_top(text, r"\\cup(?![a-z])")
     if len(union) > 1:
         return "union", union
@@ -197,7 +197,7 @@ def items(text: str) -> tuple[str, list[str]]:
 
 
 def by_items(gold: str, candidate: str, depth: int) -> bool | None:
-    """Tuples and intervals are the same in order and brackets, sets and lists in any order."""
+    """Compare tuples and intervals in order and with their brackets, sets and lists in any order."""
     gold, candidate = (re.sub(r"^[A-Za-z] ?\\in(?![a-z]) ?", "", text) for text in (gold, candidate))
     (kind, wanted), (other, values) = items(gold), items(candidate)
     if kind == other == "one":
@@ -232,12 +232,12 @@ def by_items(gold: str, candidate: str, depth: int) -> bool | None:
 
 
 def relation(text: str) -> bool:
-    """Whether it is an inequality."""
+    """Whether a text is an inequality."""
     return re.search(r"[<>]|\\[lg]e(?![a-z])", text) is not None
 
 
 def by_words(gold: str, candidate: str, depth: int) -> bool | None:
-    """Words are the same as text, in capitals or not."""
+    """Compare words as text, in capitals or not."""
     if not any(re.search(r"\\text|(?<![\\A-Za-z])[A-Za-z]{4}", text) for text in (gold, candidate)):
         return None
     gold, candidate = (re.sub(r"\\text|[{}().*\"'` ]", "", text).casefold() for text in (gold, candidate))
@@ -245,7 +245,7 @@ def by_words(gold: str, candidate: str, depth: int) -> bool | None:
 
 
 def by_ratio(gold: str, candidate: str, depth: int) -> bool | None:
-    """Ratios and times are the same part by part."""
+    """Compare ratios and times part by part."""
     wanted, values = gold.split(":"), candidate.split(":")
     if len(wanted) == len(values) == 1:
         return None
@@ -253,7 +253,7 @@ def by_ratio(gold: str, candidate: str, depth: int) -> bool | None:
 
 
 def by_equation(gold: str, candidate: str, depth: int) -> bool:
-    """`x = 5` is 5, and `2 + 3 = 5` too; `x^2 = 5` is not."""
+    """Compare equations: `x = 5` is 5, and `2 + 3 = 5` too; `x^2 = 5` is not."""
     wanted, values = split_top(gold, "="), split_top(candidate, "=")
     if len(wanted) == len(values) == 1:
         return expression(gold, candidate)

@@ -96,7 +96,7 @@ def loaded(place: str) -> ModuleType:
 
 
 def score(module: ModuleType, place: str, response: str, answer: str, facts: Facts) -> Verdict:
-    """What the task's own `score` says of a response.
+    """Judge a response by the task's own `score`.
 
     Raises:
       ScorerError: it failed, or returned something else than a score.
@@ -108,7 +108,7 @@ def score(module: ModuleType, place: str, response: str, answer: str, facts: Fac
 def score_group(
     module: ModuleType, place: str, responses: tuple[str, ...], answer: str, facts: Facts
 ) -> tuple[Verdict, ...]:
-    """What the task's own `score_group` says of the responses to one problem.
+    """Judge the responses to one problem by the task's own `score_group`.
 
     Raises:
       ScorerError: it failed, or returned something else than a score for each.
@@ -132,7 +132,7 @@ def score_group(
 def called(
     module: ModuleType, place: str, name: str, responses: str | list[str], answer: str, facts: Facts
 ) -> Any:
-    """What a function of the user's module returns of responses.
+    """Call a function of the user's module on responses.
 
     Raises:
       ScorerError: it failed.
@@ -149,7 +149,7 @@ def called(
 
 
 def verdict(value: Any, response: str, returned: str) -> Verdict:
-    """The verdict that a returned value says: a score, or named parts.
+    """Make the verdict of a returned value, which is a score or named parts.
 
     Args:
       value: what the user's function returned for one response.

@@ -31,7 +31,7 @@ REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar) ?\{([0-9]+)\}")
 
 
 def exact(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the last box, else the answer tag, else the last line that is not empty, is the answer as text.
+    """Judge whether the last box, else answer tag, else line that is not empty, is the answer as text.
 
     Spaces at the ends do not count, and any others count as one. Letters keep their case.
     """
@@ -43,7 +43,7 @@ def exact(response: str, answer: str, facts: Any = None) -> Verdict:
 
 
 def numeric(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the last box, else the last number, has the value of the answer, exactly.
+    """Judge whether the last box, else the last number, has the value of the answer, exactly.
 
     A percent sign must be in both or in neither.
     """
@@ -54,13 +54,13 @@ def numeric(response: str, answer: str, facts: Any = None) -> Verdict:
 
 
 def choice(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the letter that is chosen is the answer's, a letter of A to Z with or without brackets."""
+    """Judge whether the letter that is chosen is the answer's, A to Z with or without brackets."""
     candidate = choice_letter(response) or ""
     return Verdict(candidate != "" and candidate == answer.strip().strip("().").upper(), candidate)
 
 
 def is_percent(text: str) -> bool:
-    """Whether a number is one of percent."""
+    """Whether a number ends in a percent sign."""
     return text.rstrip(" $").endswith("%")
 
 

@@ -56,7 +56,7 @@ Piece = tuple[list[int], list[Asked], ProcessFuture[list[Any]]]
 
 
 def judge(piece: Sequence[Asked]) -> list[Verdicts]:
-    """The verdicts on a piece; an answer that takes too much memory is wrong."""
+    """Judge the answers of a piece; one that takes too much memory is wrong."""
     verdicts: list[Verdicts] = []
     for asked in piece:
         scorer: Any = scorer_of(asked.scorer)

@@ -116,7 +116,7 @@ def same_everywhere(wanted: Any, value: Any) -> bool:
 
 
 def told_apart(*texts: str) -> list[str]:
-    """The texts with another letter for each capital that stands as a small letter too: m and M are two.
+    """Replace capitals that occur as small letters too by other letters: m and M are two unknowns.
 
     math-verify takes them for one. Where no letter is left, they stay as they are.
     """
@@ -142,7 +142,7 @@ def letters(text: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def parsed(text: str) -> list[Any]:
-    """What math-verify reads in an expression: one object, or none."""
+    """Parse an expression with math-verify: one object, or None."""
     text = DECIMAL.sub(lambda m: rf"{{\frac{{{int(m[1] + m[2])}}}{{1{'0' * len(m[2])}}}}}", text)
     text = re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", "(I)", text)
     text = re.sub(r"(?<=[0-9])e(?=[+-])", r"\\cdot e", text)  # 2e + 3 is no 2000

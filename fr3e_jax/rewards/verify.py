@@ -205,7 +205,7 @@ class Verifier:
         reward: np.ndarray,
         problems: Sequence[Problem],
     ) -> dict[str, Any] | None:
-        """For people to read: the deepest accepted state of the first trajectory that has one.
+        """Choose a state for people to read: the deepest accepted one of the first trajectory that has one.
 
         Args:
           accepted: bool [N, J].

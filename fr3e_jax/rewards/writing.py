@@ -82,7 +82,7 @@ def split_top(text: str, separator: str) -> list[str]:
 
 
 def wrapped(text: str) -> tuple[str, str]:
-    """The outermost brackets, if they hold all of the text, and what they hold; else nothing and the text."""
+    """Split a text into the outermost brackets, if they hold all of it, and what they hold."""
     opening = text[:2] if text.startswith("\\{") else text[:1]
     closing = text[-2:] if text.endswith("\\}") else text[-1:]
     if opening not in ("(", "[", "\\{") or closing not in (")", "]", "\\}"):
@@ -113,7 +113,7 @@ def without_groups(text: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def tidy(text: str) -> str:
-    """The text with one way of writing for each thing, and spaces only where they part letters or digits."""
+    """Write a text in one way for each thing, with spaces only where they part letters or digits."""
     text = without_groups(text) if not re.search(r"[(\[]|\\\{", text) else text.replace("{,}", "")
     text = SPACED.sub(lambda match: re.sub(r"\\,| ", "", match[0]), text.strip().translate(UNICODE))
     for pattern, new in TIDY:
