@@ -1,5 +1,6 @@
 """What the authors' release gets wrong on the way from advantages to an update, a test or a few per fault."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -15,9 +16,9 @@ from written_world import (
     M,
     P,
     S,
+    WrittenEngine,
     begin,
     check_rows,
-    first_return,
     laid_out,
     one_trajectory,
     round_at,
@@ -32,8 +33,10 @@ from fr3e_jax.config import (
     OptimizerConfig,
 )
 from fr3e_jax.learner import groups
+from fr3e_jax.learner.state import TrainState
 from fr3e_jax.rewards.verify import whole_answer
 from fr3e_jax.run.saved import Progress
+from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.rounds import Round
 from fr3e_jax.step.update import train_step
 from fr3e_jax.types import Queries, Rollouts
@@ -119,20 +122,25 @@ def test_minibatches_take_whole_states(parts):
     assert len({row for rows in found for row in rows}) == 8 * M
 
 
-def test_steps_train_on_every_accepted_state_once_and_carry_the_surplus():
-    """The rows of all updates of three steps, and what is left over, are what was sampled."""
-    seen = []
+def one_step(config, parts, seen, carried, progress):
+    """A step whose updates change nothing, and add the rows that they are given to `seen`."""
 
     def update(state, rows, reference):
         seen.append(check_rows(rows))
         return state, {"loss": np.float32(0), "skipped": np.float32(0)}
 
+    parts = dataclasses.replace(parts, learner=SimpleNamespace(update=update))
+    state = TrainState(params={}, optimizer=None)
+    return train_step(config, parts, None, state, carried, progress, StepProgress(print))
+
+
+def test_steps_train_on_every_accepted_state_once_and_carry_the_surplus():
+    """The rows of all updates of three steps, and what is left over, are what was sampled."""
     run = written_run(optimizer=OptimizerConfig(batch_states=10, minibatches=2, micro_tokens=64))
-    run.learner = SimpleNamespace(update=update)
-    state, carried, progress = SimpleNamespace(params=None), groups.empty_groups(M, P, S), Progress()
-    surplus = []
+    carried, progress = groups.empty_groups(M, P, S), Progress()
+    seen, surplus = [], []
     for _ in range(3):
-        state, carried, progress, *_ = train_step(run, state, carried, progress)
+        _, carried, progress, *_ = one_step(*run, seen, carried, progress)
         surplus.append(groups.count(carried))
     assert [len(rows) for rows in seen] == [5 * M] * 6  # two minibatches of five states a step
     trained = [row[:3] for rows in seen for row in rows[::M]]
@@ -155,25 +163,25 @@ def test_a_round_that_is_surely_needed_samples_while_verdicts_are_found_and_chan
     def steps():
         seen, order = [], []
 
-        def update(state, rows, reference):
-            seen.append(check_rows(rows))
-            return state, {"loss": np.float32(0), "skipped": np.float32(0)}
+        class Engine(WrittenEngine):
+            """Notes when base trajectories are sampled."""
 
-        def sampled(*args):
-            order.append("sample")
-            return first_return(*args)
+            def first_return(self, *args):
+                order.append("sample")
+                return super().first_return(*args)
 
         def judged(asked):
             judging = begin(asked)
             return SimpleNamespace(result=lambda: order.append("verdicts") or judging.result())
 
-        run = written_run(optimizer=OptimizerConfig(batch_states=20, minibatches=2, micro_tokens=64))
-        run.learner = SimpleNamespace(update=update)
-        run.engine.first_return = sampled
-        run.verifier.pool.begin = judged
-        told = train_step(run, SimpleNamespace(params=None), groups.empty_groups(M, P, S), Progress())
-        kept = {name: value for name, value in told[3].items() if not name.startswith("time/")}
-        return order, seen, told[1].source.tolist(), kept
+        config, parts = written_run(
+            optimizer=OptimizerConfig(batch_states=20, minibatches=2, micro_tokens=64)
+        )
+        parts = dataclasses.replace(parts, engine=Engine(**vars(parts.engine)))
+        parts.verifier.pool.begin = judged
+        _, carried, _, metrics, _ = one_step(config, parts, seen, groups.empty_groups(M, P, S), Progress())
+        kept = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+        return order, seen, carried.source.tolist(), kept
 
     order, *ahead = steps()
     monkeypatch.setattr(Round, "most", property(lambda self: 10**9))  # then no round is surely needed
@@ -205,7 +213,7 @@ def test_the_loss_of_an_empty_or_tiny_batch_is_finite():
 def test_a_round_that_teaches_nothing_has_finite_metrics_and_no_states(monkeypatch):
     """Every rollout is right. The update of an empty batch is in test_update.py."""
     monkeypatch.setattr(written_world, "REWARD", np.ones_like(REWARD))
-    found, metrics, excerpt = sample_round(written_run(), 0)
+    found, metrics, excerpt = sample_round(*written_run(), 0)
     assert groups.count(found) == 0 and excerpt is None
     assert metrics["states/accepted"] == 0 and metrics["value/mean"] == 1.0
     assert all(math.isfinite(value) for value in metrics.values())

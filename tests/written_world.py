@@ -8,10 +8,9 @@ import functools
 import math
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from support import TINY, mesh_of, whole_rows
+from support import TINY, placement, whole_rows
 
 from fr3e_jax.config import (
     Config,
@@ -20,11 +19,15 @@ from fr3e_jax.config import (
     OptimizerConfig,
     RolloutConfig,
 )
-from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.engine.caches import Caches
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner.layout import bundles_of
-from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.models.decoder import graph_of
+from fr3e_jax.parallel.hosts import Hosts, gather
+from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.rewards.verdict import Verdict
 from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.run.build import Parts
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.types import Problem, Queries, Rollouts, States
@@ -32,6 +35,8 @@ from fr3e_jax.types import Problem, Queries, Rollouts, States
 B, R, K, M, P, S = 3, 4, 2, 4, 4, 12
 J = K + 1
 QUERIES = 9  # of the written world
+ON_MESH = placement(data=3)  # each query of a round lies on a device of its own
+CACHES = object.__new__(Caches)  # that nothing is read from: continuations are written, too
 
 
 # Query q has R base trajectories, of which 0 is right and the others are wrong.
@@ -67,6 +72,11 @@ def where_from(token):
     return tuple(int(token) // 10**place % 10 for place in (5, 4, 3, 2))
 
 
+def prefix_of(q, b, j):
+    """Tokens of a base trajectory that a state keeps."""
+    return [base_id(q, b, t) for t in range(PEAKS[q, b][j - 1] if j else 0)]
+
+
 def own_length(q, b, j, m):
     return 1 + (q + 2 * b + 3 * j + m) % 4
 
@@ -89,41 +99,45 @@ def rollouts_of(token, length, entropy=None):
     )
 
 
-def first_return(params, queries, key, step, count, sampling):
-    """Base trajectories as they are written, and no caches."""
-    token = [[[base_id(q, b, t) for t in range(S)] for b in range(count)] for q in queries.index]
-    entropy = np.full((len(queries.index), count, S), 0.1)
-    for i, q in enumerate(queries.index):
-        for b in range(count):
-            entropy[i, b, PEAKS[q, b]] = 2.0
-    entropy[..., 0] = 9.0  # the most uncertain token of all is the first, which is no position
-    return rollouts_of(token, BASE_LENGTH[queries.index], entropy), None, token_count(token)
+class WrittenEngine(Engine):
+    """Writes what a model would sample, where the engine itself leaves it: on the devices of its mesh."""
 
+    def first_return(self, params, queries, seed_key, step, count, sampling):
+        """Write base trajectories; the caches are empty."""
+        index = gather(queries.index)
+        token = [[[base_id(q, b, t) for t in range(S)] for b in range(count)] for q in index]
+        entropy = np.full((len(index), count, S), 0.1, np.float32)
+        for i, q in enumerate(index):
+            for b in range(count):
+                entropy[i, b, PEAKS[q, b]] = 2.0
+        entropy[..., 0] = 9.0  # the most uncertain token of all is the first, which is no position
+        return self.placed(rollouts_of(token, BASE_LENGTH[index], entropy), CACHES)
 
-def token_count(token):
-    """Rows decoded, had none idled."""
-    return np.size(token)
+    def arrange(self, kept):
+        """Lay trajectories out as the engine does, with as much padding again in each part of the mesh."""
+        parts = row_parts(self.placement.mesh)
+        query, trajectory, real = (x.reshape(parts, -1) for x in super().arrange(kept))
+        doubled = (query, query), (trajectory, 0 * trajectory), (real, np.zeros_like(real))
+        return tuple(np.concatenate(both, axis=1).reshape(-1) for both in doubled)
 
+    def explore(self, params, queries, caches, states, *, rollouts, **others):
+        """Write continuations that say which state they were started from."""
+        queries, states = gather((queries, states))
+        n, j_count = states.valid.shape
+        token = np.zeros((n, j_count * rollouts, S), np.int32)
+        length = np.zeros((n, j_count * rollouts), np.int32)
+        for i, j, m in np.ndindex(n, j_count, rollouts):
+            if states.valid[i, j]:
+                q, b = int(queries.index[states.query[i]]), int(states.base[i])
+                assert states.response[i, : states.prefix_length[i, j]].tolist() == prefix_of(q, b, j)
+                token[i, j * rollouts + m] = [own_id(q, b, j, m, t) for t in range(S)]
+                length[i, j * rollouts + m] = own_length(q, b, j, m)
+        return self.placed(rollouts_of(token, length))
 
-def arrange(kept):
-    """More trajectories than there are, the others invalid."""
-    query, trajectory = np.nonzero(kept)
-    real = np.arange(2 * B * R) < len(query)
-    query, trajectory = np.pad([query, trajectory], [(0, 0), (0, len(real) - len(query))])
-    return query.astype(np.int32), trajectory.astype(np.int32), real
-
-
-def explore(params, queries, caches, states, key, step, rollouts, sampling):
-    """Continuations that say which state they were started from."""
-    n, j_count = states.valid.shape
-    token = np.zeros((n, j_count * rollouts, S), np.int32)
-    length = np.zeros((n, j_count * rollouts), np.int32)
-    for i, j, m in np.ndindex(n, j_count, rollouts):
-        if states.valid[i, j]:
-            q, b = int(queries.index[states.query[i]]), int(states.base[i])
-            token[i, j * rollouts + m] = [own_id(q, b, j, m, t) for t in range(S)]
-            length[i, j * rollouts + m] = own_length(q, b, j, m)
-    return rollouts_of(token, length), token_count(token)
+    def placed(self, rollouts, *caches):
+        """Put rollouts on the mesh, and count the rows decoded, had none idled."""
+        row_steps = self.placement.place(np.int32(rollouts.token.size))
+        return self.placement.place_rows(rollouts), *caches, row_steps
 
 
 def reward_of(response, answer):
@@ -135,7 +149,7 @@ def reward_of(response, answer):
         assert response == [base_id(q, b, t) for t in range(size[q, b])]
         reward = float(b == 0)
     else:
-        expected = [base_id(q, b, t) for t in range(PEAKS[q, b][j - 1] if j else 0)]
+        expected = prefix_of(q, b, j)
         expected += [own_id(q, b, j, m, t) for t in range(own_length(q, b, j, m))]
         assert response == expected
         reward = float(REWARD[q, b, j, m])
@@ -158,45 +172,40 @@ def begin(asked):
 
 
 def written_run(**settings):
-    """A run on the written world; `settings` are sections of the configuration."""
+    """The configuration and the parts of a run on the written world, without a learner.
+
+    Args:
+      settings: sections of the configuration.
+    """
     sections = {
         "rollout": RolloutConfig(queries=B, base_trajectories=R, max_prompt=P, max_response=S),
         "explore": ExploreConfig(positions=K, rollouts=M),
         "optimizer": OptimizerConfig(batch_states=4, minibatches=2, micro_tokens=64),
         **settings,
     }
-    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 2})
-    at_home = SimpleNamespace(place=lambda x: x, place_rows=lambda tree, row_axis=0: tree, mesh=mesh)
 
     def written(rows, stopped=None):
         return [" ".join(map(str, row)) for row in rows]
 
     text = SimpleNamespace(decode=written, answers=written, trimmed=lambda rollouts, states=None: rollouts)
-    hosts = Hosts(mesh_of(), 1)
-    return SimpleNamespace(
-        config=Config(**sections),
-        engine=SimpleNamespace(
-            placement=at_home,
-            arrange=arrange,
-            first_return=first_return,
-            explore=explore,
-        ),
-        placement=at_home,
-        model=TINY,
-        sampling=Sampling(),
-        reference=None,
-        key=jax.random.key,
-        sampling_params=lambda params: params,
+    hosts = Hosts(ON_MESH.mesh, 1)
+    parts = Parts(
+        policy=SimpleNamespace(model=SimpleNamespace(config=TINY), sampling_params=lambda params: params),
+        text=text,
+        engine=WrittenEngine(graph_of(TINY), ON_MESH, S, end_tokens=()),
+        learner=None,
+        corpus=None,
+        stream=SimpleNamespace(take=take),
         verifier=Verifier(text, hosts, SimpleNamespace(begin=begin, timed_out=0)),
         hosts=hosts,
-        stream=SimpleNamespace(take=take, text=text),
-        interruption=SimpleNamespace(check=lambda: None),
+        between=lambda: None,
     )
+    return Config(**sections), parts
 
 
-def sample_round(run, position):
+def sample_round(config, parts, position):
     watch = Stopwatch()
-    return close_round(run, open_round(run, None, 1, position, watch), watch)
+    return close_round(config, parts, open_round(config, parts, {}, 1, position, watch), watch)
 
 
 @functools.cache
@@ -205,7 +214,7 @@ def round_at(position, credit=None, keep="first_of_each"):
     run = written_run(
         credit=credit or CreditConfig(), explore=ExploreConfig(positions=K, rollouts=M, keep=keep)
     )
-    return sample_round(run, position)[0]
+    return sample_round(*run, position)[0]
 
 
 def states_in(q, b):
@@ -233,9 +242,8 @@ def check_rows(bundles):
     found = []
     for token, length, start, logprob, advantage in whole_rows(bundles):
         q, b, j, m = where_from(token[start])
-        cut = PEAKS[q, b][j - 1] if j else 0
         expected = [query_id(q, t) for t in range(QUERY_LENGTH[q])]
-        expected += [base_id(q, b, t) for t in range(cut)]
+        expected += prefix_of(q, b, j)
         assert start == len(expected)
         expected += [own_id(q, b, j, m, t) for t in range(own_length(q, b, j, m))]
         assert token[:length].tolist() == expected and not token[length:].any()
