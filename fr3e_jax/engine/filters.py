@@ -84,7 +84,7 @@ def distance_reaching(
 
 
 def filtered(
-    logits: Float32[Array, "parts n"],
+    logits: Float32[AnyArray, "parts n"],
     top: Float32[AnyArray, ""],
     weigh: Callable[..., Array],
     sampling: Sampling,
@@ -136,7 +136,7 @@ def filtered(
 
 
 def largest_blocks(
-    logits: Float32[Array, "parts n"], top: Float32[AnyArray, ""], width: int, count: int
+    logits: Float32[AnyArray, "parts n"], top: Float32[AnyArray, ""], width: int, count: int
 ) -> tuple[Int32[Array, "parts c"], Float32[Array, "parts c width"], Float32[Array, ""]]:
     """Take the `count` blocks of each part with the largest maxima, in their order; all if there are no more.
 
@@ -171,7 +171,7 @@ def largest_blocks(
     return number, chosen, jnp.max(left)
 
 
-def in_blocks(logits: Float32[Array, "parts n"], width: int) -> Float32[Array, "parts blocks {width}"]:
+def in_blocks(logits: Float32[AnyArray, "parts n"], width: int) -> Float32[Array, "parts blocks {width}"]:
     """Divide logits into blocks, filled up with -inf."""
     padding = ((0, 0), (0, -logits.shape[1] % width))
     padded = jnp.pad(logits, padding, constant_values=-jnp.inf)
@@ -180,7 +180,7 @@ def in_blocks(logits: Float32[Array, "parts n"], width: int) -> Float32[Array, "
 
 
 def block_sums(
-    logits: Float32[Array, "parts n"], weigh: Callable[[Array], Array], width: int
+    logits: Float32[AnyArray, "parts n"], weigh: Callable[[Array], Array], width: int
 ) -> Float32[Array, "parts blocks"]:
     """Add up `weigh(logits)` over blocks of `width` tokens."""
     # Not by `reduce_window`, which XLA's library for CPUs (jaxlib 0.10) sums wrongly where it is fused with
