@@ -140,7 +140,7 @@ def test_any_draw_is_where_the_filtered_cdf_passes_the_uniform_number(logits, sa
         near = dataclasses.replace(sampling, top_p=sampling.top_p + moved)
         assume(sampling.top_p == 1.0 or (reference(logits, near) == probability).all())
     with jax.disable_jit():
-        drawn = jax.vmap(lambda u: draw(logits, u, sampling))(uniform)
+        drawn = jax.vmap(lambda u: draw(jnp.asarray(logits), u, sampling))(uniform)
     check_inverse_cdf(np.asarray(drawn.token), uniform, probability)
     np.testing.assert_allclose(drawn.sampled_logprob, np.log(probability[drawn.token]), atol=1e-5)
 
@@ -155,7 +155,7 @@ def filtered_and_full(logits, sampling, parts):
     these did not do, all.
     """
     searched, top = [], logits.max()
-    below = logits.reshape(parts, -1) - top
+    below = jnp.asarray(logits.reshape(parts, -1) - top)
 
     def weigh(logits, kept=np.inf):
         distance = jnp.abs(logits - top)
@@ -170,7 +170,7 @@ def filtered_and_full(logits, sampling, parts):
         kept_of_all = cutoff(below, sampling)
         weight_of_all = filters.block_sums(below + top, lambda x: weigh(x, kept_of_all), width)
         patch.setattr(filters, "cutoff", cutoff_counted)
-        found = filters.filtered(jnp.asarray(below + top), top, weigh, sampling, width)
+        found = filters.filtered(below + top, top, weigh, sampling, width)
     return found, (kept_of_all, weight_of_all), searched
 
 

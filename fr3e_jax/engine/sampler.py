@@ -57,8 +57,8 @@ def draw_uniform(key: Key[AnyArray, ""], position: Int[AnyArray, ""] | int) -> F
 
 
 def draw(
-    logits: Float32[AnyArray, " V"],
-    uniform: Float[AnyArray, ""],
+    logits: Float32[Array, " V"],
+    uniform: Float[Array, ""],
     sampling: Sampling,
     parts: int = 1,
     shard: Shard = unsharded,
