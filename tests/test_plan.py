@@ -494,7 +494,10 @@ def test_models_are_planned_without_a_download(tmp_path):
         ([], "--topology says for which slice"),
         (["--topology", "v5e-17"], "there is no slice 'v5e-17'; v5e comes as v5e-1, v5e-4"),
         (["--topology", "v5e-4", "--fast"], "--fast"),
-        (["--topology", "v5e-4", "--assume.response", "2"], "assume.response is 2.0; it is a share"),
+        (
+            ["--topology", "v5e-4", "--assume.response", "2"],
+            "assume.response is 2.0, must be above 0 and at most 1 (it is a share)",
+        ),
         (["--topology", "v5e-4", "--model.path", "Org/Unknown"], "known are"),
     ],
     ids=["none", "topology", "flag", "share", "model"],
