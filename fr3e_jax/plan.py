@@ -99,9 +99,11 @@ def questions(options: PlanConfig, name: str) -> Iterator[Question]:
     """The plans that are asked for: of one configuration, or with `--all` of all shipped ones.
 
     Raises:
-      ConfigError: there is no slice, or an option is out of range.
+      ConfigError: there is no slice, an option is out of range, or options exclude each other.
     """
     check_options(options)
+    if options.quick and options.peak:
+        raise ConfigError("--quick compiles nothing, and --peak compiles some programs; choose one of them")
     if options.all:
         for shipped, topology in PLANS.items():
             config, _ = parse(Config, "plan", f"configs/slices/{shipped}.yaml", [], lambda _: None)

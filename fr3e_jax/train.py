@@ -151,7 +151,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
         )
         if implied := changes(as_written(given), as_written(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
-        for line in (*lock.messages, *anew, *without_effect(given), *corpus.told, *resumed.messages):
+        for line in (*lock.messages, *anew, *without_effect(given), *corpus.messages, *resumed.messages):
             reporter.say(line)
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")

@@ -260,7 +260,7 @@ def test_where_a_file_went_is_said(capsys):
     ("argv", "name", "said"),
     [
         ([], "quickstart", f"{DEFAULT} applies, since neither --config nor another model is given"),
-        (["--steps=3"], "quickstart", f"{DEFAULT} applies, since neither --config nor another model is given"),
+        (["--steps=3"], "quickstart", f"{DEFAULT} applies, since neither --config nor another model is"),
         (["--model.path=quickstart"], "quickstart", "configs/quickstart.yaml applies"),
         (["--model.path", "Org/Name"], "run", "no file applies, since configs/quickstart.yaml is not for "
          "--model.path Org/Name: the defaults and the flags do. configs/own_task.yaml is a beginning"),

@@ -20,7 +20,7 @@ from fr3e_jax.config.values import nearest, unknown_option
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 from fr3e_jax.parallel.mesh import PlacementError
 
-BENCHES: dict[str, Callable[..., list[dict[str, Any]]]] = {
+BENCHMARK_FUNCTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "load": measure_loading,
     "rollout": rollout,
     "score": measure_scoring,
@@ -28,8 +28,8 @@ BENCHES: dict[str, Callable[..., list[dict[str, Any]]]] = {
 }
 
 
-def with_checked_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that refuses arguments which are not of the types of its parameters."""
+def checking_types(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that it refuses arguments that are not of the types of its parameters."""
     kinds = get_type_hints(function, include_extras=True)
 
     @functools.wraps(function)
@@ -42,21 +42,21 @@ def with_checked_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_unknown_benchmark(arguments: Sequence[str]) -> None:
-    """Refuse a benchmark, or an option of one, that is not there.
+    """Refuse a benchmark, or an option of one, that does not exist.
 
     Raises:
-      ConfigError: with the nearest name.
+      ConfigError: it names the nearest one.
     """
     if not arguments:
-        raise ConfigError(f"name a benchmark: {', '.join(BENCHES)}")
+        raise ConfigError(f"name a benchmark: {', '.join(BENCHMARK_FUNCTIONS)}")
     if arguments[0].startswith("-"):
         return
     name, *options = arguments
-    if name not in BENCHES:
-        near = nearest(name, BENCHES)
-        meant = f"did you mean {near}?" if near else f"choose one of {', '.join(BENCHES)}"
+    if name not in BENCHMARK_FUNCTIONS:
+        near = nearest(name, BENCHMARK_FUNCTIONS)
+        meant = f"did you mean {near}?" if near else f"choose one of {', '.join(BENCHMARK_FUNCTIONS)}"
         raise ConfigError(f"there is no benchmark {name}; {meant}")
-    known = [*inspect.signature(BENCHES[name]).parameters, "help"]
+    known = [*inspect.signature(BENCHMARK_FUNCTIONS[name]).parameters, "help"]
     for option in options:
         given = option.removeprefix("--").partition("=")[0]
         if option.startswith("--") and given not in known:
@@ -64,19 +64,23 @@ def refuse_unknown_benchmark(arguments: Sequence[str]) -> None:
 
 
 def run_benchmark(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Make the measurements that are asked for.
+    """Run the benchmark that the arguments name.
 
     Returns:
       What is printed as JSON, an object a line.
 
     Raises:
-      ConfigError: a benchmark or an option is not there, or does not take its value.
+      ConfigError: a benchmark or an option does not exist, or does not take its value.
     """
     refuse_unknown_benchmark(arguments)
-    kinds = get_type_hints(BENCHES[arguments[0]]) if arguments and arguments[0] in BENCHES else {}
+    kinds = (
+        get_type_hints(BENCHMARK_FUNCTIONS[arguments[0]])
+        if arguments and arguments[0] in BENCHMARK_FUNCTIONS
+        else {}
+    )
     try:
         return jsonargparse.auto_cli(  # type: ignore[no-any-return]
-            {name: with_checked_arguments(function) for name, function in BENCHES.items()},
+            {name: checking_types(function) for name, function in BENCHMARK_FUNCTIONS.items()},
             args=[f"{argument}=true" if argument == "--json" else argument for argument in arguments],
             as_positional=False,
             allow_abbrev=False,
