@@ -58,6 +58,7 @@ TINY = Qwen2Config(
 
 # A run of the quickstart on few questions and steps, which takes seconds once it is compiled.
 SMALL = [
+    "--config=configs/quickstart.yaml",  # with other models and problems too
     "--steps=4",
     "--rollout.queries=8",
     "--explore.positions=2",

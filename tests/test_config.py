@@ -259,13 +259,12 @@ def test_where_a_file_went_is_said(capsys):
 @pytest.mark.parametrize(
     ("argv", "name", "said"),
     [
-        ([], "quickstart", "configs/quickstart.yaml applies, since no --config is given"),
-        (["--steps=3"], "quickstart", "configs/quickstart.yaml applies, since no --config is given"),
+        ([], "quickstart", f"{DEFAULT} applies, since neither --config nor another model is given"),
+        (["--steps=3"], "quickstart", f"{DEFAULT} applies, since neither --config nor another model is"),
         (["--model.path=quickstart"], "quickstart", "configs/quickstart.yaml applies"),
         (["--model.path", "Org/Name"], "run", "no file applies, since configs/quickstart.yaml is not for "
          "--model.path Org/Name: the defaults and the flags do. configs/own_task.yaml is a beginning"),
-        (["--data.source=mine.py"], "run", "no file applies, since configs/quickstart.yaml is not for "
-         "--data.source mine.py: "),
+        (["--data.source=mine.py"], "quickstart", "configs/quickstart.yaml applies, since neither"),
         (["--config=configs/smollm2_135m.yaml"], "smollm2_135m", "configs/smollm2_135m.yaml applies\n"),
         (["--config=configs/smollm2_135m.yaml", "--model.path=there"], "smollm2_135m",
          "configs/smollm2_135m.yaml applies, and the flags over it\n"),
@@ -279,10 +278,19 @@ def test_the_quickstarts_file_is_for_the_quickstart_and_what_applies_is_said(cap
     assert config.rollout.max_response == {"quickstart": quick, "run": 3072, "smollm2_135m": 48}[name]
 
 
+def test_a_new_model_for_a_task_of_ones_own_is_not_made_as_the_quickstarts_is(capsys):
+    default = "configs/quickstart_sft.yaml"
+    for flag in ("--data.source=mine.py", "--init_path=there"):
+        config, name = parse(SFTConfig, "sft", default, [flag])
+        assert (config.out, config.steps, name) == ("runs/sft", 300, "run")
+        said = f"fr3e_jax.sft: no file applies, since {default} is not for {flag.replace('=', ' ')}: "
+        assert capsys.readouterr().out.startswith(said)
+
+
 def test_help_shows_the_defaults_that_apply(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "10000")
     for argv, steps, said in (
-        ([], 16, "configs/quickstart.yaml applies, since no --config is given."),
+        ([], 16, "configs/quickstart.yaml applies, since neither --config nor another model is given."),
         (["--config=configs/smollm2_135m.yaml"], 12, "configs/smollm2_135m.yaml applies."),
         (
             ["--model.path=x"],

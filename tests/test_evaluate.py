@@ -319,7 +319,7 @@ def test_other_problems_than_an_evaluation_began_with_are_refused(done, suite, t
         ({"suite": "aime"}, "aime24"),
         ({"suite": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"step": 3}, "no --step 3"),
-        ({"samples": 5000}, "at most 4096"),
+        ({"samples": 5000}, "at most 4,096"),
         ({"rows": 3}, "rows is 3"),
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"max_response": 10_000}, "of 256 tokens for the question"),

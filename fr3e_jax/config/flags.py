@@ -10,8 +10,10 @@ from fr3e_jax.config.files import merged_options, parse_value
 from fr3e_jax.config.values import ConfigError, kinds_of, unknown_option
 
 Flags = list[str]
-CHOSEN = ("model.path", "data.source", "init_path")
-"""Options that choose a model or a task; the shipped configuration is for those that are shipped."""
+CHOSEN = ("model.path", "init_path")
+"""Options that choose a model: the shipped configuration is for the shipped one, whatever it is asked."""
+CHOSEN_FOR_NEW = ("data.source",)
+"""Options that choose a model too, where the command makes a new one for them."""
 BRACKETS = ("[", "{")
 
 
@@ -89,13 +91,13 @@ def files_that_apply(
     if files:
         over = any(flag not in ("--help", "-h") for flag in flags)
         return files, f"{', then '.join(files)} applies" + (", and the flags over it" if over else "")
-    others = []
-    for name in CHOSEN:
-        value = value_of(flags, name) if name in kinds_of(config_class) else None
+    others, kinds = [], kinds_of(config_class)
+    for name in CHOSEN if "model.path" in kinds else (*CHOSEN, *CHOSEN_FOR_NEW):
+        value = value_of(flags, name) if name in kinds else None
         if value is not None and value != default_of(config_class, name):
             others.append(f"--{name} {value}")
     if not others:
-        return [default], f"{default} applies, since no --config is given"
+        return [default], f"{default} applies, since neither --config nor another model is given"
     why = f"no file applies, since {default} is not for {', '.join(others)}: the defaults and the flags do"
     return [], why + (f". {own_file} is a beginning for a file of your own" if own_file else "")
 

@@ -113,7 +113,7 @@ PositiveNumber = Annotated[float, Bounds(above=0)]
 NonNegativeNumber = Annotated[float, Bounds(least=0)]
 UnitInterval = Annotated[float, Bounds(least=0, most=1)]
 """A share of something, nothing and all included."""
-Share = Annotated[float, Bounds(above=0, most=1)]
+Share = Annotated[float, Bounds(above=0, most=1, why="it is a share")]
 """A share of something that is not nothing."""
 Decay = Annotated[float, Bounds(least=0, below=1)]
 """A decay rate of a moving average."""
