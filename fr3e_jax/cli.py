@@ -10,9 +10,17 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import jsonargparse
 
+from fr3e_jax.config.checks import check_mapping, check_options, described
 from fr3e_jax.config.files import Written, merged_options, read_files
-from fr3e_jax.config.flags import flat, others_chosen, refuse_unknown, spell_out, split_files, split_sources
-from fr3e_jax.config.values import check_mapping, check_options, described, kinds_of, shown_value, tables_of
+from fr3e_jax.config.flags import (
+    files_that_apply,
+    flat,
+    refuse_unknown,
+    spell_out,
+    split_files,
+    split_sources,
+)
+from fr3e_jax.config.values import kinds_of, shown_value, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
 ConfigT = TypeVar("ConfigT")
@@ -113,25 +121,17 @@ def parse(
         files, flags = split_files(given) if default is not None else ([], given)
         flags = spell_out(config_class, flags)
         refuse_unknown(config_class, flags)
-        others = others_chosen(config_class, flags)
-        if default is not None and not files and not others:
-            files, applied = [default], f"{default} applies, since no --config is given"
-        elif files:
-            applied = f"{', then '.join(files)} applies" + (", and the flags over it" if flags else "")
-        else:
-            applied = (
-                f"no file applies, since {default} is not for {', '.join(others)}: the defaults and the "
-            )
-            applied += "flags do"
-            if command != "sft":
-                applied += f". {OWN_FILE} is a beginning for a file of your own"
+        applied = ""
+        if default is not None:
+            own_file = "" if command == "sft" else OWN_FILE
+            files, applied = files_that_apply(config_class, default, own_file, files, flags)
         written = read_files(files, config_class)
         READ[:] = [written]
         flags, sources = split_sources(config_class, flags, written.options)
         check_mapping(config_class, sources)
         parser = make_parser(config_class, command, files=default is not None)
         if default is not None:
-            what = f"{parser.description} What applies here: {applied}. Defaults are shown as they apply."
+            what = f"{parser.description} Of the defaults below: {applied}."
             parser.description = what.replace("%", "%%")
         parser.set_defaults(flat(config_class, merged_options(written.options, sources)))
         values = parser.instantiate(parser.parse_args(flags))
@@ -177,7 +177,7 @@ def warn(command: str, message: str) -> None:
 
 
 @contextlib.contextmanager
-def one_line(
+def ending_in_one_line(
     command: str,
     mistakes: tuple[type[Exception], ...],
     failures: tuple[type[Exception], ...] = (),

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fr3e_jax.cli import one_line, parse, warn
+from fr3e_jax.cli import ending_in_one_line, parse, warn
 from fr3e_jax.config import ConfigError
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.evaluation.ask import ask_all, asks_of, how_asked, problems_of, resolved_settings
@@ -162,7 +162,7 @@ def main() -> None:
     interrupted = f"interrupted; the same command with --out {config.out or 'DIR'} goes on"
     mistakes = (ConfigError, CheckpointError, PlacementError)
     failures = (HostError, NotFiniteError, ScorerError, StorageError)
-    with leaving_at_once("evaluate"), one_line("evaluate", mistakes, failures, interrupted):
+    with leaving_at_once("evaluate"), ending_in_one_line("evaluate", mistakes, failures, interrupted):
         initialize(config.distributed)
         keep_compiled(config.compilation_cache, None)
         with exiting_at_sigterm():

@@ -12,7 +12,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fr3e_jax.cli import one_line, parse, warn
+from fr3e_jax.cli import ending_in_one_line, parse, warn
 from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig, check_options
 from fr3e_jax.config.values import Name, NonNegativeInt, PositiveNumber
 from fr3e_jax.models.decoder import Params
@@ -104,7 +104,9 @@ def main() -> None:
     config, _ = parse(ExportConfig, "export", None)
     mistakes = (ConfigError, PlacementError, CheckpointError)
     # An OSError is one of the disk, which may be full.
-    with one_line("export", mistakes, (OSError, StorageError), "interrupted; --out was not written"):
+    with ending_in_one_line(
+        "export", mistakes, (OSError, StorageError), "interrupted; --out was not written"
+    ):
         export(config)
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from fr3e_jax.cli import one_line, parse
+from fr3e_jax.cli import ending_in_one_line, parse
 from fr3e_jax.config import ConfigError, check_options
 from fr3e_jax.config.values import Name, NonNegativeInt, NonNegativeNumber, Samples, Seed, Size, TopK, TopP
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
@@ -219,7 +219,7 @@ def say(message: str) -> None:
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(GenerateConfig, "generate", None)
-    with one_line("generate", (ConfigError, CheckpointError), (NotFiniteError,)):
+    with ending_in_one_line("generate", (ConfigError, CheckpointError), (NotFiniteError,)):
         try:
             generate(config)
         except BrokenPipeError:  # the reader had enough

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 from rich.console import Console
 
-from fr3e_jax.cli import fail, one_line, parse
+from fr3e_jax.cli import ending_in_one_line, fail, parse
 from fr3e_jax.config import Config, ConfigError, check_options
 from fr3e_jax.config.values import Name, NonNegativeNumber
 from fr3e_jax.models.decoder import DecoderConfig
@@ -140,7 +140,7 @@ def main() -> None:
     applied: list[str] = []
     options, name = parse(PlanConfig, "plan", "configs/quickstart.yaml", None, applied.append)
     all_fit, console = True, Console(stderr=True)
-    with one_line("plan", (ConfigError, PlacementError, CheckpointError)):
+    with ending_in_one_line("plan", (ConfigError, PlacementError, CheckpointError)):
         try:
             for number, asked in enumerate(questions(options, name)):
                 plan = quick_plan(asked) if options.quick else compiled_plan(asked, console, options.peak)

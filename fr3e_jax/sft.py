@@ -1,7 +1,8 @@
 """Supervised warm-up: `python -m fr3e_jax.sft --config configs/quickstart_sft.yaml`.
 
-Teaches a model the task's worked solutions and writes it as a Hugging Face directory, from which
-reinforcement starts. Loss on the solution and its end token, not on the question.
+Teaches a model worked solutions and writes it as a Hugging Face directory, from which reinforcement starts.
+Loss on the solution and its end token, not on the question. Without a model to begin from it makes a small
+one, with a tokenizer for the characters of the problems.
 """
 
 import functools
@@ -20,7 +21,7 @@ from jax import Array
 from rich.progress import Progress
 
 from fr3e_jax.algorithm.loss import masked_sum
-from fr3e_jax.cli import one_line, parse
+from fr3e_jax.cli import ending_in_one_line, parse
 from fr3e_jax.config import ConfigError, OptimizerConfig, SFTConfig, check_options
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.learner.forward import Forward, Prefilled, row_statistics, trained
@@ -33,9 +34,8 @@ from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.export import check_out, export_model
 from fr3e_jax.pretrained.model import PlacedModel, open_model
 from fr3e_jax.pretrained.text import Text, load_text
-from fr3e_jax.pretrained.tokenizer import character_tokenizer
-from fr3e_jax.problems.additions import CarryAddition
-from fr3e_jax.problems.corpus import worked_task
+from fr3e_jax.pretrained.tokenizer import new_tokenizer
+from fr3e_jax.problems.worked import WorkedProblems, worked_problems
 from fr3e_jax.types import Batch
 
 
@@ -68,9 +68,13 @@ def check_sft(config: SFTConfig, row_parts: int) -> None:
         )
 
 
-def write_new_model(config: SFTConfig, task: CarryAddition, directory: Path) -> None:
-    """Write config.json and tokenizer of a new model with one token per character of the task."""
-    tokenizer = character_tokenizer(task.alphabet)
+def write_new_model(config: SFTConfig, problems: WorkedProblems, directory: Path) -> None:
+    """Write config.json and tokenizer of a new model that can say the problems.
+
+    Raises:
+      ConfigError: as `WorkedProblems.alphabet`.
+    """
+    tokenizer = new_tokenizer(problems.alphabet(config.data.template))
     model = small(
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -85,23 +89,30 @@ def write_new_model(config: SFTConfig, task: CarryAddition, directory: Path) -> 
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def make_batch(config: SFTConfig, task: CarryAddition, text: Text, step: int, width: int) -> Batch:
+def make_batch(config: SFTConfig, problems: WorkedProblems, text: Text, step: int, width: int) -> Batch:
     """Questions with worked solutions, host arrays; a function of (seed, step).
 
     Raises:
-      ConfigError: a solution does not fit into the model's context.
+      ConfigError: a solution does not fit into the model's context, or the tokenizer cannot say it.
     """
     rng = np.random.default_rng((config.seed, step))
     token = np.zeros((config.batch, width), np.int32)
     start, length = np.zeros((2, config.batch), np.int32)
-    for row, index in enumerate(rng.integers(len(task), size=config.batch)):
-        problem = task[int(index)]
-        query = text.query(problem.question)
-        solution = text.tokenizer.encode(task.solution(problem, rng), add_special_tokens=False)
-        ids = [*query, *solution, text.end_tokens[0]]
+    drawn = problems.draw(rng, config.batch)
+    if lost := text.lost(part for problem, solution in drawn for part in (problem.question, solution)):
+        i = min(lost)
+        problem = drawn[i // 2][0]
+        raise ConfigError(
+            f"{problem.place or problem.source}: the model's tokenizer cannot say {lost[i][:40]!r} of the "
+            f"{'solution' if i % 2 else 'question'} ({problem.question[:40]!r}); start from another model "
+            "(init_path), or make a new one"
+        )
+    for row, (problem, solution) in enumerate(drawn):
+        query = text.query(problem.question, problem.before)
+        ids = [*query, *text.encoded(solution), text.end_tokens[0]]
         if len(ids) > width:
             raise ConfigError(
-                f"a question with its solution has {len(ids)} tokens, more than "
+                f"{problem.question[:40]!r} with its solution has {len(ids)} tokens, more than "
                 f"max_position_embeddings {width}; raise it"
             )
         token[row, : len(ids)] = ids
@@ -109,7 +120,15 @@ def make_batch(config: SFTConfig, task: CarryAddition, text: Text, step: int, wi
     longest = next_multiple(int(length.max()), 16)
     nothing = np.zeros((config.batch, longest), np.float32)
     none = np.zeros((config.batch,), np.int32)
-    return Batch(token[:, :longest], length, start, nothing, nothing[:, 0], none, none)
+    return Batch(
+        token=token[:, :longest],
+        length=length,
+        start=start,
+        old_logprob=nothing,
+        advantage=nothing[:, 0],
+        trunk=none,
+        prefix=none,
+    )
 
 
 def make_step(
@@ -147,12 +166,12 @@ def run(config: SFTConfig) -> Path:
     check_out(out)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_sft(config, row_parts(mesh))
-    task = worked_task(config.data, config.dropped_carry)
+    problems = worked_problems(config.data, config.seed, config.dropped_carry)
     with tempfile.TemporaryDirectory() as scratch:
         if config.init_path is None:
-            write_new_model(config, task, Path(scratch))
+            write_new_model(config, problems, Path(scratch))
         model = open_model(config.init_path or scratch).place(mesh)
-        params = warm_up(config, task, model)
+        params = warm_up(config, problems, model)
         export_model(model.source, out, params)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(
@@ -161,8 +180,8 @@ def run(config: SFTConfig) -> Path:
     return out
 
 
-def warm_up(config: SFTConfig, task: CarryAddition, model: PlacedModel) -> Params:
-    """Train the model (of which only the shape exists, without `init_path`) on the task's solutions."""
+def warm_up(config: SFTConfig, problems: WorkedProblems, model: PlacedModel) -> Params:
+    """Train the model (of which only the shape exists, without `init_path`) on the problems' solutions."""
     text = load_text(model.source, config.data.template)
     placement = model.training
     if config.init_path is None:
@@ -180,7 +199,7 @@ def warm_up(config: SFTConfig, task: CarryAddition, model: PlacedModel) -> Param
     with Progress(transient=True) as progress:
         bar = progress.add_task("warm-up", total=config.steps)
         for i in range(config.steps):
-            batch = placement.place_rows(make_batch(config, task, text, i, width))
+            batch = placement.place_rows(make_batch(config, problems, text, i, width))
             state, loss = step(state, batch)
             progress.advance(bar)
             if i % 50 == 0 or i == config.steps - 1:
@@ -193,7 +212,7 @@ def warm_up(config: SFTConfig, task: CarryAddition, model: PlacedModel) -> Param
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(SFTConfig, "sft", "configs/quickstart_sft.yaml")
-    with one_line("sft", (ConfigError, PlacementError, CheckpointError), (NotFiniteError,)):
+    with ending_in_one_line("sft", (ConfigError, PlacementError, CheckpointError), (NotFiniteError,)):
         run(config)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from fr3e_jax.algorithm.rules import RuleError
-from fr3e_jax.cli import one_line, parse
+from fr3e_jax.cli import ending_in_one_line, parse
 from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
@@ -116,7 +116,12 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             print(line, flush=True)
         return summary
     anew = begun_anew(config)
-    parts = build(config, hosts, stack.enter_context(Interruption(hosts)).check)
+    parts = build(
+        config,
+        hosts,
+        stack.enter_context(Interruption(hosts)).check,
+        lambda *decoded: reporter.within_step.rows(*decoded),
+    )
     corpus, policy = parts.corpus, parts.policy
     state, reference = policy.fresh_state(parts.learner), None
     if config.loss.kl_coefficient > 0:
@@ -146,7 +151,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
         )
         if implied := changes(as_written(given), as_written(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
-        for line in (*lock.messages, *anew, *without_effect(given), *corpus.told, *resumed.messages):
+        for line in (*lock.messages, *anew, *without_effect(given), *corpus.messages, *resumed.messages):
             reporter.say(line)
         if progress.step:
             reporter.say(f"resumed from the checkpoint of step {progress.step}")
@@ -169,7 +174,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                     lock.check()
                     with waiting(f"step {progress.step + 1}"):
                         state, carried, progress, metrics, sample = train_step(
-                            config, parts, reference, state, carried, progress
+                            config, parts, reference, state, carried, progress, reporter.within_step
                         )
                     told = {"metrics": metrics, "sample": sample}
                     progress = dataclasses.replace(progress, unreported=told)
@@ -274,7 +279,7 @@ def main() -> None:
     interrupted = "interrupted; with --run_dir DIR this run goes on from its last checkpoint"
     failures = (SamplingError, NotFiniteError, ScorerError, SkippedError, HostError, StorageError)
     mistakes = (ConfigError, RuleError, PlacementError, CheckpointError)
-    with leaving_at_once("train"), one_line("train", mistakes, failures, interrupted):
+    with leaving_at_once("train"), ending_in_one_line("train", mistakes, failures, interrupted):
         initialize(config.distributed)
         keep_compiled(config.compilation_cache, config.run_dir)
         train(config, name)

@@ -43,7 +43,7 @@ Shard = Callable[..., Array]
 """`shard(x, *logical_axes) -> x` with a sharding constraint; the caller owns the mesh and the table."""
 
 
-def unsharded(x: Array, *_: str | None) -> Array:
+def unsharded(x: Any, *_: str | None) -> Any:
     """Return x as it is: the `Shard` of a program without a mesh."""
     return x
 

@@ -166,7 +166,7 @@ def test_a_run_tells_what_is_bad_and_makes_no_benchmark_smaller(tmp_path):
     data = DataConfig(train, held_out=20, held_out_source=suite, bad_rows="drop")
     corpus = make_corpus(data, 0, text, 40)
     assert len(corpus.held_out) == 20 and any(p.answer == "Answer: 7" for p in corpus.held_out)
-    told = "\n".join(corpus.told)
+    told = "\n".join(corpus.messages)
     assert "suite.jsonl: 1 of 20 answers can never be right" in told and "they stay in" in told
     assert "train.jsonl: 1 rows hold no problem and are left out" in told
     assert "train.jsonl: 1 of 51 answers can never be right" in told and "they are left out" in told

@@ -4,12 +4,15 @@ import importlib
 import tomllib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from environment import REPOSITORY
 from support import call, run
 
 from fr3e_jax import __main__ as front
 from fr3e_jax import sft
+from fr3e_jax.cli import out_of_memory
 
 COMMANDS = ("train", "sft", "evaluate", "generate", "export", "plan")
 
@@ -112,7 +115,7 @@ def test_the_installed_script_is_the_same():
         ("evaluate", "evaluate", ("--model=quickstart",), "rows"),
         ("generate", "generate", ("--model=quickstart", "--prompt=1"), "max_new_tokens"),
         ("export", "export", ("--run=a", "--out=b"), "max_file_gb"),
-        ("bench.__main__", "run", ("score",), "repeats"),
+        ("bench.__main__", "run_benchmark", ("score",), "repeats"),
     ],
 )
 def test_a_memory_that_does_not_suffice_is_one_line_with_what_to_lower(
@@ -128,6 +131,13 @@ def test_a_memory_that_does_not_suffice_is_one_line_with_what_to_lower(
     name = command.partition(".")[0]
     assert ended.stderr.startswith(f"fr3e_jax.{name}: error: the memory does not suffice (")
     assert lower in ended.stderr.partition("; lower ")[2]
+
+
+@pytest.mark.parametrize("allocate", [lambda: jnp.zeros(2**46, jnp.int8), lambda: np.empty(2**50, np.int8)])
+def test_what_jax_and_numpy_say_of_a_memory_that_does_not_suffice_is_understood(allocate):
+    with pytest.raises((RuntimeError, MemoryError)) as shortage:
+        jax.block_until_ready(allocate())
+    assert "llocat" in out_of_memory(shortage.value)
 
 
 def test_another_failure_of_the_devices_keeps_its_traceback(monkeypatch):

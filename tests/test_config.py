@@ -281,12 +281,20 @@ def test_the_quickstarts_file_is_for_the_quickstart_and_what_applies_is_said(cap
 
 def test_help_shows_the_defaults_that_apply(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "10000")
-    for argv, steps in (([], 16), (["--config=configs/smollm2_135m.yaml"], 12), (["--model.path=x"], 100)):
+    for argv, steps, said in (
+        ([], 16, "configs/quickstart.yaml applies, since no --config is given."),
+        (["--config=configs/smollm2_135m.yaml"], 12, "configs/smollm2_135m.yaml applies."),
+        (
+            ["--model.path=x"],
+            100,
+            "no file applies, since configs/quickstart.yaml is not for --model.path x: ",
+        ),
+    ):
         with pytest.raises(SystemExit, match=r"^0$"):
             parsed(*argv, "--help")
         shown = capsys.readouterr().out
         assert f"Training steps. (type: int, at least 1, default: {steps})" in shown
-        assert "What applies here: " in shown
+        assert f"Of the defaults below: {said}" in shown
 
 
 # --- settings of one source as flags
@@ -334,6 +342,13 @@ def test_flags_add_to_the_one_source_of_a_file(tmp_path, capsys):
         (
             ["--data.source=[{nmae: a}]"],
             "there is no option data.source[0].nmae; did you mean data.source[0].name?",
+        ),
+        (["--data.source=[a, b]"], "data.source[0] is 'a', must be a mapping"),
+        (["--data.source=[a]", "--data.source.prompt=q"], "data.source[0] is 'a', must be a mapping"),
+        (["--data.source=[{name: a"], "'[{name: a' is no YAML"),
+        (
+            ["--data.source=a.csv", "--data.source.prompt=q", "--data.source.prompt.x=3"],
+            "data.source[0].prompt is {'x': '3'}, must be text or null",
         ),
         (
             ["--data.source=a.csv", "--data.source.answer_is=box"],

@@ -19,7 +19,6 @@ from fr3e_jax.problems.corpus import (
     make_corpus,
     names_of,
     sources_of,
-    worked_task,
 )
 from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.types import Problem
@@ -59,7 +58,7 @@ def test_every_source_gives_its_share_of_the_held_out_problems_and_none_is_train
     trained = [{task[i].question for i in range(len(task))} for task in found.tasks]
     assert len(trained[0]) + len(trained[1]) < 60 - 9  # some are in both files
     assert not held_out & (trained[0] | trained[1])
-    assert "of 9 held-out problems none shares" in found.told[-1]
+    assert "of 9 held-out problems none shares" in found.messages[-1]
 
 
 def test_a_held_out_source_leaves_all_of_the_others_to_training(text, files):
@@ -68,8 +67,8 @@ def test_a_held_out_source_leaves_all_of_the_others_to_training(text, files):
     assert [p.question for p in found.held_out] == [
         p.question for p in judging_problems(SourceConfig(files[1]), 0, 7)[0]
     ]
-    assert found.told[0] == f"{files[0]}: 6 problems that are held out are left out of training"
-    assert "of 7 held-out problems none shares" in found.told[1]
+    assert found.messages[0] == f"{files[0]}: 6 problems that are held out are left out of training"
+    assert "of 7 held-out problems none shares" in found.messages[1]
 
 
 def test_a_query_may_fill_its_width_and_no_more(text):
@@ -88,7 +87,7 @@ def test_queries_that_are_too_long_are_refused_with_their_number_or_dropped_and_
     found = corpus(text, files[1], max_prompt=12, held_out=1, held_out_source=files[0], too_long="drop")
     assert len(found.tasks[0]) == 14  # and one is held out
     assert all(len(found.tasks[0][i].question) <= 12 for i in range(14))
-    assert f"{files[1]}: 5 problems of more than 12 tokens are left out of training" in found.told
+    assert f"{files[1]}: 5 problems of more than 12 tokens are left out of training" in found.messages
     with pytest.raises(ConfigError, match="20 of 20 queries"):
         fitting([Problem(f"{i}+1000=", "1", "math") for i in range(20)], text, 3, "drop", "long")
 
@@ -158,12 +157,6 @@ def test_a_source_on_the_command_line_is_a_name():
     assert config.data.source == "fr3e_paper"
 
 
-def test_only_carry_addition_has_worked_solutions():
-    assert worked_task(DataConfig(), 0.5).dropped_carry == 0.5
-    with pytest.raises(ConfigError, match="word_addition has no worked solutions; use"):
-        worked_task(DataConfig("word_addition"), 0.5)
-
-
 def test_a_run_knows_its_problems_again_by_their_checksum(bytes_text, files, tmp_path):
     """A run that goes on counts in the same problems, or is told."""
     settings = {"held_out": 4, "held_out_source": "word_addition"}
@@ -197,7 +190,7 @@ def write_sums(path, count):
 def test_a_tenth_of_a_file_is_held_out_by_default_and_at_most_256(text, tmp_path, rows, kept):
     found = corpus(text, write_sums(tmp_path / "sums.csv", rows))
     assert (len(found.held_out), len(found.tasks[0])) == (kept, rows - kept)
-    assert not any("are held out, and" in line for line in found.told)
+    assert not any("are held out, and" in line for line in found.messages)
 
 
 def test_many_that_are_held_out_by_hand_are_told(text, tmp_path):
@@ -208,8 +201,8 @@ def test_many_that_are_held_out_by_hand_are_told(text, tmp_path):
         "would be a tenth"
     )
     found = corpus(text, name, held_out=256)
-    assert len(found.held_out) == 256 and line in found.told
-    assert not any("are held out, and" in told for told in corpus(text, name, held_out=75).told)
+    assert len(found.held_out) == 256 and line in found.messages
+    assert not any("are held out, and" in told for told in corpus(text, name, held_out=75).messages)
 
 
 def test_the_default_takes_what_a_made_source_has_and_256_where_there_are_more(text, tmp_path):

@@ -237,6 +237,7 @@ def refused_other_seed(opening, copy):
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_bit_for_bit(copy, whole_run):
     spoil_array(copy)
+    damage.remove(copy / "summary.json")  # a complete run is not opened
     (copy / "checkpoints" / "99").mkdir()
     lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     damage.write(copy / "metrics.jsonl", b"".join(lines[:3]) + lines[3][:40])
@@ -284,6 +285,7 @@ def test_a_dozen_damages_are_one_line_of_a_command_or_none(whole_run, tmp_path):
         for command in (["train", *SMALL, "--run_dir"], ["export", "--out", tmp_path / "out", "--run"]):
             copy = damage.linked_copy(whole_run[0], tmp_path / "run")
             spoil(copy)
+            damage.remove(copy / "summary.json")  # a complete run is not opened
             for step in ("2", "2.orbax-checkpoint-tmp"):  # so that nothing is left to train
                 shutil.rmtree(copy / "checkpoints" / step, ignore_errors=True)
             shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -194,6 +194,13 @@ def test_the_same_model_twice_is_not_better_and_the_comparison_is_paired(done, s
     assert (row["difference"], row["p"], row["better"]) == (0.0, 1.0, "undecided")
 
 
+def test_settings_are_written_and_shown_with_the_letters_of_all_scripts(tmp_path):
+    open_directory(tmp_path, {"template": "问题 {question}", "seed": 0}, answered=False)
+    assert "template: 问题 {question}" in (tmp_path / SETTINGS).read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"template: 问题 \{question\} -> boxed;"):
+        open_directory(tmp_path, {"template": "boxed", "seed": 0}, answered=True)
+
+
 def test_a_comparison_of_what_is_asked_differently_is_refused_before_anything_is_asked(done, suite, tmp_path):
     """And leaves no directory, which would then hold other settings."""
     out = tmp_path / "other"

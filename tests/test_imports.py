@@ -13,6 +13,7 @@ PACKAGE = REPOSITORY / "fr3e_jax"
 # A folder stands above what it imports, and there is no circle.
 ALLOWED = {
     "types": set(),
+    "examples": set(),
     "progress": set(),
     "models": set(),
     "algorithm": set("types".split()),

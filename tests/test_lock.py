@@ -80,13 +80,13 @@ def test_a_lock_is_given_back_at_the_end(holder, tmp_path):
 def test_a_killed_owner_is_replaced_at_once_with_a_line_that_says_so(holder, tmp_path):
     """Also before its parent has looked after it, while its number is still taken."""
     holder.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while start_of(holder.pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     began = time.monotonic()
     (message,) = taken(tmp_path)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < module.WATCH
     assert f"left by train, process {holder.pid} on " in message and "taken over" in message
 
 
@@ -117,8 +117,9 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, name, value)
 
 
-def test_a_living_owner_on_another_machine_is_refused_as_soon_as_it_writes(quick, tmp_path):
+def test_a_living_owner_on_another_machine_is_refused_as_soon_as_it_writes(quick, monkeypatch, tmp_path):
     """Whatever its clock says."""
+    monkeypatch.setattr(module, "WATCH", 60.0)
     write_owner(tmp_path, machine="other", time=time.time() + 9999)
     said, ended = [], threading.Event()
 
@@ -144,7 +145,7 @@ def test_an_owner_on_another_machine_that_writes_no_more_is_replaced(quick, tmp_
     write_owner(tmp_path, machine="other")
     began = time.monotonic()
     (message,) = taken(tmp_path, say=lambda _: None)
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 60
     assert "on there, not heard of" in message
 
 
@@ -162,7 +163,7 @@ def test_a_damaged_lock_is_watched_and_replaced(quick, tmp_path, content):
 def test_an_owner_goes_on_writing_and_finds_out_that_it_was_replaced(quick, tmp_path):
     with Lock("train", HERE) as lock:
         lock.take(epath.Path(tmp_path))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while parse_owner((tmp_path / LOCK_FILE).read_bytes()).beat < 4:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -21,7 +21,7 @@ LINE = re.compile(
     r"(?P<place>.+) \(--distributed\.timeout (?P<timeout>\d+)\); one of them is gone or late: .+"
 )
 
-# A run whose process `number` gets a signal 0.05 s after it has come to a place, in or after its third step:
+# A run whose process `number` gets a signal 0.05 s after it has come to a place, in its third step or later:
 # the checkpoint of its first step is whole then, since a save waits for the one before.
 STRUCK = """
 import os, sys, threading, time
@@ -36,7 +36,7 @@ class Trap(list):
     def append(self, entry):
         super().append(entry)
         self.steps += entry[0].startswith("step ")
-        if self.steps == 3 and entry[0] == place and not self.striking:
+        if self.steps >= 3 and entry[0] == place and not self.striking:
             self.striking = True
             threading.Timer(0.05, strike).start()
 if os.environ["JAX_PROCESS_ID"] == number:
@@ -83,7 +83,7 @@ def lose(directory, place, number, how):
     program = ["-c", STRUCK, number, place, int(how), when, *options]
     struck, other = (start(each, port, *program) for each in (number, 1 - number))
     try:
-        (ended,) = ends_of([other], 200)
+        (ended,) = ends_of([other])
         after = time.time() - float(when.read_text())
     finally:
         struck.kill()

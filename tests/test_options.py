@@ -21,7 +21,8 @@ from fr3e_jax.config import (
     dump,
     tables_of,
 )
-from fr3e_jax.config.values import Bounds, OptionError, check_value, without_limits
+from fr3e_jax.config.checks import check_value, without_limits
+from fr3e_jax.config.values import Bounds, OptionError
 from fr3e_jax.evaluate import EvaluationConfig
 from fr3e_jax.export import ExportConfig
 from fr3e_jax.generate import GenerateConfig

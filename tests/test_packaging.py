@@ -71,6 +71,11 @@ def test_every_shipped_configuration_is_in_the_wheel(installed):
     ] == "base: ../qwen2.5.yaml"
 
 
+def test_the_shipped_task_is_in_the_wheel(installed):
+    """Its configurations name it by this path, wherever they are read."""
+    assert (installed / "fr3e_jax" / "examples" / "roman.py").is_file()
+
+
 def test_the_shipped_model_is_in_the_wheel_and_small(installed, tmp_path):
     code = (
         "from fr3e_jax.pretrained.hub import find_model; from fr3e_jax.pretrained.text import load_text;"

@@ -15,6 +15,7 @@ from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.run.build import build, mesh_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
+from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.step.stages import compiled_states, draws_of
 from fr3e_jax.step.update import train_step
@@ -38,8 +39,8 @@ def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorith
     before = jax.device_get(state.params)
     sizes = config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
     with jax.transfer_guard("disallow"):
-        carried = groups.empty_groups(*sizes)
-        state, _, progress, metrics, _ = train_step(config, parts, None, state, carried, Progress())
+        carried, shown = groups.empty_groups(*sizes), StepProgress(print)
+        state, _, progress, metrics, _ = train_step(config, parts, None, state, carried, Progress(), shown)
     parts.verifier.pool.close()
     assert progress.step == 1 and np.isfinite(metrics["update/loss"])
     changed = jax.tree.map(lambda a, b: (np.asarray(a) != b).any(), state.params, before)

@@ -17,16 +17,17 @@ def test_on_a_terminal_every_change_is_shown_and_no_line_is_left():
     progress = watched.progress
     progress.begin(3, states=2, wanted=64)
     progress.round(1, most=16)
-    progress.rows(running=80, rows=128, tokens=12_345)
+    progress.rows(running=80, rows=128, tokens=1_234)
     progress.states(40)
     progress.end()
+    progress.rows(running=1, rows=2, tokens=3)  # of an evaluation
     states = "2 of 64 states that carry a gradient"
     assert watched.shown == [
         f"step 3, {states}",
         f"step 3, round 1 of at most 16, {states}",
-        f"step 3, round 1 of at most 16, {states}, 80 of 128 rows running, 12,345 tokens",
-        "step 3, round 1 of at most 16, 40 of 64 states that carry a gradient, 80 of 128 rows running, "
-        "12,345 tokens",
+        f"step 3, round 1 of at most 16, {states}, 80 of 128 rows running at token 1,234",
+        "step 3, round 1 of at most 16, 40 of 64 states that carry a gradient, 80 of 128 rows running "
+        "at token 1,234",
         "",
     ]
     assert watched.said == []
@@ -39,7 +40,7 @@ def test_elsewhere_there_is_a_line_a_minute():
     progress.round(1, 4)
     for watched.now in range(0, 200, 10):
         progress.rows(5, 8, watched.now)
-    assert [line.rpartition(", ")[2] for line in watched.said] == ["60 tokens", "120 tokens", "180 tokens"]
+    assert [line.rpartition("token ")[2] for line in watched.said] == ["60", "120", "180"]
     progress.end()
     watched.now = 250
     progress.begin(2, 0, 8)  # a new step: its first minute is silent

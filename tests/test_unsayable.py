@@ -74,7 +74,7 @@ def test_a_question_is_refused_with_its_characters_and_its_row(text, tmp_path):
     assert f"{name}, line 10: 'is ?' in 'is 1+1=2?', {name}, line 11: '-' in '1-1='" in message
     assert "use a model whose tokenizer can, or use --data.bad_rows drop, or make a small one" in message
     kept = corpus(text, name, bad_rows="drop")
-    assert len(kept.tasks[0]) == 8 and any("they are left out" in line for line in kept.told)
+    assert len(kept.tasks[0]) == 8 and any("they are left out" in line for line in kept.messages)
 
 
 def test_problems_that_none_of_can_be_said_are_refused_even_where_bad_rows_are_dropped(text, tmp_path):
@@ -111,7 +111,9 @@ def test_a_benchmark_stays_whole(text, tmp_path):
         '{"question": "who", "answer": "2"}\n{"question": "1+1=", "answer": "2"}\n'
     )
     found = corpus(text, name, bad_rows="drop", held_out_source=source, held_out=2)
-    assert len(found.held_out) == 2 and any("cannot say 'how', which 1 of 2" in told for told in found.told)
+    assert len(found.held_out) == 2 and any(
+        "cannot say 'how', which 1 of 2" in told for told in found.messages
+    )
     with pytest.raises(
         ConfigError, match="held-out problems: the model's tokenizer cannot say 'how', which 1 of 1"
     ):
@@ -140,14 +142,15 @@ def test_a_template_that_cannot_be_said_is_refused(text, qwen):
 def test_answers_of_an_own_task_are_told_and_its_questions_refused(text, tmp_path, answer, told):
     load.cache_clear()
     (tmp_path / "task.py").write_text(TASK.replace("ANSWER", answer))
-    lines = make_corpus(DataConfig(str(tmp_path / "task.py")), 0, text, 20).told
+    lines = make_corpus(DataConfig(str(tmp_path / "task.py")), 0, text, 20).messages
     assert any("50 of 50 answers have characters that" in line and "'one'" in line for line in lines) == told
 
 
 def test_the_run_is_refused_before_it_writes_anything(tmp_path):
     """It once trained 16 rounds on padding, and asked for an easier task."""
     flags = ["--data.source", REPOSITORY / "tests" / "own_task_example.py", "--run_dir", tmp_path / "run"]
-    refused = call("train", *flags, "--rollout.max_prompt=100")
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    assert "problem 0 of" in refused.stderr and "the model's tokenizer cannot say ' .E" in refused.stderr
+    refused = call("train", *flags, "--rollout.max_prompt=100", "--rollout.max_response=100")
+    message = refused.stderr.splitlines()[-1]
+    assert refused.returncode == 2
+    assert "problem 0 of" in message and "the model's tokenizer cannot say ' .E" in message
     assert not (tmp_path / "run").exists()

@@ -13,13 +13,14 @@ from fr3e_jax.bench.load import measure_loading
 from fr3e_jax.bench.rollout import rollout
 from fr3e_jax.bench.score import measure_scoring
 from fr3e_jax.bench.update import update
-from fr3e_jax.cli import one_line, plain_error
+from fr3e_jax.cli import ending_in_one_line, plain_error
 from fr3e_jax.config import ConfigError
-from fr3e_jax.config.values import check_value, nearest, unknown_option
+from fr3e_jax.config.checks import check_value
+from fr3e_jax.config.values import nearest, unknown_option
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 from fr3e_jax.parallel.mesh import PlacementError
 
-BENCHMARKS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+BENCHMARK_FUNCTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "load": measure_loading,
     "rollout": rollout,
     "score": measure_scoring,
@@ -27,8 +28,8 @@ BENCHMARKS: dict[str, Callable[..., list[dict[str, Any]]]] = {
 }
 
 
-def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that refuses arguments which are not of the types of its parameters."""
+def checking_types(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that it refuses arguments that are not of the types of its parameters."""
     kinds = get_type_hints(function, include_extras=True)
 
     @functools.wraps(function)
@@ -40,42 +41,46 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def refuse_unknown(arguments: Sequence[str]) -> None:
-    """Refuse a benchmark, or an option of one, that is not there.
+def refuse_unknown_benchmark(arguments: Sequence[str]) -> None:
+    """Refuse a benchmark, or an option of one, that does not exist.
 
     Raises:
-      ConfigError: with the nearest name.
+      ConfigError: it names the nearest one.
     """
     if not arguments:
-        raise ConfigError(f"name a benchmark: {', '.join(BENCHMARKS)}")
+        raise ConfigError(f"name a benchmark: {', '.join(BENCHMARK_FUNCTIONS)}")
     if arguments[0].startswith("-"):
         return
     name, *options = arguments
-    if name not in BENCHMARKS:
-        near = nearest(name, BENCHMARKS)
-        meant = f"did you mean {near}?" if near else f"choose one of {', '.join(BENCHMARKS)}"
+    if name not in BENCHMARK_FUNCTIONS:
+        near = nearest(name, BENCHMARK_FUNCTIONS)
+        meant = f"did you mean {near}?" if near else f"choose one of {', '.join(BENCHMARK_FUNCTIONS)}"
         raise ConfigError(f"there is no benchmark {name}; {meant}")
-    known = [*inspect.signature(BENCHMARKS[name]).parameters, "help"]
+    known = [*inspect.signature(BENCHMARK_FUNCTIONS[name]).parameters, "help"]
     for option in options:
         given = option.removeprefix("--").partition("=")[0]
         if option.startswith("--") and given not in known:
             raise ConfigError(unknown_option(given, known, "--"))
 
 
-def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Make the measurements that are asked for.
+def run_benchmark(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Run the benchmark that the arguments name.
 
     Returns:
       What is printed as JSON, an object a line.
 
     Raises:
-      ConfigError: a benchmark or an option is not there, or does not take its value.
+      ConfigError: a benchmark or an option does not exist, or does not take its value.
     """
-    refuse_unknown(arguments)
-    kinds = get_type_hints(BENCHMARKS[arguments[0]]) if arguments and arguments[0] in BENCHMARKS else {}
+    refuse_unknown_benchmark(arguments)
+    kinds = (
+        get_type_hints(BENCHMARK_FUNCTIONS[arguments[0]])
+        if arguments and arguments[0] in BENCHMARK_FUNCTIONS
+        else {}
+    )
     try:
         return jsonargparse.auto_cli(  # type: ignore[no-any-return]
-            {name: checked(function) for name, function in BENCHMARKS.items()},
+            {name: checking_types(function) for name, function in BENCHMARK_FUNCTIONS.items()},
             args=[f"{argument}=true" if argument == "--json" else argument for argument in arguments],
             as_positional=False,
             allow_abbrev=False,
@@ -89,8 +94,8 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run a benchmark: tables for people, and JSON on stdout."""
     leave_out_absent_tpu()
-    with one_line("bench", (ConfigError, PlacementError)):
-        for line in run(sys.argv[1:]):
+    with ending_in_one_line("bench", (ConfigError, PlacementError)):
+        for line in run_benchmark(sys.argv[1:]):
             print(json.dumps(line))
 
 

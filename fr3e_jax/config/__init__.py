@@ -1,5 +1,6 @@
 """The configuration of a run: its options, what each takes, what cannot stand together, and its files."""
 
+from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.consistency import check, resolve, updates_of, without_effect
 from fr3e_jax.config.files import find_config
 from fr3e_jax.config.sections import (
@@ -19,7 +20,7 @@ from fr3e_jax.config.sections import (
 )
 from fr3e_jax.config.sft import SFTConfig
 from fr3e_jax.config.stages import CreditConfig, ExploreConfig, LossConfig, OptimizerConfig, RolloutConfig
-from fr3e_jax.config.values import ConfigError, OptionError, check_options, tables_of, with_functions
+from fr3e_jax.config.values import ConfigError, OptionError, tables_of, with_functions
 from fr3e_jax.config.written import as_written, dump
 
 __all__ = [

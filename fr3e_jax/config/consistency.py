@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.sections import Config
-from fr3e_jax.config.values import ConfigError, check_options
+from fr3e_jax.config.values import ConfigError
 
 
 def resolve(config: Config) -> Config:

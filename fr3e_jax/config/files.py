@@ -13,15 +13,9 @@ from typing import Any
 
 import yaml
 
+from fr3e_jax.config.checks import check_mapping
 from fr3e_jax.config.sections import PACKAGE
-from fr3e_jax.config.values import (
-    ConfigError,
-    OptionError,
-    OptionPath,
-    check_mapping,
-    shown_path,
-    shown_value,
-)
+from fr3e_jax.config.values import ConfigError, OptionError, OptionPath, shown_path, shown_value
 
 BASE = "base"
 SHIPPED = PACKAGE / "configs"

@@ -5,12 +5,14 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
+from fr3e_jax.config.checks import described
 from fr3e_jax.config.files import merged_options, parse_value
-from fr3e_jax.config.values import ConfigError, described, kinds_of, unknown_option
+from fr3e_jax.config.values import ConfigError, kinds_of, unknown_option
 
 Flags = list[str]
 CHOSEN = ("model.path", "data.source", "init_path")
 """Options that choose a model or a task; the shipped configuration is for those that are shipped."""
+BRACKETS = ("[", "{")
 
 
 def split_files(argv: Sequence[str]) -> tuple[list[str], Flags]:
@@ -73,15 +75,29 @@ def refuse_unknown(config_class: type, flags: Flags) -> None:
             raise ConfigError(unknown_option(name, known, "--"))
 
 
-def others_chosen(config_class: type, flags: Flags) -> list[str]:
-    """The flags that choose another model or task than the shipped ones, with their values."""
-    kinds, chosen = kinds_of(config_class), []
+def files_that_apply(
+    config_class: type, default: str, own_file: str, files: list[str], flags: Flags
+) -> tuple[list[str], str]:
+    """The files that apply, and a sentence about them.
+
+    Args:
+      config_class: dataclass of the command.
+      default: configuration file of the shipped model and task.
+      own_file: configuration file to begin one's own from; empty where there is none.
+      files: those that are named. flags: as they are declared.
+    """
+    if files:
+        over = any(flag not in ("--help", "-h") for flag in flags)
+        return files, f"{', then '.join(files)} applies" + (", and the flags over it" if over else "")
+    others = []
     for name in CHOSEN:
-        if name in kinds:
-            value = value_of(flags, name)
-            if value is not None and value != default_of(config_class, name):
-                chosen.append(f"--{name} {value}")
-    return chosen
+        value = value_of(flags, name) if name in kinds_of(config_class) else None
+        if value is not None and value != default_of(config_class, name):
+            others.append(f"--{name} {value}")
+    if not others:
+        return [default], f"{default} applies, since no --config is given"
+    why = f"no file applies, since {default} is not for {', '.join(others)}: the defaults and the flags do"
+    return [], why + (f". {own_file} is a beginning for a file of your own" if own_file else "")
 
 
 def split_sources(config_class: type, flags: Flags, options: dict[str, Any]) -> tuple[Flags, dict[str, Any]]:
@@ -93,40 +109,61 @@ def split_sources(config_class: type, flags: Flags, options: dict[str, Any]) -> 
       options: what files say.
 
     Returns:
-      (the other flags, the options that those say: the source with its settings).
+      (the other flags, the option that those set: a list of sources with their settings).
 
     Raises:
       ConfigError: there are several sources.
     """
-    said: dict[str, Any] = {}
+    sources: dict[str, Any] = {}
     for name, kind in kinds_of(config_class).items():
-        entry = entry_class(kind)
-        prefix = f"--{name}."
-        whole = value_of(flags, name)
+        entry, prefix, given = entry_class(kind), f"--{name}.", value_of(flags, name) or ""
         if entry is None or not (
-            any(part.startswith(prefix) for part in flags) or (whole or "").startswith(("[", "{"))
+            given.startswith(BRACKETS) or any(flag.startswith(prefix) for flag in flags)
         ):
             continue
         section, _, key = name.rpartition(".")
-        source: Any = whole if whole is not None else options.get(section, {}).get(key)
-        if source is None:
-            source = default_of(config_class, name)
-        if isinstance(source, str):
-            source = parse_value(source) if source.startswith(("[", "{")) else [{"name": source}]
-        source = [source] if isinstance(source, dict) else source
+        value = given or options.get(section, {}).get(key) or default_of(config_class, name)
+        entries = entries_of(value)
         settings, flags = taken(flags, name, prefix)
-        if settings and len(source) != 1:
+        if settings and len(entries) != 1:
             raise ConfigError(
-                f"{name} has {len(source)} sources, and {prefix}{settings[0][0]} does not say which it is "
+                f"{name} has {len(entries)} sources, and {prefix}{settings[0][0]} does not say which it is "
                 "for; set it in a file, within that source"
             )
-        for path, value in settings:
-            first, _, inner = path.partition(".")
-            hint = get_type_hints(entry).get(first)
-            parsed = value if described(hint).startswith("text") else parse_value(value)
-            source = [source[0] | {first: source[0].get(first, {}) | {inner: parsed} if inner else parsed}]
-        said = merged_options(said, {section: {key: source}} if section else {key: source})
-    return flags, said
+        for setting, text in settings:
+            entries = [with_setting(entry, entries[0], setting, text)]
+        sources = merged_options(sources, {section: {key: entries}} if section else {key: entries})
+    return flags, sources
+
+
+def entries_of(value: Any) -> list[Any]:
+    """A source, or a list of them, as a list of mappings.
+
+    Args:
+      value: a name, a mapping, a list, or the text of one of the latter two.
+    """
+    if isinstance(value, str):
+        value = parse_value(value) if value.startswith(BRACKETS) else {"name": value}
+    return value if isinstance(value, list) else [value]
+
+
+def with_setting(entry_class: type, entry: Any, setting: str, text: str) -> Any:
+    """A source with one setting more.
+
+    Args:
+      entry_class: dataclass of sources.
+      entry: the source, a mapping; something else stays as it is, and is refused later.
+      setting: `option`, or `option.key` of one that is a mapping.
+      text: its value, as in a flag.
+    """
+    if not isinstance(entry, dict):
+        return entry
+    option, _, key = setting.partition(".")
+    value = text if described(get_type_hints(entry_class)[option]).startswith("text") else parse_value(text)
+    held = entry.get(option)
+    if key:
+        value = {**(held if isinstance(held, dict) else {}), key: value}
+    return entry | {option: value}
 
 
 def taken(flags: Flags, name: str, prefix: str) -> tuple[list[tuple[str, str]], Flags]:

@@ -18,7 +18,7 @@ from fr3e_jax.config.values import (
     NonNegativeInt,
     NonNegativeNumber,
     PositiveNumber,
-    Rows,
+    RowCount,
     Seed,
     Share,
     Size,
@@ -106,7 +106,7 @@ class DataConfig:
     """Queries of more than rollout.max_prompt tokens: end with an error, or leave them out and say how many
     (of data sets; of generated problems they are always refused)."""
     bad_rows: BadRows = "refuse"
-    """Rows of data sets that hold no problem (empty, null, NaN, no box where answer_is asks for one), and
+    """RowCount of data sets that hold no problem (empty, null, NaN, no box where answer_is asks for one), and
     rows whose answer no response can ever be right for (a list written as text, `Answer: 70`; `seventy` for
     the scorer numeric; no letter for choice). `refuse`: the first of the former ends the run with an error;
     the latter are told, and are an error where they are more than a tenth. `drop`: all are left out and
@@ -152,7 +152,7 @@ class EvaluateConfig:
 
     every: NonNegativeInt = 10
     """Steps between evaluations; 0 evaluates before and after only."""
-    rows: Rows = 256
+    rows: RowCount = 256
     """Problems decoded at a time; bounds memory."""
 
 

@@ -25,7 +25,7 @@ from fr3e_jax.config.values import (
     NonNegativeInt,
     NonNegativeNumber,
     PositiveNumber,
-    Rows,
+    RowCount,
     Samples,
     Size,
     TopK,
@@ -38,7 +38,7 @@ from fr3e_jax.config.values import (
 class RolloutConfig:
     """First return: whole answers sampled from the policy."""
 
-    queries: Rows = 32
+    queries: RowCount = 32
     """B, queries per sampling round (release: 32)."""
     base_trajectories: Samples = 4
     """R, whole answers per query that positions are sought in (release: 4). Not sampled by grpo and

@@ -1,4 +1,4 @@
-"""The types of options: each says which values it takes, and one function checks a value by its type.
+"""The types of options: each says which values it takes. `checks` holds values against them.
 
 A type is an annotation of Python with its limits beside it, as in `Annotated[int, Bounds(least=1)]`. A value
 stays a plain number or text, wherever it comes from: a file, a flag, or a call in Python.
@@ -7,18 +7,16 @@ stays a plain number or text, wherever it comes from: a file, a flag, or a call 
 import dataclasses
 import difflib
 import math
-import numbers
 import re
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
 
 from fr3e_jax.algorithm.rules import Rule, function_of
 
 OptionPath = tuple[str | int, ...]
 """Where an option stands: the names of its sections and its own, and numbers from 0 within lists."""
 SectionT = TypeVar("SectionT")
-LONGEST = 100  # characters of a value in a message
+LONGEST_SHOWN = 100  # characters of a value in a message
 
 
 class ConfigError(ValueError):
@@ -105,8 +103,8 @@ NonNegativeInt = Annotated[int, Bounds(least=0)]
 """A number of things, of which there may be none."""
 Size = Annotated[int, Bounds(least=1, most=2**20)]
 """The size of an axis of an array."""
-Rows = Annotated[int, Bounds(least=1, most=2**16)]
-"""Rows that are decoded at a time, or queries of a round."""
+RowCount = Annotated[int, Bounds(least=1, most=2**16)]
+"""RowCount that are decoded at a time, or queries of a round."""
 Samples = Annotated[int, Bounds(least=1, most=2**12)]
 """Answers that are sampled of one question or state."""
 Seed = Annotated[int, Bounds(least=0, most=2**32 - 1)]
@@ -149,158 +147,10 @@ def with_functions(section: SectionT) -> SectionT:
     return dataclasses.replace(section, **functions)  # type: ignore[type-var]
 
 
-def check_options(section: Any, path: OptionPath = ()) -> None:
-    """Refuse a section of a configuration, or a whole one, that holds a value which its option does not take.
-
-    Args:
-      section: a dataclass whose fields are options or sections.
-      path: where it stands.
-
-    Raises:
-      OptionError: with one line that says what to change.
-    """
-    kinds, tables = get_type_hints(type(section), include_extras=True), tables_of(section)
-    for field in dataclasses.fields(section):
-        check_option(kinds[field.name], getattr(section, field.name), (*path, field.name), tables)
-
-
-def check_mapping(section: type, given: Mapping[Any, Any], path: OptionPath = ()) -> None:
-    """Refuse a mapping of options to values, as a file has it, as a section of this type.
-
-    Raises:
-      OptionError: an option is not there, or does not take its value.
-    """
-    kinds, tables = get_type_hints(section, include_extras=True), tables_of(section)
-    for name, value in given.items():
-        inner = (*path, str(name))
-        if name not in kinds:
-            sections = [part for part, kind in kinds.items() if dataclasses.is_dataclass(kind)]
-            known = [*kinds_of(section, path), *sections]  # sections stand at the top alone
-            raise OptionError(inner, unknown_option(shown_path(inner), known))
-        if dataclasses.is_dataclass(kinds[name]) and not isinstance(value, Mapping):
-            refuse(inner, value, "must be a section: a mapping of options to values")
-        check_option(kinds[name], value, inner, tables)
-    for field in dataclasses.fields(section):
-        needed = field.default is field.default_factory is dataclasses.MISSING
-        if path and needed and field.name not in given:
-            raise OptionError(path, f"{shown_path(path)} has no {field.name}")
-
-
-def check_option(kind: Any, value: Any, path: OptionPath, tables: Mapping[str, Any]) -> None:
-    """Refuse a value of an option, or a section, by its type or, of a rule, by its table.
-
-    Raises:
-      OptionError: with one line that says what to change.
-    """
-    table = tables.get(str(path[-1]))
-    if table is None:
-        check_value(kind, value, path)
-    elif not callable(value) and not (isinstance(value, str) and value in table):
-        raise OptionError(path, f"{shown_path(path)} is {value!r}; choose one of {', '.join(table)}")
-
-
-def check_value(kind: Any, value: Any, path: OptionPath) -> None:
-    """Refuse a value that is not of a type.
-
-    Args:
-      kind: as annotated.
-      value: of an option, or of an entry of one that is a list or a mapping.
-      path: where it stands.
-
-    Raises:
-      OptionError: with one line that says what to change.
-    """
-    kind, limits = without_limits(kind)
-    parts = get_args(kind)
-    if is_union(kind):
-        fitting = [part for part in parts if takes(part, value)]
-        if not fitting:
-            refuse(path, value, f"must be {described(kind)}")
-        check_value(fitting[0], value, path)
-    elif not takes(kind, value):
-        refuse(path, value, f"must be {described(kind)}")
-    elif dataclasses.is_dataclass(kind):
-        if isinstance(value, Mapping):
-            check_mapping(kind, value, path)  # type: ignore[arg-type]
-        else:
-            check_options(value, path)
-    elif get_origin(kind) is list:
-        for i, entry in enumerate(value):
-            check_value(parts[0], entry, (*path, i))
-    elif get_origin(kind) is dict:
-        for name, entry in value.items():
-            check_value(parts[1], entry, (*path, name))
-    for limit in limits:
-        if refusal := limit.refusal(value):
-            refuse(path, value, refusal)
-
-
-def without_limits(kind: Any) -> tuple[Any, Sequence[Limit]]:
-    """(A type, the limits that are annotated beside it)."""
-    if get_origin(kind) is not Annotated:
-        return kind, ()
-    base, *limits = get_args(kind)
-    return base, limits
-
-
-def is_union(kind: Any) -> bool:
-    """Whether a type is several, such as `str | None`."""
-    return get_origin(kind) in (Union, types.UnionType)
-
-
-def takes(kind: Any, value: Any) -> bool:
-    """Whether a value is of a type, whatever its limits, its entries or its own options are."""
-    kind, _ = without_limits(kind)
-    origin = get_origin(kind) or kind
-    if kind is Any:
-        return True
-    if origin is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    if kind is types.NoneType:
-        return value is None
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is int:
-        return isinstance(value, numbers.Integral)
-    if kind is float:
-        return isinstance(value, numbers.Real)
-    if origin is list:
-        return isinstance(value, list | tuple)
-    if origin is dict:
-        return isinstance(value, Mapping)
-    if dataclasses.is_dataclass(kind):
-        return isinstance(value, Mapping) or (isinstance(kind, type) and isinstance(value, kind))
-    return isinstance(value, origin)
-
-
-def described(kind: Any) -> str:
-    """What values of a type are, in words."""
-    kind, _ = without_limits(kind)
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if is_union(kind):
-        return " or ".join(described(part) for part in parts)
-    if get_origin(kind) is list:
-        return "a list of mappings" if dataclasses.is_dataclass(parts[0]) else "a list"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words |= {types.NoneType: "null"}
-    return words.get(kind, "a mapping")
-
-
-def refuse(path: OptionPath, value: Any, refusal: str) -> None:
-    """Refuse a value.
-
-    Raises:
-      OptionError: always.
-    """
-    raise OptionError(path, f"{shown_path(path)} is {shown_value(value)}, {refusal}")
-
-
 def shown_value(value: Any) -> str:
     """A value for people: one line, not too long, texts in quotes."""
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
 
 
 def shown_path(path: OptionPath) -> str:

@@ -29,14 +29,17 @@ from fr3e_jax.models.decoder import Decoder, Params
 from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.types import AnyArray, Queries, Rollouts, States, StopTable
 
+Watch = Callable[[int, int, int], None]
+"""Is given how far a decoding is: branches that run, all branches, tokens that those which run have drawn."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
 class Engine:
     """Samples rollouts of one model on one mesh.
 
     max_new: most tokens of a response. end_tokens: a branch stops after drawing one of these. between: called
-    before each program of a decoding; it may end the decoding with an exception. stops: recognises texts that
-    end a branch too.
+    before each program of a decoding; it may end the decoding with an exception. watch: called after each.
+    stops: recognises texts that end a branch too.
     """
 
     graph: nnx.GraphDef[Decoder]
@@ -44,6 +47,7 @@ class Engine:
     max_new: int
     end_tokens: tuple[int, ...]
     between: Callable[[], None] = lambda: None
+    watch: Watch = lambda *_: None
     stops: StopTable | None = None
 
     def first_return(
@@ -262,6 +266,7 @@ class Engine:
                 decoding, ended = self.advance(params, branches, decoding, self.place(leg), sampling=sampling)
             yield decoding
             running, filled = jax.device_get(ended)
+            self.watch(int(running.sum()), running.size, int(filled))
             try:
                 leg = legs.send((running.reshape(shape), int(filled)))
             except StopIteration:

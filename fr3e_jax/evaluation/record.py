@@ -82,7 +82,9 @@ def refuse(directory: Path, changed: dict[str, tuple[Any, Any]]) -> NoReturn:
 
 def write_settings(directory: Path, settings: dict[str, Any]) -> None:
     """Write what is asked of whom, in one rename."""
-    write_atomically(location(str(directory / SETTINGS)), yaml.safe_dump(settings, sort_keys=False))
+    write_atomically(
+        location(str(directory / SETTINGS)), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    )
 
 
 def held_settings(directory: Path) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def held_settings(directory: Path) -> dict[str, Any]:
     """
     file = directory / SETTINGS
     try:
-        held = yaml.safe_load(file.read_text()) if file.exists() else {}
+        held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{file} cannot be read ({' '.join(str(error).split())}); choose another --out"

@@ -11,7 +11,7 @@ from fr3e_jax.config import (
     SourceConfig,
     check_options,
 )
-from fr3e_jax.config.values import Bounds, Name, NonNegativeInt, Rows, Seed, TopK, TopP
+from fr3e_jax.config.values import Bounds, Name, NonNegativeInt, RowCount, Seed, TopK, TopP
 from fr3e_jax.evaluation.answers import MOST_SAMPLES
 
 LONGEST = 3072  # tokens of an answer of a model that no run trained
@@ -53,7 +53,7 @@ class EvaluationConfig:
     of a run, and 1 for other models."""
     limit: NonNegativeInt = 0
     """Take the first so many problems of each benchmark; 0 takes all."""
-    rows: Rows = 64
+    rows: RowCount = 64
     """Answers decoded at a time, of any problems; bounds memory. In bfloat16 an answer now and then differs
     with other rows."""
     seed: Seed = 0

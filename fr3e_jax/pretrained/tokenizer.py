@@ -141,16 +141,39 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+MOST_CHARACTERS = 200  # that a tokenizer has tokens for; of more it has one for each byte
+SPECIAL = ["<pad>", "<eos>"]  # ids 0 and 1 of a new tokenizer
+
+
+def new_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """A tokenizer for texts of these characters: a token for each, or for each byte where they are many.
+
+    Ids 0 and 1 are `<pad>` and `<eos>`.
+    """
+    return character_tokenizer(alphabet) if len(alphabet) <= MOST_CHARACTERS else byte_tokenizer()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte of UTF-8, which can say every text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return fast_tokenizer(tokenizer)
+
+
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character; ids 0 and 1 are `<pad>` and `<eos>`."""
-    special = ["<pad>", "<eos>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    """A tokenizer with one token per character of an alphabet."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    return fast_tokenizer(tokenizer)
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers has it, with the special tokens of a new one."""
+    pad, eos = SPECIAL
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=special[0],
-        eos_token=special[1],
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, clean_up_tokenization_spaces=False
     )

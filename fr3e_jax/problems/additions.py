@@ -100,7 +100,7 @@ class CarryAddition(Addition):
     """Characters that questions and worked solutions are made of."""
 
     def solution(self, problem: Problem, rng: np.random.Generator) -> str:
-        """Columns from the ones upwards, then the sum that they give."""
+        """Write the columns from the ones upwards, then the sum that they give."""
         a, b = problem.question.rstrip("=").split("+")
         columns = max(len(a), len(b))
         lines, digits, carry = [], "", 0
@@ -118,14 +118,14 @@ class CarryAddition(Addition):
 
 @dataclasses.dataclass(frozen=True)
 class WordAddition(Addition):
-    """Asked in words, scored by the last number of the response."""
+    """Addition that is asked in words and judged by the last number of the response."""
 
     name: ClassVar[str] = "word_addition"
     question: ClassVar[str] = "What is {a} + {b}?"
 
 
 def make_addition(name: str, config: DataConfig, dropped_carry: float = 0.0) -> CarryAddition | WordAddition:
-    """The built-in task of a name.
+    """Make the built-in task of a name.
 
     Args:
       name: `carry_addition` or `word_addition`.

@@ -25,7 +25,7 @@ PLACES = ("math", "numeric", "choice")
 
 
 def unanswerable(problem: Problem) -> str | None:
-    """Why no response to a problem of a data set would ever be right, or None where one would."""
+    """Say why no response to a problem of a data set can be right; None where one can."""
     answer, scorer = problem.answer, problem.scorer
     if scorer in PLACES and (why := dressed(answer)):
         return why
@@ -51,7 +51,7 @@ def boxed(answer: str) -> str:
 
 
 def dressed(answer: str) -> str | None:
-    """What there is around an answer that no model would repeat, and how to read it without, or None."""
+    """Say what stands around an answer that no model would repeat, and what removes it; None without it."""
     if has_box(answer):
         return "it has a box in it; set answer_is to last_box"
     if "####" in answer:
@@ -68,7 +68,7 @@ def dressed(answer: str) -> str | None:
 
 
 def no_mathematics(answer: str) -> str | None:
-    """Why `math` would find no response equal to an answer, or None."""
+    """Say why the scorer `math` finds no response equal to an answer; None where it can."""
     if not answer.strip(" .,;:?!$_*#/\\'\"`~-"):
         return "it has neither a number nor a word"
     if len(WORD.findall(answer)) > MOST_WORDS:
@@ -82,7 +82,7 @@ def no_mathematics(answer: str) -> str | None:
 def judged_answers(
     name: str, problems: list[Problem], drop: bool, remedy: str
 ) -> tuple[list[Problem], list[str]]:
-    """The problems of a source, and a line for people on those that have no answer.
+    """Sort out the problems of a source whose answers can never be right.
 
     Args:
       name: of the source.
@@ -98,11 +98,11 @@ def judged_answers(
         return problems, []
     examples = [f"{problems[i].answer[:40]!r} ({problems[i].place}: {bad[i]})" for i in list(bad)[:EXAMPLES]]
     counts = f"{len(bad):,} of {len(problems):,}"
-    told = f"{name}: {counts} answers can never be right, such as {', '.join(examples)}"
+    line = f"{name}: {counts} answers can never be right, such as {', '.join(examples)}"
     if len(bad) == len(problems):
-        raise ConfigError(f"{told}; name another column, answer_is or scorer")
+        raise ConfigError(f"{line}; name another column, answer_is or scorer")
     if drop:
-        return [p for i, p in enumerate(problems) if i not in bad], [f"{told}; they are left out"]
+        return [p for i, p in enumerate(problems) if i not in bad], [f"{line}; they are left out"]
     if len(bad) > MOST_BAD * len(problems):
-        raise ConfigError(f"{told}; correct them, or change the source's answer, answer_is or scorer{remedy}")
-    return problems, [f"{told}; they stay in{remedy}"]
+        raise ConfigError(f"{line}; correct them, or change the source's answer, answer_is or scorer{remedy}")
+    return problems, [f"{line}; they stay in{remedy}"]

@@ -44,21 +44,21 @@ def problems_of(
     where = {column: {str(value) for value in values} for column, values in source.where.items()}
     columns: Columns | None = None
     first = True
-    found: Problem | BadRow | None
+    problem: Problem | BadRow | None
     for place, row in rows:
         try:
             if any(as_text(value_at(row, c, place, "where"), c, place) not in where[c] for c in where):
                 continue
             # By the first row: a later one without the column is an error, not read from another.
             columns = columns or columns_of(source, row, solutions)
-            found = problem_of(source, data, row, place, columns)
+            problem = problem_of(source, data, row, place, columns)
         except ConfigError as error:
             if first and not isinstance(error, BadRow):  # a wrong setting
                 raise
-            found = BadRow(str(error))
+            problem = BadRow(str(error))
         first = False
-        if found is not None:
-            yield found
+        if problem is not None:
+            yield problem
 
 
 def columns_of(source: SourceConfig, row: Row, solutions: bool) -> Columns:
@@ -84,19 +84,19 @@ def problem_of(
       ConfigError: it lacks a column, or one holds something else than is asked for.
     """
     prompt, answer = columns.prompt, columns.answer
-    said = turns_of(value_at(row, prompt, place, "prompt"))
+    asked = turns_of(value_at(row, prompt, place, "prompt"))
     refuse_other_turn(row, prompt, place)
     before: Turns = ()
-    if is_chat(said):
-        said, before = chat_of(said, prompt, place)
-    if said is None or said != said:  # how tables write that there is none
-        said = ""
-    if not isinstance(said, str):
+    if is_chat(asked):
+        asked, before = chat_of(asked, prompt, place)
+    if asked is None or asked != asked:  # how tables write that there is none
+        asked = ""
+    if not isinstance(asked, str):
         raise ConfigError(
             f'{place}: column {prompt!r} is neither text nor a chat, [{{"role": ..., "content": ...}}]; set '
             "prompt to the text in it, such as extra_info.question"
         )
-    question = checked(said.strip(), "question", prompt, place)
+    question = checked(asked.strip(), "question", prompt, place)
     if data and data.choices:
         question += choices_of(value_at(row, data.choices, place, "choices"), data.choices, place)
     written = as_text(answer_of(value_at(row, answer, place, "answer")), answer, place)
@@ -148,7 +148,7 @@ def is_chat(value: Any) -> bool:
 
 
 def chat_of(turns: list[dict[str, Any]], column: str, place: str) -> tuple[str, Turns]:
-    """The last turn of the user in a chat, and the turns before it; what follows it answers it.
+    """Split a chat into the last turn of the user, which is the question, and the turns before it.
 
     Raises:
       BadRow: the user has no turn.
@@ -160,8 +160,10 @@ def chat_of(turns: list[dict[str, Any]], column: str, place: str) -> tuple[str, 
     for i, turn in enumerate(turns[: asked + 1]):
         if not isinstance(turn["content"], str):
             raise ConfigError(f"{place}: turn {i} of the chat of column {column!r} is not text; convert it")
-    said = [(str(turn["role"]), checked_characters(turn["content"], "chat", place)) for turn in turns[:asked]]
-    return turns[asked]["content"], tuple((role, text) for role, text in said if text.strip())
+    before = [
+        (str(turn["role"]), checked_characters(turn["content"], "chat", place)) for turn in turns[:asked]
+    ]
+    return turns[asked]["content"], tuple((role, text) for role, text in before if text.strip())
 
 
 def refuse_other_turn(row: Row, prompt: str, place: str) -> None:
@@ -195,7 +197,7 @@ def choices_of(value: Any, column: str, place: str) -> str:
 
 
 def value_at(row: Row, column: str, place: str, setting: str) -> Any:
-    """The value of a column; behind dots are keys of objects and numbers of list elements.
+    """The value of a column; behind dots in its name are keys of objects and numbers of list elements.
 
     Raises:
       ConfigError: there is none.
@@ -214,7 +216,7 @@ def value_at(row: Row, column: str, place: str, setting: str) -> Any:
 
 
 def as_text(value: Any, column: str, place: str) -> str:
-    """A value as it is compared: whole numbers without a point, the elements of a list with commas.
+    """Write a value as the text that is compared: whole numbers without a point, lists with commas.
 
     Raises:
       ConfigError: it is an object.
@@ -236,7 +238,7 @@ def as_text(value: Any, column: str, place: str) -> str:
 
 
 def checked(text: str, what: str, column: str, place: str) -> str:
-    """Text that can be a question or an answer.
+    """Return a text if it can be a question, an answer or a solution.
 
     Raises:
       BadRow: it is empty, or cannot be encoded.
@@ -247,7 +249,7 @@ def checked(text: str, what: str, column: str, place: str) -> str:
 
 
 def checked_characters(text: str, what: str, place: str) -> str:
-    """Text that can be encoded.
+    """Return a text if it can be encoded.
 
     Raises:
       BadRow: it cannot.
@@ -260,20 +262,20 @@ def checked_characters(text: str, what: str, place: str) -> str:
 
 
 def answer_in(text: str, answer_is: str | None, column: str, place: str) -> str:
-    """The answer that a column's text holds.
+    """Take the answer out of a column's text.
 
     Raises:
       BadRow: it holds none.
     """
     if answer_is == "last_box":
-        found, what = last_box(text), "\\boxed{}"
+        answer, what = last_box(text), "\\boxed{}"
     elif answer_is == "after_hashes":
         _, hashes, after = text.rpartition("####")
-        found, what = (after.strip() if hashes else None), "####"
+        answer, what = (after.strip() if hashes else None), "####"
     else:
         return text
-    if found is None:
+    if answer is None:
         raise BadRow(
             f"{place}: column {column!r} has no {what}; correct it, take the row out, or change answer_is"
         )
-    return found
+    return answer

@@ -9,7 +9,7 @@ from typing import Any
 from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
 from fr3e_jax.config.values import OptionError, OptionPath, nearest
 from fr3e_jax.pretrained.text import Text
-from fr3e_jax.problems.additions import CarryAddition, make_addition
+from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.datasets import DATASETS, MIXTURES
 from fr3e_jax.problems.gym import GymTask
 from fr3e_jax.problems.overlap import normalised, report
@@ -30,14 +30,14 @@ GENERATED = 256  # problems that a model is judged by, of a source that makes th
 class Corpus:
     """What a run trains on and is judged by.
 
-    tasks: one for each source. weights: their shares of the queries. held_out: problems to evaluate on. told:
-    lines for people. checksum: of the problems, in [0, 2^31).
+    tasks: one for each source. weights: their shares of the queries. held_out: problems to evaluate on.
+    messages: lines for people. checksum: of the problems, in [0, 2^31).
     """
 
     tasks: tuple[Task, ...]
     weights: tuple[float, ...]
     held_out: list[Problem]
-    told: tuple[str, ...]
+    messages: tuple[str, ...]
     checksum: int
 
     @property
@@ -51,32 +51,32 @@ class Corpus:
 
 
 def sources_of(source: str | list[SourceConfig]) -> list[SourceConfig]:
-    """The sources that `data.source` names; those of a mixture have its weight between them.
+    """List the sources that `data.source` names; the parts of a mixture share its weight.
 
     Raises:
       ConfigError: there is none, or a weight is not above 0.
     """
     if not source:
         raise ConfigError("data.source is empty; name a source")
-    found = []
+    expanded = []
     for one in [SourceConfig(source)] if isinstance(source, str) else source:
         if not 0 < one.weight < math.inf:
             raise ConfigError(f"the weight of source {one.name} is {one.weight}, must be above 0")
         parts = MIXTURES.get(one.name, [one])
         total = sum(part.weight for part in parts)
-        found += [dataclasses.replace(part, weight=one.weight * part.weight / total) for part in parts]
-    return found
+        expanded += [dataclasses.replace(part, weight=one.weight * part.weight / total) for part in parts]
+    return expanded
 
 
 def names_of(data: DataConfig) -> list[str]:
-    """The sources as a person names them."""
+    """Names of the sources as they stand in the configuration."""
     return [data.source] if isinstance(data.source, str) else [source.name for source in data.source]
 
 
 def make_task(
     source: SourceConfig, data: DataConfig, seed: int, held_out: int, solutions: bool = False
 ) -> Task:
-    """The task of a source.
+    """Make the task of a source.
 
     Args:
       source: its name and settings.
@@ -142,6 +142,50 @@ def refuse_unread(source: SourceConfig, path: OptionPath = ()) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What a configuration names: sources, the task of each, and the held-out problems.
+
+    messages: lines for people on answers of a held-out source that can never be right.
+    """
+
+    sources: list[SourceConfig]
+    tasks: list[Task]
+    held_out: list[Problem]
+    messages: tuple[str, ...]
+
+
+def chosen_tasks(data: DataConfig, seed: int, solutions: bool = False) -> Chosen:
+    """Read, or make, the tasks of a configuration and choose its held-out problems.
+
+    Args:
+      data: the data section.
+      seed: of the run; generated problems are a function of it.
+      solutions: read the worked solutions of files too.
+
+    Raises:
+      ConfigError: a source cannot be had, or has too few held-out problems.
+    """
+    sources = sources_of(data.source)
+    wanted = GENERATED if data.held_out is None else data.held_out
+    share, more = divmod(0 if data.held_out_source else wanted, len(sources))
+    tasks, held_out = [], []
+    messages: tuple[str, ...] = ()
+    for i, source in enumerate(sources):
+        count = share + (i < more)
+        task = make_task(source, data, seed, count, solutions)
+        held_out += task.held_out(count) if count else []
+        tasks.append(task)
+    if data.held_out_source:
+        held_out, messages = judging_problems(judging_source(data.held_out_source), seed, wanted)
+    elif data.held_out is not None and len(held_out) < data.held_out:
+        raise ConfigError(
+            f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
+            "held-out problems; lower it"
+        )
+    return Chosen(sources, tasks, held_out, messages)
+
+
 def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Corpus:
     """Read, or make, the problems of a run.
 
@@ -151,50 +195,37 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
       ConfigError: a source cannot be had, has no problems, or has queries of more than `max_prompt` tokens
         where they are refused.
     """
-    sources = sources_of(data.source)
-    wanted = GENERATED if data.held_out is None else data.held_out
-    share, more = divmod(0 if data.held_out_source else wanted, len(sources))
-    tasks, held_out = [], []
-    told: list[str] = []
-    for i, source in enumerate(sources):
-        count = share + (i < more)
-        task = make_task(source, data, seed, count)
-        held_out += task.held_out(count) if count else []
-        tasks.append(task)
-    if data.held_out_source:
-        held_out, judged_by = judging_problems(judging_source(data.held_out_source), seed, wanted)
-        told += judged_by
-    elif data.held_out is not None and len(held_out) < data.held_out:
-        raise ConfigError(
-            f"data.held_out is {data.held_out}, but {', '.join(names_of(data))} has only {len(held_out)} "
-            "held-out problems; lower it"
-        )
+    chosen = chosen_tasks(data, seed)
+    sources, tasks, messages = chosen.sources, list(chosen.tasks), list(chosen.messages)
     # Of a source that models are judged by nothing is left out.
     others = "keep" if data.held_out_source else data.bad_rows
-    held_out, lines = sayable(held_out, text, "held-out problems", others, DROP_BAD)
-    told += lines
+    held_out, lines = sayable(chosen.held_out, text, "held-out problems", others, DROP_BAD)
+    messages += lines
     require_template(held_out[0], text)
     fitting(held_out, text, max_prompt, "refuse", "held-out problems", "")
     asked = {normalised(problem.asked) for problem in held_out}
     from_files: list[Problem] = []
     for i, (source, task) in enumerate(zip(sources, tasks, strict=True)):
         if not isinstance(task, FileTask):
-            told += made_sayable(task, text, source.name)
+            messages += made_sayable(task, text, source.name)
             continue
         apart = [p for p in task.problems if normalised(p.asked) not in asked]
-        told += [*task.told, *left_out(source.name, len(task) - len(apart), "that are held out")]
+        messages += [*task.messages, *left_out(source.name, len(task) - len(apart), "that are held out")]
         apart, lines = sayable(apart, text, source.name, data.bad_rows, DROP_BAD)
         kept = fitting(apart, text, max_prompt, data.too_long, source.name)
-        told += [*lines, *left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens")]
-        chosen = [apart[k] for k in kept]
-        tasks[i] = FileTask(chosen, task.kept)
-        from_files += chosen
+        messages += [
+            *lines,
+            *left_out(source.name, len(apart) - len(kept), f"of more than {max_prompt} tokens"),
+        ]
+        training = [apart[k] for k in kept]
+        tasks[i] = FileTask(training, task.kept)
+        from_files += training
     if from_files:
-        told.append(report(from_files, held_out))
-    told += as_text(from_files + held_out, text)
+        messages.append(report(from_files, held_out))
+    messages += as_text(from_files + held_out, text)
     first = [task[i] for task in tasks for i in range(known(task))]
     weights = tuple(source.weight for source in sources)
-    return Corpus(tuple(tasks), weights, held_out, tuple(told), checksum([*first, *held_out]))
+    return Corpus(tuple(tasks), weights, held_out, tuple(messages), checksum([*first, *held_out]))
 
 
 def made_sayable(task: Task, text: Text, name: str) -> list[str]:
@@ -212,12 +243,12 @@ def made_sayable(task: Task, text: Text, name: str) -> list[str]:
 
 
 def known(task: Task) -> int:
-    """By how many of its first problems a task is known again: all of a file's, few where each is made."""
+    """Number of problems that the checksum of a task covers: all of a file's, few where each is made."""
     return len(task) if isinstance(task, FileTask) else min(FIRST, len(task))
 
 
 def checksum(problems: Sequence[Problem]) -> int:
-    """Of questions and answers in their order, in [0, 2^31)."""
+    """Checksum of questions and answers in their order, in [0, 2^31)."""
     total = 0
     for problem in problems:
         before = "".join(f"{role}\0{text}\0" for role, text in problem.before)
@@ -233,11 +264,11 @@ def left_out(name: str, count: int, which: str) -> list[str]:
 
 def as_text(problems: Sequence[Problem], text: Text) -> list[str]:
     """A line for people on questions that have the text of control tokens in them, if there are any."""
-    found = [token for problem in problems if (token := text.control_in(problem.question, problem.before))]
-    if not found:
+    tokens = [token for problem in problems if (token := text.control_in(problem.question, problem.before))]
+    if not tokens:
         return []
     return [
-        f"{len(found):,} questions have control tokens in them, such as {found[0]!r}; they are read as text"
+        f"{len(tokens):,} questions have control tokens in them, such as {tokens[0]!r}; they are read as text"
     ]
 
 
@@ -249,7 +280,7 @@ def fitting(
     whose: str,
     remedy: str = ", or use --data.too_long drop",
 ) -> list[int]:
-    """Which problems give queries of at most `max_prompt` tokens.
+    """Find the problems that give queries of at most `max_prompt` tokens.
 
     Raises:
       ConfigError: none does; or one does not, and `too_long` is `refuse`.
@@ -269,7 +300,7 @@ def fitting(
 
 
 def judging_source(name: str, file: str | None = None) -> SourceConfig:
-    """A source that models are judged by: the split that a named data set has, and `test` of others."""
+    """Make a source that models are judged by: the split that a named data set has, and `test` of others."""
     if is_made(name):
         return SourceConfig(name)
     return SourceConfig(name, split=None if name in DATASETS else "test", file=file)
@@ -293,18 +324,5 @@ def judging_problems(source: SourceConfig, seed: int, limit: int) -> tuple[list[
     """
     if is_made(source.name):
         return make_task(source, DataConfig(), seed, 0).held_out(limit or GENERATED), ()
-    problems, told = read(source)
-    return problems[: limit or None], told
-
-
-def worked_task(data: DataConfig, dropped_carry: float) -> CarryAddition:
-    """The task that a model is warmed up on.
-
-    Raises:
-      ConfigError: it has no worked solutions.
-    """
-    if data.source != "carry_addition":
-        raise ConfigError(f"{data.source} has no worked solutions; use data.source carry_addition")
-    task = make_addition("carry_addition", data, dropped_carry)
-    assert isinstance(task, CarryAddition)
-    return task
+    problems, messages = read(source)
+    return problems[: limit or None], messages

@@ -40,7 +40,7 @@ def has_answer(entry: dict[str, Any]) -> bool:
 
 
 def places(index: int) -> Iterator[int]:
-    """Where to look for a training problem: at its index, then far away, the same places at every call."""
+    """Yield where to look for a training problem: its index, then random places, always the same."""
     far = random.Random(index)
     return itertools.chain([index], (far.randrange(LENGTH, PLACES) for _ in range(TRIES)))
 
@@ -67,7 +67,7 @@ class GymTask:
     """The problems of a data set of reasoning-gym."""
 
     def __init__(self, name: str, parameters: dict[str, Any], seed: int) -> None:
-        """A problem is made, so that parameters that do not work end here.
+        """Make a problem, so that parameters that do not work are refused at once.
 
         Args:
           name: of the data set.
@@ -104,7 +104,7 @@ class GymTask:
             return self.make(size=BLOCK, seed=self.seed + block)[number]
 
     def __len__(self) -> int:
-        """A large number."""
+        """Number of training problems; there are far more."""
         return LENGTH
 
     def __getitem__(self, index: int) -> Problem:
@@ -121,19 +121,19 @@ class GymTask:
 
     def held_out(self, count: int) -> list[Problem]:
         """The first held-out problems that a bounded search finds, all different."""
-        found: dict[str, Problem] = {}
+        unique: dict[str, Problem] = {}
         for place in range(LENGTH, LENGTH + min(LENGTH, TRIES * count)):
-            if len(found) == count:
+            if len(unique) == count:
                 break
             entry = self.entry(place)
             if has_answer(entry) and is_held_out(entry["question"]):
-                found.setdefault(entry["question"], self.problem(entry))
-        if not found:
+                unique.setdefault(entry["question"], self.problem(entry))
+        if not unique:
             raise ConfigError(
                 f"gym:{self.name} has too few different questions to hold some out; change its parameters, "
                 "or set data.held_out_source"
             )
-        return list(found.values())
+        return list(unique.values())
 
     def problem(self, entry: dict[str, Any]) -> Problem:
         """An entry of the data set as a problem. Where many answers are right, it may have none."""

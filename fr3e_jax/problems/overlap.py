@@ -26,23 +26,23 @@ SHARED = 13
 
 
 def words(question: str) -> list[str]:
-    """A question as words and signs; case, white space and other punctuation do not count.
+    """Split a question into words and signs; case, white space and other punctuation do not count.
 
     Characters that look alike are one: a minus sign is a hyphen, x\u00b2 is x^2, a full-width 7 is a 7.
     """
     if not question.isascii():
-        raised = SUPERSCRIPT.sub(lambda found: f"^{found[0]}", question.translate(TWINS))
+        raised = SUPERSCRIPT.sub(lambda match: f"^{match[0]}", question.translate(TWINS))
         question = unicodedata.normalize("NFKC", raised).translate(TWINS)
     return WORD.findall(question.casefold())
 
 
 def normalised(question: str) -> str:
-    """Text that two questions have in common if and only if they count as one."""
+    """Write a question as the text by which it counts as the same as another."""
     return " ".join(words(question))
 
 
 def duplicates(problems: Sequence[Problem]) -> int:
-    """How many problems have the question of an earlier one."""
+    """Count the problems that have the question of an earlier one."""
     return len(problems) - len({normalised(problem.asked) for problem in problems})
 
 
@@ -55,7 +55,7 @@ def runs(question: str, n: int) -> Iterator[tuple[str, ...]]:
 
 
 def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int = SHARED) -> list[int]:
-    """Which held-out problems share `n` words in a row with a training problem, in time linear in the words.
+    """Find the held-out problems that share `n` words in a row with a training problem, in linear time.
 
     A question of fewer words is shared as a whole or not at all.
 
@@ -71,22 +71,22 @@ def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int = SHA
     for i, problem in enumerate(held_out):
         for run in runs(problem.asked, n):
             owners[run].add(i)
-    found: set[int] = set()
+    shared: set[int] = set()
     for problem in train:
         for run in filter(owners.__contains__, runs(problem.asked, n)):
-            found |= owners[run]
-    return sorted(found)
+            shared |= owners[run]
+    return sorted(shared)
 
 
 def report(train: Sequence[Problem], held_out: Sequence[Problem]) -> str:
-    """One line for people: how many problems, duplicates and overlaps."""
-    told = f"{len(train):,} problems, {duplicates(train):,} duplicates"
+    """Report, in one line for people, how many problems, duplicates and overlaps there are."""
+    line = f"{len(train):,} problems, {duplicates(train):,} duplicates"
     if not held_out:
-        return told
-    found = overlaps(train, held_out)
-    told += f"; of {len(held_out):,} held-out problems "
-    if not found:
-        return f"{told}none shares {SHARED} words in a row with a training problem"
-    example = " ".join(held_out[found[0]].question.split())[:60]
-    share = "share" if len(found) > 1 else "shares"
-    return f"{told}{len(found):,} {share} {SHARED} words in a row with a training problem (e.g. {example!r})"
+        return line
+    shared = overlaps(train, held_out)
+    line += f"; of {len(held_out):,} held-out problems "
+    if not shared:
+        return f"{line}none shares {SHARED} words in a row with a training problem"
+    example = " ".join(held_out[shared[0]].question.split())[:60]
+    share = "share" if len(shared) > 1 else "shares"
+    return f"{line}{len(shared):,} {share} {SHARED} words in a row with a training problem (e.g. {example!r})"

@@ -56,19 +56,19 @@ def function(module: ModuleType, name: str, call: str, *args: Any, **keywords: A
       ConfigError: there is none, or it takes other arguments.
     """
     where = module.__file__
-    found = getattr(module, name, None)
-    if not callable(found):
+    called = getattr(module, name, None)
+    if not callable(called):
         raise ConfigError(f"{where} has no function {call}; write one")
-    if takes_row(found) and name != SOLUTION:
+    if takes_row(called) and name != SOLUTION:
         keywords = {ROW: {}, **keywords}
     try:
-        inspect.signature(found).bind(*args, **keywords)
+        inspect.signature(called).bind(*args, **keywords)
     except TypeError as error:
         raise ConfigError(
-            f"{where}: {name}{inspect.signature(found)} cannot be called as {call} with parameters "
+            f"{where}: {name}{inspect.signature(called)} cannot be called as {call} with parameters "
             f"{keywords}: {error}"
         ) from None
-    return found
+    return called
 
 
 class OwnTask:
@@ -179,9 +179,9 @@ class OwnTask:
         """
         rows = self.split("held_out")
         trained = {self[i].question: i for i in range(min(len(self), COMPARED))}
-        found: dict[str, Problem] = {}
+        unique: dict[str, Problem] = {}
         for index in range(len(rows)):
-            if len(found) == count:
+            if len(unique) == count:
                 break
             problem = self.problem("held_out", rows, index)
             if problem.question in trained:
@@ -189,8 +189,8 @@ class OwnTask:
                     f"{self.name}: problem {index} of held_out is problem {trained[problem.question]} of "
                     f"train too; leave it out of one of them: {problem.question[:80]!r}"
                 )
-            found.setdefault(problem.question, problem)
-        return list(found.values())
+            unique.setdefault(problem.question, problem)
+        return list(unique.values())
 
     def solution(self, index: int, seed: int) -> str:
         """A worked solution of a training problem, by `solution()` or the column of that name.

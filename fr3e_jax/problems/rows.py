@@ -18,7 +18,7 @@ Rows = Iterator[tuple[str, Row]]
 
 
 def lines_of(path: Path, shown: str) -> Iterator[str]:
-    """The lines of a text file.
+    """Yield the lines of a text file.
 
     Raises:
       ConfigError: one is not UTF-8.
@@ -60,7 +60,7 @@ def json_list_rows(path: Path, shown: str) -> Rows:
 
 
 def parsed(text: str, place: str) -> Any:
-    """What JSON text says.
+    """Parse JSON text.
 
     Raises:
       ConfigError: it is none.
@@ -72,7 +72,7 @@ def parsed(text: str, place: str) -> Any:
 
 
 def an_object(row: Any, place: str) -> Row:
-    """A row.
+    """Return what was parsed, if it is a row.
 
     Raises:
       ConfigError: it is not a JSON object.

@@ -40,14 +40,14 @@ NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "stat
 
 @dataclasses.dataclass(frozen=True)
 class FileTask:
-    """The problems of a source.
+    """Problems of a source that are in memory.
 
-    kept: the held-out ones, all different and none of the others. told: lines for people on its rows.
+    kept: the held-out ones, all different and none of the others. messages: lines for people on its rows.
     """
 
     problems: list[Problem]
     kept: list[Problem]
-    told: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of training problems."""
@@ -75,7 +75,7 @@ def file_task(
     tenth: bool = False,
     solutions: bool = False,
 ) -> FileTask:
-    """A source with some problems held out.
+    """Read a source and hold some of its problems out.
 
     They are chosen by a hash of the question: whatever the order of the rows, the same ones are held out, and
     fewer are a part of more. What repeats a held-out question is left out.
@@ -90,9 +90,9 @@ def file_task(
     Raises:
       ConfigError: the problems cannot be had, or are too few; the message says what to change.
     """
-    problems, told = read(source, bad_rows == "drop", DROP_BAD, solutions)
+    problems, messages = read(source, bad_rows == "drop", DROP_BAD, solutions)
     if not held_out:
-        return FileTask(problems, [], told)
+        return FileTask(problems, [], messages)
     texts = [normalised(problem.asked) for problem in problems]
     order = sorted(set(texts), key=lambda text: (zlib.crc32(text.encode()), text))
     if tenth:
@@ -109,12 +109,12 @@ def file_task(
     kept = dict.fromkeys(order[:held_out])
     training = [problem for text, problem in zip(texts, problems, strict=True) if text not in kept]
     if not tenth and held_out * MANY > len(order):
-        told += (
+        messages += (
             f"{source.name}: {held_out:,} of {len(order):,} different questions are held out, and "
             f"{len(order) - held_out:,} are left to train on; data.held_out {len(order) // TENTH} would be a "
             "tenth",
         )
-    return FileTask(training, [first[text] for text in kept], told)
+    return FileTask(training, [first[text] for text in kept], messages)
 
 
 def stream(tasks: Sequence[Task], weights: Sequence[float], seed: int) -> Any:
@@ -153,31 +153,33 @@ def read(
     data = DATASETS.get(source.name)
     source = filled(source, data) if data else source
     files = files_of(source, data)
-    found: list[Problem] = []
+    good: list[Problem] = []
     broken: list[BadRow] = []
     for shown, file in files:
         for problem in problems_of(source, data, READERS[file.suffix](file, shown), solutions):
             if isinstance(problem, Problem):
-                found.append(problem)
+                good.append(problem)
             elif drop:
                 broken.append(problem)
             else:
                 raise ConfigError(f"{problem}{remedy}")
-    told = []
+    messages = []
     if broken:
         examples = ", ".join(str(row).partition(";")[0] for row in broken[:EXAMPLES])
-        told = [f"{source.name}: {len(broken):,} rows hold no problem and are left out, such as {examples}"]
-    if not found:
+        messages = [
+            f"{source.name}: {len(broken):,} rows hold no problem and are left out, such as {examples}"
+        ]
+    if not good:
         if broken:
-            raise ConfigError(f"{told[0]}; none is left: name other columns")
+            raise ConfigError(f"{messages[0]}; none is left: name other columns")
         change = f" in which {dict(source.where)} holds; change where" if source.where else ""
         raise ConfigError(f"{', '.join(shown for shown, _ in files)}: there are no rows{change}")
-    problems, answers_told = judged_answers(source.name, found, drop, remedy)
-    return problems, (*told, *answers_told)
+    problems, about_answers = judged_answers(source.name, good, drop, remedy)
+    return problems, (*messages, *about_answers)
 
 
 def filled(source: SourceConfig, data: DataSet) -> SourceConfig:
-    """A source with what it leaves open taken from its named data set."""
+    """Fill in what a source leaves open from its named data set."""
     return dataclasses.replace(
         source,
         split=source.split or data.split,
@@ -250,7 +252,7 @@ def known_files(source: SourceConfig, data: DataSet) -> str:
 
 
 def of_split(files: list[str], split: str, subset: str | None) -> list[str]:
-    """Which files of a repository are of a split and a subset, by the hub's conventions for their names.
+    """Choose the files of a split and a subset, by the hub's conventions for their names.
 
     Files that name no split at all are `train`. Of several formats the first of READERS is taken.
     """
@@ -271,6 +273,6 @@ def names_split(file: str, split: str) -> bool:
 
 
 def subset_of(file: str, split: str) -> str:
-    """The folder of a file, without what is no subset's name."""
+    """The name of a file's subset: its folder, without `data` and the split."""
     folders = PurePosixPath(file).parent.parts
     return "/".join(folder for folder in folders if folder != "data" and not names_split(folder, split))

@@ -55,7 +55,7 @@ class QueryStream:
 
 
 def encode_query(problem: Problem, text: Text, max_prompt: int) -> list[int]:
-    """Tokens that the model sees of a problem.
+    """Tokenize a problem as the model sees it.
 
     Raises:
       ConfigError: they are more than `max_prompt`.

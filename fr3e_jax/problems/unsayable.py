@@ -20,12 +20,12 @@ WRITTEN = ("exact", "choice", *LETTERS)
 
 
 def lost_characters(problems: Sequence[Problem], text: Text) -> dict[int, str]:
-    """Index of a problem -> the characters that the tokenizer cannot say, of its question or its answer.
+    """Find the characters of each problem that the tokenizer cannot say, by the problem's index.
 
     The turns of a chat before the question count as the question; control tokens in it do not count.
     """
     control = text.control
-    questions = ["".join([*(said for _, said in p.before), p.question]) for p in problems]
+    questions = ["".join([*(turn for _, turn in p.before), p.question]) for p in problems]
     lost = text.lost(control.sub("", question) if control else question for question in questions)
     for i, characters in text.lost(map(needed_of, problems)).items():
         lost[i] = "".join(dict.fromkeys(lost.get(i, "") + characters))
@@ -92,7 +92,7 @@ def require_template(problem: Problem, text: Text) -> None:
     """
     shown = text.rendered(problem.question, problem.before)
     lost = text.lost([text.control.sub("", shown) if text.control else shown]).get(0, "")
-    asked = "".join([*(said for _, said in problem.before), problem.question])
+    asked = "".join([*(turn for _, turn in problem.before), problem.question])
     if around := "".join(character for character in lost if character not in asked):
         raise ConfigError(
             f"data.template {text.template!r}: the model's tokenizer cannot say {around!r}, which it puts "

@@ -10,13 +10,13 @@ NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)
 
 
 def carry_addition(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether what follows the last column is the sum."""
+    """Judge whether what follows the last column is the sum."""
     result = response.rpartition(";")[2]
     return Verdict(result == f"={answer}", result.removeprefix("="))
 
 
 def word_addition(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the last number equals the sum."""
+    """Judge whether the last number of a response equals the sum."""
     numbers = NUMBER.findall(response)
     # Compared as text: a response can hold a number of any length.
     last = numbers[-1].replace(",", "") if numbers else ""

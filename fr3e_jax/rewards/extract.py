@@ -25,12 +25,12 @@ def has_box(text: str) -> bool:
 
 
 def braced(text: str, start: int) -> str | None:
-    r"""What the brace at `start` holds, if it is closed; \{ and \} are no braces."""
+    r"""Content of the brace at `start`, or None if it is not closed; \{ and \} are no braces."""
     depth = 0
-    for found in BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(found[0], 0)
-        if depth == 0 and found[0] == "}":
-            return text[start + 1 : found.start()]
+    for match in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0 and match[0] == "}":
+            return text[start + 1 : match.start()]
     return None
 
 
@@ -39,7 +39,7 @@ def last_box(text: str) -> str | None:
 
     None where there is none, or the last is not closed.
     """
-    ends = [found.end() for found in BOX.finditer(text)]
+    ends = [match.end() for match in BOX.finditer(text)]
     if not ends:
         return None
     end = ends[-1]
@@ -94,7 +94,7 @@ def last_number(text: str) -> str | None:
 
 
 def run_start(text: str, end: int, characters: str) -> int:
-    """Where the run of `characters` that ends at `end` begins."""
+    """Find the beginning of the run of `characters` that ends at `end`."""
     start = end
     while start and text[start - 1] in characters:
         start -= 1
@@ -106,7 +106,7 @@ def last_claim(text: str) -> str | None:
 
     Behind a formula it ends with it, unless the sentence goes on with "or" or "and".
     """
-    ends = [found.end() for found in CLAIM.finditer(text)]
+    ends = [match.end() for match in CLAIM.finditer(text)]
     if not ends:
         return None
     opening = OPENING.match(text, ends[-1])
@@ -133,7 +133,7 @@ def choice_letter(text: str) -> str | None:
     """
     if has_box(text):
         return leading(CHOICE, last_box(text) or "")
-    claims = [found.end() for found in CLAIM.finditer(text)]
+    claims = [match.end() for match in CLAIM.finditer(text)]
     if claims:
         return leading(CLAIMED, text[claims[-1] :])
     letters = LETTER_IN_BRACKETS.findall(text)
@@ -142,5 +142,5 @@ def choice_letter(text: str) -> str | None:
 
 def leading(pattern: re.Pattern[str], text: str) -> str | None:
     r"""The letter that a text is or begins with, as in `\text{(B)}` or `B) 42`."""
-    found = pattern.match(text.lstrip()[:40])
-    return found[1] if found else None
+    match = pattern.match(text.lstrip()[:40])
+    return match[1] if match else None

@@ -10,5 +10,5 @@ NAME = "form"
 
 
 def score(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether a response contains what the pattern, given in place of an answer, describes."""
+    """Judge whether a response matches a pattern, which is given in place of an answer."""
     return Verdict(re.search(answer, response) is not None, "")

@@ -20,7 +20,7 @@ from fr3e_jax.rewards.verdict import Verdict
 
 @functools.lru_cache(maxsize=64)
 def verifier(name: str, parameters: str) -> Any:
-    """The data set, as small as it can be: only its verifier is wanted."""
+    """Make a data set of one problem: only its verifier is wanted."""
     return reasoning_gym.create_dataset(name, **json.loads(parameters), size=1, seed=0)
 
 
@@ -35,7 +35,7 @@ def judged(response: str) -> str:
 
 
 def score(response: str, answer: str, facts: GymFacts) -> Verdict:
-    """Whether the verifier gives full marks; one that fails over a text gives none.
+    """Judge whether the verifier gives full marks; a verifier that fails over a text gives none.
 
     Raises:
       ValueError: the data set is refused.

@@ -33,7 +33,7 @@ REFUSED = {
 
 
 class GymFacts(NamedTuple):
-    """What a verdict needs.
+    """What the verdict on an answer of reasoning-gym needs.
 
     name: of the data set. parameters: its settings, as JSON. entry: the problem as reasoning-gym has it.
     """

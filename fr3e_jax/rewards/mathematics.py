@@ -47,18 +47,18 @@ BASED = re.compile(r"(?:\\text\{)?([0-9A-F]*[0-9][0-9A-F]*)\}?_\{?(?:\\text\{)?(
 
 
 def score(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the response's answer means the same as the problem's."""
-    said = judged(response)
-    if not said.strip() or not answer.strip():
+    """Judge whether the response's answer means the same as the problem's."""
+    candidate = judged(response)
+    if not candidate.strip() or not answer.strip():
         return WRONG
-    if said.strip() == answer.strip():
-        return Verdict(True, said)
-    if max(len(said), len(answer)) > MOST_LENGTH:
-        return Verdict("".join(said.split()) == "".join(answer.split()), said[:MOST_LENGTH])
-    value = number(said)
-    if value is not None and "%" not in said + answer and (wanted := number(answer)) is not None:
-        return Verdict(value == wanted, said)
-    return Verdict(same(tidy(answer), tidy(said)), said)
+    if candidate.strip() == answer.strip():
+        return Verdict(True, candidate)
+    if max(len(candidate), len(answer)) > MOST_LENGTH:
+        return Verdict("".join(candidate.split()) == "".join(answer.split()), candidate[:MOST_LENGTH])
+    value = number(candidate)
+    if value is not None and "%" not in candidate + answer and (wanted := number(answer)) is not None:
+        return Verdict(value == wanted, candidate)
+    return Verdict(same(tidy(answer), tidy(candidate)), candidate)
 
 
 def judged(response: str) -> str:
@@ -68,11 +68,11 @@ def judged(response: str) -> str:
     return last_claim(response) or last_formula(response) or last_number(response) or ""
 
 
-def same(gold: str, said: str, depth: int = 0) -> bool:
+def same(gold: str, candidate: str, depth: int = 0) -> bool:
     """Whether two tidy texts mean the same."""
-    if not gold or not said or depth > DEEPEST:
+    if not gold or not candidate or depth > DEEPEST:
         return False
-    if squeezed(gold) == squeezed(said):
+    if squeezed(gold) == squeezed(candidate):
         return True
     for rule in (
         by_percent,
@@ -85,25 +85,25 @@ def same(gold: str, said: str, depth: int = 0) -> bool:
         by_words,
         by_ratio,
     ):
-        verdict = rule(gold, said, depth + 1)
+        verdict = rule(gold, candidate, depth + 1)
         if verdict is not None:
             return verdict
-    return by_equation(gold, said, depth + 1)
+    return by_equation(gold, candidate, depth + 1)
 
 
-def by_number(gold: str, said: str, depth: int) -> bool | None:
-    """Two plain numbers are equal or not, exactly."""
-    wanted, value = number(gold), number(said)
+def by_number(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare two plain numbers exactly; None of other texts."""
+    wanted, value = number(gold), number(candidate)
     return None if wanted is None or value is None else wanted == value
 
 
-def by_percent(gold: str, said: str, depth: int) -> bool | None:
-    """50% is 0.5, and it is 50 too: who asks for a percentage is often answered without the sign."""
-    if gold.endswith("%") == said.endswith("%"):
+def by_percent(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare percentages: 50% is 0.5, and it is 50 too, since the sign is often left out of an answer."""
+    if gold.endswith("%") == candidate.endswith("%"):
         if not gold.endswith("%"):
             return None
-        return same(gold[:-1].rstrip("\\ "), said[:-1].rstrip("\\ "), depth)
-    marked, other = (gold, said) if gold.endswith("%") else (said, gold)
+        return same(gold[:-1].rstrip("\\ "), candidate[:-1].rstrip("\\ "), depth)
+    marked, other = (gold, candidate) if gold.endswith("%") else (candidate, gold)
     marked = marked[:-1].rstrip("\\ ")
     percent, value = number(marked), number(other)
     return (percent is not None and value is not None and percent == value * 100) or same(
@@ -111,67 +111,67 @@ def by_percent(gold: str, said: str, depth: int) -> bool | None:
     )
 
 
-def by_degrees(gold: str, said: str, depth: int) -> bool | None:
-    """The sign of degrees is left out, except where the other text has radians or an angle is within."""
+def by_degrees(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare without the sign of degrees, except where the other text has radians or an angle is within."""
     sign = r"^\circ"
-    if sign not in gold + said:
+    if sign not in gold + candidate:
         return None
-    if re.search(r"\\(?:pi|sin|cos|tan|cot|sec|csc)(?![a-z])", gold + said):
-        gold, said = (
-            re.sub(r"([0-9.]+|[a-z])\^\\circ ?", r"(\1\\cdot\\frac{\\pi}{180})", t) for t in (gold, said)
+    if re.search(r"\\(?:pi|sin|cos|tan|cot|sec|csc)(?![a-z])", gold + candidate):
+        gold, candidate = (
+            re.sub(r"([0-9.]+|[a-z])\^\\circ ?", r"(\1\\cdot\\frac{\\pi}{180})", t) for t in (gold, candidate)
         )
-        return same(gold.replace(sign, ""), said.replace(sign, ""), depth)
-    gold, said = (
+        return same(gold.replace(sign, ""), candidate.replace(sign, ""), depth)
+    gold, candidate = (
         re.sub(r"\^\\circ ?([CF]?)(?![A-Za-z])", lambda m: m[1] and rf"\text{{{m[1]}}}", t)
-        for t in (gold, said)
+        for t in (gold, candidate)
     )
-    return same(gold.replace(sign, ""), said.replace(sign, ""), depth)
+    return same(gold.replace(sign, ""), candidate.replace(sign, ""), depth)
 
 
 def with_unit(text: str) -> tuple[str, str]:
-    """A quantity and its unit, or nothing."""
-    found = UNIT.fullmatch(text)
-    bare = None if found else BARE_UNIT.fullmatch(text)
-    found = found or bare
-    if not found or r"\text" in found[1]:
+    """Split a quantity into its number and its unit, which may be empty."""
+    match = UNIT.fullmatch(text)
+    bare = None if match else BARE_UNIT.fullmatch(text)
+    match = match or bare
+    if not match or r"\text" in match[1]:
         return text, ""
-    name, power = found[2].casefold().strip(" ."), found[3] or ""
+    name, power = match[2].casefold().strip(" ."), match[3] or ""
     if name.startswith(("square ", "sq ", "cubic ")):
         power, name = "3" if name[0] == "c" else "2", name.partition(" ")[2]
-    spaced = text[found.end(1)] in " \\"
+    spaced = text[match.end(1)] in " \\"
     singular = UNITS.get(name) or UNITS.get(name.removesuffix("s"))
     if singular is None or not (spaced or len(name) > 1):
         words = re.fullmatch(r"[a-z. /-]{2,}", name) and not NO_UNIT & set(re.split(r"[ ./-]+", name))
-        if not words or (bare and (len(name) < 3 or not spaced or number(found[1]) is None)):
+        if not words or (bare and (len(name) < 3 or not spaced or number(match[1]) is None)):
             return text, ""
-    return found[1].strip(), (singular or name.removesuffix("s")) + power
+    return match[1].strip(), (singular or name.removesuffix("s")) + power
 
 
-def by_unit(gold: str, said: str, depth: int) -> bool | None:
-    """A unit may be left out or added, and is not another."""
-    (wanted, unit), (value, other) = with_unit(gold), with_unit(said)
+def by_unit(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare quantities: a unit may be left out or added, and is not another."""
+    (wanted, unit), (value, other) = with_unit(gold), with_unit(candidate)
     if not unit and not other:
         return None
     return (not unit or not other or unit == other) and same(wanted, value, depth)
 
 
-def by_base(gold: str, said: str, depth: int) -> bool | None:
-    """Digits in a base are the same digits, in the same base where both name one."""
-    wanted, value = BASED.fullmatch(gold), BASED.fullmatch(said)
+def by_base(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare numbers with a base: the digits are the same, and the base where both name one."""
+    wanted, value = BASED.fullmatch(gold), BASED.fullmatch(candidate)
     if not wanted and not value:
         return None
     if wanted and value:
         return wanted.groups() == value.groups()
-    return (wanted[1] if wanted else gold) == (value[1] if value else said)
+    return (wanted[1] if wanted else gold) == (value[1] if value else candidate)
 
 
-def by_matrix(gold: str, said: str, depth: int) -> bool | None:
-    """Matrices are the same cell by cell, whatever their brackets."""
-    found = [MATRIX.fullmatch(text) for text in (gold, said)]
-    if not all(found) or "\\begin" in "".join(m[2] for m in found if m):
+def by_matrix(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare matrices cell by cell, whatever their brackets."""
+    match = [MATRIX.fullmatch(text) for text in (gold, candidate)]
+    if not all(match) or "\\begin" in "".join(m[2] for m in match if m):
         return None
     wanted, value = (
-        [row.split("&") for row in re.split(r"\\\\", m[2].strip().removesuffix("\\\\"))] for m in found if m
+        [row.split("&") for row in re.split(r"\\\\", m[2].strip().removesuffix("\\\\"))] for m in match if m
     )
     return [len(row) for row in wanted] == [len(row) for row in value] and all(
         same(a.strip(), b.strip(), depth)
@@ -181,7 +181,7 @@ def by_matrix(gold: str, said: str, depth: int) -> bool | None:
 
 
 def items(text: str) -> tuple[str, list[str]]:
-    r"""How the parts of a text are held together, and the parts: brackets, `union`, `list`, or `one`."""
+    r"""Split a text into (what holds its parts together: brackets, `union`, `list` or `one`; the parts)."""
     union = split_top(text, r"\\cup(?![a-z])")
     if len(union) > 1:
         return "union", union
@@ -196,19 +196,20 @@ def items(text: str) -> tuple[str, list[str]]:
     return "list" if len(signs) > 1 else "one", signs
 
 
-def by_items(gold: str, said: str, depth: int) -> bool | None:
-    """Tuples and intervals are the same in order and brackets, sets and lists in any order."""
-    gold, said = (re.sub(r"^[A-Za-z] ?\\in(?![a-z]) ?", "", text) for text in (gold, said))
-    (kind, wanted), (other, values) = items(gold), items(said)
+def by_items(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare tuples and intervals in order and with their brackets, sets and lists in any order."""
+    gold, candidate = (re.sub(r"^[A-Za-z] ?\\in(?![a-z]) ?", "", text) for text in (gold, candidate))
+    (kind, wanted), (other, values) = items(gold), items(candidate)
     if kind == other == "one":
-        return None if (gold, said) == (wanted[0], values[0]) else same(wanted[0], values[0], depth)
+        return None if (gold, candidate) == (wanted[0], values[0]) else same(wanted[0], values[0], depth)
     if kind != other and any(k == "one" and "=" in v[0] for k, v in ((kind, wanted), (other, values))):
         return None
-    if relation(gold) != relation(said) or "union" in (kind, other):
+    if relation(gold) != relation(candidate) or "union" in (kind, other):
         sets = all(
-            k in ("union", "()", "[]", "(]", "[)") or relation(t) for k, t in ((kind, gold), (other, said))
+            k in ("union", "()", "[]", "(]", "[)") or relation(t)
+            for k, t in ((kind, gold), (other, candidate))
         )
-        return sets and len(wanted) + len(values) < 10 and expression(gold, said, True)
+        return sets and len(wanted) + len(values) < 10 and expression(gold, candidate, True)
     if kind == "()" and other == "list":
         names = [value.partition("=")[0] for value in values]
         if all("=" in v for v in values) and sorted(set(names)) == names:
@@ -231,36 +232,36 @@ def by_items(gold: str, said: str, depth: int) -> bool | None:
 
 
 def relation(text: str) -> bool:
-    """Whether it is an inequality."""
+    """Whether a text is an inequality."""
     return re.search(r"[<>]|\\[lg]e(?![a-z])", text) is not None
 
 
-def by_words(gold: str, said: str, depth: int) -> bool | None:
-    """Words are the same as text, in capitals or not."""
-    if not any(re.search(r"\\text|(?<![\\A-Za-z])[A-Za-z]{4}", text) for text in (gold, said)):
+def by_words(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare words as text, in capitals or not."""
+    if not any(re.search(r"\\text|(?<![\\A-Za-z])[A-Za-z]{4}", text) for text in (gold, candidate)):
         return None
-    gold, said = (re.sub(r"\\text|[{}().*\"'` ]", "", text).casefold() for text in (gold, said))
-    return gold == said
+    gold, candidate = (re.sub(r"\\text|[{}().*\"'` ]", "", text).casefold() for text in (gold, candidate))
+    return gold == candidate
 
 
-def by_ratio(gold: str, said: str, depth: int) -> bool | None:
-    """Ratios and times are the same part by part."""
-    wanted, values = gold.split(":"), said.split(":")
+def by_ratio(gold: str, candidate: str, depth: int) -> bool | None:
+    """Compare ratios and times part by part."""
+    wanted, values = gold.split(":"), candidate.split(":")
     if len(wanted) == len(values) == 1:
         return None
     return len(wanted) == len(values) and all(same(a, b, depth) for a, b in zip(wanted, values, strict=True))
 
 
-def by_equation(gold: str, said: str, depth: int) -> bool:
-    """`x = 5` is 5, and `2 + 3 = 5` too; `x^2 = 5` is not."""
-    wanted, values = split_top(gold, "="), split_top(said, "=")
+def by_equation(gold: str, candidate: str, depth: int) -> bool:
+    """Compare equations: `x = 5` is 5, and `2 + 3 = 5` too; `x^2 = 5` is not."""
+    wanted, values = split_top(gold, "="), split_top(candidate, "=")
     if len(wanted) == len(values) == 1:
-        return expression(gold, said)
+        return expression(gold, candidate)
     if len(wanted) == 1 and not relation(gold):
         named = NAME.fullmatch(values[0]) or same(values[0], values[-1], depth)
         return bool(named) and same(gold, values[-1], depth)
-    if len(values) == 1 and not relation(said):
-        return bool(NAME.fullmatch(wanted[0])) and same(wanted[-1], said, depth)
+    if len(values) == 1 and not relation(candidate):
+        return bool(NAME.fullmatch(wanted[0])) and same(wanted[-1], candidate, depth)
     if squeezed(wanted[0]) == squeezed(values[0]) and NAME.fullmatch(wanted[0]):
         return same(wanted[-1], values[-1], depth)
-    return expression(gold, said)
+    return expression(gold, candidate)

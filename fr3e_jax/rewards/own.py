@@ -38,10 +38,10 @@ def load(place: str) -> ModuleType:
       Exception: what the module itself raises.
     """
     if not place.endswith(".py"):
-        found = tuple(importlib.metadata.entry_points(group=GROUP, name=place))
-        if not found:
+        matching = tuple(importlib.metadata.entry_points(group=GROUP, name=place))
+        if not matching:
             raise ImportError(f"no entry point {place} in the group {GROUP}")
-        return found[0].load()
+        return matching[0].load()
     if not Path(place).is_file():
         raise ImportError(f"there is no file {place}")
     spec = importlib.util.spec_from_file_location(f"fr3e_own_task_{Path(place).stem}", place)
@@ -96,7 +96,7 @@ def loaded(place: str) -> ModuleType:
 
 
 def score(module: ModuleType, place: str, response: str, answer: str, facts: Facts) -> Verdict:
-    """What the task's own `score` says of a response.
+    """Judge a response by the task's own `score`.
 
     Raises:
       ScorerError: it failed, or returned something else than a score.
@@ -108,7 +108,7 @@ def score(module: ModuleType, place: str, response: str, answer: str, facts: Fac
 def score_group(
     module: ModuleType, place: str, responses: tuple[str, ...], answer: str, facts: Facts
 ) -> tuple[Verdict, ...]:
-    """What the task's own `score_group` says of the responses to one problem.
+    """Judge the responses to one problem by the task's own `score_group`.
 
     Raises:
       ScorerError: it failed, or returned something else than a score for each.
@@ -130,9 +130,9 @@ def score_group(
 
 
 def called(
-    module: ModuleType, place: str, name: str, said: str | list[str], answer: str, facts: Facts
+    module: ModuleType, place: str, name: str, responses: str | list[str], answer: str, facts: Facts
 ) -> Any:
-    """What a function of the user's module returns of responses.
+    """Call a function of the user's module on responses.
 
     Raises:
       ScorerError: it failed.
@@ -140,16 +140,16 @@ def called(
     function = getattr(module, name)
     row = {ROW: facts} if takes_row(function) else {}
     try:
-        return function(said, answer, **row)
+        return function(responses, answer, **row)
     except (MemoryError, RecursionError):
         raise  # which make an answer wrong, as a time limit does
     except Exception as error:
         why = one_line(error, module.__file__)
-        raise ScorerError(f"{place}: {name}() failed over {said!r:.80}: {why}") from error
+        raise ScorerError(f"{place}: {name}() failed over {responses!r:.80}: {why}") from error
 
 
 def verdict(value: Any, response: str, returned: str) -> Verdict:
-    """The verdict that a returned value says: a score, or named parts.
+    """Make the verdict of a returned value, which is a score or named parts.
 
     Args:
       value: what the user's function returned for one response.

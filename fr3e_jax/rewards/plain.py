@@ -31,36 +31,36 @@ REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar) ?\{([0-9]+)\}")
 
 
 def exact(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the last box, else the answer tag, else the last line that is not empty, is the answer as text.
+    """Judge whether the last box, else answer tag, else line that is not empty, is the answer as text.
 
     Spaces at the ends do not count, and any others count as one. Letters keep their case.
     """
-    said = last_box(response) if has_box(response) else answer_tag(response)
-    if said is None and not has_box(response) and "<answer>" not in response:
-        said = last_line(response)
-    said = " ".join((said or "").split())
-    return Verdict(said != "" and said == " ".join(answer.split()), said)
+    candidate = last_box(response) if has_box(response) else answer_tag(response)
+    if candidate is None and not has_box(response) and "<answer>" not in response:
+        candidate = last_line(response)
+    candidate = " ".join((candidate or "").split())
+    return Verdict(candidate != "" and candidate == " ".join(answer.split()), candidate)
 
 
 def numeric(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the last box, else the last number, has the value of the answer, exactly.
+    """Judge whether the last box, else the last number, has the value of the answer, exactly.
 
     A percent sign must be in both or in neither.
     """
-    said = (last_box(response) if has_box(response) else last_number(response)) or ""
-    value, wanted = number(said), number(answer)
-    alike = is_percent(said) == is_percent(answer)
-    return Verdict(alike and value is not None and value == wanted, said)
+    candidate = (last_box(response) if has_box(response) else last_number(response)) or ""
+    value, wanted = number(candidate), number(answer)
+    alike = is_percent(candidate) == is_percent(answer)
+    return Verdict(alike and value is not None and value == wanted, candidate)
 
 
 def choice(response: str, answer: str, facts: Any = None) -> Verdict:
-    """Whether the letter that is chosen is the answer's, a letter of A to Z with or without brackets."""
-    said = choice_letter(response) or ""
-    return Verdict(said != "" and said == answer.strip().strip("().").upper(), said)
+    """Judge whether the letter that is chosen is the answer's, A to Z with or without brackets."""
+    candidate = choice_letter(response) or ""
+    return Verdict(candidate != "" and candidate == answer.strip().strip("().").upper(), candidate)
 
 
 def is_percent(text: str) -> bool:
-    """Whether a number is one of percent."""
+    """Whether a number ends in a percent sign."""
     return text.rstrip(" $").endswith("%")
 
 
@@ -84,17 +84,17 @@ def unsigned(text: str) -> Fraction | None:
     """The value of a number without a sign."""
     if re.fullmatch(DECIMAL, text):
         return decimal(text)
-    if found := LATEX_FRACTION.fullmatch(text):
-        whole, top, digit, bottom, other = found.groups()
+    if match := LATEX_FRACTION.fullmatch(text):
+        whole, top, digit, bottom, other = match.groups()
         return ratio(whole, top or digit, bottom or other)
-    if found := SLASH.fullmatch(text):
-        return ratio(*found.groups())
-    if found := POWER.fullmatch(text):
-        return scaled(found[1] or "1", found[2] or found[3])
-    if found := EXPONENT.fullmatch(text):
-        return scaled(*found.groups())
-    if found := REPEATING.fullmatch(text):
-        whole, once, again = found.groups()
+    if match := SLASH.fullmatch(text):
+        return ratio(*match.groups())
+    if match := POWER.fullmatch(text):
+        return scaled(match[1] or "1", match[2] or match[3])
+    if match := EXPONENT.fullmatch(text):
+        return scaled(*match.groups())
+    if match := REPEATING.fullmatch(text):
+        whole, once, again = match.groups()
         fraction = Fraction(int(again), 10 ** len(once) * (10 ** len(again) - 1))
         return decimal(f"{whole or 0}.{once}") + fraction
     return None

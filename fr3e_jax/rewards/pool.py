@@ -56,7 +56,7 @@ Piece = tuple[list[int], list[Asked], ProcessFuture[list[Any]]]
 
 
 def judge(piece: Sequence[Asked]) -> list[Verdicts]:
-    """The verdicts on a piece; an answer that takes too much memory is wrong."""
+    """Judge the answers of a piece; one that takes too much memory is wrong."""
     verdicts: list[Verdicts] = []
     for asked in piece:
         scorer: Any = scorer_of(asked.scorer)
@@ -112,8 +112,8 @@ class Workers(SpawnContext):
 def unnamed_main() -> Iterator[None]:
     """Hide from multiprocessing, while the context lasts, what a new process would import of __main__."""
     main = sys.modules["__main__"]
-    found = [name for name in ("__spec__", "__file__") if name in vars(main)]
-    names: dict[str, Any] = {name: vars(main).pop(name) for name in found}
+    hidden = [name for name in ("__spec__", "__file__") if name in vars(main)]
+    names: dict[str, Any] = {name: vars(main).pop(name) for name in hidden}
     main.__spec__ = None
     try:
         yield

@@ -57,8 +57,8 @@ def scorer_of(name: str) -> Scorer | GroupScorer:
     places = INLINE | ISOLATED
     if name not in places:
         raise ValueError(f"there is no scorer {name!r}; choose one of {', '.join(sorted(places))}")
-    found = places[name]
-    return imported(found) if isinstance(found, str) else found
+    scorer = places[name]
+    return imported(scorer) if isinstance(scorer, str) else scorer
 
 
 @functools.cache

@@ -51,18 +51,18 @@ PRODUCT = re.compile(r"(?<![A-Za-z\\])([a-eijk-z]|[a-z]{2,3})(?=\()")
 DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
 
 
-def expression(gold: str, said: str, sets: bool = False) -> bool:
+def expression(gold: str, candidate: str, sets: bool = False) -> bool:
     """Whether two single expressions, equations or sets are the same for math-verify."""
-    gold, said = told_apart(gold, said)
-    if not manageable(gold) or not manageable(said):
+    gold, candidate = told_apart(gold, candidate)
+    if not manageable(gold) or not manageable(candidate):
         return False
-    if letters(gold) != letters(said) and not sets:
+    if letters(gold) != letters(candidate) and not sets:
         # To ask would be the slowest of questions. Two have a value in common only where one is a constant.
-        if letters(gold) and letters(said):
+        if letters(gold) and letters(candidate):
             return False
-        wanted, value = parsed(gold), parsed(said)
+        wanted, value = parsed(gold), parsed(candidate)
         return bool(wanted and value) and same_everywhere(wanted[0], value[0])
-    wanted, value = parsed(gold), parsed(said)
+    wanted, value = parsed(gold), parsed(candidate)
     if not wanted or not value or differ(wanted[0], value[0]):
         return False
     return verify(wanted, value, numeric_precision=30, allow_set_relation_comp=sets, timeout_seconds=None)
@@ -116,7 +116,7 @@ def same_everywhere(wanted: Any, value: Any) -> bool:
 
 
 def told_apart(*texts: str) -> list[str]:
-    """The texts with another letter for each capital that stands as a small letter too: m and M are two.
+    """Replace capitals that occur as small letters too by other letters: m and M are two unknowns.
 
     math-verify takes them for one. Where no letter is left, they stay as they are.
     """
@@ -142,7 +142,7 @@ def letters(text: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def parsed(text: str) -> list[Any]:
-    """What math-verify reads in an expression: one object, or none."""
+    """Parse an expression with math-verify: one object, or None."""
     text = DECIMAL.sub(lambda m: rf"{{\frac{{{int(m[1] + m[2])}}}{{1{'0' * len(m[2])}}}}}", text)
     text = re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", "(I)", text)
     text = re.sub(r"(?<=[0-9])e(?=[+-])", r"\\cdot e", text)  # 2e + 3 is no 2000
@@ -153,12 +153,12 @@ def parsed(text: str) -> list[Any]:
 
 def round_to_braces(text: str) -> str:
     r"""The text with `^(2)` and `\sqrt(2)` as `^{2}` and `\sqrt{2}`."""
-    for found in reversed(list(re.finditer(r"(?:\^|\\sqrt ?)(?=\()", text))):
+    for match in reversed(list(re.finditer(r"(?:\^|\\sqrt ?)(?=\()", text))):
         depth = 0
-        for i in range(found.end(), len(text)):
+        for i in range(match.end(), len(text)):
             depth += (text[i] == "(") - (text[i] == ")")
             if depth == 0:
-                text = f"{text[: found.end()]}{{{text[found.end() + 1 : i]}}}{text[i + 1 :]}"
+                text = f"{text[: match.end()]}{{{text[match.end() + 1 : i]}}}{text[i + 1 :]}"
                 break
     return text
 

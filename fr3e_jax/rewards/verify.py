@@ -64,8 +64,8 @@ def begin_judging(
 
     def result() -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
-        for one, group, found in zip(asked, members, judging.result(), strict=True):
-            verdicts |= zip(group, [found] if isinstance(one.response, str) else found, strict=True)
+        for one, group, verdict in zip(asked, members, judging.result(), strict=True):
+            verdicts |= zip(group, [verdict] if isinstance(one.response, str) else verdict, strict=True)
         return [verdicts[i] for i in range(len(responses))]
 
     return result
@@ -205,7 +205,7 @@ class Verifier:
         reward: np.ndarray,
         problems: Sequence[Problem],
     ) -> dict[str, Any] | None:
-        """For people to read: the deepest accepted state of the first trajectory that has one.
+        """Choose a state for people to read: the deepest accepted one of the first trajectory that has one.
 
         Args:
           accepted: bool [N, J].

@@ -42,9 +42,9 @@ WRITINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\geq?(?:slant)?(?![a-z])|>=", r"\\ge "),
     (r"\\neq?(?![a-z])|!=", r"\\ne "),
     (r"\\lt(?![a-z])", "<"),
-    (r"\A(?:([A-Za-z])\s*)?\\approx(?![a-z])", lambda found: f"{found[1]}=" if found[1] else ""),
+    (r"\A(?:([A-Za-z])\s*)?\\approx(?![a-z])", lambda match: f"{match[1]}=" if match[1] else ""),
     (r"\\gt(?![a-z])", ">"),
-    (r"\\([lr])brace(?![a-z])", lambda found: "\\" + "{}"["lr".index(found[1])]),
+    (r"\\([lr])brace(?![a-z])", lambda match: "\\" + "{}"["lr".index(match[1])]),
     (r"\\varnothing(?![a-z])|\\\{ *\\\}", r"\\emptyset "),
     (r"(?<![A-Za-z\\])infinity|\\infinity", r"\\infty "),
     (rf"(?<![A-Za-z\\])({FUNCTIONS})(?![a-z])", r"\\\1 "),
@@ -69,20 +69,20 @@ SPACED = re.compile(r"(?<![0-9])[1-9][0-9]{0,2}(?:(?:\\,| )[0-9]{3})+(?![0-9 ])"
 def split_top(text: str, separator: str) -> list[str]:
     """Parts between separators (a regular expression) that stand in no bracket of any kind."""
     depth, ends = 0, [(0, 0)]
-    for found in re.finditer(rf"{separator}|{BRACKET.pattern}", text, re.DOTALL):
-        token = found[0]
+    for match in re.finditer(rf"{separator}|{BRACKET.pattern}", text, re.DOTALL):
+        token = match[0]
         if token in ("(", "[", "{", r"\{"):
             depth += 1
         elif token in (")", "]", "}", r"\}"):
             depth -= 1
         elif depth == 0 and re.fullmatch(separator, token):
-            ends.append(found.span())
+            ends.append(match.span())
     ends.append((len(text), len(text)))
     return [text[a:b].strip() for (_, a), (b, _) in itertools.pairwise(ends)]
 
 
 def wrapped(text: str) -> tuple[str, str]:
-    """The outermost brackets, if they hold all of the text, and what they hold; else nothing and the text."""
+    """Split a text into the outermost brackets, if they hold all of it, and what they hold."""
     opening = text[:2] if text.startswith("\\{") else text[:1]
     closing = text[-2:] if text.endswith("\\}") else text[-1:]
     if opening not in ("(", "[", "\\{") or closing not in (")", "]", "\\}"):
@@ -108,14 +108,14 @@ def both_signs(text: str) -> list[str]:
 
 def without_groups(text: str) -> str:
     """The text without separators of thousands."""
-    return GROUPS.sub(lambda found: SEPARATOR.sub("", found[0]), text)
+    return GROUPS.sub(lambda match: SEPARATOR.sub("", match[0]), text)
 
 
 @functools.lru_cache(maxsize=4096)
 def tidy(text: str) -> str:
-    """The text with one way of writing for each thing, and spaces only where they part letters or digits."""
+    """Write a text in one way for each thing, with spaces only where they part letters or digits."""
     text = without_groups(text) if not re.search(r"[(\[]|\\\{", text) else text.replace("{,}", "")
-    text = SPACED.sub(lambda found: re.sub(r"\\,| ", "", found[0]), text.strip().translate(UNICODE))
+    text = SPACED.sub(lambda match: re.sub(r"\\,| ", "", match[0]), text.strip().translate(UNICODE))
     for pattern, new in TIDY:
         text = pattern.sub(new, text.strip())
     return text.strip()

@@ -23,7 +23,7 @@ from fr3e_jax.config import (
     check,
     updates_of,
 )
-from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.rollout import Engine, Watch
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.make import learner_of
 from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
@@ -53,15 +53,12 @@ class Policy:
     stops: StopTable | None
     dtype: Any
 
-    def engine(self, max_response: int, between: Callable[[], None] = lambda: None) -> Engine:
-        """What samples answers of at most `max_response` tokens.
-
-        Args:
-          max_response: tokens.
-          between: called before each program of a decoding, and may end it with an exception.
-        """
-        model = self.model
-        return Engine(model.graph, model.sampling, max_response, self.end_tokens, between, self.stops)
+    def engine(
+        self, max_response: int, between: Callable[[], None] = lambda: None, watch: Watch = lambda *_: None
+    ) -> Engine:
+        """What samples answers of at most `max_response` tokens; `between` and `watch` are the engine's."""
+        model, ends = self.model, self.end_tokens
+        return Engine(model.graph, model.sampling, max_response, ends, between, watch, self.stops)
 
     def learner(
         self,
@@ -155,13 +152,19 @@ class Parts:
     between: Callable[[], None]
 
 
-def build(config: Config, hosts: Hosts, between: Callable[[], None] = lambda: None) -> Parts:
+def build(
+    config: Config,
+    hosts: Hosts,
+    between: Callable[[], None] = lambda: None,
+    watch: Watch = lambda *_: None,
+) -> Parts:
     """Check the configuration, and make the parts of its run.
 
     Args:
       config: resolved.
       hosts: the processes, with the mesh of `mesh_of`.
       between: called before each program of a decoding and before each update; may raise to end the run.
+      watch: told how far a decoding is.
 
     Raises:
       ConfigError, PlacementError, CheckpointError: what cannot run.
@@ -175,7 +178,7 @@ def build(config: Config, hosts: Hosts, between: Callable[[], None] = lambda: No
     corpus = make_corpus(config.data, config.seed, text, config.rollout.max_prompt)
     hosts.require_same(corpus.checksum, "the problems of data.source")
     policy = policy_of(model, text, dtype)
-    engine = policy.engine(config.rollout.max_response, between)
+    engine = policy.engine(config.rollout.max_response, between, watch)
     learner = policy.learner(config.loss, config.optimizer, updates_of(config))
     stream = QueryStream(corpus.stream(config.seed), text, config.rollout.max_prompt, hosts)
     verifier = Verifier(text, hosts, ScoringPool(corpus.scorers, **asdict(config.scoring)), config.reward)

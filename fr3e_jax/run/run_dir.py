@@ -294,7 +294,7 @@ def arrows(changed: dict[str, tuple[Any, Any]]) -> str:
     """Write changes as `name: old -> new`, as in YAML."""
 
     def short(value: Any) -> str:
-        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
         text = text.removesuffix("...\n").strip()
         return text if len(text) <= 60 else text[:57] + "..."
 

@@ -33,6 +33,7 @@ class StepProgress:
         self._step = self._states = self._wanted = 0
         self._round, self._most_rounds = 0, 0
         self._sampled = ""
+        self._begun = False
 
     def begin(self, step: int, states: int, wanted: int) -> None:
         """A step begins.
@@ -45,6 +46,7 @@ class StepProgress:
         self._step, self._states, self._wanted = step, states, wanted
         self._round, self._sampled = 0, ""
         self._last = self._clock()
+        self._begun = True
         self._update()
 
     def round(self, number: int, most: int) -> None:
@@ -56,12 +58,13 @@ class StepProgress:
         """Sampling goes on.
 
         Args:
-          running: rows that are not at their end.
-          rows: of the round.
-          tokens: that the round has generated.
+          running: answers that are not at their end.
+          rows: answers that are sampled at a time.
+          tokens: that those which run have drawn.
         """
-        self._sampled = f"{running} of {rows} rows running, {tokens:,} tokens"
-        self._update()
+        if self._begun:  # an evaluation samples too
+            self._sampled = f"{running} of {rows} rows running at token {tokens:,}"
+            self._update()
 
     def states(self, states: int) -> None:
         """A round is done, and there are so many states that carry a gradient."""
@@ -73,6 +76,7 @@ class StepProgress:
 
     def end(self) -> None:
         """The step is done, or ended by an error."""
+        self._begun = False
         if self._show is not None:
             self._show("")
 

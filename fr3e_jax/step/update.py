@@ -18,6 +18,7 @@ from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.run.build import Parts
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
+from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.diagnosis import no_signal
 from fr3e_jax.step.metrics import Metrics, summarize
 from fr3e_jax.step.rounds import close_round, open_round
@@ -39,6 +40,7 @@ def train_step(
     state: TrainState,
     carried: StateGroups,
     progress: Progress,
+    shown: StepProgress,
 ) -> tuple[TrainState, StateGroups, Progress, Metrics, dict[str, Any] | None]:
     """Rounds until the batch is full, then the update.
 
@@ -49,6 +51,7 @@ def train_step(
       state: used up by the update.
       carried: accepted states that the step before left over.
       progress: up to the step before.
+      shown: tells people how far the step is.
 
     Returns:
       (state, carried and progress after this step, its metrics, a state for people to read).
@@ -62,6 +65,7 @@ def train_step(
     timed_out = parts.verifier.pool.timed_out
     step, position, wanted = progress.step + 1, progress.data_position, config.optimizer.batch_states
     rounds: list[Metrics] = []
+    shown.begin(step, groups.count(carried), wanted)
     sample, waiting, sampler_params, ahead = None, carried, None, None
     while groups.count(waiting) < wanted:
         if len(rounds) == config.credit.max_rounds:
@@ -72,6 +76,7 @@ def train_step(
             )
         if sampler_params is None:
             sampler_params = parts.policy.sampling_params(state.params)
+        shown.round(len(rounds) + 1, config.credit.max_rounds)
         opened, ahead = ahead or open_round(config, parts, sampler_params, step, position, watch), None
         position += config.rollout.queries
         if groups.count(waiting) + opened.most < wanted and len(rounds) + 1 < config.credit.max_rounds:
@@ -80,6 +85,8 @@ def train_step(
         accepted, round_metrics, sample = close_round(config, parts, opened, watch)
         waiting = groups.concatenate(waiting, accepted)
         rounds.append(round_metrics)
+        shown.states(groups.count(waiting))
+    shown.end()
     parts.between()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)

@@ -1,0 +1,1 @@
+"""Tasks to begin a task of one's own from."""
