@@ -121,7 +121,7 @@ def question(options: PlanConfig, name: str, config: Config, topology: str) -> Q
     return Question(name, config, model, topology, options.assume, options.price_per_chip_hour)
 
 
-def report(plan: Plan, options: PlanConfig, first: bool) -> None:
+def print_plan(plan: Plan, options: PlanConfig, first: bool) -> None:
     """Print a plan as an object, as a row of a table, or for people.
 
     Args:
@@ -147,7 +147,7 @@ def main() -> None:
                 all_fit &= plan.fits
                 if number == 0 and not options.all:
                     print(*applied, file=sys.stderr)
-                report(plan, options, first=number == 0)
+                print_plan(plan, options, first=number == 0)
         except jax.errors.JaxRuntimeError as error:
             fail("plan", f"the compiler failed: {error}", 3)
     raise SystemExit(0 if all_fit else 1)

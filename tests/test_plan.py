@@ -90,9 +90,8 @@ def test_rounds_without_positions_have_no_exploration():
 
 def plan_of(total, refused=None, held=GIB):
     """A plan whose largest program has so many bytes."""
-    program = CompiledProgram(
-        "chunk 2 x 64", 2 * GIB, 0, 0, total - 2 * GIB - held, Costs(), Costs(), 1.0, refused
-    )
+    rest = total - 2 * GIB - held
+    program = CompiledProgram("chunk 2 x 64", arguments=2 * GIB, temporary=rest, refusal=refused)
     stage = Stage("update", program, {"optimizer": held}, {"gradient": 2 * GIB}, chunk=Chunk(2, 64, 64))
     small = dataclasses.replace(
         stage, phase="explore", program=dataclasses.replace(program, refusal=None, temporary=0)
@@ -100,8 +99,16 @@ def plan_of(total, refused=None, held=GIB):
     at, config = find_slice("v5e-4"), dataclasses.replace(CONFIG, steps=7)
     mesh = placement(1, 4, 1).mesh
     phases = [] if refused else [Phase("update", Costs(flops=1e15), Seconds(10, 20, 5, 20))]
-    work = workload_of(config, 4, Assumptions())
-    return Plan("x", Setup(config, TINY, mesh), at, work, Assumptions(), [small, stage], phases, 2.0)
+    return Plan(
+        name="x",
+        setup=Setup(config, TINY, mesh),
+        slice=at,
+        work=workload_of(config, 4, Assumptions()),
+        assumptions=Assumptions(),
+        stages=[small, stage],
+        phases=phases,
+        price=2.0,
+    )
 
 
 def placed_on(plan, monkeypatch):
@@ -143,7 +150,7 @@ def test_the_parts_of_a_stage_are_all_of_it():
 
 
 def test_what_a_program_is_given_and_does_not_read_is_alive():
-    program = CompiledProgram("open states", 0, GIB, 0, 0, Costs(), Costs(), 1.0)
+    program = CompiledProgram("open states", results=GIB)
     assert Stage("explore", program, {}, {"sampling copy": 3 * GIB}).total == 4 * GIB
 
 

@@ -16,7 +16,6 @@ from fr3e_jax.plan import PLANS, model_of
 from fr3e_jax.planning import make, stages, topology
 from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.make import Question, compiled_plan, estimated_plan, may_be_peak, quick_plan
-from fr3e_jax.planning.program_costs import Costs
 from fr3e_jax.planning.slices import GIB, find_slice, other_slices
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.topology import devices_of, fits_torus, mesh_on, positions_in, splits
@@ -117,7 +116,7 @@ def test_a_mesh_without_a_compiler_is_the_mesh_with_it(name):
 
 def stage_with(name, gib):
     """A stage whose program needs so many GiB."""
-    program = CompiledProgram(name, 0, 0, 0, int(gib * GIB), Costs(), Costs(), 0.0)
+    program = CompiledProgram(name, temporary=int(gib * GIB))
     return Stage("update", program, {}, {})
 
 
@@ -133,7 +132,7 @@ def test_a_line_says_of_each_program_that_it_is_compiled_and_how_long_it_took(mo
 
     def compiled(name, lowered, mesh):
         refusal = "RESOURCE_EXHAUSTED" if name == "prefill" else None
-        return CompiledProgram(name, 0, 0, 0, 3 * GIB, Costs(), Costs(), 2.0, refusal), None
+        return CompiledProgram(name, temporary=3 * GIB, refusal=refusal), None
 
     monkeypatch.setattr(stages, "compile_program", compiled)
     with (tmp_path / "lines").open("w") as file:

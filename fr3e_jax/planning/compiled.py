@@ -25,13 +25,13 @@ class CompiledProgram:
     """
 
     name: str
-    arguments: int
-    results: int
-    aliased: int
-    temporary: int
-    once: Costs
-    each: Costs
-    seconds: float
+    arguments: int = 0
+    results: int = 0
+    aliased: int = 0
+    temporary: int = 0
+    once: Costs = dataclasses.field(default_factory=Costs)
+    each: Costs = dataclasses.field(default_factory=Costs)
+    seconds: float = 0.0
     refusal: str | None = None
     estimated: bool = False
 
@@ -58,7 +58,7 @@ def compile_program(name: str, lowered: Any, mesh: Mesh) -> tuple[CompiledProgra
         if "RESOURCE_EXHAUSTED" not in message:
             raise
         wanted, seconds = requested_bytes(message) or 0, time.perf_counter() - started
-        return CompiledProgram(name, 0, 0, 0, wanted, Costs(), Costs(), seconds, message), None
+        return CompiledProgram(name, temporary=wanted, seconds=seconds, refusal=message), None
     seconds, text, memory = time.perf_counter() - started, executable.as_text(), executable.memory_analysis()
     assert text is not None and memory is not None
     program = Program(text)

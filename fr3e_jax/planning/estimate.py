@@ -51,7 +51,13 @@ def stage_of(
 ) -> Stage:
     """A stage whose program is not compiled. results: bytes that do not take the place of arguments."""
     program = CompiledProgram(
-        name, sum(own.values()), int(results), 0, int(temporary), once, each, seconds=0.0, estimated=True
+        name,
+        arguments=sum(own.values()),
+        results=int(results),
+        temporary=int(temporary),
+        once=once,
+        each=each,
+        estimated=True,
     )
     return Stage(phase, program, held, own, leg, chunk)
 

@@ -122,7 +122,16 @@ def plan_of(question: Question, tpu: Slice, setup: Setup, work: Workload, stages
     mixed = len({stage.program.estimated for stage in stages}) > 1
     rates = Rates(tpu, setup.mesh, question.assumptions)
     phases = [] if mixed else phases_of(setup, work, stages, rates)
-    return Plan(question.name, setup, tpu, work, question.assumptions, stages, phases, question.price)
+    return Plan(
+        name=question.name,
+        setup=setup,
+        slice=tpu,
+        work=work,
+        assumptions=question.assumptions,
+        stages=stages,
+        phases=phases,
+        price=question.price,
+    )
 
 
 def smallest_slice(question: Question, tpu: Slice) -> str | None:

@@ -40,11 +40,41 @@ class Chip:
 
 # usable: what XLA names in its message about a program that is too large. Rates: cloud.google.com/tpu/docs
 # and jax-ml.github.io/scaling-book.
+TWO_DIMENSIONS = {"dimensions": 2, "cores": 1, "wraps": 16}
+THREE_DIMENSIONS = {"dimensions": 3, "cores": 2, "wraps": 4}
 CHIPS = {
-    "v4": Chip("TPU v4", 30.75 * GIB, 32 * GIB, 1.2e12, 4.5e10, 3, 2, 4),
-    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 16 * GIB, 8.1e11, 4.5e10, 2, 1, 16),
-    "v5p": Chip("TPU v5", 95.74 * GIB, 96 * GIB, 2.765e12, 9e10, 3, 2, 4),
-    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 32 * GIB, 1.64e12, 9e10, 2, 1, 16),
+    "v4": Chip(
+        kind="TPU v4",
+        usable=30.75 * GIB,
+        installed=32 * GIB,
+        memory=1.2e12,
+        link=4.5e10,
+        **THREE_DIMENSIONS,
+    ),
+    "v5e": Chip(
+        kind="TPU v5 lite",
+        usable=15.75 * GIB,
+        installed=16 * GIB,
+        memory=8.1e11,
+        link=4.5e10,
+        **TWO_DIMENSIONS,
+    ),
+    "v5p": Chip(
+        kind="TPU v5",
+        usable=95.74 * GIB,
+        installed=96 * GIB,
+        memory=2.765e12,
+        link=9e10,
+        **THREE_DIMENSIONS,
+    ),
+    "v6e": Chip(
+        kind="TPU v6 lite",
+        usable=31.25 * GIB,
+        installed=32 * GIB,
+        memory=1.64e12,
+        link=9e10,
+        **TWO_DIMENSIONS,
+    ),
 }
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "v5": "v5p"}
 SIZES = {

@@ -27,8 +27,8 @@ from fr3e_jax.pretrained.tokenizer import (
 )
 from fr3e_jax.pretrained.write_weights import MAX_FILE_BYTES, write_params
 
-# Files that are not copied: they are written anew, or older places of fields of tokenizer_config.json.
-WRITTEN = {
+# They are written anew, or are older places of fields of tokenizer_config.json.
+NOT_COPIED = {
     "config.json",
     GENERATION_FILE,
     TOKENIZER_CONFIG,
@@ -110,7 +110,7 @@ def copy_description(source: Path, out: Path, dtype: Any) -> None:
     """
     for pattern in DESCRIPTION_FILES:
         for file in filter(Path.is_file, sorted(source.glob(pattern))):
-            if file.name not in WRITTEN:
+            if file.name not in NOT_COPIED:
                 shutil.copyfile(file, out / file.name)
     config, ends = read_config(source), end_tokens(source)
     pad, bos = (
