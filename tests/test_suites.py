@@ -120,7 +120,7 @@ def test_settings_that_a_suite_does_not_read_are_refused(source, message):
 
 def test_a_scorer_that_is_not_there_is_refused_with_those_that_are():
     (own,) = benchmarks_of([SourceConfig("own.csv", scorer="maths")])
-    with pytest.raises(ConfigError, match=r"scorer of source own.csv is 'maths'; choose one of"):
+    with pytest.raises(ConfigError, match=r"scorer of source own.csv is 'maths'; did you mean math"):
         source_of(own, None)
 
 
