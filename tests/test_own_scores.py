@@ -1,5 +1,6 @@
 """What a user's own scorer may return: numbers, named parts, and the scores of a whole group."""
 
+import json
 import re
 import textwrap
 from types import SimpleNamespace
@@ -13,12 +14,14 @@ from support import mesh_of
 from test_habits import rollouts_of
 
 from fr3e_jax.algorithm.explore import keep_trajectories
-from fr3e_jax.config import ConfigError, RewardConfig, check_options
+from fr3e_jax.config import ConfigError, DataConfig, RewardConfig, SourceConfig, check_options
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.pretrained.hub import find_model
 from fr3e_jax.pretrained.text import load_text
+from fr3e_jax.problems.corpus import make_corpus
 from fr3e_jax.problems.own_task import OwnTask
+from fr3e_jax.problems.sources import read
 from fr3e_jax.rewards.own import load
 from fr3e_jax.rewards.pool import Asked, ScoringPool, judge
 from fr3e_jax.rewards.verdict import ScorerError
@@ -116,6 +119,29 @@ def test_a_row_that_no_worker_can_be_sent_is_refused_at_the_start(task):
     with pytest.raises(ConfigError, match=r"problem 0 of train cannot be sent to a worker process"):
         task(score + rows)
     assert len(task("def score(response, answer): return True\n" + rows)) == 1
+
+
+def test_a_data_set_may_be_judged_by_a_score_of_ones_own_that_sees_every_column(tmp_path):
+    bytes_text = load_text(REPOSITORY / "tests" / "qwen2.5_tokenizer_cut", "plain")
+    load.cache_clear()
+    (tmp_path / "tolerant.py").write_text(
+        "def score(response, answer, row):\n"
+        "    return abs(float(response) - float(answer)) <= row['tolerance']\n"
+    )
+    rows = [{"question": f"{n}?", "answer": str(n), "tolerance": n / 10} for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(str(tmp_path / "a.jsonl"), scorer=str(tmp_path / "tolerant.py"))
+    problems, _ = read(source)
+    judged = [judge([Asked(p.scorer, "9.5", p.answer, p.facts)])[0].right for p in problems]
+    assert [n for n, right in enumerate(judged) if right] == [9, 10]
+    assert make_corpus(DataConfig([source]), 0, bytes_text, 20).scorers == [f"own:{tmp_path / 'tolerant.py'}"]
+    missing = DataConfig([SourceConfig(source.name, scorer=str(tmp_path / "nowhere.py"))])
+    with pytest.raises(ConfigError, match=r"nowhere\.py cannot be loaded: .*there is no file"):
+        make_corpus(missing, 0, bytes_text, 20)
+    (tmp_path / "empty.py").write_text("")
+    empty = DataConfig([SourceConfig(source.name, scorer=str(tmp_path / "empty.py"))])
+    with pytest.raises(ConfigError, match=r"empty\.py has no function score\(response, answer\); write one"):
+        make_corpus(empty, 0, bytes_text, 20)
 
 
 GROUP = """

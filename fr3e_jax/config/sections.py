@@ -71,7 +71,8 @@ class SourceConfig:
     solution: Name | None = None
     """Column of a worked solution, which `sft` teaches. Default: `solution`."""
     scorer: Name | None = None
-    """What judges answers: `math`, `exact`, `numeric`, `choice`. Default: the named data set's, or `math`."""
+    """What judges answers: `math`, `exact`, `numeric`, `choice`, or a file `*.py` of your own with a function
+    `score`. Default: the named data set's, or `math`."""
     where: dict[str, list[str | int]] = dataclasses.field(default_factory=dict)
     """Column -> the values that a row may have there; other rows are left out."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)

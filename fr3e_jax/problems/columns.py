@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from fr3e_jax.config import ConfigError, SourceConfig
 from fr3e_jax.problems.datasets import DataSet
+from fr3e_jax.problems.own_task import is_own, own_scorer
 from fr3e_jax.problems.rows import Row, Rows
 from fr3e_jax.rewards.extract import last_box
 from fr3e_jax.types import Problem, Turns
@@ -17,11 +18,16 @@ ROLES = {"human": "user", "gpt": "assistant"}  # other names that chats have for
 
 
 class Columns(NamedTuple):
-    """Names of the columns that a problem is read from; `solution` is None where none is read."""
+    """Names of the columns that a problem is read from, and of its scorer.
+
+    solution: None where none is read. by_row: whether the scorer is the user's own and sees the whole row.
+    """
 
     prompt: str
     answer: str
     solution: str | None
+    scorer: str
+    by_row: bool = False
 
 
 class BadRow(ConfigError):
@@ -62,10 +68,16 @@ def problems_of(
 
 
 def columns_of(source: SourceConfig, row: Row, solutions: bool) -> Columns:
-    """Choose the columns of a source: those that it names, else the usual ones that its first row has."""
+    """Choose the columns of a source: those that it names, else the usual ones that its first row has.
+
+    Raises:
+      ConfigError: its scorer is a file that cannot be imported, or has no function to score with.
+    """
     prompt = source.prompt or next((name for name in QUESTIONS if name in row), QUESTIONS[0])
     answer = source.answer or next((name for name in ANSWERS if name in row), ANSWERS[0])
-    return Columns(prompt, answer, (source.solution or SOLUTION) if solutions else None)
+    solution = (source.solution or SOLUTION) if solutions else None
+    scorer = source.scorer or "math"
+    return Columns(prompt, answer, solution, *(own_scorer(scorer) if is_own(scorer) else (scorer,)))
 
 
 def problem_of(
@@ -105,8 +117,9 @@ def problem_of(
     return Problem(
         question.strip(),
         checked(answer_in(written, source.answer_is, answer, place), "answer", answer, place),
-        source.scorer or "math",
+        columns.scorer,
         source.name,
+        facts=row if columns.by_row else None,
         before=before,
         place=place,
         solution=solution_of(row, columns.solution, place) if columns.solution else "",

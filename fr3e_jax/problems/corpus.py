@@ -132,13 +132,14 @@ def refuse_unread(source: SourceConfig, path: OptionPath = ()) -> None:
         raise OptionError(
             (*path, unread[0]), f"source {source.name} reads no {', '.join(unread)}; leave it out"
         )
-    if source.scorer is not None and source.scorer not in named_scorers():
+    known_scorer = source.scorer is None or source.scorer in named_scorers() or is_own(source.scorer)
+    if not known_scorer and source.scorer is not None:
         near = nearest(source.scorer, named_scorers())
         raise OptionError(
             (*path, "scorer"),
             f"the scorer of source {source.name} is {source.scorer!r}; "
             + (f"did you mean {near}? Scorers are" if near else "choose one of")
-            + f" {', '.join(named_scorers())}",
+            + f" {', '.join(named_scorers())}, or a file *.py with a function score",
         )
 
 

@@ -71,6 +71,36 @@ def function(module: ModuleType, name: str, call: str, *args: Any, **keywords: A
     return called
 
 
+def module_of(name: str) -> ModuleType:
+    """Import the file or module of a user's own.
+
+    Raises:
+      ConfigError: it cannot be imported.
+    """
+    place = place_of(name)
+    try:
+        return load(place)
+    except Exception as error:
+        raise ConfigError(f"{name} cannot be loaded: {one_line(error, place)}") from error
+
+
+def own_scorer(name: str) -> tuple[str, bool]:
+    """The scorer that a file or module of the user's own has.
+
+    Returns:
+      (its name, whether it sees the row of a problem).
+
+    Raises:
+      ConfigError: it cannot be imported, or has neither `score` nor `score_group`.
+    """
+    module, place = module_of(name), place_of(name)
+    if hasattr(module, "score_group"):
+        judge = function(module, "score_group", "score_group(responses, answer)", [""], "")
+        return OWN_GROUP + place, takes_row(judge)
+    judge = function(module, "score", "score(response, answer)", "", "")
+    return OWN + place, takes_row(judge)
+
+
 class OwnTask:
     """The problems of a user's own task."""
 
@@ -83,19 +113,10 @@ class OwnTask:
         """
         self.name, self.parameters = name, parameters
         self.place = place_of(name)
-        try:
-            self.module = load(self.place)
-        except Exception as error:
-            raise ConfigError(f"{name} cannot be loaded: {one_line(error, self.place)}") from error
+        self.module = module_of(name)
         self.file = self.module.__file__
         self.make = function(self.module, "problems", "problems(split, **parameters)", "train", **parameters)
-        if hasattr(self.module, "score_group"):
-            judge = function(self.module, "score_group", "score_group(responses, answer)", [""], "")
-            self.scorer = OWN_GROUP + self.place
-        else:
-            judge = function(self.module, "score", "score(response, answer)", "", "")
-            self.scorer = OWN + self.place
-        self.judged_by_row = takes_row(judge)
+        self.scorer, self.judged_by_row = own_scorer(name)
         self.train = self.split("train")
         first = self.problem("train", self.train, 0)
         try:
