@@ -43,9 +43,9 @@ Shard = Callable[..., Array]
 """`shard(x, *logical_axes) -> x` with a sharding constraint; the caller owns the mesh and the table."""
 
 
-def unsharded(x: Any, *_: str | None) -> Any:
-    """Return x as it is: the `Shard` of a program without a mesh."""
-    return x
+def unsharded(x: Any, *_: str | None) -> Array:
+    """Return x as it is, on a device: the `Shard` of a program without a mesh."""
+    return jnp.asarray(x)
 
 
 def sharded_as_batch(shard: Shard) -> Shard:

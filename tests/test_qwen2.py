@@ -12,7 +12,7 @@ from support import TINY, logits, placement, read, tiny_params
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
 from fr3e_jax.models.attention import Part, attend
-from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes
+from fr3e_jax.models.decoder import abstract_params, graph_of, logical_axes, unsharded
 from fr3e_jax.models.hf import read_config
 from fr3e_jax.models.rope import Yarn, rotate
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
@@ -162,7 +162,7 @@ def test_yarn_extends_the_context():
 def test_rotation_depends_on_the_distance_alone():
     """A property of rotary embeddings, with and without YaRN: scores see how far apart tokens are."""
     rng = np.random.default_rng(0)
-    query, key = rng.standard_normal((2, 1, 1, 16)).astype(np.float32)
+    query, key = jnp.asarray(rng.standard_normal((2, 1, 1, 16)).astype(np.float32))
 
     def score(at, distance, yarn):
         turned = [rotate(x, jnp.array([p]), 10_000.0, yarn) for x, p in ((query, at + distance), (key, at))]
@@ -193,13 +193,13 @@ def test_a_layer_sees_a_chain_as_it_sees_the_whole():
     token = jnp.arange(1, 8)
     whole, segment = model(token, jnp.arange(7), 7)
     graph, stacked = nnx.split(model.layers)
-    x = model.embed(token[-1:], lambda x, *_: x)
+    x = model.embed(token[-1:], unsharded)
     for number in range(config.num_hidden_layers):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, number=number: leaf[number], stacked))
-        query, key, value = block.project(x, jnp.array([6]), lambda x, *_: x)
+        query, key, value = block.project(x, jnp.array([6]), unsharded)
         chain = [
             Part(segment.key[number], segment.value[number], jnp.arange(7)[None] < 6),
             Part(jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1), jnp.ones((1, 1), bool)),
         ]
-        x = block.finish(x, attend(query, chain), lambda x, *_: x)
+        x = block.finish(x, attend(query, chain), unsharded)
     np.testing.assert_allclose(model.norm(x)[0], whole[-1], atol=1e-5)
