@@ -135,7 +135,7 @@ def test_the_added_scorer_judges_a_source_that_names_it(added, tmp_path):
 
 
 def test_a_scorer_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"'contains'; choose one of exact, numeric, choice, math$"):
+    with pytest.raises(ConfigError, match=r"'contains'; choose one of exact, numeric, choice, math, or a file"):
         make_task(source_with(tmp_path, "contains"), Config().data, 0, 0)
     with pytest.raises(ConfigError, match="'gym'; choose one of"):  # it judges what is made for it alone
         make_task(source_with(tmp_path, "gym"), Config().data, 0, 0)

@@ -265,7 +265,8 @@ def test_without_reasoning_gym_a_line_says_what_to_install(monkeypatch):
 def test_the_tag_is_judged_before_the_box_and_the_box_before_the_last_line(response, expected):
     facts = GymTask("chain_sum", {}, 0)[0].facts
     entry = facts.entry | {"answer": expected}
-    assert score(response, expected, facts._replace(entry=entry)) == (True, expected)
+    verdict = score(response, expected, facts._replace(entry=entry))
+    assert (verdict.score, verdict.extracted) == (1.0, expected)
 
 
 def test_only_full_marks_are_a_success():
