@@ -30,7 +30,7 @@ from fr3e_jax.evaluation.record import (
 from fr3e_jax.evaluation.report import table
 from fr3e_jax.evaluation.rescore import changes_table, rescore, write_rescored
 from fr3e_jax.evaluation.scores import HowAsked, read_answers, scores_of, summarize
-from fr3e_jax.evaluation.settings import HOW_IT_IS_DONE, EvaluationConfig, check
+from fr3e_jax.evaluation.settings import HOW_IT_IS_DONE, EvaluationConfig, check_evaluation
 from fr3e_jax.evaluation.suites import benchmarks_of
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
@@ -59,7 +59,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     if config.rescore is not None:
         with Lock("evaluate", hosts, say) as lock:
             return judge_again(config, config.rescore, lock, console)
-    check(config, row_parts(mesh))
+    check_evaluation(config, row_parts(mesh))
     directory = Path(config.out or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     with Lock("evaluate", hosts, say) as lock:
         lock.take(location(str(directory)), "--out")
@@ -107,10 +107,10 @@ def evaluate_into(config: EvaluationConfig, directory: Path, lock: Lock, console
         ask_all(config, asked, trained, missing, plan(asked), hosts, directory, console)
     if not is_first():
         return {}
-    return show(config, directory, console)
+    return show_table(config, directory, console)
 
 
-def show(config: EvaluationConfig, directory: Path, console: Console) -> dict[str, Any]:
+def show_table(config: EvaluationConfig, directory: Path, console: Console) -> dict[str, Any]:
     """Write and show the table, and the comparison if there is to be one."""
     scores = scores_of(read_answers(directory / ANSWERS))
     summaries = [summarize(score) for score in scores.values()]
@@ -148,7 +148,7 @@ def judge_again(config: EvaluationConfig, stored: str, lock: Lock, console: Cons
         console.print(f"{stored} is as it was; with --out DIR the new verdicts are written", markup=False)
         return {"benchmarks": [summarize(score) for score in scores_of(after).values()]}
     write_rescored(Path(stored), Path(config.out), after)
-    return show(config, Path(config.out), console)
+    return show_table(config, Path(config.out), console)
 
 
 def say(line: str) -> None:

@@ -67,7 +67,7 @@ class GenerateConfig:
     shape allows."""
 
 
-def check(config: GenerateConfig, prompt_tokens: int, context: int) -> None:
+def check_generation(config: GenerateConfig, prompt_tokens: int, context: int) -> None:
     """Refuse what cannot run.
 
     Raises:
@@ -95,7 +95,7 @@ def generate(config: GenerateConfig) -> list[str]:
     if endless := text.endless():
         say(f"{endless} (--stop)")
     query = text.encoded(config.prompt) if config.raw else text.query(config.prompt)
-    check(config, len(query), described.config.context)
+    check_generation(config, len(query), described.config.context)
     shapes = abstract_params(described.config)
     devices = jax.device_count()
     widest = widest_tensor(logical_axes(described.config), shapes, devices)

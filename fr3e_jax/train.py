@@ -62,7 +62,7 @@ LINE = (
 )
 
 
-def evaluate(config: Config, parts: Parts, params: Params, step: int) -> Metrics:
+def evaluate_held_out(config: Config, parts: Parts, params: Params, step: int) -> Metrics:
     """Greedy answers to the held-out problems: share right, share cut off, mean length in tokens."""
     begun, where = time.perf_counter(), f"evaluation after step {step}"
     respondent = Respondent(parts.engine, parts.stream, parts.verifier, config.evaluate.rows, where)
@@ -167,7 +167,9 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                 first = corpus.held_out[0]
                 seen = parts.text.seen(first.question, first.before)
                 reporter.say(f"the model sees, for example: {seen!r}")
-                reporter.step({"step": 0} | evaluate(config, parts, state.params, 0) | {"tokens/total": 0})
+                reporter.step(
+                    {"step": 0} | evaluate_held_out(config, parts, state.params, 0) | {"tokens/total": 0}
+                )
             while progress.step < config.steps or progress.unreported is not None:
                 if progress.unreported is None:
                     checkpoints.check()
@@ -182,7 +184,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                     metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
                 every, last = config.evaluate.every, progress.step == config.steps
                 if last or (every and progress.step % every == 0):
-                    metrics |= evaluate(config, parts, state.params, progress.step)
+                    metrics |= evaluate_held_out(config, parts, state.params, progress.step)
                 seconds = time.perf_counter() - started
                 progress = dataclasses.replace(progress, unreported=None, seconds=seconds)
                 metrics |= utilisation(metrics, hosts.mesh.devices.flat)

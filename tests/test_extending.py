@@ -135,7 +135,7 @@ def test_the_added_scorer_judges_a_source_that_names_it(added, tmp_path):
 
 
 def test_a_scorer_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"'contains'; choose one of exact, numeric, choice, math, or a file"):
+    with pytest.raises(ConfigError, match="'contains'; choose one of exact, numeric, choice, math, or"):
         make_task(source_with(tmp_path, "contains"), Config().data, 0, 0)
     with pytest.raises(ConfigError, match="'gym'; choose one of"):  # it judges what is made for it alone
         make_task(source_with(tmp_path, "gym"), Config().data, 0, 0)
@@ -256,4 +256,4 @@ def test_a_metric_that_a_round_has_not_is_left_out_and_counts_are_whole():
     step_metrics.METRICS["b"] = Metric(lambda m: np.int64(3), "a count", counted=True)
     told = measure(A_ROUND)
     assert told == {"b": 3} and type(told["b"]) is int
-    assert step_metrics.summarize([told, told], [])["b"] == 6
+    assert step_metrics.summarize_step([told, told], [])["b"] == 6

@@ -47,10 +47,10 @@ slow = pytest.mark.slow  # whole runs
 
 # (Of which function, at which call in a process, which step may be saved then.)
 STOPS = [
-    ("evaluate", 1, ()),  # before the first step there is nothing to save
-    ("evaluate", 2, (2,)),  # the step is done, and not told yet
+    ("evaluate_held_out", 1, ()),  # before the first step there is nothing to save
+    ("evaluate_held_out", 2, (2,)),  # the step is done, and not told yet
     ("check", 9, (2, 3)),  # in the midst of rollouts, after the evaluation of step 2 again
-    ("evaluate", 1, (4,)),  # the last step is done, and not told yet
+    ("evaluate_held_out", 1, (4,)),  # the last step is done, and not told yet
 ]
 
 

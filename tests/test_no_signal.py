@@ -13,7 +13,7 @@ from fr3e_jax.config import QUICKSTART_MODEL, Config
 from fr3e_jax.engine.finite import NotFiniteError, require_finite
 from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.step.diagnosis import no_signal
-from fr3e_jax.step.metrics import Measured, measure, summarize
+from fr3e_jax.step.metrics import Measured, measure, summarize_step
 from fr3e_jax.types import Rollouts, States
 
 QWEN = REPOSITORY / "tests" / "qwen2.5_tokenizer_cut"
@@ -74,7 +74,7 @@ def test_metrics_are_of_all_states_or_of_those_that_are_trained_on():
 def test_a_round_without_accepted_states_is_left_out_of_their_means():
     some = {"value/accepted_mean": 0.5, "states/accepted": 2}
     none = {"states/accepted": 0}
-    told = summarize([none, some], [])
+    told = summarize_step([none, some], [])
     assert told["value/accepted_mean"] == 0.5 and told["states/accepted"] == 2
 
 

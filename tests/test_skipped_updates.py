@@ -10,7 +10,7 @@ from support import SMALL, call
 from fr3e_jax.learner import groups
 from fr3e_jax.run.jsonl import to_line
 from fr3e_jax.run.reporter import read_metrics, step_line
-from fr3e_jax.step.metrics import summarize
+from fr3e_jax.step.metrics import summarize_step
 from fr3e_jax.step.update import skipped_in_a_row
 
 
@@ -41,12 +41,12 @@ def test_skipped_updates_are_counted_in_a_row_across_steps(before, losses, limit
 
 
 def test_of_skipped_updates_only_the_number_is_told():
-    told = summarize([], updates_of(2.0, np.nan, 4.0, np.nan))
+    told = summarize_step([], updates_of(2.0, np.nan, 4.0, np.nan))
     assert told == {"update/loss": 3.0, "update/ratio_max": 12.0, "update/skipped": 2}
-    assert summarize([], updates_of(np.nan)) == {"update/skipped": 1}
+    assert summarize_step([], updates_of(np.nan)) == {"update/skipped": 1}
     json.loads(to_line(told), parse_constant=pytest.fail)  # NaN is no JSON
     assert "updates skipped: 2" in step_line({"step": 3, **told})
-    assert "skipped" not in step_line({"step": 3, **summarize([], updates_of(1.0))})
+    assert "skipped" not in step_line({"step": 3, **summarize_step([], updates_of(1.0))})
 
 
 @pytest.fixture

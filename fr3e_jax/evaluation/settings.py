@@ -97,7 +97,7 @@ NEWER = {"success_at": 1.0}
 """Settings that evaluations of earlier versions do not have, with what those versions did."""
 
 
-def check(config: EvaluationConfig, row_parts: int) -> None:
+def check_evaluation(config: EvaluationConfig, row_parts: int) -> None:
     """Refuse what cannot run.
 
     Args:

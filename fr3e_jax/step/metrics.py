@@ -232,7 +232,7 @@ def cost_metrics(costs: dict[str, Cost]) -> Metrics:
     return total
 
 
-def summarize(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
+def summarize_step(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
     """One number per metric: counts are added up, the rest averaged over the rounds that have them.
 
     A step that the carried states fill has no rounds, and none of their metrics. Of skipped updates only the

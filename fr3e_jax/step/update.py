@@ -20,7 +20,7 @@ from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.diagnosis import no_signal
-from fr3e_jax.step.metrics import Metrics, summarize
+from fr3e_jax.step.metrics import Metrics, summarize_step
 from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.types import StateGroups
 
@@ -103,7 +103,7 @@ def train_step(
                 updates.append(update_metrics)
         updates = jax.device_get(updates)
 
-    metrics: Metrics = {"step": step} | summarize(rounds, updates) | {"flops/update": flops}
+    metrics: Metrics = {"step": step} | summarize_step(rounds, updates) | {"flops/update": flops}
     metrics |= {"tokens/trained": tokens[0], "update/padding": tokens[1] / tokens[0]}
     if "rows/decoded" in metrics:
         metrics["rows/occupancy"] = metrics["tokens/generated"] / metrics["rows/decoded"]
