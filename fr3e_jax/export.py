@@ -18,9 +18,10 @@ from fr3e_jax.config.values import Name, NonNegativeInt, PositiveNumber
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts
-from fr3e_jax.parallel.mesh import PlacementError, make_mesh
+from fr3e_jax.parallel.mesh import PlacementError
 from fr3e_jax.pretrained.export import check_out, export_model
 from fr3e_jax.pretrained.model import PlacedModel, open_model
+from fr3e_jax.run.build import mesh_of
 from fr3e_jax.run.run_dir import holds_run
 from fr3e_jax.run.storage import StorageError, in_bucket, location, writing
 from fr3e_jax.run.trained import read_trained
@@ -66,7 +67,7 @@ def export(config: ExportConfig) -> Path:
         )
     check_out(out)
     check_options(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     model, params, name = read_model(config, mesh)
     size = int(config.max_file_gb * 10**9)
     with writing(location(config.out)):

@@ -29,13 +29,14 @@ from fr3e_jax.learner.state import TrainState, decayed, init_state
 from fr3e_jax.models.decoder import Decoder, Params, init_params
 from fr3e_jax.models.hf import CheckpointError, config_json
 from fr3e_jax.models.presets import small
-from fr3e_jax.parallel.mesh import Placement, PlacementError, make_mesh, row_parts
+from fr3e_jax.parallel.mesh import Placement, PlacementError, row_parts
 from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.export import check_out, export_model
-from fr3e_jax.pretrained.model import PlacedModel, open_model
-from fr3e_jax.pretrained.text import Text, load_text
+from fr3e_jax.pretrained.model import PlacedModel
+from fr3e_jax.pretrained.text import Text
 from fr3e_jax.pretrained.tokenizer import new_tokenizer
 from fr3e_jax.problems.worked import WorkedProblems, worked_problems
+from fr3e_jax.run.build import mesh_of, open_policy
 from fr3e_jax.types import Batch
 
 
@@ -164,15 +165,16 @@ def run(config: SFTConfig) -> Path:
     started = time.perf_counter()
     out = Path(config.out)
     check_out(out)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     check_sft(config, row_parts(mesh))
     problems = worked_problems(config.data, config.seed, config.dropped_carry)
     with tempfile.TemporaryDirectory() as scratch:
         if config.init_path is None:
             write_new_model(config, problems, Path(scratch))
-        model = open_model(config.init_path or scratch).place(mesh)
-        params = warm_up(config, problems, model)
-        export_model(model.source, out, params)
+        name, template = config.init_path or scratch, config.data.template
+        policy, text = open_policy(name, template, (), mesh, jnp.dtype(jnp.float32))
+        params = warm_up(config, problems, policy.model, text)
+        export_model(policy.model.source, out, params)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(
         f"{count:,} parameters, {config.steps} steps in {time.perf_counter() - started:.0f} s; model in {out}"
@@ -180,9 +182,8 @@ def run(config: SFTConfig) -> Path:
     return out
 
 
-def warm_up(config: SFTConfig, problems: WorkedProblems, model: PlacedModel) -> Params:
+def warm_up(config: SFTConfig, problems: WorkedProblems, model: PlacedModel, text: Text) -> Params:
     """Train the model (of which only the shape exists, without `init_path`) on the problems' solutions."""
-    text = load_text(model.source, config.data.template)
     placement = model.training
     if config.init_path is None:
         params = init_params(model.config, config.seed)

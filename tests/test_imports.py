@@ -34,10 +34,10 @@ ALLOWED = {
     "library": set(
         "algorithm config engine learner models parallel pretrained problems rewards run step types".split()
     ),
-    "planning": set("config cost engine learner models parallel pretrained run types".split()),
+    "planning": set("config cost engine learner models parallel run types".split()),
     "export": set("cli config models parallel pretrained run".split()),
     "generate": set("cli config engine models parallel pretrained problems run types".split()),
-    "sft": set("algorithm cli config engine learner models parallel pretrained problems types".split()),
+    "sft": set("algorithm cli config engine learner models parallel pretrained problems run types".split()),
     "plan": set("cli config models parallel planning pretrained".split()),
     "evaluate": set("cli config engine evaluation models parallel problems rewards run".split()),
     "train": set(
@@ -45,7 +45,7 @@ ALLOWED = {
         "models parallel pretrained problems rewards run step".split()
     ),
     "__main__": set("parallel".split()),
-    "bench": set("cli config engine learner models parallel planning pretrained rewards types".split()),
+    "bench": set("cli config engine learner models parallel planning pretrained rewards run types".split()),
 }
 PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "jaxtyping", "typing"}
 MODELS_THIRD_PARTY = {"jax", "flax", "jaxtyping", "numpy"}

@@ -16,10 +16,11 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.seats import Leg, take_seats
 from fr3e_jax.models.attention import Segment
-from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
+from fr3e_jax.models.decoder import DecoderConfig, abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.planning.hlo import Program
 from fr3e_jax.planning.topology import slice_mesh
+from fr3e_jax.run.build import policy_of_shape
 from fr3e_jax.types import Rollouts
 
 CACHE_DTYPE = jnp.bfloat16
@@ -104,7 +105,7 @@ def compile_decoding(
     seats = jax.tree.map(
         lambda x: array(jnp.int32, *x.shape), take_seats(np.ones((parts, n // parts, c), bool), rows)
     )
-    engine = Engine(graph_of(config), placement, shape.slots, (0,))
+    engine = policy_of_shape(config, placement.mesh, (0,), jnp.dtype(CACHE_DTYPE)).engine(shape.slots)
     origin = None if before is None else array(jnp.int32, parts, rows)
     size_before = before or rows, rows * shape.slots // (before or rows)
     leg = Leg(seats, origin, until=number, leave=number, before=size_before, slots=shape.slots)

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.forward import Prefilled
-from fr3e_jax.learner.splash_on_mesh import make_splash
-from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, logical_axes
-from fr3e_jax.parallel.mesh import place_model, row_parts
+from fr3e_jax.models.decoder import DecoderConfig, abstract_params, logical_axes
+from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.planning.topology import slice_mesh
+from fr3e_jax.run.build import policy_of_shape
 from fr3e_jax.types import Batch, Trunks
 
 
@@ -45,18 +44,10 @@ def compile_update(config: DecoderConfig, shape: UpdateShape) -> dict[str, Any]:
       of them depends on the number of chunks.
     """
     axes, shapes = logical_axes(config), abstract_params(config)
-    placement, _ = place_model(slice_mesh(shape.topology, shape.mesh), axes, shapes)
-    settings, parts = OptimizerConfig(), row_parts(placement.mesh)
-    learner = Learner(
-        graph_of(config),
-        placement,
-        make_optimizer(settings, axes),
-        LossConfig(),
-        compute_dtype=jnp.dtype(jnp.bfloat16),
-        logit_chunk=settings.logit_chunk,
-        remat=True,
-        attend=make_splash(placement),
-    )
+    mesh = slice_mesh(shape.topology, shape.mesh)
+    policy = policy_of_shape(config, mesh, (), jnp.dtype(jnp.bfloat16))
+    learner = policy.learner(LossConfig(), OptimizerConfig(remat=True), on_tpu=True)
+    placement, parts = policy.model.training, row_parts(mesh)
 
     def array(dtype: Any, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=placement.sharding("batch"))

@@ -14,8 +14,9 @@ from fr3e_jax.engine.branches import Branches, Decoding
 from fr3e_jax.engine.rollout import Engine, branch_keys, last
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.attention import Segment
-from fr3e_jax.models.decoder import DecoderConfig, Params, abstract_params, graph_of, logical_axes
-from fr3e_jax.parallel.mesh import make_mesh, place_model
+from fr3e_jax.models.decoder import DecoderConfig, Params
+from fr3e_jax.parallel.mesh import make_mesh
+from fr3e_jax.run.build import policy_of_shape
 from fr3e_jax.types import Queries
 
 
@@ -39,8 +40,7 @@ class Exploration:
 
 def engine_of(model: DecoderConfig, max_new: int) -> Engine:
     """Make an engine on one device whose branches do not end before their limit."""
-    _, placement = place_model(make_mesh(1, 1, 1), logical_axes(model), abstract_params(model))
-    return Engine(graph_of(model), placement, max_new, ())
+    return policy_of_shape(model, make_mesh(1, 1, 1), (), jnp.dtype(jnp.float32)).engine(max_new)
 
 
 def opening(engine: Engine) -> Callable[[Params, Branches], Decoding]:

@@ -21,12 +21,12 @@ from fr3e_jax.bench.table import (
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.config.values import Count
 from fr3e_jax.learner.layout import bundles_of, token_counts
-from fr3e_jax.learner.state import init_state, make_optimizer
-from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.decoder import DecoderConfig, abstract_params, graph_of, init_params, logical_axes
+from fr3e_jax.learner.state import init_state
+from fr3e_jax.models.decoder import DecoderConfig, init_params
 from fr3e_jax.models.presets import PRESETS
-from fr3e_jax.parallel.mesh import make_mesh, place_model
+from fr3e_jax.parallel.mesh import make_mesh
 from fr3e_jax.planning.topology import available
+from fr3e_jax.run.build import policy_of_shape
 from fr3e_jax.types import Bundle, StateGroups
 
 BUDGET = OptimizerConfig().micro_tokens
@@ -113,19 +113,10 @@ def forms(tree: TreeSizes) -> tuple[list[Bundle], list[Bundle]]:
 
 def updating(bundles: list[Bundle], model: DecoderConfig = TINY) -> Callable[[], Any]:
     """Make the side that updates with this project's learner, AdamW included."""
-    axes = logical_axes(model)
-    placement, _ = place_model(make_mesh(1, 1, 1), axes, abstract_params(model))
-    optimizer = make_optimizer(OptimizerConfig(), axes)
-    learner = Learner(
-        graph_of(model),
-        placement,
-        optimizer,
-        LossConfig(),
-        compute_dtype=np.float32,
-        logit_chunk=2048,
-        remat=False,
-    )
-    held = [init_state(placement, optimizer, axes, init_params(model, 0))]
+    policy = policy_of_shape(model, make_mesh(1, 1, 1), (), np.dtype(np.float32))
+    learner = policy.learner(LossConfig(), OptimizerConfig(logit_chunk=2048, remat=False))
+    axes, params = policy.model.axes, init_params(model, 0)
+    held = [init_state(policy.model.training, learner.optimizer, axes, params)]
 
     def side() -> None:
         held[0], metrics = learner.update(held[0], bundles)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +15,7 @@ from fr3e_jax.learner.state import TrainState, state_shardings
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params
 from fr3e_jax.parallel.mesh import Placement, row_parts
-from fr3e_jax.pretrained.model import UnplacedModel
-from fr3e_jax.run.build import Policy
+from fr3e_jax.run.build import Policy, policy_of_shape
 
 END_TOKENS = (0, 1)
 """Any two ids: which ones they are does not change a program."""
@@ -54,9 +52,7 @@ class Setup:
         Raises:
           PlacementError: the model does not divide by the mesh.
         """
-        config: Any = self.model
-        model = UnplacedModel(self.config.model.path, Path(), config)  # its files are not read
-        return Policy(model.place(self.mesh), END_TOKENS, None, self.dtype)
+        return policy_of_shape(self.model, self.mesh, END_TOKENS, self.dtype, self.config.model.path)
 
     @property
     def axes(self) -> Any:

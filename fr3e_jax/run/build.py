@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,10 +29,10 @@ from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.make import learner_of
 from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.models.decoder import Params, abstract_params
+from fr3e_jax.models.decoder import DecoderConfig, Params, abstract_params
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
-from fr3e_jax.pretrained.model import PlacedModel, open_model
+from fr3e_jax.pretrained.model import PlacedModel, UnplacedModel, open_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.corpus import Corpus, make_corpus
 from fr3e_jax.problems.stream import QueryStream
@@ -97,6 +98,18 @@ class Policy:
 def policy_of(model: PlacedModel, text: Text, dtype: Any) -> Policy:
     """The policy of a model with its tokenizer."""
     return Policy(model, text.end_tokens, text.stops, dtype)
+
+
+def policy_of_shape(
+    config: DecoderConfig, mesh: Mesh, end_tokens: tuple[int, ...], dtype: Any, name: str = ""
+) -> Policy:
+    """The policy of a model that has a shape and no files: its weights cannot be read.
+
+    Raises:
+      PlacementError: it does not divide by the mesh.
+    """
+    shape: Any = config
+    return Policy(UnplacedModel(name, Path(), shape).place(mesh), end_tokens, None, dtype)
 
 
 def open_policy(name: str, template: str, stop: Sequence[str], mesh: Mesh, dtype: Any) -> tuple[Policy, Text]:
