@@ -29,6 +29,7 @@ from fr3e_jax.pretrained.stops import before_stop
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.stream import padded_width
 from fr3e_jax.run.build import Policy, policy_of
+from fr3e_jax.run.compilation import keep_compiled
 from fr3e_jax.types import Queries, Rollouts
 
 CHUNK = 4  # tokens between two looks at what was generated
@@ -39,8 +40,9 @@ class GenerateConfig:
     """Ask a model and read its answer as it is written."""
 
     model: Name
-    """Hugging Face directory of a Qwen2, Qwen3 or Llama model, name on the hub (`Org/Name`, or
-    `Org/Name@revision`), or `quickstart` for the small one that is shipped."""
+    """Hugging Face directory of a Qwen2, Qwen3 or Llama model, run directory of train (the model that the run
+    ended with), name on the hub (`Org/Name`, or `Org/Name@revision`), or `quickstart` for the small one that
+    is shipped."""
     prompt: str
     """What the user says; with --raw, the text to go on from."""
     raw: bool = False
@@ -65,6 +67,8 @@ class GenerateConfig:
     tensor: NonNegativeInt = 0
     """Parts that heads, MLP and vocabulary are split into over the devices; 0 takes as many as the model's
     shape allows."""
+    compilation_cache: Name = "auto"
+    """Where compiled programs are kept, as in train."""
 
 
 def check_generation(config: GenerateConfig, prompt_tokens: int, context: int) -> None:
@@ -220,6 +224,7 @@ def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
     config, _ = parse(GenerateConfig, "generate", None)
     with ending_in_one_line("generate", (ConfigError, CheckpointError), (NotFiniteError,)):
+        keep_compiled(config.compilation_cache, None)
         try:
             generate(config)
         except BrokenPipeError:  # the reader had enough

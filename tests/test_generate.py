@@ -42,6 +42,21 @@ def test_the_answer_is_what_transformers_generates():
     assert "5 tokens, 1 answer(s) cut before the end" in cut.stderr
 
 
+def test_a_run_stands_for_the_model_that_it_ended_with(whole_run, tmp_path):
+    """In every command that takes a model by its name."""
+    directory, _ = whole_run
+    assert find_model(str(directory)) == directory / "model"
+    flags = ["--prompt=347+285=", "--raw"]
+    answers = [call("generate", "--model", place, *flags) for place in (directory, directory / "model")]
+    assert answers[0].returncode == 0 and answers[0].stdout == answers[1].stdout
+    (tmp_path / "config.yaml").write_text("steps: 3\n")
+    (tmp_path / "model").mkdir()
+    for command in (["generate", "--model", tmp_path, *flags], ["train", "--model.path", tmp_path]):
+        refused = call(*command)
+        assert refused.returncode == 2
+        assert "is a run that has not ended" in refused.stderr and "fr3e_jax.export --run" in refused.stderr
+
+
 @pytest.mark.slow
 def test_samples_depend_on_the_seed_and_not_on_the_mesh():
     flags = ["--n=5", "--temperature=1.5"]

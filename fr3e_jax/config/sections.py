@@ -35,8 +35,8 @@ class ModelConfig:
     """The model that is trained: where it is read from, and its number types."""
 
     path: Name = "quickstart"
-    """Hugging Face directory of a Qwen2, Qwen3 or Llama model, name on the hub (`Org/Name`, or
-    `Org/Name@revision`), or `quickstart` for the small one that is shipped."""
+    """Hugging Face directory of a Qwen2, Qwen3 or Llama model, directory of a run that has ended, name on the
+    hub (`Org/Name`, or `Org/Name@revision`), or `quickstart` for the small one that is shipped."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products; parameters, statistics and reductions stay float32. Use bfloat16 on
     accelerators."""

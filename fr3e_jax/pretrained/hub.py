@@ -38,6 +38,7 @@ DESCRIPTION_FILES = (
     "chat_template*",
     "LICENSE*",
 )
+RUN_SETTINGS, FINAL_MODEL = "config.yaml", "model"  # of a run directory
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 Kind = Literal["model", "dataset"]
@@ -56,7 +57,8 @@ def find_model(name: str, weights: bool = True) -> Path:
 
     Args:
       name: `quickstart`, a directory, or `Org/Name` or `Org/Name@REVISION` of the hub (a branch, tag or
-        commit). A directory that exists is never looked up on the hub.
+        commit). A directory that exists is never looked up on the hub; a run's stands for the model that the
+        run ended with.
       weights: whether the weights are needed; without, only configuration and tokenizer are fetched.
 
     Returns:
@@ -66,6 +68,12 @@ def find_model(name: str, weights: bool = True) -> Path:
       ConfigError: there is no such model, or it cannot be fetched; the message, one line, says what to do.
     """
     if (directory := local_model(name)) is not None:
+        if (directory / RUN_SETTINGS).exists() and not (directory / "config.json").exists():
+            raise ConfigError(
+                f"{name} is a run that has not ended, so that there is no {FINAL_MODEL}/ in it; start it "
+                f"again to its end, or write its last checkpoint with `python -m fr3e_jax.export --run {name} "
+                "--out DIR` and name DIR"
+            )
         return directory
     repository, at, revision = name.partition("@")
     if os.path.exists(os.path.expanduser(name)) or repository.count("/") != 1 or (at and not revision):
@@ -74,12 +82,19 @@ def find_model(name: str, weights: bool = True) -> Path:
 
 
 def local_model(name: str) -> Path | None:
-    """The directory of a model on this machine; None if the name is one of the hub, or of no model."""
+    """The directory of a model on this machine; None if the name is one of the hub, or of no model.
+
+    Of the directory of a run it is that of its final model, if it is there.
+    """
     if name == "quickstart":
         return QUICKSTART_MODEL
     directory = os.path.expanduser(name)
     # os.path, since Path raises on names that no file can have.
-    return Path(directory) if os.path.isdir(directory) else None
+    if not os.path.isdir(directory):
+        return None
+    final = Path(directory, FINAL_MODEL)
+    ended = Path(directory, RUN_SETTINGS).exists() and (final / "config.json").exists()
+    return final if ended else Path(directory)
 
 
 def pinned(name: str, source: Path) -> str:
