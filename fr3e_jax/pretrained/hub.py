@@ -71,8 +71,8 @@ def find_model(name: str, weights: bool = True) -> Path:
         if (directory / RUN_SETTINGS).exists() and not (directory / "config.json").exists():
             raise ConfigError(
                 f"{name} is a run that has not ended, so that there is no {FINAL_MODEL}/ in it; start it "
-                f"again to its end, or write its last checkpoint with `python -m fr3e_jax.export --run {name} "
-                "--out DIR` and name DIR"
+                "again to its end, or name what `python -m fr3e_jax.export --run "
+                f"{name} --out DIR` writes of its last checkpoint"
             )
         return directory
     repository, at, revision = name.partition("@")
