@@ -142,7 +142,7 @@ def test_a_line_says_of_each_program_that_it_is_compiled_and_how_long_it_took(mo
     assert [line.partition(",")[0] for line in lines] == [
         "reshard: cast",
         "first return: prefill",
-        "update: begin",
+        "update: cast and zero gradient",
     ]
     assert re.fullmatch(r"reshard: cast, [\d.]+ GiB \(compiled in \d+ s\)", lines[0])
     assert "is too large for a chip" in lines[1]

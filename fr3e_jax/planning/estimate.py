@@ -174,7 +174,7 @@ def update_stages(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> 
     pairs = count * width * width / 2
     begin = stage_of(
         "update",
-        "begin",
+        "cast and zero gradient",
         without(always, "parameters"),
         {"parameters": params},
         results=compute + gradient,
@@ -182,7 +182,7 @@ def update_stages(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> 
     )
     opening = stage_of(
         "update",
-        "open trunks",
+        "prefill trunks",
         {**always, "gradient": gradient},
         {"compute copy": compute},
         results=caches + cache_gradient,
@@ -205,7 +205,7 @@ def update_stages(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> 
         chunks.append(stage)
     closing = stage_of(
         "update",
-        "close trunks",
+        "add trunks",
         {**always, "trunk caches": caches},
         {**own, "trunk caches": cache_gradient},
         temporary=backward_temporary(sizes, count * width, 0) + caches,

@@ -162,11 +162,11 @@ def update_runs(setup: Setup, work: Workload, stages: Sequence[Stage]) -> Runs:
     # Weights are read forward, backward and once more where layers are recomputed; the gradient is added to.
     split = setup.mesh.shape["fsdp"]
     fixed = 3.0 * weights * split + 2.0 * gradient
-    runs: Runs = [(updates, programs["begin"].once), (updates, programs["apply"].once)]
+    runs: Runs = [(updates, programs["cast and zero gradient"].once), (updates, programs["apply"].once)]
     for chunk, times in work.chunks.items():
         ratio = chunk.tokens / compiled.tokens
         runs.append((float(times), scaled_costs(stage.program.once, ratio, fixed)))
-    opening, closing = programs["open trunks"].once, programs["close trunks"].once
+    opening, closing = programs["prefill trunks"].once, programs["add trunks"].once
     for (count, width), times in work.trunks.items():
         ratio = count * width / (work.widest_trunks[0] * work.widest_trunks[1])
         runs.append((float(times), scaled_costs(opening, ratio, float(weights * split))))

@@ -31,7 +31,7 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     }
     beginning, begun = compiler(
         "update",
-        "begin",
+        "cast and zero gradient",
         lambda: Learner.cast_and_zero_gradient.lower(learner, state.params),
         held=without(held, "parameters"),
         own={"parameters": held["parameters"]},
@@ -45,7 +45,7 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     trunks = abstract_trunks(setup, work.widest_trunks)
     opening, opened = compiler(
         "update",
-        "open trunks",
+        "prefill trunks",
         lambda: Learner.prefill_and_zero_gradient.lower(learner, compute, trunks),
         held={**held, "gradient": sizes["gradient"]},
         own={"compute copy": sizes["compute copy"]},
@@ -71,10 +71,10 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
             window=chunk.window,
         )
         yield compiler("update", chunk.name, lower, held=held, own=own, chunk=chunk)[0]
-    if compiler.wants("update", "close trunks"):
+    if compiler.wants("update", "add trunks"):
         yield compiler(
             "update",
-            "close trunks",
+            "add trunks",
             lambda: Learner.add_trunks.lower(learner, gradient, cache_gradient, compute, trunks),
             held={**held, "trunk caches": bytes_on_chip(caches)},
             own={**own, "trunk caches": bytes_on_chip(cache_gradient)},
