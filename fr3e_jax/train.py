@@ -277,12 +277,15 @@ def share(accuracy: float | None) -> str:
 
 def main() -> None:
     """Parse the command line and run; a user's mistake is one line and exit code 2."""
-    config, name = parse(Config, "train", "configs/quickstart.yaml")
+    applied: list[str] = []
+    config, name = parse(Config, "train", "configs/quickstart.yaml", None, applied.append)
     interrupted = "interrupted; with --run_dir DIR this run goes on from its last checkpoint"
     failures = (SamplingError, NotFiniteError, ScorerError, SkippedError, HostError, StorageError)
     mistakes = (ConfigError, RuleError, PlacementError, CheckpointError)
     with leaving_at_once("train"), ending_in_one_line("train", mistakes, failures, interrupted):
         initialize(config.distributed)
+        if is_first():  # which is not known before
+            print(*applied, flush=True)
         keep_compiled(config.compilation_cache, config.run_dir)
         train(config, name)
 
