@@ -50,7 +50,7 @@ def test_memory_does_not_grow_with_steps(tmp_path):
     flags = [*SMALL, f"--steps={STEPS}", "--evaluate.every=10", "--checkpoint.every=10"]
     program = [sys.executable, "-c", MEASURED, tmp_path / "seen.json", *flags, "--run_dir", tmp_path / "run"]
     done = subprocess.run(
-        program, env={**os.environ, **of_process(1)}, capture_output=True, text=True, timeout=600
+        program, env={**os.environ, **of_process(8)}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads((tmp_path / "seen.json").read_text())[SETTLED:]
