@@ -16,7 +16,7 @@ from rich.console import Console
 from fr3e_jax.cli import ending_in_one_line, parse, warn
 from fr3e_jax.config import ConfigError
 from fr3e_jax.engine.finite import NotFiniteError
-from fr3e_jax.evaluation.ask import ask_all, asks_of, how_asked, problems_of, resolved_settings
+from fr3e_jax.evaluation.ask import ask_all, asked_problems, asks_of, how_asked, resolved_settings
 from fr3e_jax.evaluation.asked_model import AskedModel, choose_step, find_asked, with_limits
 from fr3e_jax.evaluation.compare import check_comparison, compare, comparison_table
 from fr3e_jax.evaluation.record import (
@@ -57,14 +57,14 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     hosts = Hosts(mesh, config.distributed.timeout)
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
     if config.rescore is not None:
-        with Lock("evaluate", hosts, say) as lock:
+        with Lock("evaluate", hosts, say_beside) as lock:
             return judge_again(config, config.rescore, lock, console)
     check_evaluation(config, row_parts(mesh))
     directory = Path(config.out or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}")
-    with Lock("evaluate", hosts, say) as lock:
+    with Lock("evaluate", hosts, say_beside) as lock:
         lock.take(location(str(directory)), "--out")
         for line in lock.messages:
-            say(line)
+            say_beside(line)
         return evaluate_into(config, directory, lock, console)
 
 
@@ -78,9 +78,9 @@ def evaluate_into(config: EvaluationConfig, directory: Path, lock: Lock, console
             f"{', '.join(one.name for one in benchmarks)}"
         )
     begun_with = held_settings(directory).get("step") if is_first() else None
-    step, trained = choose_step(config, begun_with, hosts, say)
+    step, trained = choose_step(config, begun_with, hosts, say_beside)
     config = with_limits(dataclasses.replace(config, step=step))
-    read = {one: problems_of(one, config) for one in benchmarks}
+    read = {one: asked_problems(one, config) for one in benchmarks}
     asks = {one: asks_of(one, problems, config) for one, (problems, _) in read.items()}
     number = checksum([ask.problem for some in asks.values() for ask in some])
     hosts.require_same(number, "the problems of the suite")
@@ -91,8 +91,8 @@ def evaluate_into(config: EvaluationConfig, directory: Path, lock: Lock, console
 
     if is_first() and config.compare:
         there = Path(config.compare)
-        check_comparison(there, plan(find_asked(config)), config.compare_anyway, say)
-    held = read_answers(directory / ANSWERS, say) if is_first() else []
+        check_comparison(there, plan(find_asked(config)), config.compare_anyway, say_beside)
+    held = read_answers(directory / ANSWERS, say_beside) if is_first() else []
     if is_first():
         given = dataclasses.asdict(config)
         kept = {name: value for name, value in given.items() if name not in HOW_IT_IS_DONE}
@@ -142,7 +142,7 @@ def judge_again(config: EvaluationConfig, stored: str, lock: Lock, console: Cons
         lock.take(location(config.out), "--out")
     if not is_first():
         return {}
-    before, after = rescore(Path(stored), config.files, config.scoring, say)
+    before, after = rescore(Path(stored), config.files, config.scoring, say_beside)
     console.print(changes_table(before, after))
     if config.out is None:
         console.print(f"{stored} is as it was; with --out DIR the new verdicts are written", markup=False)
@@ -151,7 +151,7 @@ def judge_again(config: EvaluationConfig, stored: str, lock: Lock, console: Cons
     return show_table(config, Path(config.out), console)
 
 
-def say(line: str) -> None:
+def say_beside(line: str) -> None:
     """Show a line beside the results."""
     warn("evaluate", line)
 

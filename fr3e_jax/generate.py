@@ -32,7 +32,7 @@ from fr3e_jax.run.build import Policy, policy_of
 from fr3e_jax.run.compilation import keep_compiled
 from fr3e_jax.types import Queries, Rollouts
 
-CHUNK = 4  # tokens between two looks at what was generated
+LOOK_EVERY = 4  # tokens between two looks at what was generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def generate(config: GenerateConfig) -> list[str]:
         f"{jax.default_backend()} device(s), {tensor} to a copy"
     )
     policy = policy_of(placed, text, dtype)
-    return show(config, text, answer(config, policy, policy.read(), query))
+    return show_answers(config, text, answer(config, policy, policy.read(), query))
 
 
 def answer(config: GenerateConfig, policy: Policy, params: Params, query: list[int]) -> Iterator[Rollouts]:
@@ -139,13 +139,13 @@ def answer(config: GenerateConfig, policy: Policy, params: Params, query: list[i
     engine = policy.engine(most)
     branches, opened = engine.open_queries(params, queries, number, jax.random.key(config.seed), 0)
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    for decoding in engine.decode(params, branches, opened, sampling, every=CHUNK):
+    for decoding in engine.decode(params, branches, opened, sampling, every=LOOK_EVERY):
         yield jax.device_get(decoding.rollouts)
         if not (jax.device_get(decoding.running) & asked).any():
             return
 
 
-def show(config: GenerateConfig, text: Text, answers: Iterator[Rollouts]) -> list[str]:
+def show_answers(config: GenerateConfig, text: Text, answers: Iterator[Rollouts]) -> list[str]:
     """Print the first answer as it grows, then the others, and what it took."""
     started = time.perf_counter()
     first_token = None

@@ -74,23 +74,23 @@ def read_config(directory: Path) -> Qwen2Config:
     raw = read_json(file)
     refuse_unsupported(raw, file)
     model_type = raw["model_type"]
-    heads = number(raw, file, "num_attention_heads", int)
+    heads = number_of(raw, file, "num_attention_heads", int)
     # Where a field is absent, transformers derives these or has these defaults.
     kv_default = heads if model_type == "llama" else None
-    hidden_size = number(raw, file, "hidden_size", int)
+    hidden_size = number_of(raw, file, "hidden_size", int)
     derived_head_dim = hidden_size // heads if model_type != "qwen3" else None
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     config = Qwen2Config(
-        vocab_size=number(raw, file, "vocab_size", int),
+        vocab_size=number_of(raw, file, "vocab_size", int),
         hidden_size=hidden_size,
-        intermediate_size=number(raw, file, "intermediate_size", int),
-        num_hidden_layers=number(raw, file, "num_hidden_layers", int),
+        intermediate_size=number_of(raw, file, "intermediate_size", int),
+        num_hidden_layers=number_of(raw, file, "num_hidden_layers", int),
         num_attention_heads=heads,
-        num_key_value_heads=number(raw, file, "num_key_value_heads", int, kv_default),
-        head_dim=number(raw, file, "head_dim", int, derived_head_dim),
-        max_position_embeddings=number(raw, file, "max_position_embeddings", int),
-        rope_theta=number({**raw, **rope}, file, "rope_theta", float, 10_000.0),
-        rms_norm_eps=number(raw, file, "rms_norm_eps", float, 1e-6),
+        num_key_value_heads=number_of(raw, file, "num_key_value_heads", int, kv_default),
+        head_dim=number_of(raw, file, "head_dim", int, derived_head_dim),
+        max_position_embeddings=number_of(raw, file, "max_position_embeddings", int),
+        rope_theta=number_of({**raw, **rope}, file, "rope_theta", float, 10_000.0),
+        rms_norm_eps=number_of(raw, file, "rms_norm_eps", float, 1e-6),
         tie_word_embeddings=flag(raw, file, "tie_word_embeddings", False),
         qkv_bias=KINDS[model_type].qkv_bias,
         qk_norm=KINDS[model_type].qk_norm,
@@ -183,10 +183,10 @@ def read_yarn(rope: dict[str, Any], raw: dict[str, Any], file: Path) -> Yarn:
       rope: the object. raw: config.json. file: its path, for messages.
     """
     fallback = raw.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    original = number(rope, file, "original_max_position_embeddings", int, fallback)
-    factor = number(rope, file, "factor", float)
+    original = number_of(rope, file, "original_max_position_embeddings", int, fallback)
+    factor = number_of(rope, file, "factor", float)
     mscale, mscale_all_dim = (
-        number(rope, file, name, float, 0.0, least=0.0) for name in ("mscale", "mscale_all_dim")
+        number_of(rope, file, name, float, 0.0, least=0.0) for name in ("mscale", "mscale_all_dim")
     )
     recommended = attention_factor(factor)
     if mscale and mscale_all_dim:
@@ -194,9 +194,9 @@ def read_yarn(rope: dict[str, Any], raw: dict[str, Any], file: Path) -> Yarn:
     yarn = Yarn(
         factor=factor,
         original_max_position_embeddings=original,
-        attention_factor=number(rope, file, "attention_factor", float, recommended),
-        beta_fast=number(rope, file, "beta_fast", float, 32.0),
-        beta_slow=number(rope, file, "beta_slow", float, 1.0),
+        attention_factor=number_of(rope, file, "attention_factor", float, recommended),
+        beta_fast=number_of(rope, file, "beta_fast", float, 32.0),
+        beta_slow=number_of(rope, file, "beta_slow", float, 1.0),
         truncate=flag(rope, file, "truncate", True),
     )
     if yarn.factor < 1 or yarn.beta_fast <= yarn.beta_slow:
@@ -207,7 +207,7 @@ def read_yarn(rope: dict[str, Any], raw: dict[str, Any], file: Path) -> Yarn:
     return yarn
 
 
-def number(
+def number_of(
     raw: dict[str, Any], file: Path, name: str, kind: type, default: Any = None, least: float | None = None
 ) -> Any:
     """A field that is a finite number above 0, or at least `least`; null counts as absent.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fr3e_jax.config import ConfigError, DataConfig
-from fr3e_jax.problems.additions import is_held_out, make_addition
+from fr3e_jax.problems.additions import is_held_out_pair, make_addition
 from fr3e_jax.rewards.rules import scorer_of
 
 TASKS = ["carry_addition", "word_addition"]
@@ -71,7 +71,7 @@ def test_there_are_as_many_training_problems_as_the_length_says():
 
 def test_all_held_out_problems_are_given_where_there_are_fewer():
     """Of the 100 pairs of digits; the hash says which."""
-    every = {f"{a}+{b}=" for a in range(10) for b in range(10) if is_held_out((a, b))}
+    every = {f"{a}+{b}=" for a in range(10) for b in range(10) if is_held_out_pair((a, b))}
     assert {p.question for p in task_of(low=1, high=1).held_out(50)} == every
 
 

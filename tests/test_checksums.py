@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from support import placement
 
-from fr3e_jax.run.checksums import element_sum, entries_of, host_sum
+from fr3e_jax.run.checksums import checksummed, element_sum, host_sum
 
 
 def test_a_checksum_is_that_of_its_definition():
@@ -20,7 +20,7 @@ def test_a_checksum_is_that_of_its_definition():
     x = np.random.default_rng(0).standard_normal((3, 5, 2)).astype(np.float32)
     expected = sum(mixed(int(bits), place) for place, bits in enumerate(x.view(np.uint32).ravel())) % 2**32
     assert int(element_sum(x)) == expected
-    assert entries_of({"x": jax.numpy.asarray(x)})["x"] == {
+    assert checksummed({"x": jax.numpy.asarray(x)})["x"] == {
         "shape": [3, 5, 2],
         "dtype": "float32",
         "sum": expected,
@@ -35,7 +35,7 @@ def test_a_checksum_does_not_depend_on_the_layout_but_on_every_element(dtype):
         ((1, 8, 1), ("embed", None, None)),
         ((1, 1, 1), (None,) * 3),
     ]
-    sums = {entries_of({"x": placement(*mesh).place(x, *axes)})["x"]["sum"] for mesh, axes in meshes}
+    sums = {checksummed({"x": placement(*mesh).place(x, *axes)})["x"]["sum"] for mesh, axes in meshes}
     assert len(sums) == 1
     host = np.asarray(x)
     for index in np.ndindex(host.shape):

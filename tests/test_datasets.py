@@ -8,7 +8,7 @@ import pytest
 from environment import REPOSITORY
 
 from fr3e_jax.config import ConfigError, SourceConfig
-from fr3e_jax.problems.datasets import DATASETS, MIXTURES, markdown
+from fr3e_jax.problems.datasets import DATASETS, MIXTURES, datasets_table
 from fr3e_jax.problems.sources import read
 
 # Rows as the data sets have them, cut down to what matters, and the problem that each is.
@@ -114,7 +114,7 @@ def test_benchmarks_are_of_a_test_split_or_whole_exams():
 
 
 def test_the_table_has_a_row_for_every_data_set():
-    table = markdown().splitlines()
+    table = datasets_table().splitlines()
     assert len(table) == 2 + len(DATASETS)
     assert (
         "| `gsm8k` | [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k) | 7,473 | MIT "
@@ -124,4 +124,4 @@ def test_the_table_has_a_row_for_every_data_set():
 
 
 def test_the_page_of_problems_has_the_table_of_the_data_sets():
-    assert markdown() in (REPOSITORY / "fr3e_jax" / "problems" / "README.md").read_text()
+    assert datasets_table() in (REPOSITORY / "fr3e_jax" / "problems" / "README.md").read_text()

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.generate import CHUNK, GenerateConfig, generate, main, show
+from fr3e_jax.generate import LOOK_EVERY, GenerateConfig, generate, main, show_answers
 from fr3e_jax.pretrained.hub import find_model
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.types import Rollouts
@@ -131,7 +131,7 @@ def test_text_is_shown_as_it_grows_and_characters_are_shown_whole(capsys, said):
         assert shown == data[:step].decode(errors="ignore")
 
     config = GenerateConfig(model="", prompt="")
-    assert show(config, text, growing(tokens, range(1, len(tokens) + 1), check)) == [said]
+    assert show_answers(config, text, growing(tokens, range(1, len(tokens) + 1), check)) == [said]
     assert shown + capsys.readouterr().out == said + "\n"
 
 
@@ -142,11 +142,11 @@ def test_decoding_stops_when_the_answers_that_were_asked_for_have(monkeypatch, c
     config = GenerateConfig("quickstart", "347+285=", raw=True, tensor=1, temperature=2.0)
     generate(config)
     tokens = int(re.search(r"\n(\d+) tokens", capsys.readouterr().err).group(1))
-    assert len(rounds) == 1 + -(-(tokens - 1) // CHUNK)
+    assert len(rounds) == 1 + -(-(tokens - 1) // LOOK_EVERY)
 
 
 def test_an_answer_cut_within_a_character_is_shown_to_its_end(capsys):
     text = byte_text()
     tokens = text.query("a🙂")[:-1]
-    show(GenerateConfig(model="", prompt=""), text, growing(tokens, [2, 4], lambda _: None))
+    show_answers(GenerateConfig(model="", prompt=""), text, growing(tokens, [2, 4], lambda _: None))
     assert capsys.readouterr().out == "a\ufffd\n"

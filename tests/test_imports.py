@@ -1,6 +1,7 @@
 """Imports go one way, from the commands down to types: no circle, and no import that is not drawn here."""
 
 import ast
+import collections
 import graphlib
 import subprocess
 import sys
@@ -147,3 +148,19 @@ print(*{name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_name
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     started = {name.partition(".")[0] for name in before.stdout.split()}
     assert set(found.stdout.split()) - started == {"fr3e_jax"}
+
+
+def test_no_name_of_a_file_is_that_of_another():
+    """A name at the top of a file says one thing; every command has a `main`, every scorer a `score`."""
+    places = collections.defaultdict(set)
+    for file in [*files(), *(REPOSITORY / "models").glob("*.py")]:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                places[node.name].add(str(file))
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+                for name in names:
+                    places[name].add(str(file))
+    twice = {name: sorted(where) for name, where in places.items() if len(where) > 1}
+    assert set(twice) <= {"main", "score", "__all__", "__getattr__"}, twice

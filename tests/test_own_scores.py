@@ -22,8 +22,8 @@ from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.problems.corpus import make_corpus
 from fr3e_jax.problems.own_task import OwnTask
 from fr3e_jax.problems.sources import read
-from fr3e_jax.rewards.own import load
-from fr3e_jax.rewards.pool import Asked, ScoringPool, judge
+from fr3e_jax.rewards.own import import_task
+from fr3e_jax.rewards.pool import Asked, ScoringPool, judge_piece
 from fr3e_jax.rewards.verdict import ScorerError
 from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.step.metrics import METRICS, Measured
@@ -49,7 +49,7 @@ def task(tmp_path):
     """Makes a task of a `score`, or of other functions."""
 
     def made(functions):
-        load.cache_clear()
+        import_task.cache_clear()
         (tmp_path / "task.py").write_text(PROBLEMS + functions)
         return OwnTask(str(tmp_path / "task.py"), {})
 
@@ -59,7 +59,7 @@ def task(tmp_path):
 def verdict_of(task, response):
     """The verdict on a response to the first problem, in this process."""
     problem = task[0]
-    return judge([Asked(problem.scorer, response, problem.answer, problem.facts)])[0]
+    return judge_piece([Asked(problem.scorer, response, problem.answer, problem.facts)])[0]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_row_that_no_worker_can_be_sent_is_refused_at_the_start(task):
 
 def test_a_data_set_may_be_judged_by_a_score_of_ones_own_that_sees_every_column(tmp_path):
     bytes_text = load_text(REPOSITORY / "tests" / "qwen2.5_tokenizer_cut", "plain")
-    load.cache_clear()
+    import_task.cache_clear()
     (tmp_path / "tolerant.py").write_text(
         "def score(response, answer, row):\n"
         "    return abs(float(response) - float(answer)) <= row['tolerance']\n"
@@ -132,7 +132,7 @@ def test_a_data_set_may_be_judged_by_a_score_of_ones_own_that_sees_every_column(
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(str(tmp_path / "a.jsonl"), scorer=str(tmp_path / "tolerant.py"))
     problems, _ = read(source)
-    judged = [judge([Asked(p.scorer, "9.5", p.answer, p.facts)])[0].right for p in problems]
+    judged = [judge_piece([Asked(p.scorer, "9.5", p.answer, p.facts)])[0].right for p in problems]
     assert [n for n, right in enumerate(judged) if right] == [9, 10]
     assert make_corpus(DataConfig([source]), 0, bytes_text, 20).scorers == [f"own:{tmp_path / 'tolerant.py'}"]
     missing = DataConfig([SourceConfig(source.name, scorer=str(tmp_path / "nowhere.py"))])

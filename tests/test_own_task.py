@@ -9,7 +9,7 @@ import pytest
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.problems.own_task import OwnTask, is_own
-from fr3e_jax.rewards.own import load
+from fr3e_jax.rewards.own import import_task
 from fr3e_jax.rewards.pool import Asked, ScoringPool
 from fr3e_jax.rewards.verdict import ScorerError
 
@@ -29,7 +29,7 @@ def write(tmp_path):
     """Writes a task, and gives its path."""
 
     def written(text):
-        load.cache_clear()  # a process reads a file once
+        import_task.cache_clear()  # a process reads a file once
         path = tmp_path / "task.py"
         path.write_text(text)
         return str(path)

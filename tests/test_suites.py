@@ -6,7 +6,7 @@ import pytest
 from environment import REPOSITORY
 
 from fr3e_jax.config import ConfigError, SourceConfig
-from fr3e_jax.evaluation.suites import BENCHMARKS, benchmarks_of, markdown, source_of
+from fr3e_jax.evaluation.suites import BENCHMARKS, benchmarks_of, source_of, suites_table
 from fr3e_jax.problems.corpus import judging_source
 from fr3e_jax.problems.datasets import DATASETS
 from fr3e_jax.problems.sources import filled, known_files
@@ -125,7 +125,7 @@ def test_a_scorer_that_is_not_there_is_refused_with_those_that_are():
 
 
 def test_the_table_says_how_each_is_asked():
-    lines = markdown().splitlines()
+    lines = suites_table().splitlines()
     rows = {
         line.split("|")[1].strip(" `"): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines
     }
@@ -135,4 +135,4 @@ def test_the_table_says_how_each_is_asked():
 
 
 def test_the_page_of_evaluation_has_the_table_of_the_benchmarks():
-    assert markdown() in (REPOSITORY / "fr3e_jax" / "evaluation" / "README.md").read_text()
+    assert suites_table() in (REPOSITORY / "fr3e_jax" / "evaluation" / "README.md").read_text()

@@ -12,7 +12,7 @@ from fr3e_jax.config import ConfigError, DataConfig, SourceConfig
 from fr3e_jax.pretrained.hub import find_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.corpus import make_corpus
-from fr3e_jax.rewards.own import load
+from fr3e_jax.rewards.own import import_task
 
 TASK = """
 def problems(split):
@@ -140,7 +140,7 @@ def test_a_template_that_cannot_be_said_is_refused(text, qwen):
 
 @pytest.mark.parametrize(("answer", "told"), [("'1'", False), ("'one'", True)])
 def test_answers_of_an_own_task_are_told_and_its_questions_refused(text, tmp_path, answer, told):
-    load.cache_clear()
+    import_task.cache_clear()
     (tmp_path / "task.py").write_text(TASK.replace("ANSWER", answer))
     lines = make_corpus(DataConfig(str(tmp_path / "task.py")), 0, text, 20).messages
     assert any("50 of 50 answers have characters that" in line and "'one'" in line for line in lines) == told

@@ -15,7 +15,7 @@ from fr3e_jax.pretrained.tokenizer import MOST_CHARACTERS, new_tokenizer
 from fr3e_jax.problems.corpus import make_corpus
 from fr3e_jax.problems.own_task import OwnTask
 from fr3e_jax.problems.worked import worked_problems
-from fr3e_jax.rewards.own import load
+from fr3e_jax.rewards.own import import_task
 from fr3e_jax.sft import make_batch
 
 EXAMPLE = "examples/roman.py"
@@ -84,7 +84,7 @@ def test_sources_are_taught_by_their_weights(tmp_path):
     ],
 )
 def test_own_tasks_without_solutions_are_told_what_to_write(tmp_path, text, message):
-    load.cache_clear()
+    import_task.cache_clear()
     own = "def problems(split): return [{'question': split, 'answer': '1'}]\ndef score(r, a): return 1\n"
     (tmp_path / "task.py").write_text(own + text)
     with pytest.raises(ConfigError, match=message):
@@ -147,7 +147,7 @@ def test_numerals_are_right():
         "MMMDCCCLXXXVIII",
     ]
     assert roman.roman(1994, (True, False, True)) == "MDCCCCXCIIII"
-    value = {letter: number for number, letter in roman.LETTERS.items()}
+    value = {letter: number for number, letter in roman.NUMERALS.items()}
     for number in range(1, 4000):
         old = roman.roman(number, (True, True, True))
         assert sum(value[letter] for letter in old) == number

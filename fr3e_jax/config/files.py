@@ -17,7 +17,7 @@ from fr3e_jax.config.checks import check_mapping
 from fr3e_jax.config.sections import PACKAGE
 from fr3e_jax.config.values import ConfigError, OptionError, OptionPath, shown_path, shown_value
 
-BASE = "base"
+BASE_KEY = "base"
 SHIPPED = PACKAGE / "configs"
 
 
@@ -88,18 +88,18 @@ def read_file(path: Path, readers: tuple[Path, ...]) -> Written:
       ConfigError: a file cannot be read, or files are each other's bases.
     """
     own = parse_file(path)
-    if BASE not in own.options:
+    if BASE_KEY not in own.options:
         return own
-    place, base = own.places[BASE,], own.options.pop(BASE)
+    place, base = own.places[BASE_KEY,], own.options.pop(BASE_KEY)
     if not isinstance(base, str) or not base.strip():
-        raise ConfigError(f"{place}: {BASE} is {base!r}, must be the name of a file")
+        raise ConfigError(f"{place}: {BASE_KEY} is {base!r}, must be the name of a file")
     beside, chain = path.parent / base, (*readers, path)
     try:
         inner = beside if beside.exists() else find_config(base)
     except ConfigError as error:
-        raise ConfigError(f"{place}: {BASE}: {error}") from None
+        raise ConfigError(f"{place}: {BASE_KEY}: {error}") from None
     if inner.resolve() in [reader.resolve() for reader in chain]:
-        raise ConfigError(f"{place}: {BASE} goes in a circle: {' -> '.join(map(str, (*chain, inner)))}")
+        raise ConfigError(f"{place}: {BASE_KEY} goes in a circle: {' -> '.join(map(str, (*chain, inner)))}")
     return merged(read_file(inner, chain), own)
 
 

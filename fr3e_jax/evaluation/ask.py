@@ -12,7 +12,7 @@ from rich.console import Console
 from fr3e_jax.config import ConfigError, RewardConfig
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.evaluation.answers import MOST_PROBLEMS, Ask, Respondent
-from fr3e_jax.evaluation.asked_model import AskedModel, load
+from fr3e_jax.evaluation.asked_model import AskedModel, load_asked
 from fr3e_jax.evaluation.record import ANSWERS, Writer
 from fr3e_jax.evaluation.report import asked_of
 from fr3e_jax.evaluation.scores import HowAsked
@@ -30,7 +30,7 @@ from fr3e_jax.run.trained import Trained
 from fr3e_jax.types import Problem
 
 
-def problems_of(benchmark: Benchmark, config: EvaluationConfig) -> tuple[list[Problem], tuple[str, ...]]:
+def asked_problems(benchmark: Benchmark, config: EvaluationConfig) -> tuple[list[Problem], tuple[str, ...]]:
     """Read the problems of a benchmark.
 
     Returns:
@@ -102,7 +102,7 @@ def ask_all(
       console: where people read.
     """
     text = asked.text
-    policy, params = load(config, asked, trained, hosts)
+    policy, params = load_asked(config, asked, trained, hosts)
     asks = [ask for some in missing.values() for ask in some]
     scorers = sorted({ask.problem.scorer for ask in asks})
     pool = ScoringPool(scorers, **dataclasses.asdict(config.scoring))

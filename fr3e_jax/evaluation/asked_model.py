@@ -100,7 +100,7 @@ def choose_step(
     return trained.step, trained
 
 
-def load(
+def load_asked(
     config: EvaluationConfig, asked: AskedModel, trained: Trained | None, hosts: Hosts
 ) -> tuple[Policy, Params]:
     """Load the weights: of a run's checkpoint, or of the model itself.

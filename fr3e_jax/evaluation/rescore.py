@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fr3e_jax.algorithm.explore import solved
 from fr3e_jax.config import ConfigError, ScoringConfig, SourceConfig
-from fr3e_jax.evaluation.ask import problems_of
+from fr3e_jax.evaluation.ask import asked_problems
 from fr3e_jax.evaluation.record import ANSWERS, RESOLVED, SETTINGS, held_settings, write_settings
 from fr3e_jax.evaluation.report import add_columns, percent
 from fr3e_jax.evaluation.scores import read_answers
@@ -22,7 +22,7 @@ from fr3e_jax.run.jsonl import to_line
 from fr3e_jax.run.storage import write_atomically
 from fr3e_jax.types import Problem
 
-EXAMPLES = 3  # changed verdicts that are shown of each benchmark
+SHOWN_CHANGES = 3  # changed verdicts that are shown of each benchmark
 
 
 def rescore(
@@ -55,7 +55,7 @@ def rescore(
         suite = [SourceConfig(**source) for source in suite]
     config = EvaluationConfig(suite=suite, seed=held.get("seed", 0), limit=held.get("limit", 0), files=files)
     named = {line["benchmark"] for line in lines}
-    problems = {one.name: problems_of(one, config)[0] for one in benchmarks_of(suite) if one.name in named}
+    problems = {one.name: asked_problems(one, config)[0] for one in benchmarks_of(suite) if one.name in named}
     asked = [_problem_of(line, problems.get(line["benchmark"], []), directory) for line in lines]
     pool = ScoringPool(sorted({problem.scorer for problem in asked}), **dataclasses.asdict(scoring))
     try:
@@ -104,7 +104,7 @@ def changes_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, An
     notes = ["answers that are right, %, by the verdicts that were stored and by those of now"]
     for name, pairs in rows.items():
         changed = [(old, new) for old, new in pairs if old["right"] != new["right"]]
-        for old, new in changed[:EXAMPLES]:
+        for old, new in changed[:SHOWN_CHANGES]:
             verdict = "right" if new["right"] else "wrong"
             notes.append(
                 escape(
@@ -113,8 +113,8 @@ def changes_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, An
                     f"{old['answer'][:40]!r}"
                 )
             )
-        if len(changed) > EXAMPLES:
-            notes.append(escape(f"{name}: {len(changed) - EXAMPLES} more changed"))
+        if len(changed) > SHOWN_CHANGES:
+            notes.append(escape(f"{name}: {len(changed) - SHOWN_CHANGES} more changed"))
     shown = Table(title="verdicts of now", caption="\n".join(notes))
     add_columns(shown, "benchmark", "answers", "before", "now", "now right", "now wrong")
     for name, pairs in rows.items():

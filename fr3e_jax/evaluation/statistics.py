@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 DRAWS = 10_000
-CHUNK = 2**22  # numbers that are drawn at a time, which bounds memory
+DRAWN_AT_A_TIME = 2**22  # numbers that are drawn at a time, which bounds memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _interval(values: np.ndarray, level: float, draws: int, seed: int) -> tuple[
         (values,),
         np.mean,
         n_resamples=draws,
-        batch=max(1, CHUNK // len(values)),
+        batch=max(1, DRAWN_AT_A_TIME // len(values)),
         confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
@@ -165,7 +165,7 @@ def _sign_flips(differences: np.ndarray, draws: int, seed: int) -> float:
         np.sum,
         permutation_type="samples",
         n_resamples=draws,
-        batch=max(1, CHUNK // len(differences)),
+        batch=max(1, DRAWN_AT_A_TIME // len(differences)),
         rng=np.random.default_rng(seed),
     )
     return float(test.pvalue)

@@ -131,7 +131,7 @@ def _with_columns(source: SourceConfig) -> tuple[Benchmark, ...]:
     return (dataclasses.replace(found[0], columns=source),)
 
 
-def markdown() -> str:
+def suites_table() -> str:
     """The benchmarks as a table for the page of evaluation."""
     rows = [
         f"| `{b.name}` | {b.label} | {b.samples} | {b.temperature:g} | {b.source} |"

@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 OLD_WAY = 0.6  # probability of writing a four or a nine the old way
-LETTERS = {1: "I", 5: "V", 10: "X", 50: "L", 100: "C", 500: "D", 1000: "M"}
+NUMERALS = {1: "I", 5: "V", 10: "X", 50: "L", 100: "C", 500: "D", 1000: "M"}
 
 
 def digit(value: int, one: int, old: bool = False) -> str:
@@ -24,9 +24,9 @@ def digit(value: int, one: int, old: bool = False) -> str:
       old: whether to write 4 and 9 without subtraction.
     """
     if value in (4, 9) and not old:
-        return LETTERS[one] + LETTERS[one * (5 if value == 4 else 10)]
-    fives = LETTERS[5 * one] if value >= 5 else ""
-    return fives + LETTERS[one] * (value % 5)
+        return NUMERALS[one] + NUMERALS[one * (5 if value == 4 else 10)]
+    fives = NUMERALS[5 * one] if value >= 5 else ""
+    return fives + NUMERALS[one] * (value % 5)
 
 
 def roman(number: int, old: tuple[bool, bool, bool] = (False, False, False)) -> str:

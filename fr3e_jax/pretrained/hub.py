@@ -41,7 +41,7 @@ DESCRIPTION_FILES = (
 RUN_SETTINGS, FINAL_MODEL = "config.yaml", "model"  # of a run directory
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
-Kind = Literal["model", "dataset"]
+RepositoryKind = Literal["model", "dataset"]
 CALLED = {"model": "model", "dataset": "data set"}
 LOCAL = {"model": "a directory", "dataset": "a file"}
 
@@ -128,7 +128,7 @@ def fetch_model(name: str, repository: str, revision: str, weights: bool) -> Pat
 
 
 def snapshot(
-    name: str, repository: str, revision: str, kind: Kind, files: list[str], but: str | list[str]
+    name: str, repository: str, revision: str, kind: RepositoryKind, files: list[str], but: str | list[str]
 ) -> Path:
     """Fetch files of a repository that are not in the cache yet.
 
@@ -163,7 +163,7 @@ def snapshot(
     return Path(folder)
 
 
-def reason(error: Exception, repository: str, revision: str, kind: Kind) -> str:
+def reason(error: Exception, repository: str, revision: str, kind: RepositoryKind) -> str:
     """Why a repository cannot be fetched, and what to do about it; the end of a sentence."""
     hub, cache, local = constants.ENDPOINT, constants.HF_HUB_CACHE, LOCAL[kind]
     page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repository}"
@@ -204,7 +204,7 @@ def no_weights(repository: str, revision: str, commit: str) -> str:
     return f"has no weights in the cache {constants.HF_HUB_CACHE}; {advice(repository, revision, 'model')}"
 
 
-def advice(repository: str, revision: str, kind: Kind) -> str:
+def advice(repository: str, revision: str, kind: RepositoryKind) -> str:
     """What to do if the hub cannot be reached."""
     option = "" if kind == "model" else " --repo-type dataset"
     option += "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"

@@ -18,7 +18,7 @@ HELD_OUT_SHARE = 8  # one problem in so many is held out
 MAX_DIGITS = 18  # operands are drawn as 64-bit integers
 
 
-def is_held_out(pair: tuple[int, int]) -> bool:
+def is_held_out_pair(pair: tuple[int, int]) -> bool:
     """Whether a pair of operands, in this order, belongs to evaluation."""
     return zlib.crc32(f"{pair[0]}+{pair[1]}".encode()) % HELD_OUT_SHARE == 0
 
@@ -42,7 +42,7 @@ class Addition:
     def __getitem__(self, index: int) -> Problem:
         """The first problem drawn for `index` that is not held out."""
         attempt = 0
-        while is_held_out(pair := self.draw(0, index, attempt)):
+        while is_held_out_pair(pair := self.draw(0, index, attempt)):
             attempt += 1
         return self.problem(*pair)
 
@@ -56,7 +56,7 @@ class Addition:
         different = 10 ** (2 * self.max_digits)  # pairs of operands, at most
         for index in range(min(1000 * count, 20 * different)):
             pair = self.draw(1, index)
-            if is_held_out(pair):
+            if is_held_out_pair(pair):
                 pairs[pair] = None
             if len(pairs) == count:
                 break

@@ -12,7 +12,7 @@ from fr3e_jax.rewards.extract import last_box
 from fr3e_jax.types import Problem, Turns
 
 QUESTIONS = ("question", "problem", "prompt", "messages", "conversations")
-ANSWERS = ("answer", "final_answer", "solution")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution")
 SOLUTION = "solution"
 ROLES = {"human": "user", "gpt": "assistant"}  # other names that chats have for them
 
@@ -74,7 +74,7 @@ def columns_of(source: SourceConfig, row: Row, solutions: bool) -> Columns:
       ConfigError: its scorer is a file that cannot be imported, or has no function to score with.
     """
     prompt = source.prompt or next((name for name in QUESTIONS if name in row), QUESTIONS[0])
-    answer = source.answer or next((name for name in ANSWERS if name in row), ANSWERS[0])
+    answer = source.answer or next((name for name in ANSWER_COLUMNS if name in row), ANSWER_COLUMNS[0])
     solution = (source.solution or SOLUTION) if solutions else None
     scorer = source.scorer or "math"
     return Columns(prompt, answer, solution, *(own_scorer(scorer) if is_own(scorer) else (scorer,)))

@@ -223,7 +223,7 @@ def make_corpus(data: DataConfig, seed: int, text: Text, max_prompt: int) -> Cor
         from_files += training
     if from_files:
         messages.append(report(from_files, held_out))
-    messages += as_text(from_files + held_out, text)
+    messages += control_texts(from_files + held_out, text)
     first = [task[i] for task in tasks for i in range(known(task))]
     weights = tuple(source.weight for source in sources)
     return Corpus(tuple(tasks), weights, held_out, tuple(messages), checksum([*first, *held_out]))
@@ -263,7 +263,7 @@ def left_out(name: str, count: int, which: str) -> list[str]:
     return [f"{name}: {count:,} problems {which} are left out of training"] if count else []
 
 
-def as_text(problems: Sequence[Problem], text: Text) -> list[str]:
+def control_texts(problems: Sequence[Problem], text: Text) -> list[str]:
     """A line for people on questions that have the text of control tokens in them, if there are any."""
     tokens = [token for problem in problems if (token := text.control_in(problem.question, problem.before))]
     if not tokens:

@@ -239,7 +239,7 @@ MIXTURES: dict[str, list[SourceConfig]] = {
 }
 
 
-def markdown() -> str:
+def datasets_table() -> str:
     """The named data sets as a table for the page of problems."""
     lines = ["| name | on the hub | rows | licence | what it is |", "| --- | --- | ---: | --- | --- |"]
     for name, data in DATASETS.items():

@@ -21,7 +21,7 @@ from fr3e_jax.rewards.gym_facts import REFUSED, GymFacts
 from fr3e_jax.types import Problem
 
 LENGTH = 2**20  # training problems
-PLACES = 2 * LENGTH  # problems that are made from a seed; those past the training problems stand in for them
+SEED_PLACES = 2 * LENGTH  # of problems made from a seed; those past the training problems stand in for them
 SHARE = 8  # one question of so many is held out
 TRIES = 64  # problems that are made, at most, for one that is asked for
 LISTED = ("acre",)  # data sets that prepare all of their problems at once
@@ -42,7 +42,7 @@ def has_answer(entry: dict[str, Any]) -> bool:
 def places(index: int) -> Iterator[int]:
     """Yield where to look for a training problem: its index, then random places, always the same."""
     far = random.Random(index)
-    return itertools.chain([index], (far.randrange(LENGTH, PLACES) for _ in range(TRIES)))
+    return itertools.chain([index], (far.randrange(LENGTH, SEED_PLACES) for _ in range(TRIES)))
 
 
 def registered(name: str) -> Any:
@@ -84,7 +84,7 @@ class GymTask:
 
         self.name, self.parameters = name, json.dumps(parameters)
         # A generator within may take no seed of 2^32 or more.
-        self.seed = random.Random(seed).randrange(2**32 - PLACES)
+        self.seed = random.Random(seed).randrange(2**32 - SEED_PLACES)
         self.make = functools.partial(create_dataset, name, **parameters)
         try:
             self.whole = None if name in LISTED else self.make(seed=self.seed)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from fr3e_jax.types import Problem
 
 # With the signs, without which two different sums would be one question.
-WORD = re.compile(r"\w+|[-+*/^=<>]")
+COMPARED_WORD = re.compile(r"\w+|[-+*/^=<>]")
 # Characters that look alike and are written for each other, but for those that NFKC makes one of.
 TWINS = {
     **dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\u2014\u2015\ufe63\uff0d\u2796"), "-"),
@@ -33,7 +33,7 @@ def words(question: str) -> list[str]:
     if not question.isascii():
         raised = SUPERSCRIPT.sub(lambda match: f"^{match[0]}", question.translate(TWINS))
         question = unicodedata.normalize("NFKC", raised).translate(TWINS)
-    return WORD.findall(question.casefold())
+    return COMPARED_WORD.findall(question.casefold())
 
 
 def normalised(question: str) -> str:

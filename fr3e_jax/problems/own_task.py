@@ -18,13 +18,13 @@ from types import ModuleType
 from typing import Any
 
 from fr3e_jax.config import PACKAGE, ConfigError
-from fr3e_jax.rewards.own import GROUP, ROW, load, one_line, takes_row
+from fr3e_jax.rewards.own import GROUP, ROW, import_task, one_line, takes_row
 from fr3e_jax.rewards.rules import OWN, OWN_GROUP
 from fr3e_jax.types import Problem
 
 COMPARED = 4096  # training problems that held-out ones are compared with
 RANDOM = "random"  # the parameter of solution that takes a generator of random numbers
-SOLUTION = "solution"
+SOLUTION_FUNCTION = "solution"
 
 
 def is_own(name: str) -> bool:
@@ -59,7 +59,7 @@ def function(module: ModuleType, name: str, call: str, *args: Any, **keywords: A
     called = getattr(module, name, None)
     if not callable(called):
         raise ConfigError(f"{where} has no function {call}; write one")
-    if takes_row(called) and name != SOLUTION:
+    if takes_row(called) and name != SOLUTION_FUNCTION:
         keywords = {ROW: {}, **keywords}
     try:
         inspect.signature(called).bind(*args, **keywords)
@@ -79,7 +79,7 @@ def module_of(name: str) -> ModuleType:
     """
     place = place_of(name)
     try:
-        return load(place)
+        return import_task(place)
     except Exception as error:
         raise ConfigError(f"{name} cannot be loaded: {one_line(error, place)}") from error
 
@@ -225,15 +225,15 @@ class OwnTask:
         """
         row = self.row("train", self.train, index)
         where = f"{self.name}: the solution of problem {index} of train"
-        if not hasattr(self.module, SOLUTION):
-            if SOLUTION not in row:
+        if not hasattr(self.module, SOLUTION_FUNCTION):
+            if SOLUTION_FUNCTION not in row:
                 raise ConfigError(
                     f"{self.name} has no worked solutions: write a function solution(row) that returns a "
-                    f"text, or give rows a {SOLUTION!r}"
+                    f"text, or give rows a {SOLUTION_FUNCTION!r}"
                 )
-            written = row[SOLUTION]
+            written = row[SOLUTION_FUNCTION]
         else:
-            write = function(self.module, SOLUTION, "solution(row)", row, **self.random(seed))
+            write = function(self.module, SOLUTION_FUNCTION, "solution(row)", row, **self.random(seed))
             keywords = self.random(seed)
             try:
                 written = write(row, **keywords)

@@ -41,7 +41,7 @@ def json_rows(path: Path, shown: str) -> Rows:
     for number, line in enumerate(lines_of(path, shown), 1):
         if line.strip():
             place = f"{shown}, line {number}"
-            yield place, an_object(parsed(line, place), place)
+            yield place, an_object(parse_json(line, place), place)
 
 
 def json_list_rows(path: Path, shown: str) -> Rows:
@@ -54,12 +54,12 @@ def json_list_rows(path: Path, shown: str) -> Rows:
     if not text.lstrip().startswith("["):
         yield from json_rows(path, shown)
         return
-    for number, row in enumerate(parsed(text, shown), 1):
+    for number, row in enumerate(parse_json(text, shown), 1):
         place = f"{shown}, row {number}"
         yield place, an_object(row, place)
 
 
-def parsed(text: str, place: str) -> Any:
+def parse_json(text: str, place: str) -> Any:
     """Parse JSON text.
 
     Raises:

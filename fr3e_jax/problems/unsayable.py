@@ -11,7 +11,7 @@ from fr3e_jax.config import ConfigError
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.types import Problem
 
-EXAMPLES = 3
+SHOWN_PROBLEMS = 3
 Others = Literal["refuse", "drop", "keep"]
 LETTERS = ("math", "numeric")
 """Scorers that take an answer in several ways of writing: only its letters and digits must be sayable."""
@@ -66,7 +66,7 @@ def sayable(
     shown = characters if len(characters) <= 40 else characters[:40] + "..."
     examples = ", ".join(
         f"{problems[i].place or whose}: {lost[i][:20]!r} in {problems[i].question[:40]!r}"
-        for i in list(lost)[:EXAMPLES]
+        for i in list(lost)[:SHOWN_PROBLEMS]
     )
     line = (
         f"{whose}: the model's tokenizer cannot say {shown!r}, which {len(lost):,} of {len(problems):,} "

@@ -6,7 +6,7 @@ from typing import Any
 from fr3e_jax.rewards.verdict import Verdict
 
 # Commas belong to a number only where they separate thousands.
-NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+WHOLE_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 
 
 def carry_addition(response: str, answer: str, facts: Any = None) -> Verdict:
@@ -17,7 +17,7 @@ def carry_addition(response: str, answer: str, facts: Any = None) -> Verdict:
 
 def word_addition(response: str, answer: str, facts: Any = None) -> Verdict:
     """Judge whether the last number of a response equals the sum."""
-    numbers = NUMBER.findall(response)
+    numbers = WHOLE_NUMBER.findall(response)
     # Compared as text: a response can hold a number of any length.
     last = numbers[-1].replace(",", "") if numbers else ""
     return Verdict(last == answer, last)

@@ -7,8 +7,8 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 
-LONGEST = 400  # characters; puzzles of a dozen numbers take a hundred
-DEEPEST = 50  # nested operations
+LONGEST_EXPRESSION = 400  # characters; puzzles of a dozen numbers take a hundred
+MOST_NESTED = 50  # nested operations
 
 OPERATIONS: dict[type[ast.operator], tuple[str, Callable[[Fraction, Fraction], Fraction]]] = {
     ast.Add: ("+", operator.add),
@@ -25,7 +25,7 @@ def value(node: ast.AST, used: list[int], operators: Collection[str], depth: int
       ValueError: it holds anything but whole numbers, `operators` and signs, or is nested too deeply.
       ZeroDivisionError: it divides by zero.
     """
-    if depth > DEEPEST:
+    if depth > MOST_NESTED:
         raise ValueError("nested too deeply")
     match node:
         case ast.Constant(value=int(number)) if not isinstance(number, bool):
@@ -44,7 +44,7 @@ def value(node: ast.AST, used: list[int], operators: Collection[str], depth: int
 
 def makes(text: str, numbers: Sequence[int], target: int, operators: Collection[str] = "+-*/") -> bool:
     """Whether an expression uses each of the numbers once, and no other, and equals the target."""
-    if len(text) > LONGEST:
+    if len(text) > LONGEST_EXPRESSION:
         return False
     used: list[int] = []
     try:

@@ -24,7 +24,7 @@ def verifier(name: str, parameters: str) -> Any:
     return reasoning_gym.create_dataset(name, **json.loads(parameters), size=1, seed=0)
 
 
-def judged(response: str) -> str:
+def judged_of_gym(response: str) -> str:
     """The part of a response that is its answer: its last <answer>, else its last box, else its last line.
 
     Nothing, where the last tag or box is not closed.
@@ -43,7 +43,7 @@ def score(response: str, answer: str, facts: GymFacts) -> Verdict:
     name, parameters, entry = facts
     if name in REFUSED:
         raise ValueError(f"gym:{name} cannot be judged: {REFUSED[name]}")
-    text = judged(response)
+    text = judged_of_gym(response)
     if name == "countdown":
         return Verdict(makes(text, entry["metadata"]["numbers"], entry["metadata"]["target"]), text)
     if name == "puzzle24":

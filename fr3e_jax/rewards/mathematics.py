@@ -16,7 +16,7 @@ from fr3e_jax.rewards.verdict import WRONG, Verdict
 from fr3e_jax.rewards.writing import both_signs, split_top, squeezed, tidy, wrapped
 
 MOST_LENGTH = 1000  # characters of an answer that is more than compared as text
-NAME = re.compile(r"(?:[A-Za-z+'|()_ ,-]|(?<=_)[0-9]|(?<=_\{)[0-9]+(?=\})|\\[a-z]+|[{}])+")
+VARIABLE = re.compile(r"(?:[A-Za-z+'|()_ ,-]|(?<=_)[0-9]|(?<=_\{)[0-9]+(?=\})|\\[a-z]+|[{}])+")
 UNIT = re.compile(r"(.*[^ ]) ?\\text\{([^{}]+)\}(?:\^\{?([0-9])\}?)?")
 BARE_UNIT = re.compile(r"(.*[0-9}\]]) ?([A-Za-z][A-Za-z. /]*)(?:\^\{?([0-9])\}?)?")
 # Words that are a part of the number, or of a sentence.
@@ -42,7 +42,7 @@ UNITS = {
     )
     for name in names
 }  # fmt: skip
-MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+MATRIX_TEXT = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 BASED = re.compile(r"(?:\\text\{)?([0-9A-F]*[0-9][0-9A-F]*)\}?_\{?(?:\\text\{)?([0-9]+|[a-z]+)\}*")
 
 
@@ -167,7 +167,7 @@ def by_base(gold: str, candidate: str, depth: int) -> bool | None:
 
 def by_matrix(gold: str, candidate: str, depth: int) -> bool | None:
     """Compare matrices cell by cell, whatever their brackets."""
-    match = [MATRIX.fullmatch(text) for text in (gold, candidate)]
+    match = [MATRIX_TEXT.fullmatch(text) for text in (gold, candidate)]
     if not all(match) or "\\begin" in "".join(m[2] for m in match if m):
         return None
     wanted, value = (
@@ -258,10 +258,10 @@ def by_equation(gold: str, candidate: str, depth: int) -> bool:
     if len(wanted) == len(values) == 1:
         return expression(gold, candidate)
     if len(wanted) == 1 and not relation(gold):
-        named = NAME.fullmatch(values[0]) or same(values[0], values[-1], depth)
+        named = VARIABLE.fullmatch(values[0]) or same(values[0], values[-1], depth)
         return bool(named) and same(gold, values[-1], depth)
     if len(values) == 1 and not relation(candidate):
-        return bool(NAME.fullmatch(wanted[0])) and same(wanted[-1], candidate, depth)
-    if squeezed(wanted[0]) == squeezed(values[0]) and NAME.fullmatch(wanted[0]):
+        return bool(VARIABLE.fullmatch(wanted[0])) and same(wanted[-1], candidate, depth)
+    if squeezed(wanted[0]) == squeezed(values[0]) and VARIABLE.fullmatch(wanted[0]):
         return same(wanted[-1], values[-1], depth)
     return expression(gold, candidate)

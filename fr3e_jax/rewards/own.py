@@ -27,7 +27,7 @@ EXPECTED = (
 
 
 @functools.cache
-def load(place: str) -> ModuleType:
+def import_task(place: str) -> ModuleType:
     """The module of a task, imported once per process.
 
     Args:
@@ -90,7 +90,7 @@ def loaded(place: str) -> ModuleType:
       ScorerError: it cannot be loaded.
     """
     try:
-        return load(place)
+        return import_task(place)
     except Exception as error:
         raise ScorerError(f"{place} cannot be loaded: {one_line(error, place)}") from error
 
@@ -160,9 +160,9 @@ def verdict(value: Any, response: str, returned: str) -> Verdict:
       ScorerError: it is no score.
     """
     parts: tuple[tuple[str, float], ...] = ()
-    total = number(value)
+    total = finite_number(value)
     if isinstance(value, dict):
-        numbers = {name: number(part) for name, part in value.items()}
+        numbers = {name: finite_number(part) for name, part in value.items()}
         if not numbers or any(part is None or not isinstance(name, str) for name, part in numbers.items()):
             raise ScorerError(f"{returned}; {EXPECTED}")
         parts = tuple((name, part) for name, part in numbers.items() if part is not None)
@@ -172,7 +172,7 @@ def verdict(value: Any, response: str, returned: str) -> Verdict:
     return Verdict(min(max(total, 0.0), 1.0), response, parts)
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """A finite number as float, of Python's, numpy's or another library's types; None of anything else."""
     if value is None or isinstance(value, str | bytes | dict | Sequence):
         return None

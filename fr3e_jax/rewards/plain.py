@@ -15,7 +15,7 @@ from fr3e_jax.rewards.extract import (
 from fr3e_jax.rewards.verdict import Verdict
 from fr3e_jax.rewards.writing import without_groups
 
-MOST_LENGTH = 2500  # of a number as text: digits are converted in time that is not linear
+MOST_DIGITS = 2500  # of a number as text: digits are converted in time that is not linear
 MOST_EXPONENT = 1000
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 LATEX_FRACTION = re.compile(
@@ -70,7 +70,7 @@ def number(text: str) -> Fraction | None:
     Taken are signs, currency, thousands separators, decimals, 1/2, \frac{1}{2}, 3 1/2, 3\frac12,
     3 \times 10^5, 3e5 and 0.\overline{3}. A percent sign is left out.
     """
-    if len(text) > MOST_LENGTH:
+    if len(text) > MOST_DIGITS:
         return None
     text = text.strip().replace("\u2212", "-").replace("\\$", "").strip("$\u20ac\u00a3 ")
     text = text.removesuffix("%").removesuffix("\\").rstrip()

@@ -55,7 +55,7 @@ Piece = tuple[list[int], list[Asked], ProcessFuture[list[Any]]]
 """Numbers of answers, the answers, and the future of their verdicts."""
 
 
-def judge(piece: Sequence[Asked]) -> list[Verdicts]:
+def judge_piece(piece: Sequence[Asked]) -> list[Verdicts]:
     """Judge the answers of a piece; one that takes too much memory is wrong."""
     verdicts: list[Verdicts] = []
     for asked in piece:
@@ -162,7 +162,7 @@ class ScoringPool:
         first: dict[tuple[str, str | tuple[str, ...], str, int], int] = {}
         place = [first.setdefault((a.scorer, a.response, a.answer, id(a.facts)), len(first)) for a in asked]
         different = dict(zip(place, asked, strict=True))
-        inline = {n: judge([a])[0] for n, a in different.items() if a.scorer in INLINE}
+        inline = {n: judge_piece([a])[0] for n, a in different.items() if a.scorer in INLINE}
         groups = [n for n, a in different.items() if judges_groups(a.scorer)]
         others = sorted(different.keys() - inline.keys() - set(groups))
         parts = [others[start : start + PIECE] for start in range(0, len(others), PIECE)]
@@ -179,7 +179,7 @@ class ScoringPool:
           ScorerError: workers end as soon as they start.
         """
         try:
-            return self.pool.schedule(judge, (piece,), timeout=self.time_limit)
+            return self.pool.schedule(judge_piece, (piece,), timeout=self.time_limit)
         except RuntimeError:  # all had ended, and nothing was being judged
             self.close()
             self.pool, self.renewed = self.make(), self.renewed + 1
@@ -187,7 +187,7 @@ class ScoringPool:
             raise ScorerError(
                 "the processes that judge answers end as soon as they start; raise scoring.memory_gb"
             )
-        return self.pool.schedule(judge, (piece,), timeout=self.time_limit)
+        return self.pool.schedule(judge_piece, (piece,), timeout=self.time_limit)
 
     def close(self) -> None:
         """End the workers, whatever they are doing."""

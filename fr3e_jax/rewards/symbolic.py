@@ -16,7 +16,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Abs, Expr, Float, Function, I, Pow, Rational
 from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
-MOST_DIGITS = 5000  # about, of a value within an expression without letters
+MOST_EXACT_DIGITS = 5000  # about, of a value within an expression without letters
 MOST_DEGREE = 700  # about the same, of one with letters, which may be expanded
 CERTAIN = 2 * MOST_DEGREE  # digits by which two values are the same
 SLACK = Float(10) ** (60 - CERTAIN)
@@ -27,7 +27,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # that it has no time 
 AS_IT_IS = LatexExtractionConfig(
     boxed_match_priority=-1, normalization_config=NormalizationConfig(basic_latex=False, boxed="none")
 )
-COMMANDS = frozenset(
+LATEX_COMMANDS = frozenset(
     r"""\frac \sqrt \pi \infty \cdot \times \div \pm \mp \le \ge \ne \cup \cap \in \setminus \emptyset \circ
     \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \sinh \cosh \tanh \ln \log \exp \binom
     \lfloor \rfloor \lceil \rceil \mathbb \{ \} \begin \end \\
@@ -48,7 +48,7 @@ INFINITE = re.compile(r"(?:\A|(?<=[(\[,<>]))[+-]?\\infty ?(?=[)\],<>]|\\[lg]e(?!
 # Products that math-verify takes for sums, as in 3\frac{1}{2}, or for functions, as in f(x).
 MIXED_UP = re.compile(r"(?<=[0-9])(?=\()|(?<=\))(?=[0-9]|\\frac)|(?<=\})(?=\\frac)")
 PRODUCT = re.compile(r"(?<![A-Za-z\\])([a-eijk-z]|[a-z]{2,3})(?=\()")
-DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
+DECIMAL_POINT = re.compile(r"([0-9]*)\.([0-9]+)")
 
 
 def expression(gold: str, candidate: str, sets: bool = False) -> bool:
@@ -60,9 +60,9 @@ def expression(gold: str, candidate: str, sets: bool = False) -> bool:
         # To ask would be the slowest of questions. Two have a value in common only where one is a constant.
         if letters(gold) and letters(candidate):
             return False
-        wanted, value = parsed(gold), parsed(candidate)
+        wanted, value = parse_expression(gold), parse_expression(candidate)
         return bool(wanted and value) and same_everywhere(wanted[0], value[0])
-    wanted, value = parsed(gold), parsed(candidate)
+    wanted, value = parse_expression(gold), parse_expression(candidate)
     if not wanted or not value or differ(wanted[0], value[0]):
         return False
     return verify(wanted, value, numeric_precision=30, allow_set_relation_comp=sets, timeout_seconds=None)
@@ -141,9 +141,9 @@ def letters(text: str) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def parsed(text: str) -> list[Any]:
+def parse_expression(text: str) -> list[Any]:
     """Parse an expression with math-verify: one object, or None."""
-    text = DECIMAL.sub(lambda m: rf"{{\frac{{{int(m[1] + m[2])}}}{{1{'0' * len(m[2])}}}}}", text)
+    text = DECIMAL_POINT.sub(lambda m: rf"{{\frac{{{int(m[1] + m[2])}}}{{1{'0' * len(m[2])}}}}}", text)
     text = re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", "(I)", text)
     text = re.sub(r"(?<=[0-9])e(?=[+-])", r"\\cdot e", text)  # 2e + 3 is no 2000
     text = PRODUCT.sub(r"\1\\cdot ", text)
@@ -168,11 +168,11 @@ def manageable(text: str) -> bool:
     """Whether math-verify can be expected to read an expression right and to end soon."""
     if not text.isascii() or not text.isprintable() or UNREADABLE.search(text):
         return False
-    if not COMMANDS.issuperset(re.findall(r"\\(?:[A-Za-z]+|.)", text)):
+    if not LATEX_COMMANDS.issuperset(re.findall(r"\\(?:[A-Za-z]+|.)", text)):
         return False
     if len(FUNCTION.findall(text)) > MOST_FUNCTIONS or r"\infty" in INFINITE.sub("", text):
         return False
-    return size(text) <= (MOST_DEGREE if letters(text) else MOST_DIGITS)
+    return size(text) <= (MOST_DEGREE if letters(text) else MOST_EXACT_DIGITS)
 
 
 def size(text: str) -> float:

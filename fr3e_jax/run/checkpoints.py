@@ -13,7 +13,7 @@ from etils import epath
 from fr3e_jax.learner.groups import as_dict, empty_groups, from_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.waiting import waiting
-from fr3e_jax.run.checksums import entries_of
+from fr3e_jax.run.checksums import checksummed
 from fr3e_jax.run.quiet import quiet_orbax
 from fr3e_jax.run.saved import CHECKPOINTS, RECORD, DamagedError, Progress, Record, Saved
 from fr3e_jax.run.storage import StorageError, absolute, writing
@@ -83,7 +83,7 @@ class Checkpoints:
             "optimizer": as_leaves(state.optimizer),
             "carried": as_dict(carried),
         }
-        sums = {item: entries_of(leaves) for item, leaves in items.items()}
+        sums = {item: checksummed(leaves) for item, leaves in items.items()}
         args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
         args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums).as_json())
         with writing(self.manager.directory), waiting("a save"):

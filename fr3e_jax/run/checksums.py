@@ -21,7 +21,7 @@ Entry = dict[str, Any]
 """The `shape`, the `dtype` and the checksum `sum`, in [0, 2^32), of an array."""
 
 
-def entries_of(leaves: Mapping[str, Any]) -> dict[str, Entry]:
+def checksummed(leaves: Mapping[str, Any]) -> dict[str, Entry]:
     """Compute path -> shape, type and checksum of arrays on devices or on the host.
 
     Every process calls this; for arrays of a mesh all get the same numbers.

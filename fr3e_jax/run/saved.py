@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from fr3e_jax.run.arrays import read_arrays, stored_shapes
-from fr3e_jax.run.checksums import Entry, differing_entries, entries_of, json_sum
+from fr3e_jax.run.checksums import Entry, checksummed, differing_entries, json_sum
 from fr3e_jax.run.storage import StorageError, brief, in_bucket, innermost
 
 T = TypeVar("T")
@@ -180,7 +180,7 @@ class Saved:
         """
         if self.record.arrays is None:
             return
-        read = {item: entries_of(leaves) for item, leaves in items.items()}
+        read = {item: checksummed(leaves) for item, leaves in items.items()}
         for item, entries in read.items():
             if wrong := differing_entries(self.record.arrays[item], entries):
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
