@@ -235,6 +235,7 @@ def refused_other_seed(opening, copy):
 # --- whole commands
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_bit_for_bit(copy, whole_run):
     spoil_array(copy)
     damage.remove(copy / "summary.json")  # a complete run is not opened

@@ -111,6 +111,7 @@ def check_equal(found):
     assert {"grows", "divided anew"} <= set(found["kinds"])
 
 
+@pytest.mark.slow
 def test_what_is_compared_ends_at_very_different_times():
     """Most branches of the first queries, which are the first process's, at once; others at the limit."""
     length = on_one_device()["partial.length"]

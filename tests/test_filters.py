@@ -174,6 +174,7 @@ def filtered_and_full(logits, sampling, parts):
     return found, (kept_of_all, weight_of_all), searched
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([(7, 1), (300, 3)]),
     st.sampled_from([0.0, 0.01, 1.0, 5.0]),

@@ -130,6 +130,7 @@ hosts.leave(0)
 """
 
 
+@pytest.mark.slow
 def test_a_late_process_is_not_waited_for_longer_than_the_timeout():
     two_processes(LATE)
 

@@ -32,6 +32,7 @@ def right(question, answer):
     return answer.rpartition("=")[2] == str(int(a) + int(b))
 
 
+@pytest.mark.slow
 def test_the_stages_from_a_model_to_an_updated_one(model, base):
     states = fr3e.states(base, rule="entropy", count=2)
     assert states.valid.sum() == 3 * 4 * 3  # padding has none

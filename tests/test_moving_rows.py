@@ -98,6 +98,7 @@ def any_seats(rng, running, rows):
     return Seats(branch, row, group, lane)
 
 
+@pytest.mark.slow
 def test_rows_may_move_in_any_order_at_any_time():
     """Random permutations at random moments, and branches that stop at given times of their own."""
     e, shapes = engine_of(MANY_ENDS), set()

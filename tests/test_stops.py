@@ -173,6 +173,7 @@ def test_answers_end_with_stop_texts_and_have_otherwise_the_same_tokens(letters,
     assert 5 < by_text < whole.length.size  # of both kinds
 
 
+@pytest.mark.slow
 def test_a_stop_text_may_begin_before_a_state(letters):
     """Partial rollouts end where their whole answers hold a stop text, and keep a token of their own."""
     response = np.zeros((1, 16), np.int32)
@@ -194,6 +195,7 @@ def test_a_stop_text_may_begin_before_a_state(letters):
     assert crossed  # that some did begin before
 
 
+@pytest.mark.slow
 def test_a_command_cuts_the_answer_it_shows():
     asked = ["--model=quickstart", "--raw", "--prompt=347+285="]
     whole = call("generate", *asked).stdout.rstrip("\n")

@@ -287,6 +287,7 @@ def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, messa
     assert len(refused.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_task_that_is_too_easy_ends_with_what_to_change(tmp_path):
     """Queries of one digit have no carries to forget: no state ever carries a gradient."""
     flags = ["--data.min_digits=1", "--data.max_digits=1", "--data.held_out=8", "--credit.max_rounds=2"]

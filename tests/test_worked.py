@@ -169,6 +169,7 @@ def test_the_examples_old_ways_earn_less_and_are_taught_more_often():
     assert not {r["question"] for r in roman.problems("held_out")} & {r["question"] for r in task.train}
 
 
+@pytest.mark.slow
 def test_both_commands_of_the_example_run(tmp_path):
     """On a model as small as it can be; that it learns is a slow test."""
     small = "--steps=2 --warmup_steps=1 --batch=8 --hidden_size=32 --num_hidden_layers=2".split()
