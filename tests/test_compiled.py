@@ -32,7 +32,7 @@ CASES = [(topology, "all", True) for topology in SLICES]
 CASES += [
     (topology, split, False) for topology in ("v5e:2x2", "v5p:2x2x1") for split in ("fsdp", "tensor", "all")
 ]
-# By default one of each, since a compilation is seconds.
+# By default one of them, since a compilation is seconds.
 OFTEN = [("v6e:2x2", "all", True)]
 
 
