@@ -1,7 +1,8 @@
 """The protocol of a decoder, which engine and learner use, and the functions that all decoders share.
 
 A model is three classes: a config (`DecoderConfig`), the decoder that it builds (`Decoder`), and its layers
-(`Layer`). `qwen2.py` is an example. Another model is a file of its own, and nothing else changes. The rules:
+(`Layer`). `qwen2.py` is an example. Another model is a file of its own; engine and learner do not change.
+The rules:
 
 - Layers are stacked: every parameter of `decoder.layers` has a leading axis L. Callers split them
   (`nnx.split`), scan over that axis, and merge and call one layer at a time. NNX only holds the parameters:
