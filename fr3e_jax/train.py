@@ -30,6 +30,7 @@ from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError
 from fr3e_jax.parallel.waiting import HostError, waiting
 from fr3e_jax.pretrained.export import export_model
+from fr3e_jax.pretrained.hub import FINAL_MODEL
 from fr3e_jax.problems.corpus import names_of
 from fr3e_jax.rewards.verdict import ScorerError
 from fr3e_jax.run.build import Parts, build, mesh_of
@@ -40,7 +41,6 @@ from fr3e_jax.run.lock import Lock
 from fr3e_jax.run.reporter import Reporter, Silent, open_reporter
 from fr3e_jax.run.resume import Resumed, resume, set_aside
 from fr3e_jax.run.run_dir import (
-    MODEL,
     begun_anew,
     changes,
     completed,
@@ -178,8 +178,8 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                         state, carried, progress, metrics, sample = train_step(
                             config, parts, reference, state, carried, progress, reporter.within_step
                         )
-                    told = {"metrics": metrics, "sample": sample}
-                    progress = dataclasses.replace(progress, unreported=told)
+                    unreported = {"metrics": metrics, "sample": sample}
+                    progress = dataclasses.replace(progress, unreported=unreported)
                 else:
                     metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
                 every, last = config.evaluate.every, progress.step == config.steps
@@ -215,7 +215,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
         lock.check()
         with waiting("the export"):
             export_type = jnp.dtype(config.model.export_dtype)
-            export_run(directory / MODEL, policy.model.source, state.params, export_type)
+            export_run(directory / FINAL_MODEL, policy.model.source, state.params, export_type)
         return finish(reporter, directory, progress)
 
 
@@ -260,7 +260,7 @@ def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progres
             "held-out accuracy after": share(after),
             "steps": f"{progress.step} in {progress.seconds:.0f} s",
             "tokens generated": f"{progress.tokens_generated:,}",
-            "model": str(directory / MODEL),
+            "model": str(directory / FINAL_MODEL),
             "checkpoints": str(directory / "checkpoints"),
             "metrics": str(directory / "metrics.jsonl"),
             "rollouts to read": str(directory / "samples.jsonl"),

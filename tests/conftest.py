@@ -15,6 +15,7 @@ import jax
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from laptop import make_origin, renting
 from support import SMALL, run
 from xdist.scheduler import LoadScopeScheduling
 
@@ -116,6 +117,18 @@ def programs_go_before_they_are_too_many():
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_text().count("\n") > 25_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """The repository that laptops clone (laptop.py)."""
+    return make_origin(tmp_path_factory.mktemp("origin"))
+
+
+@pytest.fixture
+def rent(tmp_path, origin):
+    """A function that gives a laptop with settings, and the cloud behind it."""
+    yield from renting(tmp_path, origin)
 
 
 @pytest.fixture(scope="session")

@@ -10,19 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from laptop import COMMANDS, GCLOUD, REPOSITORY, TPU, TRAINING, make_origin, needs_tools, renting
+from laptop import COMMANDS, GCLOUD, REPOSITORY, TPU, TRAINING, needs_tools
 
 pytestmark = needs_tools
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    return make_origin(tmp_path_factory.mktemp("origin"))
-
-
-@pytest.fixture
-def rent(tmp_path, origin):
-    yield from renting(tmp_path, origin)
 
 
 # ---- settings and the command line

@@ -8,19 +8,9 @@ import subprocess
 import time
 
 import pytest
-from laptop import SECRET, TRAINING, make_origin, needs_tools, renting, tpus
+from laptop import SECRET, TRAINING, needs_tools, tpus
 
 pytestmark = needs_tools
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    return make_origin(tmp_path_factory.mktemp("origin"))
-
-
-@pytest.fixture
-def rent(tmp_path, origin):
-    yield from renting(tmp_path, origin)
 
 
 # ---- running

@@ -5,19 +5,9 @@ import pty
 import subprocess
 
 import pytest
-from laptop import TPU, TRAINING, make_origin, needs_tools, renting, tpus
+from laptop import TPU, TRAINING, needs_tools, tpus
 
 pytestmark = needs_tools
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    return make_origin(tmp_path_factory.mktemp("origin"))
-
-
-@pytest.fixture
-def rent(tmp_path, origin):
-    yield from renting(tmp_path, origin)
 
 
 # ---- creating and deleting

@@ -197,8 +197,6 @@ def written_run(**settings):
         corpus=None,
         stream=SimpleNamespace(take=take),
         verifier=Verifier(text, hosts, SimpleNamespace(begin=begin, timed_out=0)),
-        hosts=hosts,
-        between=lambda: None,
     )
     return Config(**sections), parts
 

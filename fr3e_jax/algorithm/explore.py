@@ -26,11 +26,11 @@ class Trajectories:
     """N base trajectories as a position rule sees them."""
 
     entropy: Float32[AnyArray, "N S"]
-    """Nats; 0 from the length on."""
+    """Entropy of the policy before each token was drawn, nats; 0 from the length on."""
     logprob: Float32[AnyArray, "N S"]
     """Of the drawn tokens, nats; 0 from the length on."""
     length: Int[AnyArray, " N"]
-    """Tokens of the response."""
+    """How many tokens each response has."""
     key: Key[Array, " N"]
     count: int
     """K, the number of positions that are wanted."""

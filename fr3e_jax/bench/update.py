@@ -43,7 +43,7 @@ class TreeSizes:
 
     @property
     def of(self) -> str:
-        """The sizes in words."""
+        """Describe the tree of a measurement by its sizes, for the table that is printed."""
         return (
             f"prompt {self.prompt}, response {self.response}, {self.positions + 1} states x {self.rollouts}"
         )

@@ -194,7 +194,7 @@ def value_of(flags: Flags, name: str) -> str | None:
 
 
 def default_of(config_class: type, name: str) -> Any:
-    """The default of an option."""
+    """The value that an option of a command has where neither file nor flag sets it."""
     first, _, inner = name.partition(".")
     field = next(field for field in dataclasses.fields(config_class) if field.name == first)
     if field.default is not dataclasses.MISSING:

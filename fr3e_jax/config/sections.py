@@ -46,7 +46,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of problems."""
+    """Where problems come from: a file, a data set, a task, and how its columns are read and judged."""
 
     name: Name
     """`carry_addition`, `word_addition`; `gym:NAME`, a data set of reasoning-gym; a named data set
@@ -162,9 +162,9 @@ class CheckpointConfig:
     """Checkpoints, from which a run that was killed goes on."""
 
     every: Count = 10
-    """Steps between checkpoints."""
+    """How many steps lie between two checkpoints."""
     keep: Count = 2
-    """Last checkpoints to keep."""
+    """How many of the last checkpoints stay; older ones are deleted."""
     keep_every: NonNegativeInt = 0
     """Steps between checkpoints that are kept for good, beside the last ones; 0: none are."""
 
@@ -194,7 +194,7 @@ class DistributedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """FR3E and its baselines."""
+    """Train a model by FR3E, or by one of its baselines, GRPO and GRPO++."""
 
     algorithm: Algorithm = "fr3e"
     """`fr3e`; `grpo`; `grpo++`, which is grpo with rejection sampling and clip-higher."""

@@ -45,16 +45,18 @@ class Base:
     @property
     def texts(self) -> list[list[str]]:
         """The text of every base trajectory, without those of padding: [B][R]."""
-        rows, text = self.rollouts, self.engine.model.text
-        return [
-            text.answers([rows.token[b, r, :n] for r, n in enumerate(rows.length[b])], rows.stopped[b])
-            for b in range(len(self.encoded.questions))
-        ]
+        return [self.texts_of(b) for b in range(len(self.encoded.questions))]
+
+    def texts_of(self, query: int) -> list[str]:
+        """The texts of the R base trajectories of a query, by its row."""
+        token, length = self.rollouts.token[query], self.rollouts.length[query]
+        answers = [token[r, :n] for r, n in enumerate(length)]
+        return self.engine.model.text.answers(answers, self.rollouts.stopped[query])
 
     def __repr__(self) -> str:
         r = self.rollouts.length.shape[1]
-        shown = zip(self.encoded.questions[:SHOWN], self.texts, strict=False)
-        lines = [f"  {question!r}: {answers[0]!r}" for question, answers in shown]
+        shown = enumerate(self.encoded.questions[:SHOWN])
+        lines = [f"  {question!r}: {self.texts_of(b)[0]!r}" for b, question in shown]
         return "\n".join([f"{r} base trajectories of each of {self.encoded}; the first of each:", *lines])
 
 
@@ -78,14 +80,15 @@ class Restarts:
     @property
     def prefixes(self) -> list[list[str | None]]:
         """The text that each state keeps of its base trajectory, [N][J]; None where there is no state."""
-        text, arrays = self.base.engine.model.text, self.arrays
         return [
-            [
-                text.decode([arrays.response[n, : arrays.prefix_length[n, j]]])[0] if valid else None
-                for j, valid in enumerate(self.valid[n])
-            ]
-            for n in range(len(self.valid))
+            [self.prefix(n, j) if valid else None for j, valid in enumerate(row)]
+            for n, row in enumerate(self.valid)
         ]
+
+    def prefix(self, trajectory: int, state: int) -> str:
+        """The text that a state keeps of its base trajectory."""
+        length = self.arrays.prefix_length[trajectory, state]
+        return self.base.engine.model.text.decode([self.arrays.response[trajectory, :length]])[0]
 
     def with_values(self, value: Any) -> "Restarts":
         """The same states with V(S_j), float32 [N, J], to be shown."""
@@ -93,13 +96,13 @@ class Restarts:
         return dataclasses.replace(self, value=np.asarray(value))
 
     def __repr__(self) -> str:
-        kept = np.flatnonzero(self.valid.any(axis=1))
-        lines, prefixes = [f"{self.valid.sum()} states of {len(kept)} trajectories"], self.prefixes
+        kept = np.flatnonzero(self.valid.any(axis=1)).tolist()
+        lines = [f"{self.valid.sum()} states of {len(kept)} trajectories"]
         for n in kept[:SHOWN]:
             lines.append(f"  {self.base.encoded.questions[self.arrays.query[n]]!r}")
-            for j in np.flatnonzero(self.valid[n]):
+            for j in np.flatnonzero(self.valid[n]).tolist():
                 worth = "" if self.value is None else f"V={self.value[n, j]:.2f} "
-                lines.append(f"    {worth}{prefixes[n][j]!r}")
+                lines.append(f"    {worth}{self.prefix(n, j)!r}")
         return "\n".join(lines)
 
 

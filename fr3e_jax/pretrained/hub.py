@@ -38,7 +38,8 @@ DESCRIPTION_FILES = (
     "chat_template*",
     "LICENSE*",
 )
-RUN_SETTINGS, FINAL_MODEL = "config.yaml", "model"  # of a run directory
+RUN_SETTINGS = "config.yaml"  # in a run directory
+FINAL_MODEL = "model"  # the directory of the final model, in a run directory
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 RepositoryKind = Literal["model", "dataset"]

@@ -151,7 +151,7 @@ class Parts:
     """What a run of training is made of, without its state.
 
     text: tokenizer and template. corpus: problems to train on, and held out. stream: those to train on, as
-    queries. between: ends the run where it is asked to stop; called where a state is whole.
+    queries.
     """
 
     policy: Policy
@@ -161,8 +161,6 @@ class Parts:
     corpus: Corpus
     stream: QueryStream
     verifier: Verifier
-    hosts: Hosts
-    between: Callable[[], None]
 
 
 def build(
@@ -195,4 +193,4 @@ def build(
     learner = policy.learner(config.loss, config.optimizer, updates_of(config))
     stream = QueryStream(corpus.stream(config.seed), text, config.rollout.max_prompt, hosts)
     verifier = Verifier(text, hosts, ScoringPool(corpus.scorers, **asdict(config.scoring)), config.reward)
-    return Parts(policy, text, engine, learner, corpus, stream, verifier, hosts, between)
+    return Parts(policy, text, engine, learner, corpus, stream, verifier)

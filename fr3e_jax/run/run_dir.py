@@ -15,13 +15,12 @@ from flax import traverse_util
 
 from fr3e_jax.config import Config, ConfigError, SourceConfig, as_written, dump, resolve
 from fr3e_jax.parallel.hosts import is_first
+from fr3e_jax.pretrained.hub import FINAL_MODEL, RUN_SETTINGS
 from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.reporter import SUMMARY_FILE
 from fr3e_jax.run.saved import CHECKPOINTS
 from fr3e_jax.run.storage import FULL, StorageError, brief, location, write_atomically
 
-CONFIG_FILE = "config.yaml"
-MODEL = "model"  # the directory of the final model, in the run directory
 OLD_HELD_OUT = 256  # what data.held_out was before its default was null
 ALGORITHMS = get_args(get_type_hints(Config)["algorithm"])
 
@@ -84,7 +83,7 @@ def refuse_other_settings(config: Config) -> LostSettingsError | None:
     except LostSettingsError as error:
         return error
     if saved_steps(directory):
-        refuse_differing(held, config, str(directory), f"its {CONFIG_FILE} has")
+        refuse_differing(held, config, str(directory), f"its {RUN_SETTINGS} has")
     return None
 
 
@@ -123,7 +122,7 @@ def completed(config: Config) -> dict[str, Any] | None:
         same_type = held["model"]["export_dtype"] == config.model.export_dtype
     except (LostSettingsError, OSError, ValueError, KeyError, TypeError):
         return None
-    there = (directory / MODEL / "config.json").exists()
+    there = (directory / FINAL_MODEL / "config.json").exists()
     return summary if done and same_type and there else None
 
 
@@ -136,7 +135,7 @@ def describe_completed(summary: dict[str, Any], config: Config) -> list[str]:
     ]
     lines = [
         f"{config.run_dir} holds a complete run of {steps} steps; nothing is left to do",
-        f"held-out accuracy {accuracies[0]} -> {accuracies[1]}; model: {config.run_dir}/{MODEL}",
+        f"held-out accuracy {accuracies[0]} -> {accuracies[1]}; model: {config.run_dir}/{FINAL_MODEL}",
     ]
     if steps > config.steps:
         lines.append(
@@ -165,7 +164,7 @@ def what_may_change(message: str, run: epath.Path) -> str:
 
 def holds_run(directory: epath.Path) -> bool:
     """Decide whether a directory holds a run, perhaps one whose config.yaml is lost."""
-    if (directory / CONFIG_FILE).exists():
+    if (directory / RUN_SETTINGS).exists():
         return True
     # A model's directory may have a folder of that name as well.
     return (directory / CHECKPOINTS).is_dir() and not (directory / "config.json").exists()
@@ -177,7 +176,7 @@ def read_settings(directory: epath.Path) -> dict[str, Any]:
     Raises:
       LostSettingsError: there is no such file, or it holds no settings.
     """
-    file = directory / CONFIG_FILE
+    file = directory / RUN_SETTINGS
     if not file.exists():
         raise MissingSettingsError(f"{file} is missing")
     try:
@@ -244,7 +243,7 @@ def open_run_dir(config: Config, name: str) -> epath.Path:
     try:
         if is_first():
             place.mkdir(parents=True, exist_ok=config.run_dir is not None)
-            write_atomically(place / CONFIG_FILE, dump(config))
+            write_atomically(place / RUN_SETTINGS, dump(config))
     except OSError as error:
         if error.errno in FULL:
             raise StorageError(f"--run_dir {place} cannot be written ({brief(error)})") from None

@@ -9,11 +9,11 @@ from etils import epath
 from fr3e_jax.config import ConfigError
 from fr3e_jax.models.decoder import Params, abstract_params
 from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.pretrained.hub import RUN_SETTINGS
 from fr3e_jax.pretrained.model import PlacedModel, open_model
 from fr3e_jax.run.checkpoints import Checkpoints, abstract_leaves, from_leaves, shapes_of
 from fr3e_jax.run.resume import Items, newest_whole
 from fr3e_jax.run.run_dir import (
-    CONFIG_FILE,
     LostSettingsError,
     holds_run,
     parse_settings,
@@ -77,7 +77,7 @@ def steps_of(run: epath.Path, step: int | None) -> list[int]:
       ConfigError: the run directory holds no such checkpoint.
     """
     if not holds_run(run):
-        raise ConfigError(f"{run} is not a run directory: it holds no {CONFIG_FILE}")
+        raise ConfigError(f"{run} is not a run directory: it holds no {RUN_SETTINGS}")
     steps = Checkpoints(run, keep=None).steps() if (run / CHECKPOINTS).is_dir() else []
     if not steps:
         raise ConfigError(f"{run} holds no checkpoint yet")
@@ -99,7 +99,7 @@ def setting(run: epath.Path, section: str, key: str, absent: Any = None) -> Any:
       ConfigError: neither has it.
     """
     try:
-        held, why = [read_settings(run)], f"{run / CONFIG_FILE} is damaged (it has no {section}.{key})"
+        held, why = [read_settings(run)], f"{run / RUN_SETTINGS} is damaged (it has no {section}.{key})"
     except LostSettingsError as error:
         held, why = [], str(error)
     for settings in (*held, *saved_settings(run)):

@@ -87,7 +87,7 @@ def train_step(
         rounds.append(round_metrics)
         shown.states(groups.count(waiting))
     shown.end()
-    parts.between()  # for the last time while there is a state to save: updates replace it
+    parts.engine.between()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)
 
