@@ -3,62 +3,27 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from etils import epath
-from support import call, mesh_of, two_processes
+from evaluations import PROBLEMS, SAMPLES, answers, by_place, settings, write_suite
+from support import mesh_of, two_processes
 
 from fr3e_jax.cli import parse
-from fr3e_jax.config import ConfigError, DataConfig, MeshConfig, SourceConfig
+from fr3e_jax.config import ConfigError, MeshConfig, SourceConfig
 from fr3e_jax.evaluate import evaluate
-from fr3e_jax.evaluation import asked_model
 from fr3e_jax.evaluation.record import ANSWERS, SETTINGS, SUMMARY, open_directory
 from fr3e_jax.evaluation.settings import EvaluationConfig
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.pretrained.hub import find_model
-from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.run.lock import Lock
-from fr3e_jax.run.trained import read_trained
-
-PROBLEMS, SAMPLES = 11, 3  # which no number of rows divides
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    """Held-out additions of the quickstart as a file; the last number of a response is its answer."""
-    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    problems = make_addition("carry_addition", DataConfig()).held_out(PROBLEMS)
-    lines = [json.dumps({"question": p.question, "answer": p.answer}) for p in problems]
-    file.write_text("\n".join(lines) + "\n")
-    return file
-
-
-def settings(suite, out, **others):
-    return EvaluationConfig(
-        **{
-            "model": "quickstart",
-            "suite": str(suite),
-            "samples": SAMPLES,
-            "temperature": 1.0,
-            "max_response": 48,
-            "template": "plain",
-            "rows": 8,
-            "out": str(out),
-            "compilation_cache": "off",
-            **others,
-        }
-    )
-
-
-def answers(out):
-    return [json.loads(line) for line in (Path(out) / ANSWERS).read_text().splitlines()]
-
-
-def by_place(lines):
-    return {(line["problem"], line["sample"]): line for line in lines}
+    return write_suite(tmp_path_factory.mktemp("data") / "sums.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -278,26 +243,6 @@ def test_a_file_of_a_suite_has_columns_and_a_scorer(done, suite, tmp_path):
     assert evaluate(config)["benchmarks"]  # it goes on: the list is the same when it is read again
 
 
-def test_a_run_is_asked_with_its_own_limits_and_its_parameters_are_read_once(
-    whole_run, suite, tmp_path, monkeypatch
-):
-    reads = []
-
-    def counted(*arguments):
-        reads.append(arguments)
-        return read_trained(*arguments)
-
-    monkeypatch.setattr(asked_model, "read_trained", counted)
-    changed = {"model": str(whole_run[0]), "max_response": 0, "template": "auto", "samples": 1, "limit": 8}
-    summary = evaluate(settings(suite, tmp_path / "e", **changed))
-    assert len(reads) == 1 and summary["step"] == 4
-    (told,) = summary["benchmarks"]
-    assert (told["settings"]["max_response"], told["settings"]["template"]) == (40, "plain")
-    held = yaml.safe_load((tmp_path / "e" / SETTINGS).read_text())
-    assert held["max_response"] == 40
-    assert evaluate(settings(suite, tmp_path / "e", **changed)) == summary and len(reads) == 1
-
-
 def test_other_problems_than_an_evaluation_began_with_are_refused(done, suite, tmp_path):
     """A row more at the top: answers would be told of other problems."""
     out, file = tmp_path / "evaluation", tmp_path / "sums.jsonl"
@@ -342,35 +287,6 @@ def test_what_cannot_be_is_refused_in_one_line(suite, tmp_path, change, message)
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.slow
-def test_the_command_shows_its_table_and_a_checkpoint_is_compared_with_where_it_began(suite, tmp_path):
-    flags = ["--suite", suite, "--samples=1", "--max_response=48", "--template=auto", "--rows=8"]
-    small = ["--steps=2", "--checkpoint.every=1", "--rollout.queries=8", "--explore.positions=1"]
-    small += ["--explore.rollouts=4", "--optimizer.batch_states=4", "--data.held_out=8", "--evaluate.rows=8"]
-    trained = call("train", *small, "--run_dir", tmp_path / "run")
-    assert trained.returncode == 0, trained.stderr
-    before = call("evaluate", "--model=quickstart", *flags, "--template=plain", "--out", tmp_path / "before")
-    assert before.returncode == 0, before.stderr
-    both = ["--out", tmp_path / "after", "--compare", tmp_path / "before"]
-    after = call("evaluate", "--model", tmp_path / "run", *flags, *both)
-    assert after.returncode == 0, after.stderr
-    assert f"step 2 of {tmp_path / 'run'}" in after.stdout
-    assert "sums" in after.stdout and "avg@1" in after.stdout and "a - b" in after.stdout
-    assert str(tmp_path / "after" / ANSWERS) in after.stdout
-    summary = json.loads((tmp_path / "after" / SUMMARY).read_text())
-    (row,) = summary["compared_with"]["rows"]
-    shares = [np.mean([line["right"] for line in answers(tmp_path / name)]) for name in ("after", "before")]
-    assert row["difference"] == pytest.approx(shares[0] - shares[1])
-    # The run goes on, and the same command still asks the checkpoint that it began with.
-    again = call("train", *small, "--steps=3", "--run_dir", tmp_path / "run")
-    assert again.returncode == 0, again.stderr
-    same = call("evaluate", "--model", tmp_path / "run", *flags, *both)
-    assert same.returncode == 0, same.stderr
-    assert json.loads((tmp_path / "after" / SUMMARY).read_text()) == summary
-    missing = call("evaluate", "--model", tmp_path / "run", *flags, "--step=7", "--out", tmp_path / "no")
-    assert missing.returncode == 2 and "it holds those of steps 2, 3" in missing.stderr
-
-
 def test_a_benchmark_takes_a_file_in_its_place_on_the_command_line():
     flags = ["--model=m", "--files.aime24=a.jsonl", "--files.amc23", "b.csv"]
     config, _ = parse(EvaluationConfig, "evaluate", None, flags)
@@ -383,7 +299,7 @@ suite, out, port, number = sys.argv[1:]
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
-from test_evaluate import settings
+from evaluations import settings
 from fr3e_jax.evaluate import evaluate
 summary = evaluate(settings(suite, out if number == "0" else out + "-nothing"))
 assert bool(summary) == (number == "0")
