@@ -1,4 +1,4 @@
-"""`python -m fr3e_jax.evaluate --model RUN`: a run is asked as it was trained, and compared with its beginning."""
+"""`python -m fr3e_jax.evaluate --model RUN`: a run is asked as it was trained, and compared with its start."""
 
 import json
 
