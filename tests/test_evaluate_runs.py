@@ -1,4 +1,4 @@
-"""`python -m fr3e_jax.evaluate --model RUN`: a run is asked as it was trained, and compared with its start."""
+"""Evaluations of runs: a run is asked as it was trained, and compared with where it began."""
 
 import json
 
