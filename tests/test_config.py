@@ -200,7 +200,7 @@ def test_a_mistake_that_is_found_later_has_its_file_and_line_too(tmp_path, entry
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--config", "."], "config"),
         (["--config"], "config"),
-        (["stray"], "stray: options are written --key VALUE"),
+        (["stray"], "'stray' stands behind no option: options are written --key VALUE"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, argv, named):

@@ -132,6 +132,14 @@ def test_a_run_that_needs_no_scorer_of_others_imports_none():
     assert found.stdout.split() == []
 
 
+def test_transformers_gives_no_advice_to_install_torch():
+    watch = "import os, sys\nclass Finder:\n    def find_spec(self, name, *_):\n"
+    watch += "        if name == 'transformers': print(os.environ.get('TRANSFORMERS_NO_ADVISORY_WARNINGS'))\n"
+    program = watch + "sys.meta_path.insert(0, Finder())\nimport fr3e_jax.pretrained.stops"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["1"]
+
+
 def test_the_package_imports_nothing_until_it_is_asked():
     """Neither `import fr3e_jax` nor the list of the commands takes the seconds that jax does."""
     program = """

@@ -138,6 +138,13 @@ def test_options_that_are_named_exist(page):
         assert option in known[section] | {"py", "json", "md"}, f"{section}.{option}"
 
 
+@every_page
+def test_pip_is_not_given_the_lock_as_constraints(page):
+    """It has hashes, with which pip installs no directory; uv takes its versions alone."""
+    for found in re.finditer(r"(\S+ )?pip install[^`\n]*(-c|--constraint) requirements.lock", page.read_text()):
+        assert found[1] in ("uv ", "&& uv "), found[0]
+
+
 def test_nothing_is_said_twice():
     places = collections.defaultdict(list)
     for page in PAGES:
