@@ -62,8 +62,8 @@ class GenerateConfig:
     top_p: TopP = 1.0
     """Draw from the fewest most likely tokens that together have this probability; 1 from all."""
     stop: list[str] | None = None
-    """Texts that end an answer, as the model's end tokens do; the answer is cut before such a text. By default
-    those that a run was trained with."""
+    """Texts that end an answer, as the model's end tokens do; the answer is cut before such a text. By
+    default those that a run was trained with."""
     max_new_tokens: Size = 256
     """Longest answer, tokens; the model's context may end it before."""
     n: Samples = 1
@@ -129,7 +129,7 @@ def generate(config: GenerateConfig) -> list[str]:
 
 
 def text_of(config: GenerateConfig, source: Path) -> Text:
-    """The tokenizer, the template and the stop texts: as they are given, else those that a run was trained with.
+    """The tokenizer, the template and the stop texts: those given, else those that a run was trained with.
 
     Args:
       config: settings of the command.

@@ -149,6 +149,9 @@ def test_another_failure_of_the_devices_keeps_its_traceback(monkeypatch):
         call("sft")
 
 
+STRAY = "'stray' stands behind no option: options are written --key VALUE, lists --key '[A, B]'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -160,7 +163,7 @@ def test_another_failure_of_the_devices_keeps_its_traceback(monkeypatch):
         (["rollout", "--occupancy_limit", "-1"], "occupancy_limit is -1, must be at least 1"),
         (["load", "--file_gb=0"], "file_gb is 0.0, must be above 0"),
         (["score", "--answers=1.5"], "answers is '1.5', must be a whole number"),
-        (["score", "stray"], "'stray' stands behind no option: options are written --key VALUE, lists --key '[A, B]'"),
+        (["score", "stray"], STRAY),
     ],
 )
 def test_a_mistake_of_a_benchmark_is_one_line_with_the_nearest_name(arguments, message):
