@@ -141,7 +141,7 @@ def test_options_that_are_named_exist(page):
 @every_page
 def test_pip_is_not_given_the_lock_as_constraints(page):
     """It has hashes, with which pip installs no directory; uv takes its versions alone."""
-    for found in re.findall(r"(\S+ )?pip install([^`\n&]*)", page.read_text()):
+    for found in re.findall(r"(\w+ )?pip install([^`\n&]*)", page.read_text()):
         assert found[0] == "uv " or not re.search(r"(-c|--constraint) requirements", found[1]), found
 
 
