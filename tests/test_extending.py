@@ -12,9 +12,11 @@ import yaml
 from environment import REPOSITORY
 from support import SMALL, call, metrics, placement
 
-from fr3e_jax.algorithm import credit, explore, loss
+from fr3e_jax.algorithm import credit, keep, loss, positions
+from fr3e_jax.algorithm.choose import choose_positions
 from fr3e_jax.algorithm.credit import modulated_advantage
-from fr3e_jax.algorithm.explore import Trajectories, choose_positions, keep_trajectories, positions_of
+from fr3e_jax.algorithm.keep import keep_trajectories
+from fr3e_jax.algorithm.positions import Trajectories, positions_of
 from fr3e_jax.algorithm.rules import Rule, RuleError
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, CreditConfig, ExploreConfig, check, dump, resolve
@@ -31,7 +33,7 @@ PAGE = (REPOSITORY / "fr3e_jax" / "README.md").read_text().partition("## How to 
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE, re.M)]
 *ADDED, START, TASK = BLOCKS
 TABLES = [
-    *(explore.POSITION_RULES, explore.KEEP_RULES, loss.POLICY_LOSSES, step_metrics.METRICS, scorers.INLINE),
+    *(positions.POSITION_RULES, keep.KEEP_RULES, loss.POLICY_LOSSES, step_metrics.METRICS, scorers.INLINE),
     *(credit.ADVANTAGES, credit.MODULATIONS, credit.REJECT_RULES),
 ]
 KEYS = jax.random.split(jax.random.key(0), 1)
@@ -181,7 +183,7 @@ def test_a_function_may_stand_where_a_rule_is_named():
 def test_a_name_that_gets_another_function_is_compiled_anew():
     """The settings are equal; what was compiled for the old function is not what they say now."""
     for rule, expected in ((first_positions, [0, 1, 2]), (last_positions, [0, 4, 5])):
-        explore.POSITION_RULES["mine"] = Rule(rule, "mine")
+        positions.POSITION_RULES["mine"] = Rule(rule, "mine")
         assert prefixes("mine") == expected
     reward, valid, query = np.array([[[1.0, 0.0]]]), np.ones((1, 1), bool), np.zeros(1, np.int32)
     for scale in (2.0, 3.0):
@@ -197,7 +199,7 @@ def test_the_config_of_a_run_names_its_functions():
         ]
 
     assert with_rule(first_positions)["rule"].endswith("test_extending.first_positions")
-    assert with_rule(explore.by_surprisal)["rule"] == "surprisal"
+    assert with_rule(positions.by_surprisal)["rule"] == "surprisal"
     assert with_rule("uniform")["rule"] == "uniform"
 
 

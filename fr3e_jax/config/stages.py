@@ -16,8 +16,9 @@ from fr3e_jax.algorithm.credit import (
     Modulation,
     RejectRule,
 )
-from fr3e_jax.algorithm.explore import KEEP_RULES, POSITION_RULES, KeepRule, PositionRule
+from fr3e_jax.algorithm.keep import KEEP_RULES, KeepRule
 from fr3e_jax.algorithm.loss import POLICY_LOSSES, PolicyLoss
+from fr3e_jax.algorithm.positions import POSITION_RULES, PositionRule
 from fr3e_jax.config.values import (
     Bounds,
     Count,

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from fr3e_jax.algorithm.explore import KeepRule, PositionRule
+from fr3e_jax.algorithm.keep import KeepRule
+from fr3e_jax.algorithm.positions import PositionRule
 from fr3e_jax.config import ConfigError, ExploreConfig, check_options
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.library.results import Answers, Base, Restarts, shaped

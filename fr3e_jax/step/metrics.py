@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from fr3e_jax.algorithm.explore import solved
 from fr3e_jax.algorithm.rules import RuleError
+from fr3e_jax.algorithm.success import solved
 from fr3e_jax.cost import Cost
 from fr3e_jax.types import Rollouts, States
 

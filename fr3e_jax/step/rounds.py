@@ -5,9 +5,9 @@ A step samples rounds until enough states carry a gradient, then updates the pol
   1. queries            B of them from the stream                       problems/stream
   2. base trajectories  R whole answers to each; every token's entropy  engine/rollout.first_return
   3. rewards            of the base trajectories                        rewards/verify
-  4. kept trajectories  one correct, one wrong                          algorithm/explore
-  5. positions          the K most uncertain tokens                     algorithm/explore
-  6. states             S_0 = the query, S_j = before position T_j      algorithm/explore
+  4. kept trajectories  one correct, one wrong                          algorithm/keep
+  5. positions          the K most uncertain tokens                     algorithm/positions
+  6. states             S_0 = the query, S_j = before position T_j      algorithm/states
   7. partial rollouts   M from each state, on the cached prefixes       engine/rollout.explore
   8. rewards            of the whole answers, while the next round that  rewards/verify
                         is surely needed samples

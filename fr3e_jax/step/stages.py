@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, Int32, Key
 
 from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
-from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
+from fr3e_jax.algorithm.keep import keep_trajectories
+from fr3e_jax.algorithm.positions import Trajectories, positions_of
+from fr3e_jax.algorithm.states import states_of
 from fr3e_jax.config import CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import row_key
