@@ -13,8 +13,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, Int32, Key
 
-from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
+from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
+from fr3e_jax.algorithm.reject import accept_states
 from fr3e_jax.config import CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import row_key
