@@ -10,11 +10,12 @@ from jax import Array
 from jaxtyping import Bool, Float32
 
 from fr3e_jax.algorithm.rules import Chosen, Rule
-from fr3e_jax.algorithm.values import state_values
+from fr3e_jax.algorithm.values import rollout_counts, state_values
 from fr3e_jax.types import AnyArray
 
 AdvantageFunction = Callable[[Float32[Array, "N J M"], Bool[Array, "N J"]], Float32[Array, "N J M"]]
-"""(Rewards, which states are valid) -> the advantage of each rollout, one for all of its tokens."""
+"""(Rewards, which states are valid) -> the advantage of each rollout, one for all of its tokens. A rollout
+that does not count comes with its state's value as its reward, and its advantage is not read."""
 
 AdvantageRule = Chosen[AdvantageFunction]
 
@@ -36,10 +37,17 @@ ADVANTAGES: dict[str, Rule[AdvantageFunction]] = {
 
 
 def divided_by_std(
-    advantage: Float32[AnyArray, "N J M"], reward: Float32[AnyArray, "N J M"]
+    advantage: Float32[AnyArray, "N J M"],
+    reward: Float32[AnyArray, "N J M"],
+    counted: Bool[AnyArray, "N J M"] | None = None,
 ) -> Float32[Array, "N J M"]:
     """Divide advantages by the unbiased standard deviation of their state's rewards, plus 1e-6 (release).
 
-    M is at least 2.
+    M is at least 2. With one rollout that counts the deviation is 0, as its advantage is.
     """
-    return advantage / (jnp.std(reward, axis=-1, keepdims=True, ddof=1) + STD_EPSILON)
+    if counted is None:
+        return advantage / (jnp.std(reward, axis=-1, keepdims=True, ddof=1) + STD_EPSILON)
+    deviation = jnp.where(counted, reward - state_values(reward, counted)[..., None], 0.0)
+    others = jnp.maximum(rollout_counts(reward, counted) - 1.0, 1.0)
+    std = jnp.sqrt(jnp.sum(deviation**2, axis=-1) / others)
+    return advantage / (std[..., None] + STD_EPSILON)

@@ -3,13 +3,20 @@
 Shapes: N trajectories, J states each (state 0 is the bare query), M rollouts per state.
 """
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float32
 
 from fr3e_jax.algorithm.advantage import ADVANTAGES, AdvantageFunction, divided_by_std
 from fr3e_jax.algorithm.modulation import ModulationFunction, modulation_factor
 from fr3e_jax.algorithm.rules import function_of, of_shape
-from fr3e_jax.algorithm.values import FirstState, state_values
+from fr3e_jax.algorithm.values import (
+    FirstState,
+    counted_states,
+    filled_rewards,
+    state_values,
+    values_before,
+)
 from fr3e_jax.types import AnyArray
 
 
@@ -21,6 +28,7 @@ def modulated_advantage(
     first_state: FirstState = "neutral",
     sharpen: bool = False,
     advantage: str | AdvantageFunction = "group",
+    counted: Bool[AnyArray, "N J M"] | None = None,
 ) -> tuple[Float32[Array, "N J M"], Float32[Array, "N J"], Float32[Array, "N J"]]:
     """Compute A'(S_j, i) = alpha_j A(S_j, i). Paper; the options are those of the functions above.
 
@@ -32,6 +40,8 @@ def modulated_advantage(
       first_state: see `value_change`.
       sharpen: see `value_change`.
       advantage: a name in ADVANTAGES, or a function: A.
+      counted: which rollouts count; None: all. The others have no advantage, and a state with none that
+        counts is no state: the change of value is from the state before it to the one after.
 
     Returns:
       (advantage A', value V, alpha).
@@ -39,10 +49,14 @@ def modulated_advantage(
     Raises:
       RuleError: there is no such rule, or it gives something else, such as an advantage for each token.
     """
-    value = state_values(reward)
-    alpha = modulation_factor(value, valid, modulation, first_state, sharpen)
-    estimate = function_of(ADVANTAGES, advantage)(reward, valid)
+    valid = counted_states(valid, counted)
+    value = state_values(reward, counted)
+    known = value if counted is None else values_before(value, valid)
+    alpha = modulation_factor(known, valid, modulation, first_state, sharpen)
+    estimate = function_of(ADVANTAGES, advantage)(filled_rewards(reward, counted), valid)
     estimate = of_shape(estimate, reward.shape, "advantages [N, J, M], one for each rollout,")
+    if counted is not None:
+        estimate = jnp.where(counted, estimate, 0.0)
     if normalize_std:
-        estimate = divided_by_std(estimate, reward)
+        estimate = divided_by_std(estimate, reward, counted)
     return alpha[..., None] * estimate, value, alpha

@@ -10,13 +10,14 @@ from jax import Array
 from jaxtyping import Bool, Float32, Int, Int32
 
 from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
+from fr3e_jax.algorithm.values import counted_states, filled_rewards
 from fr3e_jax.types import AnyArray
 
 RejectFunction = Callable[
     [Float32[Array, "N J M"], Bool[Array, "N J"], Int32[Array, " N"]], Bool[Array, "N J"]
 ]
 """(Rewards, which states are valid, the query of each trajectory) -> which states are accepted. States that
-are not valid are rejected in any case."""
+are not valid are rejected in any case. The reward of a rollout that does not count is its state's value."""
 
 RejectRule = Chosen[RejectFunction]
 
@@ -59,6 +60,7 @@ def accept_states(
     valid: Bool[AnyArray, "N J"],
     query: Int[AnyArray, " N"],
     rule: str | RejectFunction,
+    counted: Bool[AnyArray, "N J M"] | None = None,
 ) -> Bool[AnyArray, "N J"]:
     """Decide which states carry a gradient and go to the learner.
 
@@ -67,9 +69,11 @@ def accept_states(
       valid: which states there are.
       query: the query that each trajectory answers.
       rule: a name in REJECT_RULES, or a function.
+      counted: which rollouts count; None: all. A state with none is rejected.
 
     Raises:
       RuleError: there is no such rule, or it gives something else.
     """
-    accepted = function_of(REJECT_RULES, rule)(reward, valid, query)
+    valid = counted_states(valid, counted)
+    accepted = function_of(REJECT_RULES, rule)(filled_rewards(reward, counted), valid, query)
     return valid & of_shape(accepted, valid.shape, "accepted states [N, J]")

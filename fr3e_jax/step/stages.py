@@ -174,6 +174,7 @@ def assign_credit(
     reward: Float32[AnyArray, "N J M"],
     valid: Bool[AnyArray, "N J"],
     query: Int32[AnyArray, " N"],
+    counted: Bool[AnyArray, "N J M"] | None = None,
 ) -> Credit:
     """Stage 9: (advantage, value, alpha, accepted) of the states of kept trajectories.
 
@@ -182,12 +183,15 @@ def assign_credit(
       reward: of the partial rollouts, whole answers.
       valid: which states there are.
       query: row of the round's queries, of each trajectory.
+      counted: which rollouts count; None: all.
     """
-    return compiled_credit(with_functions(credit), reward, valid, query)
+    return compiled_credit(with_functions(credit), reward, valid, query, counted)
 
 
 @functools.partial(jax.jit, static_argnames="credit")
-def compiled_credit(credit: CreditConfig, reward: Array, valid: Array, query: Array) -> Credit:
+def compiled_credit(
+    credit: CreditConfig, reward: Array, valid: Array, query: Array, counted: Array | None
+) -> Credit:
     """`assign_credit` of rules that are functions."""
     advantage, value, alpha = modulated_advantage(
         reward,
@@ -197,5 +201,6 @@ def compiled_credit(credit: CreditConfig, reward: Array, valid: Array, query: Ar
         first_state=credit.first_state,
         sharpen=credit.sharpen,
         advantage=credit.advantage,
+        counted=counted,
     )
-    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject)
+    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject, counted)
