@@ -182,6 +182,7 @@ class StateGroups:
     logprob: Float32[AnyArray, "G M new"]
     """Of these tokens, as recorded while sampling, nats."""
     length: Int32[AnyArray, "G M"]
+    """0 where a rollout does not count."""
     advantage: Float32[AnyArray, "G M"]
     """Modulated."""
     source: Int32[AnyArray, "G 3"]

@@ -12,7 +12,7 @@ import yaml
 from environment import REPOSITORY
 from support import SMALL, call, metrics, placement
 
-from fr3e_jax.algorithm import credit, keep, loss, positions
+from fr3e_jax.algorithm import advantage, keep, loss, modulation, positions, reject
 from fr3e_jax.algorithm.choose import choose_positions
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
@@ -34,7 +34,7 @@ BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=  
 *ADDED, START, TASK = BLOCKS
 TABLES = [
     *(positions.POSITION_RULES, keep.KEEP_RULES, loss.POLICY_LOSSES, step_metrics.METRICS, scorers.INLINE),
-    *(credit.ADVANTAGES, credit.MODULATIONS, credit.REJECT_RULES),
+    *(advantage.ADVANTAGES, modulation.MODULATIONS, reject.REJECT_RULES),
 ]
 KEYS = jax.random.split(jax.random.key(0), 1)
 A_ROUND = object.__new__(Measured)  # of which no metric here looks at anything
@@ -187,7 +187,7 @@ def test_a_name_that_gets_another_function_is_compiled_anew():
         assert prefixes("mine") == expected
     reward, valid, query = np.array([[[1.0, 0.0]]]), np.ones((1, 1), bool), np.zeros(1, np.int32)
     for scale in (2.0, 3.0):
-        credit.ADVANTAGES["mine"] = Rule(lambda reward, valid, scale=scale: scale * reward, "mine")
+        advantage.ADVANTAGES["mine"] = Rule(lambda reward, valid, scale=scale: scale * reward, "mine")
         found = assign_credit(CreditConfig(advantage="mine"), reward.astype(np.float32), valid, query)[0]
         np.testing.assert_array_equal(found, [[[scale, 0.0]]])
 

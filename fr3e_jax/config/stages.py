@@ -7,18 +7,13 @@ Every field says its unit and, where a number has one, its source: (paper) arXiv
 import dataclasses
 from typing import Annotated, Literal
 
-from fr3e_jax.algorithm.credit import (
-    ADVANTAGES,
-    MODULATIONS,
-    REJECT_RULES,
-    AdvantageRule,
-    FirstState,
-    Modulation,
-    RejectRule,
-)
+from fr3e_jax.algorithm.advantage import ADVANTAGES, AdvantageRule
 from fr3e_jax.algorithm.keep import KEEP_RULES, KeepRule
 from fr3e_jax.algorithm.loss import POLICY_LOSSES, PolicyLoss
+from fr3e_jax.algorithm.modulation import MODULATIONS, Modulation
 from fr3e_jax.algorithm.positions import POSITION_RULES, PositionRule
+from fr3e_jax.algorithm.reject import REJECT_RULES, RejectRule
+from fr3e_jax.algorithm.values import FirstState
 from fr3e_jax.config.values import (
     Bounds,
     Count,

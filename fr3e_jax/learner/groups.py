@@ -15,6 +15,7 @@ def collect(
     states: States,
     rollouts: Rollouts,
     advantage: Float32[np.ndarray, "N J M"],
+    counted: Bool[np.ndarray, "N J M"] | None = None,
 ) -> StateGroups:
     """Take the accepted states out of a round, all of it on the host.
 
@@ -24,6 +25,7 @@ def collect(
       states: the round's states.
       rollouts: of J x M branches, those of a state side by side.
       advantage: modulated.
+      counted: which rollouts count, None: all. The others have length 0: nothing of them is trained on.
     """
     n, j = np.nonzero(accepted)
     m = advantage.shape[2]
@@ -31,7 +33,9 @@ def collect(
     def grouped(x: np.ndarray) -> np.ndarray:
         return x.reshape(x.shape[0], -1, m, *x.shape[2:])[n, j]
 
-    query = states.query[n]
+    query, length = states.query[n], grouped(rollouts.length)
+    if counted is not None:
+        length = np.where(counted[n, j], length, 0).astype(np.int32)
     return StateGroups(
         query=queries.token[query],
         query_length=queries.length[query],
@@ -39,7 +43,7 @@ def collect(
         prefix_length=states.prefix_length[n, j],
         token=grouped(rollouts.token),
         logprob=grouped(rollouts.logprob),
-        length=grouped(rollouts.length),
+        length=length,
         advantage=advantage[n, j],
         source=np.stack([queries.index[query], states.base[n], j], axis=1).astype(np.int32),
     )

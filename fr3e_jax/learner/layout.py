@@ -89,7 +89,9 @@ def subtrees_of(groups: StateGroups, parts: int) -> list[Subtree]:
     share = (int(new.sum()) + int(follow.max())) / parts
     subtrees = []
     for states in trees.values():
-        row = np.array([(state, m) for state in states for m in range(new.shape[1])])
+        row = np.array([(state, m) for state in states for m in np.flatnonzero(new[state])], int).reshape(
+            -1, 2
+        )
         row = row[np.argsort(-new[row[:, 0], row[:, 1]], kind="stable")]
         cuts = min(max(round(int(new[states].sum()) / share), 1), len(row))
         for rows in (row[i::cuts] for i in range(cuts)):

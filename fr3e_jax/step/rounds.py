@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
+from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import Config
 from fr3e_jax.cost import Cost, rollout_cost
 from fr3e_jax.engine.caches import Caches
@@ -54,6 +55,8 @@ class Round:
     rollouts: Rollouts
     rewards: Rewards
     costs: dict[str, Cost]
+    counted: Bool[np.ndarray, "N J M"] | None = None
+    """Which of the rollouts count; None: all. Others were never drawn, or their rewards are not known."""
 
     @property
     def most(self) -> int:
@@ -124,17 +127,20 @@ def close_round(
     base_reward = opened.base_reward
     if base_reward is None:
         base_reward, reward = reward, reward[:, None]
+    counted = opened.counted
+    states = dataclasses.replace(states, valid=counted_states(states.valid, counted))
     advantage, value, alpha, accepted = gather(
-        assign_credit(config.credit, *place((reward, states.valid, states.query)))
+        assign_credit(config.credit, *place((reward, states.valid, states.query, counted)))
     )
 
     credit = (reward, value, alpha, advantage, accepted)
     restarts = opened.base_reward is not None
     success_at = config.reward.success_at
-    metrics = measure(Measured(base, base_reward, states, rollouts, *credit, restarts, success_at))
+    metrics = measure(Measured(base, base_reward, states, rollouts, *credit, restarts, success_at, counted))
     metrics |= cost_metrics(opened.costs)
-    gathered = groups.collect(accepted, queries, states, rollouts, advantage)
-    return gathered, metrics, parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
+    gathered = groups.collect(accepted, queries, states, rollouts, advantage, counted)
+    excerpt = parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems, counted)
+    return gathered, metrics, excerpt
 
 
 def first_return(
