@@ -12,7 +12,7 @@ import yaml
 from environment import REPOSITORY
 from support import SMALL, call, metrics, placement
 
-from fr3e_jax.algorithm import advantage, keep, loss, modulation, positions, reject
+from fr3e_jax.algorithm import advantage, aggregates, keep, modulation, objectives, positions, reject
 from fr3e_jax.algorithm.choose import choose_positions
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
@@ -33,8 +33,8 @@ PAGE = (REPOSITORY / "fr3e_jax" / "README.md").read_text().partition("## How to 
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE, re.M)]
 *ADDED, START, TASK = BLOCKS
 TABLES = [
-    *(positions.POSITION_RULES, keep.KEEP_RULES, loss.POLICY_LOSSES, step_metrics.METRICS, scorers.INLINE),
-    *(advantage.ADVANTAGES, modulation.MODULATIONS, reject.REJECT_RULES),
+    *(positions.POSITION_RULES, keep.KEEP_RULES, objectives.OBJECTIVES, step_metrics.METRICS, scorers.INLINE),
+    *(advantage.ADVANTAGES, modulation.MODULATIONS, reject.REJECT_RULES, aggregates.AGGREGATES),
 ]
 KEYS = jax.random.split(jax.random.key(0), 1)
 A_ROUND = object.__new__(Measured)  # of which no metric here looks at anything
@@ -75,14 +75,14 @@ def test_every_table_on_the_page_is_there_and_none_is_missing():
 @pytest.mark.slow
 def test_a_run_takes_what_the_page_adds_by_its_names(added, tmp_path):
     out = tmp_path / "run"
-    chosen = ["--explore.rule=late_entropy", "--credit.advantage=leave_one_out", "--loss.policy=reinforce"]
+    chosen = ["--explore.rule=late_entropy", "--credit.advantage=leave_one_out", "--loss.objective=reinforce"]
     done = call("train", *SMALL, "--steps=1", "--evaluate.every=0", *chosen, f"--run_dir={out}")
     assert done.returncode == 0, done.stderr
     line = metrics(out)[1]
     assert 0 < line["reward/spread"] <= 0.5 and np.isfinite(line["update/loss"])
     assert "update/clip_low" not in line  # of the loss that is not taken
     held = yaml.safe_load((out / "config.yaml").read_text())
-    assert held["explore"]["rule"] == "late_entropy" and held["loss"]["policy"] == "reinforce"
+    assert held["explore"]["rule"] == "late_entropy" and held["loss"]["objective"] == "reinforce"
 
 
 def test_help_shows_an_added_rule_with_its_line(added, monkeypatch):

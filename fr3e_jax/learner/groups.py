@@ -46,6 +46,8 @@ def collect(
         length=length,
         advantage=advantage[n, j],
         source=np.stack([queries.index[query], states.base[n], j], axis=1).astype(np.int32),
+        sampled_logprob=grouped(rollouts.sampled_logprob),
+        entropy=grouped(rollouts.entropy),
     )
 
 
@@ -61,6 +63,8 @@ def empty_groups(rollouts: int, max_prompt: int, max_response: int) -> StateGrou
         length=np.zeros((0, rollouts), np.int32),
         advantage=np.zeros((0, rollouts), np.float32),
         source=np.zeros((0, 3), np.int32),
+        sampled_logprob=np.zeros((0, rollouts, max_response), np.float32),
+        entropy=np.zeros((0, rollouts, max_response), np.float32),
     )
 
 
@@ -85,15 +89,23 @@ def minibatches(groups: StateGroups, parts: int, rng: np.random.Generator) -> li
     return [jax.tree.map(lambda x, part=part: x[part], groups) for part in order]
 
 
+LATER_FIELDS = frozenset({"sampled_logprob", "entropy"})
+"""Arrays that the checkpoints of earlier versions do not have."""
+
+
 def as_dict(groups: StateGroups) -> dict[str, np.ndarray]:
-    """Make a dict of field names and arrays for a checkpoint.
+    """Make a dict of field names and arrays for a checkpoint, without fields that are None.
 
     Arrays are padded by one state, since a checkpoint refuses arrays without elements.
     """
     fields = {f.name: getattr(groups, f.name) for f in dataclasses.fields(groups)}
-    return {k: np.pad(v, [(0, 1)] + [(0, 0)] * (v.ndim - 1)) for k, v in fields.items()}
+    return {k: np.pad(v, [(0, 1)] + [(0, 0)] * (v.ndim - 1)) for k, v in fields.items() if v is not None}
 
 
 def from_dict(fields: dict[str, np.ndarray]) -> StateGroups:
-    """Make groups of the dict that `as_dict` made."""
-    return StateGroups(**{k: np.asarray(v)[:-1] for k, v in fields.items()})
+    """Make groups of the dict that `as_dict` made, of an earlier version too.
+
+    That version drew tokens as now, and had no option that looks at their entropies.
+    """
+    earlier = {"sampled_logprob": fields["logprob"], "entropy": np.zeros_like(fields["logprob"])}
+    return StateGroups(**{k: np.asarray(v)[:-1] for k, v in {**earlier, **fields}.items()})
