@@ -125,7 +125,7 @@ def test_minibatches_take_whole_states(parts):
 def one_step(config, parts, seen, carried, progress):
     """A step whose updates change nothing, and add the rows that they are given to `seen`."""
 
-    def update(state, rows, reference):
+    def update(state, rows, reference, entropy_coefficient):
         seen.append(check_rows(rows))
         return state, {"loss": np.float32(0), "skipped": np.float32(0)}
 

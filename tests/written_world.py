@@ -157,12 +157,13 @@ def reward_of(response, answer):
     return reward
 
 
-def take(position, count):
+def take(position, count, rates=None):
     index = np.arange(position, position + count, dtype=np.int32)
     token = np.array([[query_id(q, t) for t in range(P)] for q in index], np.int32)
     length = QUERY_LENGTH[index].astype(np.int32)
     token = np.where(np.arange(P) < length[:, None], token, 0)
-    return Queries(token, length, index), [Problem(f"query {q}", f"answer {q}", "written") for q in index]
+    problems = [Problem(f"query {q}", f"answer {q}", "written") for q in index]
+    return Queries(token, length, index), problems, position + count
 
 
 def begin(asked):
@@ -195,7 +196,7 @@ def written_run(**settings):
         engine=WrittenEngine(graph_of(TINY), ON_MESH, S, end_tokens=()),
         learner=None,
         corpus=None,
-        stream=SimpleNamespace(take=take),
+        stream=SimpleNamespace(take=take, difficulty=None),
         verifier=Verifier(text, hosts, SimpleNamespace(begin=begin, timed_out=0)),
     )
     return Config(**sections), parts
