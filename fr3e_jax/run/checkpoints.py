@@ -162,8 +162,8 @@ def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
         kinds = {name: x.dtype for name, x in vars(unseen(0)).items()}
         if found.keys() != kinds.keys():
             raise DamagedError("rates has other arrays than success rates have")
-        shapes = {name: jax.ShapeDtypeStruct(found[name], kind) for name, kind in kinds.items()}
-        items["rates"] = saved.read("rates", shapes)
+        like_rates = {name: jax.ShapeDtypeStruct(found[name], kind) for name, kind in kinds.items()}
+        items["rates"] = saved.read("rates", like_rates)
     return items
 
 

@@ -77,7 +77,8 @@ class Record:
     """The description of a checkpoint that is saved with it.
 
     settings: text of the run's config.yaml; None where it was not saved. arrays: item (`params`, `optimizer`,
-    `carried`, `rates`) -> path -> shape, type and checksum of the array; None in an earlier version's checkpoint.
+    `carried`, `rates`) -> path -> shape, type and checksum of the array; None in an earlier version's
+    checkpoint.
     """
 
     progress: Progress
@@ -86,11 +87,10 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         """Convert to the JSON value that is saved, with a checksum of itself."""
-        told = dataclasses.asdict(
-            dataclasses.replace(self, progress=dataclasses.replace(self.progress, rates=None))
-        )
-        del told["progress"]["rates"]
-        record = json.loads(json.dumps({"format": FORMAT, **told}))
+        progress = dataclasses.asdict(dataclasses.replace(self.progress, rates=None))
+        del progress["rates"]  # arrays of their own
+        held = {"progress": progress, "settings": self.settings, "arrays": self.arrays}
+        record = json.loads(json.dumps({"format": FORMAT, **held}))
         return {**record, "sum": json_sum(record)}
 
 
