@@ -32,6 +32,7 @@ from fr3e_jax.parallel.waiting import HostError, waiting
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.pretrained.hub import FINAL_MODEL
 from fr3e_jax.problems.corpus import names_of
+from fr3e_jax.problems.difficulty import unseen
 from fr3e_jax.rewards.verdict import ScorerError
 from fr3e_jax.run.build import Parts, build, mesh_of
 from fr3e_jax.run.checkpoints import Checkpoints
@@ -129,7 +130,9 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     carried = groups.empty_groups(
         config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
     )
-    progress = Progress(seed=config.seed, problems=corpus.checksum)
+    difficulty = parts.stream.difficulty
+    rates = None if difficulty is None else unseen(difficulty.questions)
+    progress = Progress(seed=config.seed, problems=corpus.checksum, rates=rates)
     resumed = Resumed(state, carried, progress, [], [])
     if config.run_dir is not None:
         fresh = (state, carried, progress)
@@ -170,7 +173,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                 reporter.step(
                     {"step": 0} | evaluate_held_out(config, parts, state.params, 0) | {"tokens/total": 0}
                 )
-            while progress.step < config.steps or progress.unreported is not None:
+            while not is_last(config, parts, progress) or progress.unreported is not None:
                 if progress.unreported is None:
                     checkpoints.check()
                     lock.check()
@@ -182,7 +185,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                     progress = dataclasses.replace(progress, unreported=unreported)
                 else:
                     metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
-                every, last = config.evaluate.every, progress.step == config.steps
+                every, last = config.evaluate.every, is_last(config, parts, progress)
                 if last or (every and progress.step % every == 0):
                     metrics |= evaluate_held_out(config, parts, state.params, progress.step)
                 seconds = time.perf_counter() - started
@@ -211,12 +214,34 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             return None
         finally:
             parts.verifier.pool.close()
+        if progress.step < config.steps:
+            reporter.say(solved_message(config, progress))
         checkpoints.close()
         lock.check()
         with waiting("the export"):
             export_type = jnp.dtype(config.model.export_dtype)
             export_run(directory / FINAL_MODEL, policy.model.source, state.params, export_type)
         return finish(reporter, directory, progress)
+
+
+def is_last(config: Config, parts: Parts, progress: Progress) -> bool:
+    """Whether the run ends here: all steps are made, or less than a round of questions is left."""
+    if progress.step >= config.steps:
+        return True
+    difficulty, rates = parts.stream.difficulty, progress.rates
+    if difficulty is None or difficulty.retire_above is None or rates is None:
+        return False
+    return difficulty.left(rates) < config.rollout.queries
+
+
+def solved_message(config: Config, progress: Progress) -> str:
+    """Why a run ended before its last step, and what to change."""
+    return (
+        f"the run is complete after step {progress.step} of {config.steps}: fewer than rollout.queries "
+        f"{config.rollout.queries} questions are left that are not solved (data.retire_above "
+        f"{config.data.retire_above}); harder questions, or another --run_dir with a higher "
+        "data.retire_above, give it more to learn"
+    )
 
 
 def export_run(out: epath.Path, source: Path, params: Params, dtype: Any) -> None:

@@ -165,7 +165,7 @@ def texts_on(mesh):
     pool.begin = lambda asked: scored.extend(asked) or begin(asked)
     here = hosts.Hosts(mesh, 60)
     problems = stream([make_addition("carry_addition", DataConfig())], [1.0], 0)
-    queries, problems = QueryStream(problems, text, 8, here).take(40, 8)
+    queries, problems, _ = QueryStream(problems, text, 8, here).take(40, 8)
     rng = np.random.default_rng(0)
     token = rng.integers(2, 14, (8, 6, 12)).astype(np.int32)
     floats = np.zeros((8, 6, 12), np.float32)

@@ -20,6 +20,7 @@ from written_world import (
     begin,
     check_rows,
     laid_out,
+    one_step,
     one_trajectory,
     round_at,
     sample_round,
@@ -33,12 +34,9 @@ from fr3e_jax.config import (
     OptimizerConfig,
 )
 from fr3e_jax.learner import groups
-from fr3e_jax.learner.state import TrainState
 from fr3e_jax.rewards.verify import whole_answer
 from fr3e_jax.run.saved import Progress
-from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.rounds import Round
-from fr3e_jax.step.update import train_step
 from fr3e_jax.types import Queries, Rollouts
 
 # --- inert clipping
@@ -122,18 +120,6 @@ def test_minibatches_take_whole_states(parts):
     assert len({row for rows in found for row in rows}) == 8 * M
 
 
-def one_step(config, parts, seen, carried, progress):
-    """A step whose updates change nothing, and add the rows that they are given to `seen`."""
-
-    def update(state, rows, reference):
-        seen.append(check_rows(rows))
-        return state, {"loss": np.float32(0), "skipped": np.float32(0)}
-
-    parts = dataclasses.replace(parts, learner=SimpleNamespace(update=update))
-    state = TrainState(params={}, optimizer=None)
-    return train_step(config, parts, None, state, carried, progress, StepProgress(print))
-
-
 def test_steps_train_on_every_accepted_state_once_and_carry_the_surplus():
     """The rows of all updates of three steps, and what is left over, are what was sampled."""
     run = written_run(optimizer=OptimizerConfig(batch_states=10, minibatches=2, micro_tokens=64))
@@ -213,7 +199,7 @@ def test_the_loss_of_an_empty_or_tiny_batch_is_finite():
 def test_a_round_that_teaches_nothing_has_finite_metrics_and_no_states(monkeypatch):
     """Every rollout is right. The update of an empty batch is in test_update.py."""
     monkeypatch.setattr(written_world, "REWARD", np.ones_like(REWARD))
-    found, metrics, excerpt = sample_round(*written_run(), 0)
+    found, metrics, excerpt, _ = sample_round(*written_run(), 0)
     assert groups.count(found) == 0 and excerpt is None
     assert metrics["states/accepted"] == 0 and metrics["value/mean"] == 1.0
     assert all(math.isfinite(value) for value in metrics.values())

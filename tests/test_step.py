@@ -67,7 +67,7 @@ def test_a_round_moves_what_has_an_entry_per_token_at_most_three_times(monkeypat
     monkeypatch.setattr(jax, "device_get", counting("down", jax.device_get))
     monkeypatch.setattr(jax, "device_put", counting("up", jax.device_put))
     opened = open_round(config, parts, params, 1, 0, Stopwatch())
-    accepted, _, _ = close_round(config, parts, opened, Stopwatch())
+    accepted, *_ = close_round(config, parts, opened, Stopwatch())
     parts.verifier.pool.close()
     assert groups.count(accepted) > 0 and moved == {"down": 2, "up": 0}
 

@@ -4,6 +4,7 @@ Its engine writes: every token id says which query, trajectory, state and rollou
 anything that is mixed up on the way from `open_round` to the learner's rows is seen.
 """
 
+import dataclasses
 import functools
 import math
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from fr3e_jax.config import (
 from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner.layout import bundles_of
+from fr3e_jax.learner.state import TrainState
 from fr3e_jax.models.decoder import graph_of
 from fr3e_jax.parallel.hosts import Hosts, gather
 from fr3e_jax.parallel.mesh import row_parts
@@ -29,7 +31,9 @@ from fr3e_jax.rewards.verdict import Verdict
 from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.run.build import Parts
 from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.rounds import close_round, open_round
+from fr3e_jax.step.update import train_step
 from fr3e_jax.types import Problem, Queries, Rollouts, States
 
 B, R, K, M, P, S = 3, 4, 2, 4, 4, 12
@@ -157,12 +161,13 @@ def reward_of(response, answer):
     return reward
 
 
-def take(position, count):
+def take(position, count, rates=None):
     index = np.arange(position, position + count, dtype=np.int32)
     token = np.array([[query_id(q, t) for t in range(P)] for q in index], np.int32)
     length = QUERY_LENGTH[index].astype(np.int32)
     token = np.where(np.arange(P) < length[:, None], token, 0)
-    return Queries(token, length, index), [Problem(f"query {q}", f"answer {q}", "written") for q in index]
+    problems = [Problem(f"query {q}", f"answer {q}", "written") for q in index]
+    return Queries(token, length, index), problems, position + count
 
 
 def begin(asked):
@@ -195,7 +200,7 @@ def written_run(**settings):
         engine=WrittenEngine(graph_of(TINY), ON_MESH, S, end_tokens=()),
         learner=None,
         corpus=None,
-        stream=SimpleNamespace(take=take),
+        stream=SimpleNamespace(take=take, difficulty=None),
         verifier=Verifier(text, hosts, SimpleNamespace(begin=begin, timed_out=0)),
     )
     return Config(**sections), parts
@@ -249,6 +254,26 @@ def check_rows(bundles):
         assert advantage == pytest.approx(expected_advantage(q, b, j)[m], abs=1e-6)
         found.append((q, b, j, m))
     return sorted(found)
+
+
+def one_step(config, parts, seen, carried, progress, measured=None):
+    """A step whose updates change nothing, and add the rows that they are given to `seen`.
+
+    Args:
+      measured: metrics that each update gives, beside a loss of 0; `entropy_coefficient` there is a list to
+        which the weight of each update is added.
+    """
+    measured = dict(measured or {})
+    weights = measured.pop("entropy_coefficient", [])
+
+    def update(state, rows, reference, entropy_coefficient):
+        seen.append(check_rows(rows))
+        weights.append(entropy_coefficient)
+        return state, {"loss": np.float32(0), "skipped": np.float32(0), **measured}
+
+    parts = dataclasses.replace(parts, learner=SimpleNamespace(update=update))
+    state = TrainState(params={}, optimizer=None)
+    return train_step(config, parts, None, state, carried, progress, StepProgress(print))
 
 
 def one_trajectory(response, prefix_length, valid):

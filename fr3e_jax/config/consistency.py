@@ -66,10 +66,11 @@ def check_rollouts(config: Config, context: int) -> None:
             "rollout.top_k is 1, which leaves one token to draw: all rollouts of a state would be the same; "
             "raise it, or use 0 to draw from all tokens"
         )
-    if rollout.max_response == 1 and config.reward.cut == "wrong":
+    if rollout.max_response == 1 and config.reward.cut != "judged":
+        why = "do not count" if config.reward.cut == "masked" else "count as wrong"
         raise ConfigError(
             "rollout.max_response is 1, which leaves no room for an answer and its end token, and answers "
-            "that are cut count as wrong; raise it, or use --reward.cut judged"
+            f"that are cut {why}; raise it, or use --reward.cut judged"
         )
     if rollout.max_prompt + rollout.max_response > context:
         raise ConfigError(
@@ -98,12 +99,17 @@ def most_positions(response: int, min_gap: int) -> int:
 
 
 def check_updates(config: Config) -> None:
-    """Refuse batches that do not divide, and schedules without an update to decay over.
+    """Refuse batches that do not divide, schedules without an update to decay over, and bonuses over a limit.
 
     Raises:
       ConfigError: with one line that says what to change.
     """
-    optimizer = config.optimizer
+    optimizer, loss = config.optimizer, config.loss
+    if loss.entropy_target is not None and loss.entropy_coefficient > loss.entropy_limit:
+        raise ConfigError(
+            f"loss.entropy_coefficient {loss.entropy_coefficient} is above loss.entropy_limit "
+            f"{loss.entropy_limit}, which loss.entropy_target keeps it below; lower it, or raise the limit"
+        )
     if optimizer.batch_states % optimizer.minibatches:
         raise ConfigError(
             f"optimizer.batch_states {optimizer.batch_states} does not divide by "
@@ -145,6 +151,10 @@ def without_effect(config: Config) -> list[str]:
         note("loss", "clip_high", "grpo clips at loss.clip_low on both sides")
     if config.reward.format == 0:
         note("reward", "pattern", "reward.format is 0")
+    if config.reward.cut != "shaped":
+        note("reward", "cut_slope", f"reward.cut is {config.reward.cut}")
+    if config.loss.entropy_target is None:
+        note("loss", "entropy_step entropy_limit", "loss.entropy_target is null")
     if config.optimizer.schedule == "constant":
         note("optimizer", "final_rate_share", "optimizer.schedule is constant")
     note_loss(config, note)

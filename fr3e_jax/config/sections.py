@@ -103,6 +103,14 @@ class DataConfig:
     held_out_source: Name | None = None
     """Evaluate on the first `held_out` (by default 256) problems of this source, such as `math500`, and train
     on all of `source`."""
+    retire_above: Share | None = None
+    """Ask a question no more once its remembered success rate is at least this: that of the answers from the
+    bare query, over the rounds that asked it, the newest with half of the weight. The run ends when fewer
+    than rollout.queries questions are left. For data sets, files and tasks of your own; off by default
+    (paper)."""
+    sample_by: Literal["uniform", "difficulty"] = "uniform"
+    """`uniform`: every question once in an epoch (paper). `difficulty`: one whose remembered success rate is
+    p with probability 4 p (1 - p), at least 0.1, relative to one that was never asked (ours)."""
     too_long: Literal["refuse", "drop"] = "refuse"
     """Queries of more than rollout.max_prompt tokens: end with an error, or leave them out and say how many
     (of data sets; of generated problems they are always refused)."""
@@ -130,8 +138,14 @@ class RewardConfig:
     success_at: Share = 1.0
     """Least reward of an answer that counts as right: explore.keep, states/all_right and the accuracy of
     evaluations go by it. Only scorers that give numbers, and reward.format, need less than 1."""
-    cut: Literal["wrong", "judged"] = "wrong"
-    """Answers that the length limit cut off: `wrong` whatever they say, or `judged` like others."""
+    cut: Literal["wrong", "judged", "masked", "shaped"] = "wrong"
+    """Answers that the length limit cut off: `wrong` whatever they say (ours); `judged` like others;
+    `masked`, counted neither in values nor in the gradient, and not explored (DAPO's overlong filtering,
+    arXiv 2503.14476); or `shaped`, wrong, with rewards that fall to 0 over the last tokens before the limit
+    (DAPO's soft overlong punishment). Evaluations count them as wrong in any case."""
+    cut_slope: Share = 0.2
+    """Share of rollout.max_response over which `shaped` rewards fall: that of an answer of L tokens is
+    multiplied by min(1, (max_response - L) / (cut_slope max_response)) (DAPO: 4,096 of 20,480 tokens)."""
 
 
 @dataclasses.dataclass(frozen=True)

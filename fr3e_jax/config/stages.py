@@ -92,7 +92,11 @@ class CreditConfig:
     reject: RejectRule = dataclasses.field(default="state", metadata={"table": REJECT_RULES})
     """States without signal:"""
     max_rounds: Count = 16
-    """Most sampling rounds per step to fill the batch; then the run ends with an error (ours)."""
+    """Most sampling rounds per step to fill the batch; credit.short_batch says what happens then (ours)."""
+    short_batch: Literal["error", "use"] = "error"
+    """A step whose credit.max_rounds rounds do not fill the batch: `error` ends the run and says what to
+    change; `use` takes the states that there are, in fewer minibatches of at most the usual size. A step
+    without any state changes nothing; optimizer.max_skipped such steps in a row end the run (ours)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +136,16 @@ class LossConfig:
     kl_coefficient: NonNegativeNumber = 0.0
     """Weight of KL(policy, starting model), k3 estimate. At 0 (paper) no reference model is held."""
     entropy_coefficient: NonNegativeNumber = 0.0
-    """Weight of the policy's mean entropy, nats, as a bonus. At 0 (paper) it is not computed."""
+    """Weight of the policy's mean entropy, nats, as a bonus. At 0 (paper) it is not computed. With
+    loss.entropy_target it is where the weight begins."""
+    entropy_target: PositiveNumber | None = None
+    """Adapt that weight so that the mean entropy of the trained tokens nears this, nats (Skywork-OR1,
+    arXiv 2505.22312: 0.2): after each step it grows by loss.entropy_step where the entropy was below, and
+    shrinks by it where it was above, down to 0. Off by default (paper)."""
+    entropy_step: PositiveNumber = 1e-4
+    """Change of the weight after a step (Skywork-OR1: 1e-4)."""
+    entropy_limit: PositiveNumber = 5e-3
+    """Largest weight that it grows to (Skywork-OR1: 5e-3)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,8 +84,11 @@ def split(groups: StateGroups, at: int) -> tuple[StateGroups, StateGroups]:
 
 
 def minibatches(groups: StateGroups, parts: int, rng: np.random.Generator) -> list[StateGroups]:
-    """Shuffle the states and cut them into `parts` minibatches; a state's rollouts stay together."""
-    order = rng.permutation(count(groups)).reshape(parts, -1)
+    """Shuffle the states and cut them into `parts` minibatches; a state's rollouts stay together.
+
+    Where the states do not divide, the first minibatches have one more than the others.
+    """
+    order = np.array_split(rng.permutation(count(groups)), parts)
     return [jax.tree.map(lambda x, part=part: x[part], groups) for part in order]
 
 

@@ -55,7 +55,11 @@ class Learner(Forward):
     loss: LossConfig
 
     def update(
-        self, state: TrainState, bundles: Sequence[Bundle], reference: Params | None = None
+        self,
+        state: TrainState,
+        bundles: Sequence[Bundle],
+        reference: Params | None = None,
+        entropy_coefficient: float | None = None,
     ) -> tuple[TrainState, UpdateMetrics]:
         """Take one optimizer step, or none where loss or gradient are not finite.
 
@@ -63,23 +67,30 @@ class Learner(Forward):
           state: donated.
           bundles: the minibatch, host arrays, the same on every process.
           reference: parameters of the reference policy, where `loss.kl_coefficient` is above 0.
+          entropy_coefficient: weight of the entropy where it is adapted; by default that of `loss`.
 
         Returns:
           (the new state, metrics): those of the policy loss, `loss`, `reference_kl`, `entropy` (where its
-          coefficient is above 0), `grad_norm`, `ratio_mean`, `ratio_max`, `ratio_min`, `abs_log_ratio` and
-          `abs_log_ratio_max`, the mean and largest |logprob - old_logprob|, and those of `apply_gradient`.
+          coefficient is above 0, or adapted), `grad_norm`, `ratio_mean`, `ratio_max`, `ratio_min`,
+          `abs_log_ratio` and `abs_log_ratio_max`, the mean and largest |logprob - old_logprob|, and those of
+          `apply_gradient`.
         """
-        gradient, metrics = self.gradient(state.params, bundles, reference)
+        gradient, metrics = self.gradient(state.params, bundles, reference, entropy_coefficient)
         state, applied = self.apply(state, gradient, self.placement.place(metrics["loss"]))
         return state, metrics | applied
 
     def gradient(
-        self, params: Params, bundles: Sequence[Bundle], reference: Params | None = None
+        self,
+        params: Params,
+        bundles: Sequence[Bundle],
+        reference: Params | None = None,
+        entropy_coefficient: float | None = None,
     ) -> tuple[Params, UpdateMetrics]:
         """Compute the gradient of the loss, float32, and metrics, over all bundles and chunks."""
         # An empty batch has loss 0, not 0 / 0.
         trained_tokens = sum(int((c.length - c.start).sum()) for bundle in bundles for c in bundle.chunks)
         denominator = self.placement.place(np.float32(max(trained_tokens, 1)))
+        bonus = None if entropy_coefficient is None else self.placement.place(np.float32(entropy_coefficient))
         compute, gradient = self.cast_and_zero_gradient(params)
         reference_compute = None if reference is None else self.cast(reference)
         chunk_metrics: list[UpdateMetrics] = []
@@ -95,7 +106,7 @@ class Learner(Forward):
             for chunk, window in zip(bundle.chunks, bundle.window, strict=True):
                 rows = self.placement.place_rows(chunk)
                 gradient, cache_gradient, metrics = self.add_chunk(
-                    gradient, cache_gradient, policy, other, rows, denominator, window=window
+                    gradient, cache_gradient, policy, other, rows, denominator, bonus, window=window
                 )
                 chunk_metrics.append(metrics)
             if trunks is not None:
@@ -150,6 +161,7 @@ class Learner(Forward):
         reference: Prefilled | None,
         rows: Batch,
         denominator: Float32[Array, ""],
+        entropy_coefficient: Float32[Array, ""] | None = None,
         *,
         window: int,
     ) -> tuple[Params, TrunkCaches | None, UpdateMetrics]:
@@ -162,6 +174,7 @@ class Learner(Forward):
           reference: of the reference policy, or None.
           rows: the chunk.
           denominator: trained tokens of the minibatch.
+          entropy_coefficient: weight of the entropy where it is adapted, else None.
           window: slots of the trunks that the rows see.
 
         Returns:
@@ -169,9 +182,8 @@ class Learner(Forward):
         """
         seen = functools.partial(within_window, window=window)
         differentiate = jax.grad(chunk_loss, argnums=1, has_aux=True)
-        change, metrics = differentiate(
-            self, seen(policy), None if reference is None else seen(reference), rows, denominator
-        )
+        other = None if reference is None else seen(reference)
+        change, metrics = differentiate(self, seen(policy), other, rows, denominator, entropy_coefficient)
         gradient = self.placed_as_params(added(gradient, change.params))
         if cache_gradient is not None:
             cache_gradient = jax.tree.map(
@@ -239,10 +251,11 @@ def chunk_loss(
     reference: Prefilled | None,
     rows: Batch,
     denominator: Float32[Array, ""],
+    entropy_coefficient: Float32[Array, ""] | None = None,
 ) -> tuple[Float32[Array, ""], UpdateMetrics]:
     """Compute a chunk's share of the loss and of the metrics; the arguments are those of `add_chunk`."""
     mask, settings = trained(rows), learner.loss
-    wants_entropy = settings.entropy_coefficient != 0
+    wants_entropy = settings.entropy_coefficient != 0 or settings.entropy_target is not None
     logprob, entropy = row_statistics(learner, policy, rows, wants_entropy)
     advantage = weighted(rows.advantage[:, None], rows)
     if rows.weight is not None:
@@ -261,7 +274,8 @@ def chunk_loss(
     if wants_entropy:
         metrics["entropy"] = masked_sum(entropy, mask) / denominator
         mean = masked_sum(weighted(entropy, rows), mask) / denominator
-        loss = loss - settings.entropy_coefficient * mean
+        weight = settings.entropy_coefficient if entropy_coefficient is None else entropy_coefficient
+        loss = loss - weight * mean
     log_ratio = jnp.where(mask, logprob - rows.old_logprob, 0.0)
     metrics["abs_log_ratio"] = masked_sum(jnp.abs(log_ratio), mask) / denominator
     metrics["abs_log_ratio_max"] = jnp.max(jnp.abs(log_ratio))

@@ -1,4 +1,7 @@
-"""The endless stream of queries, read by position, so that a position is all there is to resume."""
+"""The endless stream of queries, read by position, so that a position is all there is to resume.
+
+Where questions are passed over by their remembered success rates, these belong to it (`difficulty`).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fr3e_jax.config import ConfigError
+from fr3e_jax.config import ConfigError, DataConfig
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.text import Text
+from fr3e_jax.problems.corpus import Corpus, is_made, sources_of
+from fr3e_jax.problems.difficulty import MOST_QUESTIONS, Difficulty, Rates
+from fr3e_jax.problems.own_task import is_own
 from fr3e_jax.types import Problem, Queries
 
 PROMPT_BUCKET = 64  # queries are padded to a multiple of it where their lengths differ from call to call
@@ -24,18 +30,36 @@ def padded_width(tokens: int) -> int:
 class QueryStream:
     """Training problems by their position in the stream, tokenized.
 
-    problems: the endless stream, a function of the run's seed (`sources.stream`).
+    problems: the endless stream, a function of the run's seed (`sources.stream`). difficulty: what passes
+    over questions by their rates, in its place; None where all are asked.
     """
 
     problems: Any
     text: Text
     max_prompt: int
     hosts: Hosts
+    difficulty: Difficulty | None = None
 
-    def take(self, position: int, count: int) -> tuple[Queries, Sequence[Problem]]:
-        """The `count` queries from `position` on, as host arrays, and their problems, read when asked for."""
-        problems = self.problems[position : position + count]
-        return self.encode(problems, position), problems
+    def take(
+        self, position: int, count: int, rates: Rates | None = None
+    ) -> tuple[Queries, Sequence[Problem], int]:
+        """The next `count` queries from `position` on.
+
+        Args:
+          position: the first to look at.
+          count: how many are wanted.
+          rates: remembered success rates, where there is `difficulty`.
+
+        Returns:
+          (queries as host arrays, their problems, read when asked for, the position behind the last).
+        """
+        if self.difficulty is None or rates is None:
+            problems = self.problems[position : position + count]
+            return self.encode(problems, position), problems, position + count
+        index, following = self.difficulty.positions(position, count, rates)
+        problems = [self.difficulty.problem(number) for number in self.difficulty.numbers(index).tolist()]
+        queries = self.encode(problems, position)
+        return dataclasses.replace(queries, index=index.astype(np.int32)), problems, following
 
     def encode(self, problems: Sequence[Problem], first_index: int = 0) -> Queries:
         """Tokenize problems into right-padded host arrays, each process its own rows.
@@ -52,6 +76,41 @@ class QueryStream:
         packed = self.hosts.add_up(packed, f"queries from {first_index} on")
         index = np.arange(first_index, first_index + count, dtype=np.int32)
         return Queries(packed[:, :-1], packed[:, -1], index)
+
+
+def difficulty_of(corpus: Corpus, data: DataConfig, seed: int, queries: int) -> Difficulty | None:
+    """Make what passes over questions by their remembered success rates; None where all are asked.
+
+    Args:
+      corpus: of the run.
+      data: its data section.
+      seed: of the run.
+      queries: of a round.
+
+    Raises:
+      ConfigError: the sources have no questions that come again, or too many or too few of them.
+    """
+    if data.retire_above is None and data.sample_by == "uniform":
+        return None
+    option = "data.sample_by difficulty" if data.retire_above is None else "data.retire_above"
+    endless = [one.name for one in sources_of(data.source) if is_made(one.name) and not is_own(one.name)]
+    if endless:
+        raise ConfigError(
+            f"{option} remembers questions that come again, and {endless[0]} makes new ones without end; "
+            "name data sets, files or tasks of your own in data.source, or leave the option out"
+        )
+    made = Difficulty(corpus.tasks, corpus.weights, seed, data.retire_above, data.sample_by)
+    if made.questions > MOST_QUESTIONS:
+        raise ConfigError(
+            f"{option} remembers up to {MOST_QUESTIONS:,} questions, and data.source has "
+            f"{made.questions:,}; name fewer in data.source, or leave the option out"
+        )
+    if data.retire_above is not None and made.questions < queries:
+        raise ConfigError(
+            f"data.source has {made.questions} questions, fewer than rollout.queries {queries}, so that "
+            "data.retire_above would leave less than a round; lower rollout.queries"
+        )
+    return made
 
 
 def encode_query(problem: Problem, text: Text, max_prompt: int) -> list[int]:

@@ -14,6 +14,7 @@ from fr3e_jax.pretrained.text import Text
 from fr3e_jax.rewards import form
 from fr3e_jax.rewards.pool import Asked, ScoringPool
 from fr3e_jax.rewards.rules import judges_groups
+from fr3e_jax.rewards.shape import length_factor
 from fr3e_jax.rewards.verdict import Verdict
 from fr3e_jax.types import Problem, Rollouts, States
 
@@ -76,7 +77,7 @@ class Verifier:
     """Judges token ids, and makes rewards of the verdicts.
 
     parts: means of the parts that a user's own scorer names, over the rewards of this process since they were
-    last taken.
+    last taken. max_response: the length at which answers are cut off, tokens; `shaped` rewards need it.
     """
 
     text: Text
@@ -84,6 +85,7 @@ class Verifier:
     pool: ScoringPool
     config: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     parts: PartMeans = dataclasses.field(default_factory=PartMeans)
+    max_response: int = 0
 
     def begin(
         self, responses: Sequence[str], problems: Sequence[Problem], groups: Sequence[int] | None = None
@@ -122,6 +124,7 @@ class Verifier:
         config = self.config
         texts = self.text.answers(answers, stopped)
         counts = np.array(stopped, bool) | (config.cut == "judged")
+        length = np.array([len(answer) for answer in answers], np.int32)
         counted = np.flatnonzero(counts).tolist()
         responses = [texts[i] for i in counted]
         nothing: Callable[[], list[Verdict]] = list
@@ -139,6 +142,8 @@ class Verifier:
                 if verdicts:
                     total[counted] += weight * np.array([verdict.score for verdict in verdicts], np.float32)
                 self.parts.add(verdicts)
+            if config.cut == "shaped":
+                total *= length_factor(length, self.max_response, config.cut_slope)
             return total / np.float32(config.answer + config.format)
 
         return result

@@ -35,7 +35,7 @@ from fr3e_jax.parallel.mesh import make_mesh, row_parts
 from fr3e_jax.pretrained.model import PlacedModel, UnplacedModel, open_model
 from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.corpus import Corpus, make_corpus
-from fr3e_jax.problems.stream import QueryStream
+from fr3e_jax.problems.stream import QueryStream, difficulty_of
 from fr3e_jax.rewards.pool import ScoringPool
 from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.types import StopTable
@@ -191,6 +191,9 @@ def build(
     policy = policy_of(model, text, dtype)
     engine = policy.engine(config.rollout.max_response, between, watch)
     learner = policy.learner(config.loss, config.optimizer, updates_of(config))
-    stream = QueryStream(corpus.stream(config.seed), text, config.rollout.max_prompt, hosts)
-    verifier = Verifier(text, hosts, ScoringPool(corpus.scorers, **asdict(config.scoring)), config.reward)
+    difficulty = difficulty_of(corpus, config.data, config.seed, config.rollout.queries)
+    problems = corpus.stream(config.seed)
+    stream = QueryStream(problems, text, config.rollout.max_prompt, hosts, difficulty)
+    pool = ScoringPool(corpus.scorers, **asdict(config.scoring))
+    verifier = Verifier(text, hosts, pool, config.reward, max_response=config.rollout.max_response)
     return Parts(policy, text, engine, learner, corpus, stream, verifier)

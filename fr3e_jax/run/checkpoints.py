@@ -4,15 +4,18 @@ A checkpoint is written beside the old ones and becomes visible in one rename, s
 leaves the last whole one. `saved` reads one, and `resume` chooses which.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from fr3e_jax.learner.groups import LATER_FIELDS, as_dict, empty_groups, from_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.waiting import waiting
+from fr3e_jax.problems.difficulty import Rates, unseen
 from fr3e_jax.run.checksums import checksummed
 from fr3e_jax.run.quiet import quiet_orbax
 from fr3e_jax.run.saved import CHECKPOINTS, RECORD, DamagedError, Progress, Record, Saved
@@ -83,6 +86,8 @@ class Checkpoints:
             "optimizer": as_leaves(state.optimizer),
             "carried": as_dict(carried),
         }
+        if progress.rates is not None:
+            items["rates"] = vars(progress.rates)
         sums = {item: checksummed(leaves) for item, leaves in items.items()}
         args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
         args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums).as_json())
@@ -122,7 +127,7 @@ class Checkpoints:
         saved = self.saved(step)
         items = read_items(saved, like)
         saved.verify(items)
-        return *assemble(items, like), saved.record.progress
+        return *assemble(items, like), with_rates(saved.record.progress, items)
 
     def close(self) -> None:
         """Wait until everything is on disk.
@@ -147,11 +152,19 @@ def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
     if not types.keys() - LATER_FIELDS <= shapes.keys() <= types.keys():
         raise DamagedError("carried has other arrays than states have")
     carried = {name: jax.ShapeDtypeStruct(shapes[name], types[name]) for name in shapes}
-    return {
+    items = {
         "params": saved.read("params", abstract_leaves(like.params)),
         "optimizer": saved.read("optimizer", abstract_leaves(like.optimizer)),
         "carried": saved.read("carried", carried),
     }
+    if saved.record.arrays is not None and "rates" in saved.record.arrays:
+        found = saved.shapes("rates", ())
+        kinds = {name: x.dtype for name, x in vars(unseen(0)).items()}
+        if found.keys() != kinds.keys():
+            raise DamagedError("rates has other arrays than success rates have")
+        like_rates = {name: jax.ShapeDtypeStruct(found[name], kind) for name, kind in kinds.items()}
+        items["rates"] = saved.read("rates", like_rates)
+    return items
 
 
 def assemble(items: dict[str, dict[str, Any]], like: TrainState) -> tuple[TrainState, StateGroups]:
@@ -159,6 +172,14 @@ def assemble(items: dict[str, dict[str, Any]], like: TrainState) -> tuple[TrainS
     params = from_leaves(items["params"], like.params)
     optimizer = from_leaves(items["optimizer"], like.optimizer)
     return TrainState(params, optimizer), from_dict(items["carried"])
+
+
+def with_rates(progress: Progress, items: dict[str, dict[str, Any]]) -> Progress:
+    """Add the success rates that `read_items` returns to the progress of its checkpoint, if there are any."""
+    if "rates" not in items:
+        return progress
+    rates = Rates(**{name: np.asarray(x) for name, x in items["rates"].items()})
+    return dataclasses.replace(progress, rates=rates)
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:

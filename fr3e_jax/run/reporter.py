@@ -264,6 +264,9 @@ def step_line(metrics: Mapping[str, Any]) -> str:
         ]
     elif "rounds" in metrics:
         parts.append("no sampling: the states carried over fill the batch")
+    if "states/missing" in metrics:
+        missing, trained = metrics["states/missing"], "update/loss" in metrics
+        parts.append(f"batch short by {missing} states" if trained else "no state to train on, no update")
     if metrics.get("update/skipped"):
         parts.append(f"updates skipped: {metrics['update/skipped']} (loss or gradient not finite)")
     if "time/step" in metrics:

@@ -15,7 +15,8 @@ from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.learner.groups import as_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.hosts import Hosts, is_first
-from fr3e_jax.run.checkpoints import Checkpoints, assemble, read_items
+from fr3e_jax.problems.difficulty import Rates
+from fr3e_jax.run.checkpoints import Checkpoints, assemble, read_items, with_rates
 from fr3e_jax.run.run_dir import (
     LostSettingsError,
     MissingSettingsError,
@@ -153,6 +154,7 @@ def resume(
         items = read_items(saved, state)
         usual = as_dict(carried)
         refuse_misshapen(items["carried"], {name: usual[name] for name in items["carried"]})
+        refuse_other_questions(items.get("rates"), progress.rates)
         return items
 
     whole = newest_whole(run, steps, read, hosts)
@@ -164,7 +166,8 @@ def resume(
             else "it is written again, with the settings that the checkpoint has"
         )
         messages.append(f"warning: {lost}: {known}")
-    return Resumed(*assemble(whole.items, state), whole.record.progress, messages, sorted(whole.damaged))
+    reached = with_rates(whole.record.progress, whole.items)
+    return Resumed(*assemble(whole.items, state), reached, messages, sorted(whole.damaged))
 
 
 def refuse_other_run(
@@ -211,6 +214,21 @@ def refuse_misshapen(carried: Mapping[str, Any], like: Mapping[str, Any]) -> Non
     shapes = [{name: (x.shape[1:], str(x.dtype)) for name, x in fields.items()} for fields in (carried, like)]
     if shapes[0] != shapes[1] or len({len(x) for x in jax.tree.leaves(dict(carried))}) != 1:
         raise DamagedError("carried is not of the shapes that the settings give")
+
+
+def refuse_other_questions(found: Mapping[str, Any] | None, fresh: Rates | None) -> None:
+    """Refuse success rates that are not those of the run's questions.
+
+    Args:
+      found: arrays of the checkpoint by name, None where it has none.
+      fresh: those of the beginning, None where the run remembers none.
+
+    Raises:
+      DamagedError: they are missing, or of another number of questions.
+    """
+    wanted = None if fresh is None else {name: x.shape for name, x in vars(fresh).items()}
+    if wanted != (None if found is None else {name: x.shape for name, x in found.items()}):
+        raise DamagedError("rates are not those of the run's questions")
 
 
 def set_aside(run: epath.Path, steps: list[int]) -> None:

@@ -37,6 +37,7 @@ RESUMABLE = {
     "model.export_dtype",
     "scoring.workers",
     "credit.max_rounds",
+    "credit.short_batch",
     "optimizer.micro_tokens",
     "optimizer.logit_chunk",
     "optimizer.remat",

@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from fr3e_jax.problems.difficulty import Rates
 from fr3e_jax.run.arrays import read_arrays, stored_shapes
 from fr3e_jax.run.checksums import Entry, checksummed, differing_entries, json_sum
 from fr3e_jax.run.storage import StorageError, brief, in_bucket, innermost
@@ -35,6 +36,7 @@ UNREACHABLE = (
     "CANCELLED",
     "ABORTED",
 )
+REAL = ("seconds", "entropy_coefficient")  # numbers of a run's progress that are no counts
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -48,7 +50,11 @@ class Progress:
 
     Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
     the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
-    were skipped in a row up to here. `problems` is the checksum of the files that `data_position` counts in.
+    were skipped in a row up to here, `empty_steps` the steps in a row that found no state to train on.
+    `entropy_coefficient` is the weight of the entropy bonus in the next step, where it is adapted. `problems`
+    is the checksum of the files that `data_position` counts in.
+    `rates` are the remembered success rates of questions, where they are; a checkpoint has their arrays in an
+    item of their own.
     `unreported` holds the metrics of `step` and a state to read until they are written: a run can be stopped
     in the evaluation that follows a step.
     """
@@ -59,7 +65,10 @@ class Progress:
     seconds: float = 0.0
     seed: int = 0
     skipped: int = 0
+    empty_steps: int = 0
+    entropy_coefficient: float | None = None
     problems: int = 0
+    rates: Rates | None = dataclasses.field(default=None, compare=False)
     unreported: dict[str, Any] | None = None
 
 
@@ -68,7 +77,8 @@ class Record:
     """The description of a checkpoint that is saved with it.
 
     settings: text of the run's config.yaml; None where it was not saved. arrays: item (`params`, `optimizer`,
-    `carried`) -> path -> shape, type and checksum of the array; None in an earlier version's checkpoint.
+    `carried`, `rates`) -> path -> shape, type and checksum of the array; None in an earlier version's
+    checkpoint.
     """
 
     progress: Progress
@@ -77,7 +87,10 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         """Convert to the JSON value that is saved, with a checksum of itself."""
-        record = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        progress = dataclasses.asdict(dataclasses.replace(self.progress, rates=None))
+        del progress["rates"]  # arrays of their own
+        held = {"progress": progress, "settings": self.settings, "arrays": self.arrays}
+        record = json.loads(json.dumps({"format": FORMAT, **held}))
         return {**record, "sum": json_sum(record)}
 
 
@@ -111,16 +124,17 @@ def parse_progress(raw: Any) -> Progress:
     """
     if not isinstance(raw, dict):
         raise DamagedError(f"{RECORD} is not a mapping")
-    fields = {field.name: field for field in dataclasses.fields(Progress)}
+    fields = {field.name: field for field in dataclasses.fields(Progress) if field.name != "rates"}
     if unknown := sorted(raw.keys() - fields.keys()):
         raise DamagedError(f"{RECORD} has the unknown key {', '.join(unknown)}, perhaps of a newer version")
     first = {"step", "data_position", "tokens_generated", "seconds", "seed"}  # of all versions
     if missing := sorted(first - raw.keys()):
         raise DamagedError(f"{RECORD} has no {', '.join(missing)}")
     for name, value in raw.items():
-        number = type(value) is int or (name == "seconds" and type(value) is float)
-        report = value is None or (isinstance(value, dict) and {"metrics", "sample"} <= value.keys())
-        if not (report if name == "unreported" else number and value >= 0):
+        number = type(value) is int or (name in REAL and type(value) is float)
+        report = isinstance(value, dict) and {"metrics", "sample"} <= value.keys()
+        absent = value is None and fields[name].default is None
+        if not (absent or (report if name == "unreported" else number and value >= 0)):
             raise DamagedError(f"{RECORD} has the {name} {str(value)[:80]!r}")
     return Progress(**raw)
 
@@ -158,7 +172,7 @@ class Saved:
         """Read path -> array of an item, without verifying it.
 
         Args:
-          item: `params`, `optimizer` or `carried`.
+          item: `params`, `optimizer`, `carried` or `rates`.
           like: path -> shape, type and sharding; an array without a sharding is read onto the host.
 
         Raises:

@@ -60,4 +60,6 @@ def no_signal(config: Config, rounds: Sequence[Mapping[str, Any]], timed_out: in
         "More sampling helps where some states are mixed: raise explore.rollouts, rollout.queries or "
         "credit.max_rounds, or lower optimizer.batch_states."
     )
+    if config.credit.short_batch == "error":
+        seen.append("With credit.short_batch use a step goes on with what there is.")
     return " ".join(seen)

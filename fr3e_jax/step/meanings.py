@@ -36,6 +36,17 @@ OTHERS: dict[str, Meaning] = {
         "",
         "answers of the step that the first process judged",
     ),
+    "questions/asked": Meaning(
+        "different questions that were asked, where difficulty is remembered", "count", RUN
+    ),
+    "questions/retired": Meaning("questions that data.retire_above asks no more", "count", RUN),
+    "questions/rate": Meaning("remembered success rate", "share", "questions that were asked"),
+    "states/missing": Meaning(
+        "states that the batch lacks, where credit.short_batch is use",
+        "count",
+        STEP,
+        "often: the problems are too easy or too hard, or credit.max_rounds is too low",
+    ),
     "states/carried": Meaning("accepted states that wait for the next step", "count", STEP),
     "tokens/generated": Meaning("tokens that were drawn", "tokens", STEP),
     "tokens/prefilled": Meaning("query tokens that ran through the model", "tokens", STEP),
@@ -116,7 +127,13 @@ OTHERS: dict[str, Meaning] = {
         "KL divergence from the reference policy (k3), where loss.kl_coefficient is above 0", "nats", TRAINED
     ),
     "update/entropy": Meaning(
-        "entropy of the policy, where loss.entropy_coefficient is not 0", "nats", TRAINED
+        "entropy of the policy, where loss.entropy_coefficient is not 0 or adapted", "nats", TRAINED
+    ),
+    "update/entropy_coefficient": Meaning(
+        "weight of the entropy, where loss.entropy_target adapts it",
+        "",
+        STEP,
+        "stays at loss.entropy_limit: the limit is too low for the target",
     ),
     "update/left_out": Meaning(
         "share whose weight is 0, by loss.top_entropy_share, loss.covariance_share or loss.mismatch; other "

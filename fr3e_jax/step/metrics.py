@@ -82,6 +82,17 @@ def root_mean(states: States, value: Float32[np.ndarray, "N J"]) -> float:
     return float((total[count > 0] / count[count > 0]).mean())
 
 
+def success_rates(m: Measured) -> Float32[np.ndarray, " B"]:
+    """Share of right answers from the bare query: of the base trajectories and of the rollouts of S_0."""
+    right = solved(m.base_reward, m.success_at).astype(np.float32)
+    total, count = right.sum(axis=1), np.full(len(right), right.shape[1], np.float32)
+    if m.restarts:
+        drawn = m.counts[:, 0] & m.valid[:, :1]
+        np.add.at(total, m.states.query, (m.right[:, 0] & drawn).sum(axis=1, dtype=np.float32))
+        np.add.at(count, m.states.query, drawn.sum(axis=1, dtype=np.float32))
+    return total / count
+
+
 def of_accepted(x: Float[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]) -> Any:
     """A statistic of what the accepted states have; None where none is accepted."""
     return reduce(x) if x.size else None

@@ -33,10 +33,11 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
+from fr3e_jax.problems.difficulty import Rates
 from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
-from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure
+from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure, success_rates
 from fr3e_jax.step.stages import Draws, assign_credit, draws_of, find_states, keep
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
@@ -55,6 +56,8 @@ class Round:
     rollouts: Rollouts
     rewards: Rewards
     costs: dict[str, Cost]
+    following: int
+    """Position in the stream behind the round's queries."""
     counted: Bool[np.ndarray, "N J M"] | None = None
     """Which of the rollouts count; None: all. Others were never drawn, or their rewards are not known."""
 
@@ -65,7 +68,13 @@ class Round:
 
 
 def open_round(
-    config: Config, parts: Parts, params: Params, step: int, position: int, watch: Stopwatch
+    config: Config,
+    parts: Parts,
+    params: Params,
+    step: int,
+    position: int,
+    watch: Stopwatch,
+    rates: Rates | None = None,
 ) -> Round:
     """Stages 1 to 7, and the beginning of 8: answers are judged while the caller goes on.
 
@@ -75,8 +84,9 @@ def open_round(
     Args:
       params: in the layout for sampling.
       step: the training step that samples.
-      position: of the round's first query in the stream.
+      position: in the stream, from which the round takes its queries.
       watch: takes the time of each stage.
+      rates: of questions, by which the stream passes over some.
 
     Raises:
       NotFiniteError: tokens were drawn from logits that are not finite.
@@ -84,7 +94,7 @@ def open_round(
     engine, verifier, model = parts.engine, parts.verifier, parts.policy.model.config
     draws, place = draws_of(config.seed, step, engine.placement), engine.placement.place_rows
     with watch.stage("tokenize"):
-        queries, problems = parts.stream.take(position, config.rollout.queries)
+        queries, problems, following = parts.stream.take(position, config.rollout.queries, rates)
     placed = place(queries)
     with watch.stage("first_return"):
         sampled, caches, row_steps = first_return(config, engine, params, draws, placed)
@@ -95,7 +105,7 @@ def open_round(
         base_rewards = verifier.base(base, problems)
         base = parts.text.trimmed(base)
     if caches is None:
-        return Round(queries, problems, base, None, roots(base), base, base_rewards, costs)
+        return Round(queries, problems, base, None, roots(base), base, base_rewards, costs, following)
     with watch.stage("verify"):
         base_reward = base_rewards()
     index, placed_reward = place((queries.index, base_reward))
@@ -109,16 +119,17 @@ def open_round(
     with watch.stage("verify"):
         rewards = verifier.whole(states, rollouts, problems)
         rollouts = parts.text.trimmed(rollouts, states)
-    return Round(queries, problems, base, base_reward, states, rollouts, rewards, costs)
+    return Round(queries, problems, base, base_reward, states, rollouts, rewards, costs, following)
 
 
 def close_round(
     config: Config, parts: Parts, opened: Round, watch: Stopwatch
-) -> tuple[StateGroups, Metrics, dict[str, Any] | None]:
+) -> tuple[StateGroups, Metrics, dict[str, Any] | None, Float32[np.ndarray, " B"]]:
     """The end of stage 8, and 9.
 
     Returns:
-      (accepted states, metrics, a state with two of its continuations for people to read).
+      (accepted states, metrics, a state with two of its continuations for people to read, the share of right
+      answers to each query).
     """
     queries, states, rollouts, base = opened.queries, opened.states, opened.rollouts, opened.base
     place = parts.engine.placement.place_rows
@@ -136,11 +147,11 @@ def close_round(
     credit = (reward, value, alpha, advantage, accepted)
     restarts = opened.base_reward is not None
     success_at = config.reward.success_at
-    metrics = measure(Measured(base, base_reward, states, rollouts, *credit, restarts, success_at, counted))
-    metrics |= cost_metrics(opened.costs)
+    measured = Measured(base, base_reward, states, rollouts, *credit, restarts, success_at, counted)
+    metrics = measure(measured) | cost_metrics(opened.costs)
     gathered = groups.collect(accepted, queries, states, rollouts, advantage, counted)
     excerpt = parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems, counted)
-    return gathered, metrics, excerpt
+    return gathered, metrics, excerpt, success_rates(measured)
 
 
 def first_return(
