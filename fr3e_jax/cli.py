@@ -157,7 +157,8 @@ def plain_error(kinds: dict[str, Any], message: str) -> str:
     name = next(iter(re.findall(r'^Parser key "([^"]+)"', message)), None)
     if name is None:
         missing = re.sub(r"^argument (--\S+): expected one argument$", r"\1 needs a value", lines[0])
-        return re.sub(r"^unrecognized arguments: (.*)$", r"\1: options are written --key VALUE", missing)
+        alone = r"'\1' stands behind no option: options are written --key VALUE, lists --key '[A, B]'"
+        return re.sub(r"^unrecognized arguments: (.*)$", alone, missing)
     value = next(iter(re.findall(r"(?:Got|Given) value: (.*)$", message)), None)
     if name in kinds and value is not None:
         return f"{name} is {shown_value(value)}, must be {described(kinds[name])}"

@@ -102,7 +102,12 @@ def rollout_cost(
 
 
 def update_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
-    """Count the FLOPs of a forward and a backward pass (twice the forward): each trunk once, and the rows."""
+    """Count the FLOPs of a forward and a backward pass, which is twice the forward."""
+    return 3 * forward_flops(config, bundles)
+
+
+def forward_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
+    """Count the FLOPs of a forward pass of the learner: each trunk once, and the rows."""
     total = 0.0
     for bundle in bundles:
         if bundle.trunks is not None:
@@ -112,7 +117,7 @@ def update_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
             new = rows.length - 1  # the last token is only a target; 0 in rows that are padding
             trained = float((rows.length - rows.start).sum())
             total += config.forward_flops(float(new.sum()), pairs_of(rows.prefix, new), trained)
-    return 3 * total
+    return total
 
 
 def utilisation(metrics: Mapping[str, float], devices: Iterable[Any]) -> Cost:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -30,6 +31,9 @@ from fr3e_jax.pretrained.text import Text, load_text
 from fr3e_jax.problems.stream import padded_width
 from fr3e_jax.run.build import Policy, policy_of
 from fr3e_jax.run.compilation import keep_compiled
+from fr3e_jax.run.run_dir import holds_run
+from fr3e_jax.run.storage import location
+from fr3e_jax.run.trained import setting
 from fr3e_jax.types import Queries, Rollouts
 
 LOOK_EVERY = 4  # tokens between two looks at what was generated
@@ -45,17 +49,21 @@ class GenerateConfig:
     is shipped."""
     prompt: str
     """What the user says; with --raw, the text to go on from."""
+    template: Name | None = None
+    """What the model sees of it, as data.template of train. By default that of a run, and `chat` for other
+    models."""
     raw: bool = False
-    """Take the prompt as it is, not through the model's chat template: control tokens in it, such as
-    <|im_end|>, are control tokens. Without --raw they are text."""
+    """Take the prompt as it is, through no template: control tokens in it, such as <|im_end|>, are control
+    tokens. Without --raw they are text."""
     temperature: NonNegativeNumber = 0.0
     """Sampling temperature; 0 takes the most likely token."""
     top_k: TopK = 0
     """Draw from this many of the most likely tokens; 0 from all."""
     top_p: TopP = 1.0
     """Draw from the fewest most likely tokens that together have this probability; 1 from all."""
-    stop: list[str] = dataclasses.field(default_factory=list)
-    """Texts that end an answer, as the model's end tokens do; the answer is cut before such a text."""
+    stop: list[str] | None = None
+    """Texts that end an answer, as the model's end tokens do; the answer is cut before such a text. By
+    default those that a run was trained with."""
     max_new_tokens: Size = 256
     """Longest answer, tokens; the model's context may end it before."""
     n: Samples = 1
@@ -95,7 +103,7 @@ def generate(config: GenerateConfig) -> list[str]:
       The answers, special tokens left out.
     """
     described = open_model(config.model)
-    text = load_text(described.source, "plain" if config.raw else "chat", config.stop)
+    text = text_of(config, described.source)
     if endless := text.endless():
         say(f"{endless} (--stop)")
     query = text.encoded(config.prompt) if config.raw else text.query(config.prompt)
@@ -118,6 +126,20 @@ def generate(config: GenerateConfig) -> list[str]:
     )
     policy = policy_of(placed, text, dtype)
     return show_answers(config, text, answer(config, policy, policy.read(), query))
+
+
+def text_of(config: GenerateConfig, source: Path) -> Text:
+    """The tokenizer, the template and the stop texts: those given, else those that a run was trained with.
+
+    Args:
+      config: settings of the command.
+      source: directory of the model's tokenizer.
+    """
+    template, stop, run = config.template, config.stop, location(config.model)
+    if holds_run(run):
+        template = template or setting(run, "data", "template")
+        stop = setting(run, "rollout", "stop", []) if stop is None else stop
+    return load_text(source, "plain" if config.raw else template or "chat", stop or ())
 
 
 def answer(config: GenerateConfig, policy: Policy, params: Params, query: list[int]) -> Iterator[Rollouts]:

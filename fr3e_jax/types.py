@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 if TYPE_CHECKING:
     AnyArray: TypeAlias = Any
@@ -180,12 +180,21 @@ class StateGroups:
     token: Int32[AnyArray, "G M new"]
     """Of the continuations."""
     logprob: Float32[AnyArray, "G M new"]
-    """Of these tokens, as recorded while sampling, nats."""
+    """Of these tokens, as recorded while sampling, nats; the learner's where loss.mismatch is not none."""
     length: Int32[AnyArray, "G M"]
+    """0 where a rollout does not count."""
     advantage: Float32[AnyArray, "G M"]
     """Modulated."""
     source: Int32[AnyArray, "G 3"]
     """Index of the query, base trajectory and state."""
+    sampled_logprob: Float32[AnyArray, "G M new"] | None = None
+    """Of these tokens, in the distribution that they were drawn from; None: that is `logprob`."""
+    entropy: Float32[AnyArray, "G M new"] | None = None
+    """Of the policy before each of them is drawn, nats; None: not known."""
+    weight: Float32[AnyArray, "G M new"] | None = None
+    """How much each of them counts in the objective, beside the advantage; None: 1."""
+    share: Float32[AnyArray, "G M"] | None = None
+    """How much a token of each rollout counts in the means of the loss; None: 1."""
 
 
 @pytree
@@ -217,6 +226,10 @@ class Batch:
     """Which of the trunks of its part."""
     prefix: Int32[AnyArray, " rows"]
     """Tokens of the trunk that the row follows; 0 in the flat form."""
+    weight: Float32[AnyArray, "rows T"] | None = None
+    """How much each token counts in the objective, beside the advantage; None: 1."""
+    share: Float32[AnyArray, " rows"] | None = None
+    """How much each token of the row counts in the means of the loss; None: 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,3 +240,5 @@ class Bundle:
     chunks: tuple[Batch, ...]
     window: tuple[int, ...]
     """For each chunk, the number of the trunks' slots that its rows see: static, a shape of the program."""
+    origin: tuple[Int[np.ndarray, "_ 2"], ...] = ()
+    """For each chunk, state and rollout of each row, -1 of rows that are padding; () where nobody asks."""

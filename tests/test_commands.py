@@ -149,6 +149,9 @@ def test_another_failure_of_the_devices_keeps_its_traceback(monkeypatch):
         call("sft")
 
 
+STRAY = "'stray' stands behind no option: options are written --key VALUE, lists --key '[A, B]'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -160,7 +163,7 @@ def test_another_failure_of_the_devices_keeps_its_traceback(monkeypatch):
         (["rollout", "--occupancy_limit", "-1"], "occupancy_limit is -1, must be at least 1"),
         (["load", "--file_gb=0"], "file_gb is 0.0, must be above 0"),
         (["score", "--answers=1.5"], "answers is '1.5', must be a whole number"),
-        (["score", "stray"], "stray: options are written --key VALUE"),
+        (["score", "stray"], STRAY),
     ],
 )
 def test_a_mistake_of_a_benchmark_is_one_line_with_the_nearest_name(arguments, message):
@@ -177,6 +180,8 @@ def test_a_mistake_of_a_benchmark_is_one_line_with_the_nearest_name(arguments, m
         ("sft", "--step=3", "there is no option --step; did you mean --steps?"),
         ("evaluate", "--suit=math", "there is no option --suit; did you mean --suite?"),
         ("generate", "--max-tokens=3", "there is no option --max-tokens; did you mean --max_new_tokens?"),
+        ("export", "--run_dir=x", "there is no option --run_dir; did you mean --run?"),
+        ("generate", "--system=x", "there is no option --system; --help lists those that are there"),
         ("export", "--outt=x", "there is no option --outt; did you mean --out?"),
         ("plan", "--topolgy=v5e-8", "there is no option --topolgy; did you mean --topology?"),
         ("plan", "--assume.reponse=1", "there is no option --assume.reponse; did you mean "

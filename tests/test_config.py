@@ -194,13 +194,13 @@ def test_a_mistake_that_is_found_later_has_its_file_and_line_too(tmp_path, entry
         (["--algorithm=ppo"], "algorithm"),
         (["--explore.rule=entropie"], "explore.rule is 'entropie'; choose one of entropy, surprisal, "),
         (["--credit.reject=all"], "credit.reject is 'all'; choose one of state, query, none"),
-        (["--loss.policy=null"], "loss.policy"),
+        (["--loss.objective=null"], "loss.objective"),
         (['--explore.rule={"class_path": "os.getcwd"}'], "explore.rule"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--config", "."], "config"),
         (["--config"], "config"),
-        (["stray"], "stray: options are written --key VALUE"),
+        (["stray"], "'stray' stands behind no option: options are written --key VALUE"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, argv, named):

@@ -12,15 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fr3e_jax.algorithm.credit import (
-    accept_states,
-    divided_by_std,
-    group_advantage,
-    modulated_advantage,
-    modulation_factor,
-    state_values,
-    value_change,
-)
+from fr3e_jax.algorithm.advantage import divided_by_std, group_advantage
+from fr3e_jax.algorithm.credit import modulated_advantage
+from fr3e_jax.algorithm.modulation import modulation_factor
+from fr3e_jax.algorithm.reject import accept_states
+from fr3e_jax.algorithm.values import state_values, value_change
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_fr3e.json").read_text())["advantages"]
 N, J, M = 4, 3, 2  # of the drawn examples

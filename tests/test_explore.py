@@ -12,14 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fr3e_jax.algorithm.explore import (
-    Trajectories,
-    choose_positions,
-    keep_trajectories,
-    positions_of,
-    states_of,
-    uniform_positions,
-)
+from fr3e_jax.algorithm.choose import choose_positions, uniform_positions
+from fr3e_jax.algorithm.keep import keep_trajectories
+from fr3e_jax.algorithm.positions import Trajectories, positions_of
+from fr3e_jax.algorithm.states import states_of
 from fr3e_jax.engine.sampler import Sampling, draw
 
 N, S = 3, 12  # one shape for all drawn examples, so that each option is compiled once

@@ -12,9 +12,11 @@ import yaml
 from environment import REPOSITORY
 from support import SMALL, call, metrics, placement
 
-from fr3e_jax.algorithm import credit, explore, loss
+from fr3e_jax.algorithm import advantage, aggregates, keep, modulation, objectives, positions, reject
+from fr3e_jax.algorithm.choose import choose_positions
 from fr3e_jax.algorithm.credit import modulated_advantage
-from fr3e_jax.algorithm.explore import Trajectories, choose_positions, keep_trajectories, positions_of
+from fr3e_jax.algorithm.keep import keep_trajectories
+from fr3e_jax.algorithm.positions import Trajectories, positions_of
 from fr3e_jax.algorithm.rules import Rule, RuleError
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, CreditConfig, ExploreConfig, check, dump, resolve
@@ -31,8 +33,8 @@ PAGE = (REPOSITORY / "fr3e_jax" / "README.md").read_text().partition("## How to 
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE, re.M)]
 *ADDED, START, TASK = BLOCKS
 TABLES = [
-    *(explore.POSITION_RULES, explore.KEEP_RULES, loss.POLICY_LOSSES, step_metrics.METRICS, scorers.INLINE),
-    *(credit.ADVANTAGES, credit.MODULATIONS, credit.REJECT_RULES),
+    *(positions.POSITION_RULES, keep.KEEP_RULES, objectives.OBJECTIVES, step_metrics.METRICS, scorers.INLINE),
+    *(advantage.ADVANTAGES, modulation.MODULATIONS, reject.REJECT_RULES, aggregates.AGGREGATES),
 ]
 KEYS = jax.random.split(jax.random.key(0), 1)
 A_ROUND = object.__new__(Measured)  # of which no metric here looks at anything
@@ -73,14 +75,14 @@ def test_every_table_on_the_page_is_there_and_none_is_missing():
 @pytest.mark.slow
 def test_a_run_takes_what_the_page_adds_by_its_names(added, tmp_path):
     out = tmp_path / "run"
-    chosen = ["--explore.rule=late_entropy", "--credit.advantage=leave_one_out", "--loss.policy=reinforce"]
+    chosen = ["--explore.rule=late_entropy", "--credit.advantage=leave_one_out", "--loss.objective=reinforce"]
     done = call("train", *SMALL, "--steps=1", "--evaluate.every=0", *chosen, f"--run_dir={out}")
     assert done.returncode == 0, done.stderr
     line = metrics(out)[1]
     assert 0 < line["reward/spread"] <= 0.5 and np.isfinite(line["update/loss"])
     assert "update/clip_low" not in line  # of the loss that is not taken
     held = yaml.safe_load((out / "config.yaml").read_text())
-    assert held["explore"]["rule"] == "late_entropy" and held["loss"]["policy"] == "reinforce"
+    assert held["explore"]["rule"] == "late_entropy" and held["loss"]["objective"] == "reinforce"
 
 
 def test_help_shows_an_added_rule_with_its_line(added, monkeypatch):
@@ -181,11 +183,11 @@ def test_a_function_may_stand_where_a_rule_is_named():
 def test_a_name_that_gets_another_function_is_compiled_anew():
     """The settings are equal; what was compiled for the old function is not what they say now."""
     for rule, expected in ((first_positions, [0, 1, 2]), (last_positions, [0, 4, 5])):
-        explore.POSITION_RULES["mine"] = Rule(rule, "mine")
+        positions.POSITION_RULES["mine"] = Rule(rule, "mine")
         assert prefixes("mine") == expected
     reward, valid, query = np.array([[[1.0, 0.0]]]), np.ones((1, 1), bool), np.zeros(1, np.int32)
     for scale in (2.0, 3.0):
-        credit.ADVANTAGES["mine"] = Rule(lambda reward, valid, scale=scale: scale * reward, "mine")
+        advantage.ADVANTAGES["mine"] = Rule(lambda reward, valid, scale=scale: scale * reward, "mine")
         found = assign_credit(CreditConfig(advantage="mine"), reward.astype(np.float32), valid, query)[0]
         np.testing.assert_array_equal(found, [[[scale, 0.0]]])
 
@@ -197,7 +199,7 @@ def test_the_config_of_a_run_names_its_functions():
         ]
 
     assert with_rule(first_positions)["rule"].endswith("test_extending.first_positions")
-    assert with_rule(explore.by_surprisal)["rule"] == "surprisal"
+    assert with_rule(positions.by_surprisal)["rule"] == "surprisal"
     assert with_rule("uniform")["rule"] == "uniform"
 
 

@@ -46,9 +46,12 @@ def test_a_run_stands_for_the_model_that_it_ended_with(whole_run, tmp_path):
     """In every command that takes a model by its name."""
     directory, _ = whole_run
     assert find_model(str(directory)) == directory / "model"
-    flags = ["--prompt=347+285=", "--raw"]
-    answers = [call("generate", "--model", place, *flags) for place in (directory, directory / "model")]
-    assert answers[0].returncode == 0 and answers[0].stdout == answers[1].stdout
+    flags = ["--prompt=347+285="]
+    as_asked = call("generate", "--model", directory, *flags)  # through the template of the run
+    other = call("generate", "--model", directory / "model", *flags, "--template=plain")
+    assert as_asked.returncode == 0 and as_asked.stdout == other.stdout
+    refused = call("generate", "--model", directory / "model", *flags)
+    assert refused.returncode == 2 and "choose another, such as plain" in refused.stderr
     (tmp_path / "config.yaml").write_text("steps: 3\n")
     (tmp_path / "model").mkdir()
     for command in (["generate", "--model", tmp_path, *flags], ["train", "--model.path", tmp_path]):

@@ -48,7 +48,7 @@ ALLOWED = {
     "__main__": set("parallel".split()),
     "bench": set("cli config engine learner models parallel planning pretrained rewards run types".split()),
 }
-PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "jaxtyping", "typing"}
+PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "jaxtyping", "numpy", "typing"}
 MODELS_THIRD_PARTY = {"jax", "flax", "jaxtyping", "numpy"}
 
 
@@ -122,6 +122,7 @@ def test_algorithm_is_pure():
     """No model, no I/O, no clock, no numpy randomness in algorithm/."""
     for file in (PACKAGE / "algorithm").glob("*.py"):
         assert {name.partition(".")[0] for name in imported(file)} <= PURE, file
+        assert "np.random" not in file.read_text(), file
 
 
 def test_a_run_that_needs_no_scorer_of_others_imports_none():
@@ -130,6 +131,14 @@ def test_a_run_that_needs_no_scorer_of_others_imports_none():
     program = f"import sys, fr3e_jax.train; print(*({heavy!r} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def test_transformers_gives_no_advice_to_install_torch():
+    watch = "import os, sys\nclass Finder:\n    def find_spec(self, name, *_):\n"
+    watch += "        if name == 'transformers': print(os.environ.get('TRANSFORMERS_NO_ADVISORY_WARNINGS'))\n"
+    program = watch + "sys.meta_path.insert(0, Finder())\nimport fr3e_jax.pretrained.stops"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["1"]
 
 
 def test_the_package_imports_nothing_until_it_is_asked():

@@ -13,7 +13,7 @@ from environment import REPOSITORY
 from support import mesh_of
 from test_habits import rollouts_of
 
-from fr3e_jax.algorithm.explore import keep_trajectories
+from fr3e_jax.algorithm.keep import keep_trajectories
 from fr3e_jax.config import ConfigError, DataConfig, RewardConfig, SourceConfig, check_options
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.parallel.hosts import Hosts

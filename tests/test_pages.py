@@ -138,6 +138,13 @@ def test_options_that_are_named_exist(page):
         assert option in known[section] | {"py", "json", "md"}, f"{section}.{option}"
 
 
+@every_page
+def test_pip_is_not_given_the_lock_as_constraints(page):
+    """It has hashes, with which pip installs no directory; uv takes its versions alone."""
+    for found in re.findall(r"(\w+ )?pip install([^`\n&]*)", page.read_text()):
+        assert found[0] == "uv " or not re.search(r"(-c|--constraint) requirements", found[1]), found
+
+
 def test_nothing_is_said_twice():
     places = collections.defaultdict(list)
     for page in PAGES:

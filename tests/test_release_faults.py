@@ -23,7 +23,8 @@ from written_world import (
     states_in,
 )
 
-from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
+from fr3e_jax.algorithm.credit import modulated_advantage
+from fr3e_jax.algorithm.reject import accept_states
 from fr3e_jax.config import (
     CreditConfig,
 )

@@ -1,24 +1,16 @@
-"""The objective: clip-higher surrogate with optional dual clip, and KL to a reference.
+"""The paper's objective, the clip-higher surrogate with optional dual clip, and KL to a reference.
 
 Every mean is a sum divided by a denominator that the caller hands in, so that micro-batches and
 hosts share one: the number of trained tokens in the whole global batch.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Real
 
-from fr3e_jax.algorithm.rules import Chosen, Rule
 from fr3e_jax.types import AnyArray
 
 Scalar = float | Real[AnyArray, ""]
-
-PolicyLossFunction = Callable[..., tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]]
-"""Takes and returns what `policy_loss` does; metrics are sums over tokens, divided by the denominator."""
-
-PolicyLoss = Chosen[PolicyLossFunction]
 
 
 def masked_sum(
@@ -58,6 +50,19 @@ def policy_loss(
       whose loss the bound decided, `approx_kl` is the mean of -log ratio, all over `denominator`.
     """
     log_ratio = jnp.where(mask, logprob - old_logprob, 0.0)
+    return clipped_surrogate(log_ratio, advantage, mask, denominator, clip_low, clip_high, dual_clip)
+
+
+def clipped_surrogate(
+    log_ratio: Float32[AnyArray, "*axes"],
+    advantage: Float32[AnyArray, "*#axes"],
+    mask: Bool[AnyArray, "*axes"],
+    denominator: Scalar,
+    clip_low: Scalar,
+    clip_high: Scalar,
+    dual_clip: Scalar | None = None,
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
+    """Compute `policy_loss` from log rho, which is 0 outside of the mask; the other arguments are its."""
     ratio = jnp.exp(log_ratio)
     free = -advantage * ratio
     clipped = -advantage * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -75,11 +80,6 @@ def policy_loss(
         "approx_kl": masked_sum(-log_ratio, mask) / denominator,
     }
     return masked_sum(loss, mask) / denominator, metrics
-
-
-POLICY_LOSSES: dict[str, Rule[PolicyLossFunction]] = {
-    "clip": Rule(policy_loss, "PPO with its own lower and upper clip, token mean (paper)"),
-}
 
 
 def kl_k3(

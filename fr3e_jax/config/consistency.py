@@ -1,6 +1,7 @@
 """What settings imply, and which of them cannot stand together."""
 
 import dataclasses
+from collections.abc import Callable
 
 from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.sections import Config
@@ -156,7 +157,30 @@ def without_effect(config: Config) -> list[str]:
         note("loss", "entropy_step entropy_limit", "loss.entropy_target is null")
     if config.optimizer.schedule == "constant":
         note("optimizer", "final_rate_share", "optimizer.schedule is constant")
-    if updates_of(config) == config.steps and config.loss.policy == default.loss.policy:
-        why = "with one update a step the ratio is 1"
-        note("loss", "clip_low clip_high dual_clip", why)
+    note_loss(config, note)
     return sentences
+
+
+def note_loss(config: Config, note: Callable[[str, str, str], None]) -> None:
+    """Note the options of the loss that change nothing.
+
+    Args:
+      config: as given.
+      note: is given a section, names of options of it and why they have no effect.
+    """
+    loss, bounds = config.loss, "clip_low clip_high"
+    if loss.objective in ("clip", "cispo", "gspo"):  # one of the user's own may read all of them
+        sequence = "sequence_clip_low sequence_clip_high"
+        used, unused = (sequence, bounds) if loss.objective == "gspo" else (bounds, sequence)
+        note(
+            "loss", unused, f"loss.objective {loss.objective} clips at loss.{used.replace(' ', ' and loss.')}"
+        )
+        if loss.objective == "cispo":
+            note("loss", "dual_clip", "loss.objective cispo has no bound of the loss")
+        if updates_of(config) == config.steps:
+            why = "with one update a step the ratio is 1"
+            note("loss", used if loss.objective == "cispo" else f"{used} dual_clip", why)
+    if loss.mismatch == "none":
+        note("loss", "mismatch_low mismatch_high", "loss.mismatch is none")
+    elif loss.mismatch == "truncate":
+        note("loss", "mismatch_low", "loss.mismatch truncate has an upper bound alone")

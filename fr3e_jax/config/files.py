@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from fr3e_jax.config.checks import check_mapping
+from fr3e_jax.config.renamed import RENAMED, with_new_names
 from fr3e_jax.config.sections import PACKAGE
 from fr3e_jax.config.values import ConfigError, OptionError, OptionPath, shown_path, shown_value
 
@@ -131,7 +132,7 @@ def parse_file(path: Path) -> Written:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path} is not a mapping of options to values, such as `steps: 100`")
         places = dict(places_of(node, str(path), ()))
-        return Written(loader.construct_document(node), places)
+        options = loader.construct_document(node)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, RecursionError) as error:
@@ -141,6 +142,11 @@ def parse_file(path: Path) -> Written:
         raise ConfigError(f"{path}{line}: this is no YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
+    places |= {new: places[old] for old, new in RENAMED.items() if old in places}
+    try:
+        return Written(with_new_names(options), places)
+    except OptionError as error:
+        raise Written({}, places).explain(error) from None
 
 
 def places_of(node: yaml.Node, file: str, path: OptionPath) -> Iterator[tuple[OptionPath, str]]:

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from fr3e_jax.config.checks import described
 from fr3e_jax.config.files import merged_options, parse_value
+from fr3e_jax.config.renamed import new_flag
 from fr3e_jax.config.values import ConfigError, kinds_of, unknown_option
 
 Flags = list[str]
@@ -46,6 +47,7 @@ def spell_out(config_class: type, argv: Sequence[str]) -> Flags:
         spelled = flag[:2] + flag[2:].replace("-", "_")
         if flag.startswith("--") and spelled[2:].rstrip("+") in names:
             part = spelled + equals + value
+        part = new_flag(part)
         alone = not equals and (following is None or following.startswith("--"))
         parts.append(f"{part}=true" if part in switches and alone else part)
     return parts

@@ -7,17 +7,15 @@ Every field says its unit and, where a number has one, its source: (paper) arXiv
 import dataclasses
 from typing import Annotated, Literal
 
-from fr3e_jax.algorithm.credit import (
-    ADVANTAGES,
-    MODULATIONS,
-    REJECT_RULES,
-    AdvantageRule,
-    FirstState,
-    Modulation,
-    RejectRule,
-)
-from fr3e_jax.algorithm.explore import KEEP_RULES, POSITION_RULES, KeepRule, PositionRule
-from fr3e_jax.algorithm.loss import POLICY_LOSSES, PolicyLoss
+from fr3e_jax.algorithm.advantage import ADVANTAGES, AdvantageRule
+from fr3e_jax.algorithm.aggregates import AGGREGATES, Aggregate
+from fr3e_jax.algorithm.keep import KEEP_RULES, KeepRule
+from fr3e_jax.algorithm.modulation import MODULATIONS, Modulation
+from fr3e_jax.algorithm.objectives import OBJECTIVES, Objective
+from fr3e_jax.algorithm.positions import POSITION_RULES, PositionRule
+from fr3e_jax.algorithm.reject import REJECT_RULES, RejectRule
+from fr3e_jax.algorithm.token_weights import Mismatch
+from fr3e_jax.algorithm.values import FirstState
 from fr3e_jax.config.values import (
     Bounds,
     Count,
@@ -27,6 +25,7 @@ from fr3e_jax.config.values import (
     PositiveNumber,
     RowCount,
     Samples,
+    Share,
     Size,
     TopK,
     TopP,
@@ -104,16 +103,36 @@ class CreditConfig:
 class LossConfig:
     """The loss that an update minimises."""
 
-    policy: PolicyLoss = dataclasses.field(default="clip", metadata={"table": POLICY_LOSSES})
+    objective: Objective = dataclasses.field(default="clip", metadata={"table": OBJECTIVES})
     """What is minimised, before the two coefficients:"""
-    clip_low: Decay = 0.22
-    """The ratio's lower bound is 1 - clip_low (paper: 0.22; release: 0.2)."""
+    aggregate: Aggregate = dataclasses.field(default="token", metadata={"table": AGGREGATES})
+    """How tokens become one number:"""
+    clip_low: UnitInterval = 0.22
+    """The ratio's lower bound is 1 - clip_low (paper: 0.22; release: 0.2); 1 is none, as in CISPO."""
     clip_high: NonNegativeNumber = 0.28
     """The ratio's upper bound is 1 + clip_high (paper: 0.28; release: 0.3). grpo sets it to
     clip_low."""
     dual_clip: Annotated[float, Bounds(above=1, why="or null")] | None = None
     """Bound of the loss of tokens with negative advantage, in multiples of it (release: 10); off by
     default (paper)."""
+    sequence_clip_low: Decay = 3e-4
+    """clip_low of the ratio of a sequence, which gspo clips (its authors': 3e-4)."""
+    sequence_clip_high: NonNegativeNumber = 4e-4
+    """clip_high of the ratio of a sequence, which gspo clips (its authors': 4e-4)."""
+    top_entropy_share: Share = 1.0
+    """Share of a batch's tokens that are trained, those of highest entropy while sampling (Beyond the 80/20
+    Rule, 2506.01939: 0.2). At 1 all (paper)."""
+    covariance_share: Decay = 0.0
+    """Share of a batch's tokens that are not trained, those of highest covariance of log-probability and
+    advantage, against a fall of the entropy (Clip-Cov, 2505.22617: 2e-4). At 0 none (paper)."""
+    mismatch: Mismatch = "none"
+    """Weight of a token by the ratio of the learner's to the sampler's probability before the update, for
+    which the batch runs through the model once more: `none`, 1 (paper); `truncate`, the ratio, at most
+    mismatch_high (TIS); `mask`, the ratio, and 0 outside the two bounds (IcePop, 2510.18855)."""
+    mismatch_low: Decay = 0.5
+    """Least ratio that mask lets pass (IcePop: 0.5)."""
+    mismatch_high: Annotated[float, Bounds(least=1)] = 2.0
+    """Largest weight of truncate, and largest ratio that mask lets pass (TIS: 2; IcePop: 5)."""
     kl_coefficient: NonNegativeNumber = 0.0
     """Weight of KL(policy, starting model), k3 estimate. At 0 (paper) no reference model is held."""
     entropy_coefficient: NonNegativeNumber = 0.0

@@ -175,7 +175,10 @@ def unknown_option(name: str, names: Iterable[str], dashes: str = "") -> str:
       dashes: in front of both, `--` of flags.
     """
     near = nearest(name, names)
-    return f"there is no option {dashes}{name}" + (f"; did you mean {dashes}{near}?" if near else "")
+    hint = f"did you mean {dashes}{near}?" if near else ""
+    if not near and dashes:
+        hint = "--help lists those that are there"
+    return f"there is no option {dashes}{name}" + (f"; {hint}" if hint else "")
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -188,7 +191,8 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     def likeness(other: str) -> float:
         other_section, _, other_own = other.rpartition(".")
         ratio = difflib.SequenceMatcher(None, own, other_own).ratio()
-        if len(own) > 2 and other_own.startswith(own):
+        one_begins_the_other = other_own.startswith(own) or own.startswith(f"{other_own}_")
+        if len(own) > 2 and one_begins_the_other:
             ratio = max(ratio, 0.8)
         return ratio + 0.1 * (section == other_section) if ratio > 0.7 else 0.0
 

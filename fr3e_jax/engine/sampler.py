@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int, Int32, Key
 
-from fr3e_jax.algorithm.explore import token_entropy
+from fr3e_jax.algorithm.entropy import token_entropy
 from fr3e_jax.engine.filters import Sampling as Sampling  # imported from here by all who draw
 from fr3e_jax.engine.filters import block_sums, block_width, filtered
 from fr3e_jax.models.decoder import Shard, unsharded

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jax import Array
 
-from fr3e_jax.algorithm.explore import solved
+from fr3e_jax.algorithm.success import solved
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling

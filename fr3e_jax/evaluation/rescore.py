@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from fr3e_jax.algorithm.explore import solved
+from fr3e_jax.algorithm.success import solved
 from fr3e_jax.config import ConfigError, ScoringConfig, SourceConfig
 from fr3e_jax.evaluation.ask import asked_problems
 from fr3e_jax.evaluation.record import ANSWERS, RESOLVED, SETTINGS, held_settings, write_settings

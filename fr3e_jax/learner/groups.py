@@ -15,6 +15,7 @@ def collect(
     states: States,
     rollouts: Rollouts,
     advantage: Float32[np.ndarray, "N J M"],
+    counted: Bool[np.ndarray, "N J M"] | None = None,
 ) -> StateGroups:
     """Take the accepted states out of a round, all of it on the host.
 
@@ -24,6 +25,7 @@ def collect(
       states: the round's states.
       rollouts: of J x M branches, those of a state side by side.
       advantage: modulated.
+      counted: which rollouts count, None: all. The others have length 0: nothing of them is trained on.
     """
     n, j = np.nonzero(accepted)
     m = advantage.shape[2]
@@ -31,7 +33,9 @@ def collect(
     def grouped(x: np.ndarray) -> np.ndarray:
         return x.reshape(x.shape[0], -1, m, *x.shape[2:])[n, j]
 
-    query = states.query[n]
+    query, length = states.query[n], grouped(rollouts.length)
+    if counted is not None:
+        length = np.where(counted[n, j], length, 0).astype(np.int32)
     return StateGroups(
         query=queries.token[query],
         query_length=queries.length[query],
@@ -39,9 +43,11 @@ def collect(
         prefix_length=states.prefix_length[n, j],
         token=grouped(rollouts.token),
         logprob=grouped(rollouts.logprob),
-        length=grouped(rollouts.length),
+        length=length,
         advantage=advantage[n, j],
         source=np.stack([queries.index[query], states.base[n], j], axis=1).astype(np.int32),
+        sampled_logprob=grouped(rollouts.sampled_logprob),
+        entropy=grouped(rollouts.entropy),
     )
 
 
@@ -57,6 +63,8 @@ def empty_groups(rollouts: int, max_prompt: int, max_response: int) -> StateGrou
         length=np.zeros((0, rollouts), np.int32),
         advantage=np.zeros((0, rollouts), np.float32),
         source=np.zeros((0, 3), np.int32),
+        sampled_logprob=np.zeros((0, rollouts, max_response), np.float32),
+        entropy=np.zeros((0, rollouts, max_response), np.float32),
     )
 
 
@@ -84,15 +92,23 @@ def minibatches(groups: StateGroups, parts: int, rng: np.random.Generator) -> li
     return [jax.tree.map(lambda x, part=part: x[part], groups) for part in order]
 
 
+LATER_FIELDS = frozenset({"sampled_logprob", "entropy"})
+"""Arrays that the checkpoints of earlier versions do not have."""
+
+
 def as_dict(groups: StateGroups) -> dict[str, np.ndarray]:
-    """Make a dict of field names and arrays for a checkpoint.
+    """Make a dict of field names and arrays for a checkpoint, without fields that are None.
 
     Arrays are padded by one state, since a checkpoint refuses arrays without elements.
     """
     fields = {f.name: getattr(groups, f.name) for f in dataclasses.fields(groups)}
-    return {k: np.pad(v, [(0, 1)] + [(0, 0)] * (v.ndim - 1)) for k, v in fields.items()}
+    return {k: np.pad(v, [(0, 1)] + [(0, 0)] * (v.ndim - 1)) for k, v in fields.items() if v is not None}
 
 
 def from_dict(fields: dict[str, np.ndarray]) -> StateGroups:
-    """Make groups of the dict that `as_dict` made."""
-    return StateGroups(**{k: np.asarray(v)[:-1] for k, v in fields.items()})
+    """Make groups of the dict that `as_dict` made, of an earlier version too.
+
+    That version drew tokens as now, and had no option that looks at their entropies.
+    """
+    earlier = {"sampled_logprob": fields["logprob"], "entropy": np.zeros_like(fields["logprob"])}
+    return StateGroups(**{k: np.asarray(v)[:-1] for k, v in {**earlier, **fields}.items()})

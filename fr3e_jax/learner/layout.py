@@ -89,7 +89,9 @@ def subtrees_of(groups: StateGroups, parts: int) -> list[Subtree]:
     share = (int(new.sum()) + int(follow.max())) / parts
     subtrees = []
     for states in trees.values():
-        row = np.array([(state, m) for state in states for m in range(new.shape[1])])
+        row = np.array([(state, m) for state in states for m in np.flatnonzero(new[state])], int).reshape(
+            -1, 2
+        )
         row = row[np.argsort(-new[row[:, 0], row[:, 1]], kind="stable")]
         cuts = min(max(round(int(new[states].sum()) / share), 1), len(row))
         for rows in (row[i::cuts] for i in range(cuts)):
@@ -132,13 +134,23 @@ def bundle_of(groups: StateGroups, trunks: Trunks | None, rows: list[PartRows], 
     for part in rows:
         sizes = [computed[state, rollout] for _, state, rollout in part]
         longest[: len(part)] = np.maximum(longest[: len(part)], sizes)
-    chunks, windows = [], []
+    chunks, windows, origins = [], [], []
     for first, count, width in cut_rows(longest, budget):
         here = [part[first : first + count] for part in rows]
         chunks.append(chunk_of(groups, here, count, width, trunks is not None))
         deepest = max((int(follow[state]) for part in here for _, state, _ in part), default=0)
         windows.append(0 if trunks is None else window_of(deepest, trunks.token.shape[2]))
-    return Bundle(trunks, tuple(chunks), tuple(windows))
+        origins.append(origin_of(here, count))
+    return Bundle(trunks, tuple(chunks), tuple(windows), tuple(origins))
+
+
+def origin_of(rows: list[PartRows], count: int) -> Int[np.ndarray, "rows 2"]:
+    """List state and rollout of each row of a chunk of `count` rows for each part; -1 of missing rows."""
+    origin = np.full((len(rows) * count, 2), -1)
+    for part, own in enumerate(rows):
+        for i, (_, state, rollout) in enumerate(own, part * count):
+            origin[i] = state, rollout
+    return origin
 
 
 def width_of(tokens: int) -> int:
@@ -198,6 +210,8 @@ def chunk_of(groups: StateGroups, rows: list[PartRows], count: int, width: int, 
     length, start = np.ones((2, total), np.int32)
     trunk, prefix = np.zeros((2, total), np.int32)
     advantage = np.zeros(total, np.float32)
+    weight = None if groups.weight is None else np.zeros((total, width + 1), np.float32)
+    share = None if groups.share is None else np.zeros(total, np.float32)
     follow = followed_tokens(groups)
     for part, own in enumerate(rows):
         for i, (number, state, rollout) in enumerate(own, part * count):
@@ -208,6 +222,10 @@ def chunk_of(groups: StateGroups, rows: list[PartRows], count: int, width: int, 
             token[i, start[i] : length[i]] = groups.token[state, rollout, :new]
             old[i, start[i] : length[i]] = groups.logprob[state, rollout, :new]
             advantage[i] = groups.advantage[state, rollout]
+            if weight is not None and groups.weight is not None:
+                weight[i, start[i] : length[i]] = groups.weight[state, rollout, :new]
+            if share is not None and groups.share is not None:
+                share[i] = groups.share[state, rollout]
             trunk[i], prefix[i] = number, follow[state] if shared else 0
     return Batch(
         token=token,
@@ -217,6 +235,8 @@ def chunk_of(groups: StateGroups, rows: list[PartRows], count: int, width: int, 
         advantage=advantage,
         trunk=trunk,
         prefix=prefix,
+        weight=weight,
+        share=share,
     )
 
 

@@ -23,7 +23,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float32
 
-from fr3e_jax.algorithm.loss import POLICY_LOSSES, kl_k3, masked_sum
+from fr3e_jax.algorithm.loss import kl_k3, masked_sum
+from fr3e_jax.algorithm.objectives import OBJECTIVES, gspo_loss
 from fr3e_jax.algorithm.rules import function_of, of_shape
 from fr3e_jax.config import LossConfig
 from fr3e_jax.learner.forward import (
@@ -144,6 +145,11 @@ class Learner(Forward):
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), caches)
         return caches, placed_as_caches(self, zeros)
 
+    @functools.partial(jax.jit, static_argnames=("self", "window"))
+    def logprobs(self, policy: Prefilled, rows: Batch, *, window: int) -> Float32[Array, "rows T"]:
+        """Compute the log-probabilities of a chunk's tokens, without a gradient; others as in `add_chunk`."""
+        return row_statistics(self, within_window(policy, window), rows, False)[0]
+
     @functools.partial(
         jax.jit, static_argnames=("self", "window"), donate_argnames=("gradient", "cache_gradient")
     )
@@ -251,25 +257,25 @@ def chunk_loss(
     mask, settings = trained(rows), learner.loss
     wants_entropy = settings.entropy_coefficient != 0 or settings.entropy_target is not None
     logprob, entropy = row_statistics(learner, policy, rows, wants_entropy)
-    loss, loss_metrics = function_of(POLICY_LOSSES, settings.policy)(
-        logprob,
-        rows.old_logprob,
-        rows.advantage[:, None],
-        mask,
-        denominator,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
+    advantage = weighted(rows.advantage[:, None], rows)
+    if rows.weight is not None:
+        advantage = advantage * rows.weight
+    loss, loss_metrics = function_of(OBJECTIVES, settings.objective)(
+        logprob, rows.old_logprob, advantage, mask, denominator, **clip_settings(settings)
     )
     loss, metrics = of_shape(loss, (), "a loss, one number,"), dict(loss_metrics)
+    if rows.weight is not None:
+        metrics["left_out"] = masked_sum(rows.weight == 0, mask) / denominator
     if reference is not None:
         reference_logprob = jax.lax.stop_gradient(row_statistics(learner, reference, rows, False)[0])
-        metrics["reference_kl"] = masked_sum(kl_k3(logprob, reference_logprob), mask) / denominator
-        loss = loss + settings.kl_coefficient * metrics["reference_kl"]
+        kl = kl_k3(logprob, reference_logprob)
+        metrics["reference_kl"] = masked_sum(kl, mask) / denominator
+        loss = loss + settings.kl_coefficient * (masked_sum(weighted(kl, rows), mask) / denominator)
     if wants_entropy:
         metrics["entropy"] = masked_sum(entropy, mask) / denominator
-        weight = settings.entropy_coefficient if entropy_coefficient is None else entropy_coefficient
-        loss = loss - weight * metrics["entropy"]
+        mean = masked_sum(weighted(entropy, rows), mask) / denominator
+        bonus = settings.entropy_coefficient if entropy_coefficient is None else entropy_coefficient
+        loss = loss - bonus * mean
     log_ratio = jnp.where(mask, logprob - rows.old_logprob, 0.0)
     metrics["abs_log_ratio"] = masked_sum(jnp.abs(log_ratio), mask) / denominator
     metrics["abs_log_ratio_max"] = jnp.max(jnp.abs(log_ratio))
@@ -278,3 +284,16 @@ def chunk_loss(
     metrics["ratio_min"] = jnp.exp(jnp.min(log_ratio))
     metrics["loss"] = loss
     return loss, metrics
+
+
+def weighted(x: Float32[Array, "*axes"], rows: Batch) -> Float32[Array, "*axes"]:
+    """Multiply what tokens have by how much each counts in the means of the loss (loss.aggregate)."""
+    return x if rows.share is None else x * rows.share[:, None]
+
+
+def clip_settings(loss: LossConfig) -> dict[str, float | None]:
+    """Choose the bounds that an objective is given: those of a sequence's ratio, or those of a token's."""
+    low, high = loss.clip_low, loss.clip_high
+    if function_of(OBJECTIVES, loss.objective) is gspo_loss:
+        low, high = loss.sequence_clip_low, loss.sequence_clip_high
+    return {"clip_low": low, "clip_high": high, "dual_clip": loss.dual_clip}

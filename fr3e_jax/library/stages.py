@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from fr3e_jax.algorithm.explore import KeepRule, PositionRule
+from fr3e_jax.algorithm.keep import KeepRule
+from fr3e_jax.algorithm.positions import PositionRule
+from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import ConfigError, ExploreConfig, check_options
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.library.results import Answers, Base, Restarts, shaped
@@ -71,15 +73,20 @@ def judge(answers: Answers, verifier: Callable[[str, str], float]) -> Float32[np
     return reward
 
 
-def groups(states: Restarts, rollouts: Rollouts, advantage: Any) -> StateGroups:
+def groups(states: Restarts, rollouts: Rollouts, advantage: Any, counted: Any = None) -> StateGroups:
     """The states that carry a gradient, with their rollouts, for the learner.
 
     Args:
       states: where the rollouts restarted.
       rollouts: leaves [N, J x M, S].
       advantage: float32 [N, J, M]; a state whose advantages are all 0 is left out.
+      counted: bool [N, J, M], which rollouts count; None: all. Nothing of the others is trained on.
     """
     n, j = states.valid.shape
     shaped("advantage", advantage, (n, j, rollouts.length.shape[1] // j))
-    accepted = states.valid & np.any(np.asarray(advantage) != 0, axis=2)
-    return collect(accepted, states.base.encoded.queries, states.arrays, rollouts, np.asarray(advantage))
+    if counted is not None:
+        shaped("counted", counted, np.shape(advantage))
+        counted = np.asarray(counted)
+    advantage = np.asarray(advantage)
+    accepted = counted_states(states.valid, counted) & np.any(advantage != 0, axis=2)
+    return collect(accepted, states.base.encoded.queries, states.arrays, rollouts, advantage, counted)

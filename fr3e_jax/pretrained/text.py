@@ -306,6 +306,7 @@ def load_text(directory: Path, template: str, stop: Sequence[str] = ()) -> Text:
     tokenizer = read_tokenizer(directory)
     if template in CHAT_TEMPLATES and not tokenizer.chat_template:
         raise ConfigError(
-            f"the tokenizer of {directory} has no chat template; use --data.template plain, or generate --raw"
+            f"the tokenizer of {directory} has no chat template, which the template {template!r} goes "
+            "through; choose another, such as plain"
         )
     return Text(tokenizer, end_tokens(directory), template, tuple(stop))

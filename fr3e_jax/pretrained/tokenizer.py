@@ -1,14 +1,10 @@
 """The tokenizer of a checkpoint, and the special tokens that its files name."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-# It would advise to install torch, but only its tokenizers are used here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 
 from fr3e_jax.config import ConfigError

@@ -209,6 +209,7 @@ class Verifier:
         rollouts: Rollouts,
         reward: np.ndarray,
         problems: Sequence[Problem],
+        counted: np.ndarray | None = None,
     ) -> dict[str, Any] | None:
         """Choose a state for people to read: the deepest accepted one of the first trajectory that has one.
 
@@ -216,6 +217,7 @@ class Verifier:
           accepted: bool [N, J].
           states, rollouts, problems: as for `whole`.
           reward: float32 [N, J, M].
+          counted: bool [N, J, M], which rollouts count; None: all.
 
         Returns:
           Question, prefix, position with its entropy, one of the best and one of the worst
@@ -225,7 +227,9 @@ class Verifier:
             return None
         n = int(np.argmax(accepted.any(axis=1)))
         j = int(np.max(np.nonzero(accepted[n])))
-        picks = [int(np.argmax(reward[n, j])), int(np.argmin(reward[n, j]))]
+        shown = np.arange(reward.shape[2]) if counted is None else np.flatnonzero(counted[n, j])
+        rewards = reward[n, j, shown]
+        picks = [int(shown[np.argmax(rewards)]), int(shown[np.argmin(rewards)])]
         size = int(states.prefix_length[n, j])
         pieces = [states.response[n, :size]]
         pieces += [whole_answer(states, rollouts, n, j, m)[size:] for m in picks]
@@ -237,10 +241,10 @@ class Verifier:
             "prefix": prefix,
             "position": size,
             # The first draw from a state is of the uncertain token itself.
-            "entropy": round(float(rollouts.entropy[n, j * reward.shape[2], 0]), 4),
+            "entropy": round(float(rollouts.entropy[n, j * reward.shape[2] + shown[0], 0]), 4),
             "continuations": continuations,
             "rewards": [float(reward[n, j, m]) for m in picks],
-            "value": float(reward[n, j].mean()),
+            "value": float(rewards.mean()),
         }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from fr3e_jax.learner.groups import as_dict, empty_groups, from_dict
+from fr3e_jax.learner.groups import LATER_FIELDS, as_dict, empty_groups, from_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.waiting import waiting
 from fr3e_jax.problems.difficulty import Rates, unseen
@@ -149,9 +149,9 @@ def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
     """
     types = {name: x.dtype for name, x in as_dict(empty_groups(1, 1, 1)).items()}
     shapes = saved.shapes("carried", types)
-    if shapes.keys() != types.keys():
+    if not types.keys() - LATER_FIELDS <= shapes.keys() <= types.keys():
         raise DamagedError("carried has other arrays than states have")
-    carried = {name: jax.ShapeDtypeStruct(shapes[name], each) for name, each in types.items()}
+    carried = {name: jax.ShapeDtypeStruct(shapes[name], types[name]) for name in shapes}
     items = {
         "params": saved.read("params", abstract_leaves(like.params)),
         "optimizer": saved.read("optimizer", abstract_leaves(like.optimizer)),

@@ -152,7 +152,8 @@ def resume(
         # Before the arrays, whose shapes follow from the settings.
         refuse_other_run(saved.record, config, progress, str(run), lost)
         items = read_items(saved, state)
-        refuse_misshapen(items["carried"], as_dict(carried))
+        usual = as_dict(carried)
+        refuse_misshapen(items["carried"], {name: usual[name] for name in items["carried"]})
         refuse_other_questions(items.get("rates"), progress.rates)
         return items
 

@@ -14,6 +14,7 @@ from etils import epath
 from flax import traverse_util
 
 from fr3e_jax.config import Config, ConfigError, SourceConfig, as_written, dump, resolve
+from fr3e_jax.config.renamed import with_new_names
 from fr3e_jax.parallel.hosts import is_first
 from fr3e_jax.pretrained.hub import FINAL_MODEL, RUN_SETTINGS
 from fr3e_jax.run.checkpoints import Checkpoints
@@ -187,7 +188,7 @@ def read_settings(directory: epath.Path) -> dict[str, Any]:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Parse the text of a config.yaml into section -> option -> value.
+    """Parse the text of a config.yaml into section -> option -> value, with the names that options have now.
 
     Raises:
       ValueError: it holds no settings.
@@ -195,7 +196,7 @@ def parse_settings(text: str) -> dict[str, Any]:
     try:
         held = yaml.safe_load(text)
         if isinstance(held, dict) and flatten(held):
-            return held
+            return with_new_names(held)
     except (RecursionError, yaml.YAMLError) as error:  # of values that hold themselves, for example
         raise ValueError(str(error)) from None
     raise ValueError("it is empty" if held is None else "it has no options")

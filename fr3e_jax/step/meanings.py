@@ -67,6 +67,11 @@ OTHERS: dict[str, Meaning] = {
     "flops/first_return": Meaning("of the base trajectories, without padding", "FLOPs", STEP),
     "flops/explore": Meaning("of the partial rollouts, without padding", "FLOPs", STEP),
     "flops/update": Meaning("of the updates, without padding and recomputation", "FLOPs", STEP),
+    "flops/mismatch": Meaning(
+        "of the learner's forward pass before the update, where loss.mismatch is not none, without padding",
+        "FLOPs",
+        STEP,
+    ),
     "flops/utilisation_STAGE": Meaning(
         "share of the devices' bfloat16 peak that the FLOPs of a stage are; on devices whose peak is known, "
         "and compilation counts as time",
@@ -74,7 +79,9 @@ OTHERS: dict[str, Meaning] = {
         STEP,
     ),
     "time/STAGE": Meaning(
-        "of a stage: tokenize, first_return, verify, explore, update, and step for all", "seconds", STEP
+        "of a stage: tokenize, first_return, verify, explore, mismatch, update, and step for all",
+        "seconds",
+        STEP,
     ),
     "time/evaluate": Meaning("of the evaluation after the step", "seconds", STEP),
     "update/loss": Meaning("the loss", "", UPDATES),
@@ -127,6 +134,26 @@ OTHERS: dict[str, Meaning] = {
         "",
         STEP,
         "stays at loss.entropy_limit: the limit is too low for the target",
+    ),
+    "update/left_out": Meaning(
+        "share whose weight is 0, by loss.top_entropy_share, loss.covariance_share or loss.mismatch; other "
+        "shares and means count these tokens too",
+        "share",
+        TRAINED,
+    ),
+    "mismatch/outside": Meaning(
+        "share whose probability before the update, learner's to sampler's, is outside [0.9, 1.1]; where "
+        "loss.mismatch is not none",
+        "share",
+        TRAINED,
+        "well above 0 at temperature 1 without filters: rounding differs between sampler and learner",
+    ),
+    "mismatch/ratio_max": Meaning("largest such ratio", "ratio", TRAINED),
+    "mismatch/bounded": Meaning(
+        "share whose such ratio loss.mismatch truncated or masked",
+        "share",
+        TRAINED,
+        "much above 0: what is trained is another policy's",
     ),
     "update/padding": Meaning("tokens computed for each that is there", "ratio", STEP),
     "eval/accuracy": Meaning(

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from fr3e_jax.algorithm.explore import solved
 from fr3e_jax.algorithm.rules import RuleError
+from fr3e_jax.algorithm.success import solved
 from fr3e_jax.cost import Cost
 from fr3e_jax.types import Rollouts, States
 
@@ -35,6 +35,18 @@ class Measured:
     """Whether there are positions; without, the base answers are the rollouts."""
     success_at: float = 1.0
     """Least reward of an answer that is right."""
+    counted: Bool[np.ndarray, "N J M"] | None = None
+    """Which rollouts count; None: all."""
+
+    @property
+    def counts(self) -> Bool[np.ndarray, "N J M"]:
+        """Which rollouts count."""
+        return np.ones(self.reward.shape, bool) if self.counted is None else self.counted
+
+    @property
+    def trained(self) -> Bool[np.ndarray, "N J M"]:
+        """Which rollouts are trained on."""
+        return self.accepted[:, :, None] & self.counts
 
     @property
     def right(self) -> Bool[np.ndarray, "N J M"]:
@@ -89,7 +101,9 @@ def of_accepted(x: Float[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]
 def identical(m: Measured) -> int:
     """States whose rollouts are the same, token by token."""
     token = m.rollouts.token.reshape(*m.reward.shape, -1)
-    return int((m.valid & (token == token[:, :, :1]).all(axis=(2, 3))).sum())
+    first = np.argmax(m.counts, axis=2)[:, :, None, None]
+    same = (token == np.take_along_axis(token, first, axis=2)).all(axis=3)
+    return int((m.valid & (same | ~m.counts).all(axis=2)).sum())
 
 
 def position_entropy(m: Measured) -> float | None:
@@ -144,12 +158,12 @@ METRICS: dict[str, Metric] = {
         lambda m: of_accepted(m.value[m.accepted], np.mean), "value V(S_j)", unit="0 to 1", over=ACCEPTED
     ),
     "advantage/accepted_mean": Metric(
-        lambda m: of_accepted(m.advantage[m.accepted], np.mean),
+        lambda m: of_accepted(m.advantage[m.trained], np.mean),
         "advantage",
         over="rollouts of accepted states",
     ),
     "advantage/accepted_std": Metric(
-        lambda m: of_accepted(m.advantage[m.accepted], np.std),
+        lambda m: of_accepted(m.advantage[m.trained], np.std),
         "standard deviation of the advantages",
         over="rollouts of accepted states",
     ),
@@ -173,14 +187,14 @@ METRICS: dict[str, Metric] = {
         watch="nearly all: the problems are too easy or too hard",
     ),
     "states/all_wrong": Metric(
-        lambda m: (m.valid & ~m.right.any(axis=2)).sum(),
+        lambda m: (m.valid & ~(m.right & m.counts).any(axis=2)).sum(),
         "states whose answers are all wrong: rewards below reward.success_at",
         True,
         unit="count",
         over=STATES,
     ),
     "states/all_right": Metric(
-        lambda m: (m.valid & m.right.all(axis=2)).sum(),
+        lambda m: (m.valid & (m.right | ~m.counts).all(axis=2)).sum(),
         "states whose answers are all right: rewards of at least reward.success_at",
         True,
         unit="count",

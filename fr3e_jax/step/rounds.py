@@ -5,9 +5,9 @@ A step samples rounds until enough states carry a gradient, then updates the pol
   1. queries            B of them from the stream                       problems/stream
   2. base trajectories  R whole answers to each; every token's entropy  engine/rollout.first_return
   3. rewards            of the base trajectories                        rewards/verify
-  4. kept trajectories  one correct, one wrong                          algorithm/explore
-  5. positions          the K most uncertain tokens                     algorithm/explore
-  6. states             S_0 = the query, S_j = before position T_j      algorithm/explore
+  4. kept trajectories  one correct, one wrong                          algorithm/keep
+  5. positions          the K most uncertain tokens                     algorithm/positions
+  6. states             S_0 = the query, S_j = before position T_j      algorithm/states
   7. partial rollouts   M from each state, on the cached prefixes       engine/rollout.explore
   8. rewards            of the whole answers, while the next round that  rewards/verify
                         is surely needed samples
@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
+from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import Config
 from fr3e_jax.cost import Cost, rollout_cost
 from fr3e_jax.engine.caches import Caches
@@ -57,6 +58,8 @@ class Round:
     costs: dict[str, Cost]
     following: int
     """Position in the stream behind the round's queries."""
+    counted: Bool[np.ndarray, "N J M"] | None = None
+    """Which of the rollouts count; None: all. Others were never drawn, or their rewards are not known."""
 
     @property
     def most(self) -> int:
@@ -135,18 +138,20 @@ def close_round(
     base_reward = opened.base_reward
     if base_reward is None:
         base_reward, reward = reward, reward[:, None]
+    counted = opened.counted
+    states = dataclasses.replace(states, valid=counted_states(states.valid, counted))
     advantage, value, alpha, accepted = gather(
-        assign_credit(config.credit, *place((reward, states.valid, states.query)))
+        assign_credit(config.credit, *place((reward, states.valid, states.query, counted)))
     )
 
     credit = (reward, value, alpha, advantage, accepted)
     restarts = opened.base_reward is not None
     success_at = config.reward.success_at
-    measured = Measured(base, base_reward, states, rollouts, *credit, restarts, success_at)
+    measured = Measured(base, base_reward, states, rollouts, *credit, restarts, success_at, counted)
     metrics = measure(measured)
     metrics |= cost_metrics(opened.costs)
-    gathered = groups.collect(accepted, queries, states, rollouts, advantage)
-    excerpt = parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems)
+    gathered = groups.collect(accepted, queries, states, rollouts, advantage, counted)
+    excerpt = parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems, counted)
     return gathered, metrics, excerpt, success_rates(measured)
 
 

@@ -13,8 +13,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, Int32, Key
 
-from fr3e_jax.algorithm.credit import accept_states, modulated_advantage
-from fr3e_jax.algorithm.explore import Trajectories, keep_trajectories, positions_of, states_of
+from fr3e_jax.algorithm.credit import modulated_advantage
+from fr3e_jax.algorithm.keep import keep_trajectories
+from fr3e_jax.algorithm.positions import Trajectories, positions_of
+from fr3e_jax.algorithm.reject import accept_states
+from fr3e_jax.algorithm.states import states_of
 from fr3e_jax.config import CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import row_key
@@ -173,6 +176,7 @@ def assign_credit(
     reward: Float32[AnyArray, "N J M"],
     valid: Bool[AnyArray, "N J"],
     query: Int32[AnyArray, " N"],
+    counted: Bool[AnyArray, "N J M"] | None = None,
 ) -> Credit:
     """Stage 9: (advantage, value, alpha, accepted) of the states of kept trajectories.
 
@@ -181,12 +185,15 @@ def assign_credit(
       reward: of the partial rollouts, whole answers.
       valid: which states there are.
       query: row of the round's queries, of each trajectory.
+      counted: which rollouts count; None: all.
     """
-    return compiled_credit(with_functions(credit), reward, valid, query)
+    return compiled_credit(with_functions(credit), reward, valid, query, counted)
 
 
 @functools.partial(jax.jit, static_argnames="credit")
-def compiled_credit(credit: CreditConfig, reward: Array, valid: Array, query: Array) -> Credit:
+def compiled_credit(
+    credit: CreditConfig, reward: Array, valid: Array, query: Array, counted: Array | None
+) -> Credit:
     """`assign_credit` of rules that are functions."""
     advantage, value, alpha = modulated_advantage(
         reward,
@@ -196,5 +203,6 @@ def compiled_credit(credit: CreditConfig, reward: Array, valid: Array, query: Ar
         first_state=credit.first_state,
         sharpen=credit.sharpen,
         advantage=credit.advantage,
+        counted=counted,
     )
-    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject)
+    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject, counted)

@@ -16,6 +16,7 @@ from fr3e_jax.cost import update_flops
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import TrainState
+from fr3e_jax.learner.weights import with_shares
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.rewards.verify import Verifier
@@ -26,6 +27,7 @@ from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.diagnosis import no_signal
 from fr3e_jax.step.metrics import Metrics, summarize_step
 from fr3e_jax.step.rounds import close_round, open_round
+from fr3e_jax.step.weigh import weigh
 from fr3e_jax.types import StateGroups
 
 
@@ -100,6 +102,7 @@ def train_step(
     parts.engine.between()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)
+    batch, weights = weigh(config, parts, state, batch, watch)
 
     minibatches, bonus = minibatches_of(groups.count(batch), config), bonus_of(config.loss, progress)
     updates, flops, tokens = [], 0.0, np.zeros(2)
@@ -107,6 +110,7 @@ def train_step(
         for epoch in range(config.optimizer.epochs if minibatches else 0):
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in groups.minibatches(batch, minibatches, rng):
+                part = with_shares(part, config.loss, config.rollout.max_response)
                 bundles = bundles_of(part, row_parts(placement.mesh), config.optimizer.micro_tokens)
                 flops += update_flops(parts.policy.model.config, bundles)
                 tokens += np.array(token_counts(bundles))
@@ -114,7 +118,7 @@ def train_step(
                 updates.append(update_metrics)
         updates = jax.device_get(updates)
 
-    metrics: Metrics = {"step": step} | summarize_step(rounds, updates) | {"flops/update": flops}
+    metrics: Metrics = {"step": step} | summarize_step(rounds, updates) | {"flops/update": flops} | weights
     metrics |= {"tokens/trained": tokens[0]}
     if minibatches:
         metrics["update/padding"] = tokens[1] / tokens[0]

@@ -56,9 +56,9 @@ connection's standard input, and lie there in a file that only you can read.
 --watch stays until the run is complete, which is when BUCKET/runs/RUN/summary.json exists, and then exits
 with 0. A slice that was preempted (FAILED, SUSPENDED, PREEMPTED) is deleted, created again, installed, and
 the run started on it; a run that ended without being complete is started again. It gives up with 2 when the
-run ended with 2 (its options are at fault), with 1 when it ended MAX_FAILURES times in a row without a new
-checkpoint, and with 3 when it was ended by `launch/tpu.sh stop`. Ending the watch leaves the run alone; the
-same command takes the watch up again.
+run ended with 2 (its options are at fault, or another process has it), with 1 when it ended MAX_FAILURES
+times in a row without a new checkpoint, and with 3 when it was ended by `launch/tpu.sh stop`. Ending the
+watch leaves the run alone; the same command takes the watch up again.
 END
 }
 

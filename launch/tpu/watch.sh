@@ -102,7 +102,7 @@ look_after_run() {
     fi
     case "$codes " in
       *' 2 '*)
-        say "$run ended with exit code 2: its options are at fault, and it is not started again"
+        say "$run ended with exit code 2: its options are at fault, or another process has it (the log says which), and it is not started again"
         show_log_end
         return 2
         ;;

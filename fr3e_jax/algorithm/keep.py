@@ -1,0 +1,77 @@
+"""Which base trajectories are explored: the rules of `explore.keep`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float32, Key
+
+from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
+from fr3e_jax.algorithm.success import solved
+from fr3e_jax.types import AnyArray
+
+KeepFunction = Callable[[Float32[Array, "B R"], Bool[Array, "B R"], Key[Array, " B"]], Bool[Array, "B R"]]
+"""(Rewards, which of them are solved, PRNG keys) -> which trajectories to explore."""
+KeepRule = Chosen[KeepFunction]
+
+
+def keep_first_of_each(
+    reward: Float32[AnyArray, "B R"], correct: Bool[AnyArray, "B R"], key: Key[Array, " B"]
+) -> Bool[Array, "B R"]:
+    """Keep the first correct and the first wrong trajectory of each query."""
+    return one_of_each(correct, jnp.arange(reward.shape[1], dtype=jnp.float32))
+
+
+def keep_random_of_each(
+    reward: Float32[AnyArray, "B R"], correct: Bool[AnyArray, "B R"], key: Key[Array, " B"]
+) -> Bool[Array, "B R"]:
+    """Keep a correct and a wrong trajectory of each query, drawn at random."""
+    return one_of_each(correct, jax.vmap(lambda k: jax.random.uniform(k, reward.shape[1:]))(key))
+
+
+def keep_all(
+    reward: Float32[AnyArray, "B R"], correct: Bool[AnyArray, "B R"], key: Key[Array, " B"]
+) -> Bool[Array, "B R"]:
+    """Keep all R base trajectories of every query, whatever their rewards."""
+    return jnp.ones(reward.shape, bool)
+
+
+def one_of_each(correct: Bool[AnyArray, "B R"], order: Float32[Array, "*B R"]) -> Bool[Array, "B R"]:
+    """Keep the correct and the wrong trajectory of each query whose `order` is least."""
+    order = jnp.broadcast_to(order, correct.shape)
+
+    def first(eligible: Array) -> Array:
+        best = jnp.argmin(jnp.where(eligible, order, jnp.inf), axis=1)
+        chosen = jnp.arange(correct.shape[1])[None, :] == best[:, None]
+        return chosen & eligible
+
+    return first(correct) | first(~correct)
+
+
+KEEP_RULES: dict[str, Rule[KeepFunction]] = {
+    "first_of_each": Rule(keep_first_of_each, "the first correct and the first wrong of a query (release)"),
+    "random_of_each": Rule(keep_random_of_each, "one correct and one wrong of a query, at random (ours)"),
+    "all": Rule(keep_all, "every one (ours)"),
+}
+
+
+def keep_trajectories(
+    reward: Float32[AnyArray, "B R"],
+    rule: str | KeepFunction,
+    key: Key[Array, " B"],
+    success_at: float = 1.0,
+) -> Bool[AnyArray, "B R"]:
+    """Choose the base trajectories to explore.
+
+    Args:
+      reward: of each base trajectory.
+      rule: a name in KEEP_RULES, or a function.
+      key: PRNG keys.
+      success_at: least reward of a correct trajectory.
+
+    Raises:
+      RuleError: there is no such rule, or it gives something else.
+    """
+    kept = function_of(KEEP_RULES, rule)(reward, solved(reward, success_at), key)
+    return of_shape(kept, reward.shape, "kept trajectories [B, R]")

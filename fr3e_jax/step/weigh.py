@@ -1,0 +1,35 @@
+"""What a step does to its batch before it is updated on, by the options of the loss."""
+
+from fr3e_jax.config import Config
+from fr3e_jax.cost import forward_flops
+from fr3e_jax.learner.state import TrainState
+from fr3e_jax.learner.weights import learner_logprobs, with_masks, with_mismatch
+from fr3e_jax.run.build import Parts
+from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.step.metrics import Metrics
+from fr3e_jax.types import StateGroups
+
+
+def weigh(
+    config: Config, parts: Parts, state: TrainState, batch: StateGroups, watch: Stopwatch
+) -> tuple[StateGroups, Metrics]:
+    """Weigh the tokens of a batch by loss.mismatch, loss.top_entropy_share and loss.covariance_share.
+
+    Args:
+      config: resolved.
+      parts: as `build` makes them from it.
+      state: with the parameters that sampled; of states that were carried, those of the step before did.
+      batch: the states that are trained on, with all of their rollouts.
+      watch: takes the time of the forward pass.
+
+    Returns:
+      (the batch, metrics of the mismatch and FLOPs of its forward pass, where there is one).
+    """
+    metrics: Metrics = {}
+    if config.loss.mismatch != "none":
+        with watch.stage("mismatch"):
+            budget = config.optimizer.micro_tokens
+            logprob, bundles = learner_logprobs(parts.learner, state.params, batch, budget)
+            batch, metrics = with_mismatch(batch, logprob, config.loss)
+        metrics["flops/mismatch"] = forward_flops(parts.policy.model.config, bundles)
+    return with_masks(batch, config.loss), metrics
