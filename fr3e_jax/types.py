@@ -166,6 +166,13 @@ class States:
     """How many tokens of the response the state keeps; 0 is the root."""
     valid: Bool[AnyArray, "N J"]
     """False of states that a short response does not have."""
+    rollouts: Int32[AnyArray, " N"] | None = None
+    """How many rollouts are drawn from each state of a trajectory; None: as many as there is room for."""
+
+    def drawn(self, room: int) -> Bool[np.ndarray, "N J {room}"]:
+        """Tell which of the `room` rollouts of each state are drawn; the states are on the host."""
+        each = np.full(len(self.valid), room) if self.rollouts is None else self.rollouts
+        return self.valid[:, :, None] & (np.arange(room) < each[:, None, None])
 
 
 @pytree

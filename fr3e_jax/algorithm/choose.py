@@ -13,7 +13,11 @@ from fr3e_jax.types import AnyArray
 
 
 def choose_positions(
-    score: Float32[AnyArray, "N S"], length: Int[AnyArray, " N"], count: int, min_gap: int = 0
+    score: Float32[AnyArray, "N S"],
+    length: Int[AnyArray, " N"],
+    count: int,
+    min_gap: int = 0,
+    wanted: Int[AnyArray, " N"] | None = None,
 ) -> tuple[Int32[Array, "N {count}"], Bool[Array, "N {count}"]]:
     """Choose the `count` highest-scoring positions of each trajectory, in ascending order.
 
@@ -26,6 +30,8 @@ def choose_positions(
       length: tokens of the response.
       count: K.
       min_gap: positions are at least this far apart; 0 and 1 both mean "any two differ".
+      wanted: how many positions each trajectory gets at most, if fewer than `count`: those with the highest
+        scores.
 
     Returns:
       (position, whether it is valid); invalid positions come last and read 0.
@@ -43,13 +49,18 @@ def choose_positions(
     if count == 0:
         return jnp.zeros((n, 0), jnp.int32), jnp.zeros((n, 0), bool)
     _, (position, valid) = jax.lax.scan(pick, eligible, None, length=count)
+    if wanted is not None:
+        valid &= jnp.arange(count)[:, None] < wanted[None, :]
     ordered = jnp.sort(jnp.where(valid, position, s), axis=0).T
     valid = ordered < s
     return jnp.where(valid, ordered, 0).astype(jnp.int32), valid
 
 
 def uniform_positions(
-    length: Int[AnyArray, " N"], count: int, min_gap: int = 0
+    length: Int[AnyArray, " N"],
+    count: int,
+    min_gap: int = 0,
+    wanted: Int[AnyArray, " N"] | None = None,
 ) -> tuple[Int32[Array, "N {count}"], Bool[Array, "N {count}"]]:
     """Choose evenly spaced positions, the middles of `count` equal parts.
 
@@ -59,13 +70,14 @@ def uniform_positions(
       length: tokens of the response.
       count: K.
       min_gap: as in `choose_positions`; a short response may get fewer positions than would fit.
+      wanted: the number of equal parts of each response, if fewer than `count`.
 
     Returns:
       (position, whether it is valid), as `choose_positions` does.
     """
     candidates = jnp.maximum(length - 1, 0)[:, None]
     fitting = jnp.maximum(candidates // max(min_gap, 1), jnp.minimum(candidates, 1))
-    parts = jnp.minimum(count, fitting)
+    parts = jnp.minimum(count if wanted is None else wanted[:, None], fitting)
     k = jnp.arange(count)[None, :]
     position = 1 + ((2 * k + 1) * candidates) // jnp.maximum(2 * parts, 1)
     valid = k < parts

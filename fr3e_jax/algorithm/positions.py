@@ -28,6 +28,8 @@ class Trajectories:
     """K, the number of positions that are wanted."""
     min_gap: int
     """Least distance of two positions, tokens."""
+    wanted: Int[AnyArray, " N"] | None = None
+    """How many positions each trajectory gets at most; None: K."""
 
 
 PositionFunction = Callable[[Trajectories], Float32[Array, "N S"]]
@@ -53,7 +55,7 @@ def at_random(base: Trajectories) -> Float32[Array, "N S"]:
 
 def evenly(base: Trajectories) -> Float32[Array, "N S"]:
     """Score the middles of equal parts of a response 0, and all other tokens -inf: never chosen."""
-    position, valid = uniform_positions(base.length, base.count, base.min_gap)
+    position, valid = uniform_positions(base.length, base.count, base.min_gap, base.wanted)
     index = jnp.arange(base.entropy.shape[1])[None, None, :]
     chosen = jnp.any((index == position[:, :, None]) & valid[:, :, None], axis=1)
     return jnp.where(chosen, 0.0, -jnp.inf)
@@ -83,4 +85,4 @@ def positions_of(
       RuleError: there is no such rule, or it gives something else.
     """
     score = of_shape(function_of(POSITION_RULES, rule)(base), base.entropy.shape, "scores [N, S]")
-    return choose_positions(score, base.length, base.count, base.min_gap)
+    return choose_positions(score, base.length, base.count, base.min_gap, base.wanted)

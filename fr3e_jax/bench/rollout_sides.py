@@ -11,8 +11,8 @@ from flax import nnx
 
 from fr3e_jax.bench.table import TINY, hugging_face_model
 from fr3e_jax.engine.branches import Branches, Decoding
-from fr3e_jax.engine.rollout import Engine, branch_keys, last
-from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.engine.rollout import Engine, last
+from fr3e_jax.engine.sampler import Sampling, branch_keys
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import DecoderConfig, Params
 from fr3e_jax.parallel.mesh import make_mesh

@@ -141,10 +141,12 @@ def without_effect(config: Config) -> list[str]:
     explores = config.algorithm == "fr3e"
     if not explores:
         why = f"{config.algorithm} restarts from no positions"
-        note("explore", "positions rule min_gap keep", why)
+        note("explore", "positions rule min_gap keep adaptive temperature", why)
         note("rollout", "base_trajectories", why)
         note("credit", "modulation first_state sharpen", why)
-    elif config.credit.modulation == "none":
+    if config.explore.rule != "mutual_information" or not explores:
+        note("explore", "pilots", "only explore.rule mutual_information samples pilots")
+    if explores and config.credit.modulation == "none":
         note("credit", "first_state sharpen", "credit.modulation is none")
     if config.algorithm == "grpo":
         note("credit", "reject", "grpo rejects no states")

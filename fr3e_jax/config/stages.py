@@ -72,6 +72,15 @@ class ExploreConfig:
     """Least distance of two positions, tokens (paper: 0)."""
     keep: KeepRule = dataclasses.field(default="first_of_each", metadata={"table": KEEP_RULES})
     """Base trajectories to explore:"""
+    adaptive: bool = False
+    """Fewer positions and rollouts where a query is often solved: ceil(K (1 - V(root))) and
+    ceil(M (1 - V(root))), at least 1 and 2; V(root) is the mean reward of its base trajectories (ours)."""
+    temperature: Annotated[float, Bounds(above=0, why="or null")] | None = None
+    """Sampling temperature of the first token after a state, the uncertain one, where it is drawn again; from
+    the bare query it is rollout.temperature, as of all other tokens. null: rollout.temperature (ours)."""
+    pilots: Count = 2
+    """Rollouts of each of the two likeliest tokens at a candidate, by which the rule mutual_information
+    ranks it; there are 4 K candidates (ours)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int32, Key, Shaped
+from jaxtyping import Bool, Float, Int32, Key, Shaped
 
 from fr3e_jax.engine.caches import empty_cache
-from fr3e_jax.engine.sampler import Drawn, Sampling, draw, draw_uniform
+from fr3e_jax.engine.draws import draw_first, draw_rows
+from fr3e_jax.engine.sampler import Drawn, Sampling
 from fr3e_jax.engine.seats import Leg, Seats
 from fr3e_jax.engine.stops import is_complete, state_after
 from fr3e_jax.models.attention import Part, Partial, Segment, attend_part, join
@@ -45,6 +46,9 @@ class Branches:
     """Recognises texts that end an answer."""
     begun: Int32[AnyArray, "N C"] | None = None
     """How much of a stop text the state of each branch ends with (`StopTable`)."""
+    rank: Int32[AnyArray, "N C"] | None = None
+    """The next token of a branch: 1 is the most likely one, 2 the second, and 0 one that is drawn. None: all
+    are drawn."""
 
 
 @pytree
@@ -247,27 +251,25 @@ def advance_branches(
       leg: where the running branches sit in `decoding.own`, and when to return.
       end_tokens: a branch stops after drawing one of these, which belongs to the answer. It also stops where
         a stop text is complete.
-      sampling: the distribution that tokens are drawn from.
+      sampling: the distribution that tokens are drawn from. With a first temperature, or with ranks, the leg
+        is one token long.
     """
     ends = jnp.asarray(end_tokens, jnp.int32)[None, None]
     rows = SeatMap(placement, leg.seats)
     parts, count = leg.seats.branch.shape
     window = min(leg.slots, decoding.rollouts.token.shape[2])
-    vocabulary_parts = placement.mesh.shape["tensor"]
     start, key = rows.of_branches(branches.position), rows.of_branches(branches.key)
     context = tuple(
         segment._replace(length=rows.to_groups(rows.of_branches(segment.length)))
         for segment in branches.context
     )
 
-    def draw_part(hidden: Float[Array, "R E"], position: Int32[Array, " R"], key: Key[Array, " R"]) -> Drawn:
-        def draw_row(logits: Float32[Array, " V"], position: Int32[Array, ""], key: Key[Array, ""]) -> Drawn:
-            uniform = draw_uniform(key, position)
-            return draw(logits, uniform, sampling, vocabulary_parts, placement.shard)
-
-        return jax.vmap(draw_row)(model.logits(hidden, placement.shard), position, key)
-
-    draw_all = jax.vmap(draw_part, spmd_axis_name=BATCH_AXES)
+    heated = rank = None
+    if sampling.first_temperature is not None and len(branches.context) > 1:
+        # The root keeps its temperature: its rollouts are what the query's success rate is measured by.
+        heated = rows.of_branches(branches.context[-1].length) > 0
+    if branches.rank is not None:
+        rank = rows.of_branches(branches.rank)
 
     def divided(cache: Float[Array, "L P K slots D"]) -> Float[Array, "L P K R S D"]:
         """Divide the slots of all rows into rows and slots."""
@@ -280,7 +282,10 @@ def advance_branches(
         hidden, own = decode_token(
             model, rows, token, position, context=context, own=before.own, window=window
         )
-        drawn = Drawn(*(rows.to_branches(x, running) for x in draw_all(hidden, position, key)))
+        drawn = draw_rows(model, placement, hidden, position, key, sampling)
+        if heated is not None or rank is not None:
+            drawn = draw_first(model, placement, hidden, position, key, sampling, drawn, heated, rank)
+        drawn = Drawn(*(rows.to_branches(x, running) for x in drawn))
 
         def write(buffer: Shaped[Array, "N C S"], value: Shaped[Array, "N C"]) -> Shaped[Array, "N C S"]:
             value = jnp.where(running, value, 0)[..., None]

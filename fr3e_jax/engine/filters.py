@@ -27,12 +27,14 @@ class Sampling:
 
     temperature: divides the logits; 0 takes the most likely token. top_k: only that many of the most likely
     tokens, 0 for all. top_p: only the fewest most likely tokens that together have this probability. Tokens
-    exactly as likely as the last that is kept are kept too.
+    exactly as likely as the last that is kept are kept too. first_temperature: divides the logits of the
+    first token after a position of a response instead; None: that one is drawn as all are.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    first_temperature: float | None = None
 
 
 def cutoff(

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int, Int32, Key, Shaped
 
 from fr3e_jax.engine.branches import Branches, Decoding, advance_branches, start_branches
 from fr3e_jax.engine.caches import Caches, prefill, reseat, take_queries, take_trajectories
-from fr3e_jax.engine.sampler import Sampling, row_key
+from fr3e_jax.engine.sampler import Sampling, branch_keys
 from fr3e_jax.engine.seats import Leg, arrange_kept, first_slots, schedule
 from fr3e_jax.engine.stops import states_along
 from fr3e_jax.models.attention import Segment
@@ -105,6 +105,7 @@ class Engine:
         rollouts: int,
         sampling: Sampling,
         keep: bool = False,
+        ranks: tuple[int, ...] | None = None,
     ) -> tuple[Rollouts, Int32[Array, ""]]:
         """Sample `rollouts` continuations from every valid state.
 
@@ -117,13 +118,14 @@ class Engine:
           rollouts: M.
           sampling: the distribution that tokens are drawn from.
           keep: whether the caches can be used again; otherwise their memory is given back.
+          ranks: of the first tokens of the M rollouts of a state, as `Branches.rank`; None: they are drawn.
 
         Returns:
           (Rollouts with N trajectories and C = J x rollouts branches, state-major, rows decoded over all
           steps).
         """
         branches, decoding = self.open_states(
-            params, queries, caches, states, seed_key=seed_key, step=step, rollouts=rollouts
+            params, queries, caches, states, seed_key=seed_key, step=step, rollouts=rollouts, ranks=ranks
         )
         if not keep:  # what the kept trajectories need of them has been taken out
             jax.tree.map(lambda x: x.delete(), (caches.base.key, caches.base.value))
@@ -163,7 +165,7 @@ class Engine:
         )
         return branches, self.start(model, branches)
 
-    @functools.partial(jax.jit, static_argnames=("self", "rollouts"))
+    @functools.partial(jax.jit, static_argnames=("self", "rollouts", "ranks"))
     def open_states(
         self,
         params: Params,
@@ -174,6 +176,7 @@ class Engine:
         seed_key: Key[AnyArray, ""],
         step: Int[AnyArray, ""] | int,
         rollouts: int,
+        ranks: tuple[int, ...] | None = None,
     ) -> tuple[Branches, Decoding]:
         """Open `rollouts` branches from every valid state; the arguments are those of `explore`."""
         model = nnx.merge(self.graph, params)
@@ -205,18 +208,24 @@ class Engine:
         token = jnp.where(states.prefix_length > 0, before, last)
 
         # A whole answer, prefix included, has at most max_new tokens.
-        limit = jnp.where(states.valid, self.max_new - states.prefix_length, 0)
+        limit = per_branch(jnp.where(states.valid, self.max_new - states.prefix_length, 0))
         count = states.prefix_length.shape[1] * rollouts
+        if states.rollouts is not None:
+            limit = jnp.where(jnp.arange(count)[None] % rollouts < states.rollouts[:, None], limit, 0)
+        rank = None
+        if ranks is not None:
+            rank = jnp.broadcast_to(jnp.tile(jnp.array(ranks, jnp.int32), count // rollouts), limit.shape)
         # Branch numbers continue after the base trajectories', one range per trajectory of the query.
         number = caches.count + states.base[:, None] * count + jnp.arange(count)[None, :]
         branches = Branches(
             token=per_branch(token),
             position=per_branch(query_length - 1 + states.prefix_length),
             context=(query_segment, base_segment),
-            limit=per_branch(limit),
+            limit=limit,
             key=branch_keys(seed_key, step, queries.index[states.query], number),
             stops=self.stops,
             begun=begun,
+            rank=rank,
         )
         return branches, self.start(model, branches)
 
@@ -256,17 +265,26 @@ class Engine:
         parts = row_parts(self.placement.mesh)
         shape = (parts, branches.token.shape[0] // parts, branches.token.shape[1])
         slots = decoding.own.key.shape[3] // self.rows_of(branches)
-        legs = schedule(shape, slots, self.max_new, compact, every)
-        leg = next(legs)
+        usual = (
+            dataclasses.replace(branches, rank=None),
+            dataclasses.replace(sampling, first_temperature=None),
+        )
+        heats = sampling.first_temperature is not None and len(branches.context) > 1
+        special = heats or branches.rank is not None
+        legs = schedule(shape, slots, self.max_new, compact, every, first_alone=special)
+        leg, drawing = next(legs), (branches, sampling) if special else usual
         while True:
             self.between()
             with warnings.catch_warnings():
                 # A cache that grows cannot be what it grew from.
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                decoding, ended = self.advance(params, branches, decoding, self.place(leg), sampling=sampling)
+                started, how = drawing
+                decoding, ended = self.advance(params, started, decoding, self.place(leg), sampling=how)
             yield decoding
             running, filled = jax.device_get(ended)
             self.watch(int(running.sum()), running.size, int(filled))
+            if filled:  # the first token is drawn
+                drawing = usual
             try:
                 leg = legs.send((running.reshape(shape), int(filled)))
             except StopIteration:
@@ -322,14 +340,3 @@ def last(states: Iterator[Decoding]) -> Decoding:
 def root_branches(queries: Queries, count: int) -> Int32[np.ndarray, "B {count}"]:
     """Number `count` branches from each query alone, on the host."""
     return np.broadcast_to(np.arange(count, dtype=np.int32), (queries.length.shape[0], count))
-
-
-def branch_keys(
-    seed_key: Key[AnyArray, ""],
-    step: Int[AnyArray, ""] | int,
-    query: Int32[AnyArray, " N"],
-    branch: Int32[AnyArray, "N C"],
-) -> Key[Array, "N C"]:
-    """Make the PRNG keys of branches, from the queries' indices in the stream and the branches' numbers."""
-    keys = jax.vmap(row_key, in_axes=(None, None, None, 0))
-    return jax.vmap(keys, in_axes=(None, None, 0, 0))(seed_key, step, query, branch)

@@ -51,6 +51,17 @@ def row_key(
     return seed_key
 
 
+def branch_keys(
+    seed_key: Key[AnyArray, ""],
+    step: Int[AnyArray, ""] | int,
+    query: Int32[AnyArray, " N"],
+    branch: Int32[AnyArray, "N C"],
+) -> Key[Array, "N C"]:
+    """Make the PRNG keys of branches, from the queries' indices in the stream and the branches' numbers."""
+    keys = jax.vmap(row_key, in_axes=(None, None, None, 0))
+    return jax.vmap(keys, in_axes=(None, None, 0, 0))(seed_key, step, query, branch)
+
+
 def draw_uniform(key: Key[AnyArray, ""], position: Int[AnyArray, ""] | int) -> Float32[Array, ""]:
     """Draw the uniform number in [0, 1) for the token at `position` of a branch."""
     return jax.random.uniform(jax.random.fold_in(key, position))

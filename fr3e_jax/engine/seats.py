@@ -182,7 +182,12 @@ LegEnd = tuple[Bool[np.ndarray, "P n C"], int]
 
 
 def schedule(
-    shape: tuple[int, int, int], slots: int, max_new: int, compact: bool = True, every: int | None = None
+    shape: tuple[int, int, int],
+    slots: int,
+    max_new: int,
+    compact: bool = True,
+    every: int | None = None,
+    first_alone: bool = False,
 ) -> Generator[Leg, LegEnd, None]:
     """Decide the legs of a decoding, each from how the one before has ended.
 
@@ -193,6 +198,7 @@ def schedule(
       compact: whether rows move together as branches stop.
       every: tokens between two looks at what was generated, 1 before the first; None looks at the end, and
         before each move.
+      first_alone: whether the first token is a leg of its own, since another program draws it.
 
     Yields:
       Legs, on the host. Send how each has ended; the schedule ends when no branch runs.
@@ -202,7 +208,9 @@ def schedule(
     seats, origin, before = take_seats(np.ones(shape, bool), rows), None, (rows, slots)
     while True:
         window = min(slots, max_new)
-        until = window if every is None else min(window, filled + every if filled else 1)
+        until = window if every is None else min(window, filled + every)
+        if not filled and (first_alone or every is not None):
+            until = 1
         leave = ladder.below(rows) if compact else 0
         running, filled = yield Leg(seats, origin, until=until, leave=leave, before=before, slots=slots)
         if not running.any():

@@ -70,7 +70,9 @@ def how_asked(
     settings = {
         **resolved,
         "step": config.step,
-        **dataclasses.asdict(Sampling(temperature, config.top_k, config.top_p)),
+        "temperature": temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
         "max_response": config.max_response,
         "seed": config.seed,
         "success_at": config.success_at,

@@ -183,21 +183,21 @@ class Verifier:
           problems: of the round's queries.
 
         Returns:
-          A function that waits for them, float32 [N, J, M], 0 where the state is invalid.
+          A function that waits for them, float32 [N, J, M], 0 where no rollout was drawn.
         """
         n, j = states.valid.shape
         m = rollouts.length.shape[1] // j
-        mine = states.valid & self.hosts.rows_here(n)[:, None]
-        where = [(a, b, c) for a, b in np.argwhere(mine).tolist() for c in range(m)]
+        mine = states.drawn(m) & self.hosts.rows_here(n)[:, None, None]
+        where = np.argwhere(mine).tolist()
         answers = [whole_answer(states, rollouts, *place) for place in where]
-        stopped = rollouts.stopped.reshape(n, j, m)[mine].reshape(-1)
+        stopped = rollouts.stopped.reshape(n, j, m)[mine]
         own = {query: problems[query] for query in sorted({int(states.query[a]) for a, _, _ in where})}
         asked = [own[int(states.query[a])] for a, _, _ in where]
         wait = self.rewards(answers, stopped, asked, [a * j + b for a, b, _ in where])
 
         def result() -> np.ndarray:
             reward = np.zeros((n, j, m), np.float32)
-            reward[mine] = wait().reshape(-1, m)
+            reward[mine] = wait()
             return self.hosts.add_up(reward, "rewards of partial rollouts")
 
         return result

@@ -141,9 +141,14 @@ def mesh_of(config: MeshConfig) -> Mesh:
     return make_mesh(config.data, config.fsdp, config.tensor)
 
 
-def sampling_of(config: RolloutConfig) -> Sampling:
-    """The distribution that rollouts are drawn from."""
-    return Sampling(config.temperature, config.top_k, config.top_p)
+def sampling_of(config: RolloutConfig, first_temperature: float | None = None) -> Sampling:
+    """The distribution that rollouts are drawn from.
+
+    Args:
+      config: of rollouts.
+      first_temperature: explore.temperature, where rollouts start from states.
+    """
+    return Sampling(config.temperature, config.top_k, config.top_p, first_temperature)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,9 @@ def open_round(
         base_reward = base_rewards()
     index, placed_reward = place((queries.index, base_reward))
     kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at))
-    states, placed_states = find_states(config.explore, engine, draws, queries, base, kept, sampled)
+    states, placed_states = find_states(
+        config.explore, engine, draws, queries, base, kept, sampled, base_reward
+    )
     with watch.stage("explore"):
         rollouts, row_steps = explore(config, engine, params, draws, placed, caches, placed_states)
         rollouts = gather(rollouts)
@@ -203,5 +205,5 @@ def explore(
         seed_key=draws.tokens,
         step=draws.step,
         rollouts=config.explore.rollouts,
-        sampling=sampling_of(config.rollout),
+        sampling=sampling_of(config.rollout, config.explore.temperature),
     )

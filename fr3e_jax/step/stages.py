@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, Int32, Key
 
+from fr3e_jax.algorithm.amounts import LEAST_POSITIONS, LEAST_ROLLOUTS, adapted_amount
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
 from fr3e_jax.algorithm.positions import Trajectories, positions_of
@@ -84,6 +85,7 @@ def find_states(
     base: Rollouts,
     kept: Bool[np.ndarray, "B R"],
     sampled: Rollouts,
+    base_reward: Float32[np.ndarray, "B R"] | None = None,
 ) -> tuple[States, States]:
     """Stages 5 and 6: the states of kept trajectories.
 
@@ -96,6 +98,7 @@ def find_states(
       queries, base: of the round, on the host; base trajectories have leaves [B, R, S].
       kept: which are explored.
       sampled: base trajectories as they lie on the devices; longer than `base` where a stop text was cut off.
+      base_reward: of the base trajectories, where `rules.adaptive`; the same on every process.
 
     Returns:
       (states on the host, the same on the devices).
@@ -103,9 +106,11 @@ def find_states(
     query, trajectory, real = engine.arrange(kept)
     place = engine.placement.place_rows
     where = place((queries.index[query], query, trajectory, real))
-    placed = choose_states(rules, engine.placement, draws, sampled, place(base.length), *where)
-    prefix_length, valid = gather((placed.prefix_length, placed.valid))
-    return States(query, trajectory, base.token[query, trajectory], prefix_length, valid), placed
+    value = None if base_reward is None or not rules.adaptive else place(base_reward.mean(axis=1)[query])
+    placed = choose_states(rules, engine.placement, draws, sampled, place(base.length), *where, value)
+    prefix_length, valid, rollouts = gather((placed.prefix_length, placed.valid, placed.rollouts))
+    response = base.token[query, trajectory]
+    return States(query, trajectory, response, prefix_length, valid, rollouts), placed
 
 
 def choose_states(rules: ExploreConfig, placement: Placement, draws: Draws, *rest: Any) -> States:
@@ -124,6 +129,7 @@ def compiled_states(
     query: Int32[AnyArray, " N"],
     trajectory: Int32[AnyArray, " N"],
     real: Bool[AnyArray, " N"],
+    value: Float32[AnyArray, " N"] | None = None,
 ) -> States:
     """Stages 5 and 6 on the devices: the states of N kept trajectories, each in the part of its query.
 
@@ -134,6 +140,8 @@ def compiled_states(
       index: the queries' places in the stream.
       query, trajectory: row and column of the kept trajectories in `base`.
       real: False where a row is only padding.
+      value: V(root) of the query of each kept trajectory, by which positions and rollouts are fewer; None:
+        all have as many.
     """
     placement, parts = Placement(mesh), row_parts(mesh)
     per_part = length.shape[0] // parts
@@ -154,6 +162,10 @@ def compiled_states(
     )
     # Branch numbers from 1: 0 chose the trajectories.
     keys = jax.vmap(row_key, (None, None, 0, 0))(draws.choices, draws.step, index, 1 + trajectory)
+    wanted = rollouts = None
+    if value is not None:
+        wanted = adapted_amount(rules.positions, value, LEAST_POSITIONS)
+        rollouts = adapted_amount(rules.rollouts, value, LEAST_ROLLOUTS)
     trajectories = Trajectories(
         entropy=entropy,
         logprob=logprob,
@@ -161,10 +173,11 @@ def compiled_states(
         key=keys,
         count=rules.positions,
         min_gap=rules.min_gap,
+        wanted=wanted,
     )
     position, valid = positions_of(rules.rule, trajectories)
     prefix_length, valid = states_of(position, valid)
-    states = States(query, trajectory, response, prefix_length, valid & real[:, None])
+    states = States(query, trajectory, response, prefix_length, valid & real[:, None], rollouts)
     return jax.tree.map(lambda x: placement.shard(x, "batch"), states)
 
 
