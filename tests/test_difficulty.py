@@ -114,6 +114,13 @@ def test_the_share_of_right_answers_is_that_of_the_bare_query():
     )
     assert success_rates(measured).tolist() == [0.75, 0.0]
     assert success_rates(dataclasses.replace(measured, success_at=0.5)).tolist() == [1.0, 0.0]
+    # Of those that count, the second base trajectory and a root rollout of query 0 are none.
+    some = dataclasses.replace(
+        measured,
+        counted=np.array([[[True, False], [True, True]], [[True, True]] * 2]),
+        base_counted=np.array([[True, False], [False, False]]),
+    )
+    np.testing.assert_array_equal(success_rates(some), [1.0, np.nan])
     # Without restarts the rollouts are the base trajectories, and count once.
     assert success_rates(dataclasses.replace(measured, restarts=False)).tolist() == [0.5, 0.0]
 
@@ -179,7 +186,7 @@ def test_questions_come_in_proportion_to_their_weight():
 
 
 def test_a_hundred_thousand_questions_of_which_few_are_left_cost_no_second():
-    large = order(100_000, retire_above=0.5)
+    large = Difficulty((range(100_000),), (1.0,), 3, 0.5, "uniform")
     gone = np.arange(100_000) < 99_968
     few = Rates(gone.astype(np.int32), gone.astype(np.float32))
     began = time.perf_counter()
@@ -236,11 +243,15 @@ def added(count=60):
 
 @pytest.fixture(scope="module")
 def small():
-    """The configuration and the parts of a small run whose questions are remembered."""
+    """Configuration and parts of a small run with an adapted bonus, whose questions are remembered."""
     options = ["--data.retire_above=0.9", "--data.sample_by=difficulty"]
-    config = resolve(parse(Config, "train", "configs/quickstart.yaml", SMALL)[0])
+    others = [
+        *("--loss.entropy_target=5", "--loss.entropy_coefficient=1e-3", "--loss.entropy_step=1e-3"),
+        *("--reward.cut=shaped", "--reward.cut_slope=0.1", "--reward.success_at=0.4"),
+    ]
+    config = resolve(parse(Config, "train", "configs/quickstart.yaml", [*SMALL, *others])[0])
     parts = build(config, Hosts(run_mesh(config.mesh), timeout=60))
-    config = resolve(parse(Config, "train", "configs/quickstart.yaml", [*SMALL, *options])[0])
+    config = resolve(parse(Config, "train", "configs/quickstart.yaml", [*SMALL, *options, *others])[0])
     passing = Difficulty((added(),), (1.0,), config.seed, 0.9, "difficulty")
     yield config, dataclasses.replace(parts, stream=dataclasses.replace(parts.stream, difficulty=passing))
     parts.verifier.pool.close()
@@ -275,6 +286,8 @@ def test_a_run_that_is_killed_between_steps_asks_what_it_would_have_asked(small,
     assert metrics == repeated
     new = whole.rates.visits - rates.visits
     assert new.sum() == 8 * metrics["rounds"] and not new[rates.rate == 1].any()
+    assert metrics["update/entropy_coefficient"] == 1e-3 and whole.entropy_coefficient == 2e-3
+    assert 0 < metrics["update/entropy"] < 5
     assert metrics["questions/asked"] == (whole.rates.visits > 0).sum()
     assert metrics["questions/retired"] >= 20 and 0 < metrics["questions/rate"] < 1
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -82,8 +83,8 @@ def test_minibatches_are_as_many_as_the_states_need(states, count):
 
 @given(st.integers(1, 30), st.integers(1, 8))
 def test_uneven_minibatches_take_every_state_once(states, parts):
-    some = groups.empty_groups(1, 1, 1)
-    some = type(some)(**{k: np.zeros((states, *v.shape[1:]), v.dtype) for k, v in vars(some).items()})
+    empty = groups.empty_groups(1, 1, 1)
+    some = jax.tree.map(lambda x: np.zeros((states, *x.shape[1:]), x.dtype), empty)
     some.query_length[:] = np.arange(states)
     cut = groups.minibatches(some, parts, np.random.default_rng(0))
     assert sorted(np.concatenate([part.query_length for part in cut]).tolist()) == list(range(states))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float32, Key
+from jaxtyping import Bool, Float32, Int32, Key
 
 from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
 from fr3e_jax.algorithm.success import solved
@@ -61,6 +61,7 @@ def keep_trajectories(
     rule: str | KeepFunction,
     key: Key[Array, " B"],
     success_at: float = 1.0,
+    counted: Bool[AnyArray, "B R"] | None = None,
 ) -> Bool[AnyArray, "B R"]:
     """Choose the base trajectories to explore.
 
@@ -69,9 +70,25 @@ def keep_trajectories(
       rule: a name in KEEP_RULES, or a function.
       key: PRNG keys.
       success_at: least reward of a correct trajectory.
+      counted: which trajectories count; None: all. The others are not kept: to the rule each is one more of
+        the trajectory that counts before it, or after it where none is before.
 
     Raises:
       RuleError: there is no such rule, or it gives something else.
     """
+    if counted is not None:
+        stands_for = nearest_counted(counted)
+        reward = jnp.take_along_axis(reward, stands_for, axis=1)
     kept = function_of(KEEP_RULES, rule)(reward, solved(reward, success_at), key)
-    return of_shape(kept, reward.shape, "kept trajectories [B, R]")
+    kept = of_shape(kept, reward.shape, "kept trajectories [B, R]")
+    if counted is None:
+        return kept
+    rows = jnp.arange(reward.shape[0])[:, None]
+    return jnp.zeros(kept.shape, bool).at[rows, stands_for].max(kept) & counted
+
+
+def nearest_counted(counted: Bool[AnyArray, "B R"]) -> Int32[Array, "B R"]:
+    """Find, for each trajectory, itself if it counts, else the last before it that does, else the first."""
+    index = jnp.arange(counted.shape[1], dtype=jnp.int32)[None, :]
+    last = jax.lax.cummax(jnp.where(counted, index, -1), axis=1)
+    return jnp.where(last < 0, jnp.argmax(counted, axis=1)[:, None].astype(jnp.int32), last)

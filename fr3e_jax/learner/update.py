@@ -274,8 +274,8 @@ def chunk_loss(
     if wants_entropy:
         metrics["entropy"] = masked_sum(entropy, mask) / denominator
         mean = masked_sum(weighted(entropy, rows), mask) / denominator
-        weight = settings.entropy_coefficient if entropy_coefficient is None else entropy_coefficient
-        loss = loss - weight * mean
+        bonus = settings.entropy_coefficient if entropy_coefficient is None else entropy_coefficient
+        loss = loss - bonus * mean
     log_ratio = jnp.where(mask, logprob - rows.old_logprob, 0.0)
     metrics["abs_log_ratio"] = masked_sum(jnp.abs(log_ratio), mask) / denominator
     metrics["abs_log_ratio_max"] = jnp.max(jnp.abs(log_ratio))

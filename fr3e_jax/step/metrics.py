@@ -37,6 +37,8 @@ class Measured:
     """Least reward of an answer that is right."""
     counted: Bool[np.ndarray, "N J M"] | None = None
     """Which rollouts count; None: all."""
+    base_counted: Bool[np.ndarray, "B R"] | None = None
+    """Which base trajectories count; None: all."""
 
     @property
     def counts(self) -> Bool[np.ndarray, "N J M"]:
@@ -83,14 +85,18 @@ def root_mean(states: States, value: Float32[np.ndarray, "N J"]) -> float:
 
 
 def success_rates(m: Measured) -> Float32[np.ndarray, " B"]:
-    """Share of right answers from the bare query: of the base trajectories and of the rollouts of S_0."""
-    right = solved(m.base_reward, m.success_at).astype(np.float32)
-    total, count = right.sum(axis=1), np.full(len(right), right.shape[1], np.float32)
+    """Share of right answers from the bare query: of the base trajectories and of the rollouts of S_0.
+
+    Those that do not count are left out; nan where none is left.
+    """
+    right = solved(m.base_reward, m.success_at)
+    counts = np.ones(right.shape, bool) if m.base_counted is None else m.base_counted
+    total, count = (x.sum(axis=1, dtype=np.float32) for x in (right & counts, counts))
     if m.restarts:
-        drawn = m.counts[:, 0] & m.valid[:, :1]
-        np.add.at(total, m.states.query, (m.right[:, 0] & drawn).sum(axis=1, dtype=np.float32))
-        np.add.at(count, m.states.query, drawn.sum(axis=1, dtype=np.float32))
-    return total / count
+        roots = m.counts[:, 0] & m.valid[:, :1]
+        for sums, x in ((total, m.right[:, 0] & roots), (count, roots)):
+            np.add.at(sums, m.states.query, x.sum(axis=1, dtype=np.float32))
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
 def of_accepted(x: Float[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]) -> Any:

@@ -108,8 +108,8 @@ def open_round(
         return Round(queries, problems, base, None, roots(base), base, base_rewards, costs, following)
     with watch.stage("verify"):
         base_reward = base_rewards()
-    index, placed_reward = place((queries.index, base_reward))
-    kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at))
+    index, placed_reward, counted = place((queries.index, base_reward, uncut(config, base)))
+    kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at, counted))
     states, placed_states = find_states(
         config.explore, engine, draws, queries, base, kept, sampled, base_reward
     )
@@ -141,7 +141,9 @@ def close_round(
     base_reward = opened.base_reward
     if base_reward is None:
         base_reward, reward = reward, reward[:, None]
-    counted = opened.counted
+    counted, whole = opened.counted, uncut(config, rollouts)
+    if whole is not None:
+        counted = whole.reshape(reward.shape) & (True if counted is None else counted)
     states = dataclasses.replace(states, valid=counted_states(states.valid, counted))
     advantage, value, alpha, accepted = gather(
         assign_credit(config.credit, *place((reward, states.valid, states.query, counted)))
@@ -150,11 +152,18 @@ def close_round(
     credit = (reward, value, alpha, advantage, accepted)
     restarts = opened.base_reward is not None
     success_at = config.reward.success_at
-    measured = Measured(base, base_reward, states, rollouts, *credit, restarts, success_at, counted)
-    metrics = measure(measured) | cost_metrics(opened.costs)
+    masks = (counted, uncut(config, base))
+    measured = Measured(base, base_reward, states, rollouts, *credit, restarts, success_at, *masks)
+    metrics = measure(measured)
+    metrics |= cost_metrics(opened.costs)
     gathered = groups.collect(accepted, queries, states, rollouts, advantage, counted)
     excerpt = parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems, counted)
     return gathered, metrics, excerpt, success_rates(measured)
+
+
+def uncut(config: Config, rollouts: Rollouts) -> Bool[np.ndarray, "N C"] | None:
+    """Which answers count where those that the length limit cut off do not; None: all."""
+    return rollouts.stopped if config.reward.cut == "masked" else None
 
 
 def first_return(

@@ -56,6 +56,7 @@ def keep(
     query: Int32[Array, " B"],
     base_reward: Float32[Array, "B R"],
     success_at: float = 1.0,
+    counted: Bool[AnyArray, "B R"] | None = None,
 ) -> Bool[Array, "B R"]:
     """Stage 4: which base trajectories are explored.
 
@@ -64,17 +65,23 @@ def keep(
       query: the queries' places in the stream.
       base_reward: of the base trajectories.
       success_at: least reward of a trajectory that is correct.
+      counted: which trajectories count, and may be explored; None: all.
     """
-    return compiled_keep(with_functions(rules), draws, query, base_reward, success_at)
+    return compiled_keep(with_functions(rules), draws, query, base_reward, success_at, counted)
 
 
 @functools.partial(jax.jit, static_argnames=("rules", "success_at"))
 def compiled_keep(
-    rules: ExploreConfig, draws: Draws, query: Array, base_reward: Array, success_at: float
+    rules: ExploreConfig,
+    draws: Draws,
+    query: Array,
+    base_reward: Array,
+    success_at: float,
+    counted: Array | None = None,
 ) -> Array:
     """`keep` of rules that are functions."""
     keys = jax.vmap(row_key, (None, None, 0, None))(draws.choices, draws.step, query, 0)
-    return keep_trajectories(base_reward, rules.keep, keys, success_at)
+    return keep_trajectories(base_reward, rules.keep, keys, success_at, counted)
 
 
 def find_states(

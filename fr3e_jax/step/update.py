@@ -102,9 +102,11 @@ def train_step(
     parts.engine.between()  # for the last time while there is a state to save: updates replace it
     sampler_params = None  # the update needs its memory
     batch, carried = groups.split(waiting, wanted)
-    batch, weights = weigh(config, parts, state, batch, watch)
-
     minibatches, bonus = minibatches_of(groups.count(batch), config), bonus_of(config.loss, progress)
+    weights: Metrics = {}
+    if minibatches:
+        batch, weights = weigh(config, parts, state, batch, watch)
+
     updates, flops, tokens = [], 0.0, np.zeros(2)
     with watch.stage("update"):
         for epoch in range(config.optimizer.epochs if minibatches else 0):
