@@ -33,6 +33,11 @@ def real_tokens(groups: StateGroups) -> Bool[np.ndarray, "G M new"]:
     return np.arange(groups.token.shape[2]) < groups.length[..., None]
 
 
+def weighs_tokens(loss: LossConfig) -> bool:
+    """Tell whether the options of the loss give weights to tokens."""
+    return loss.top_entropy_share < 1 or loss.covariance_share > 0 or loss.mismatch != "none"
+
+
 def with_masks(groups: StateGroups, loss: LossConfig) -> StateGroups:
     """Leave out tokens of a batch by their entropy and their covariance; as it was where no option asks."""
     real, trained = real_tokens(groups), []
