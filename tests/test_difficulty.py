@@ -46,7 +46,7 @@ def task(label, count):
 
 
 def rates_of(*shares):
-    """SuccessRates of questions, visited once each; None is one that is not."""
+    """Rates of questions, visited once each; None is one that is not."""
     return SuccessRates(
         np.array([share is not None for share in shares], np.int32),
         np.array([share or 0.0 for share in shares], np.float32),

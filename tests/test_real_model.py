@@ -28,7 +28,7 @@ from fr3e_jax.types import Queries
 
 pytestmark = [pytest.mark.real_model, pytest.mark.optimised]
 
-WIDTH, NEW = 96, 64
+WIDTH, NEW = 96, 24
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def mutual_information(
     the token.
 
     From n pilots of each token I comes out too high on average: by about 1 / (4 n) nats where the token does
-    not matter, half of the answers are right, and p = 1/2; by less elsewhere. SuccessRates that are smoothed instead
+    not matter, half of the answers are right, and p = 1/2; by less elsewhere. Rates that are smoothed instead
     (Jeffreys) are never 0 or 1, so that with few pilots a token that decides the answer hardly stands out.
 
     Args:
