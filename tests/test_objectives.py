@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_losses import DUAL, loss_slowly
 
 from fr3e_jax.algorithm.aggregates import AGGREGATES, shares_of
 from fr3e_jax.algorithm.objectives import OBJECTIVES
@@ -16,7 +17,6 @@ LIMIT, WIDTH = 9, 6
 LENGTH = np.array([[6, 1], [3, 4], [2, 5]])
 REAL = np.arange(WIDTH) < LENGTH[..., None]
 BOUNDS = {"clip": (0.22, 0.28), "cispo": (0.4, 0.5), "gspo": (0.02, 0.03)}
-DUAL = 1.5
 PAIRS = [(objective, aggregate) for objective in OBJECTIVES for aggregate in AGGREGATES]
 
 
@@ -27,36 +27,11 @@ def example(seed=0):
     return old + rng.normal(0, 0.5, REAL.shape), old, rng.normal(size=LENGTH.shape)
 
 
-def token_losses(objective, new, old, advantage, fixed):
-    """The losses of one sequence's tokens, float64; `fixed`: log-probabilities where the gradient stops."""
-    low, high = BOUNDS[objective]
-    ratio = np.exp(new - old)
-    if objective == "cispo":
-        return [
-            -min(max(np.exp(f - o), 1 - low), 1 + high) * advantage * n
-            for n, o, f in zip(new, old, fixed, strict=True)
-        ]
-    if objective == "gspo":  # the sequence's likelihood ratio to the power of 1 / length
-        ratio = np.full(len(new), np.prod(ratio) ** (1 / len(new)))
-    losses = [max(-r * advantage, -min(max(r, 1 - low), 1 + high) * advantage) for r in ratio]
-    return [min(loss, -DUAL * advantage) if advantage < 0 else loss for loss in losses]
-
-
-def loss_slowly(objective, aggregate, new, old, advantage, fixed=None, length=LENGTH, query=QUERIES):
-    """The mean that `aggregate` names, of token losses that are computed one by one, float64."""
-    fixed, sequences = new if fixed is None else fixed, {}
-    for g, m in np.ndindex(*length.shape):
-        own = slice(0, length[g, m])
-        args = (new[g, m, own], old[g, m, own], advantage[g, m], fixed[g, m, own])
-        sequences[g, m] = token_losses(objective, *args)
-    if aggregate == "token":
-        return np.mean(np.concatenate(list(sequences.values())))
-    if aggregate == "sequence":
-        return np.mean([np.mean(losses) for losses in sequences.values()])
-    if aggregate == "prompt":
-        own = [[losses for (g, _), losses in sequences.items() if query[g] == q] for q in set(query)]
-        return np.mean([np.mean(np.concatenate(losses)) for losses in own])
-    return sum(map(sum, sequences.values())) / (length.size * LIMIT)
+def slowly(objective, aggregate, new, old, advantage, fixed=None):
+    """The same loss in numpy, float64."""
+    return loss_slowly(
+        objective, aggregate, BOUNDS[objective], new, old, advantage, LENGTH, QUERIES, LIMIT, fixed=fixed
+    )
 
 
 @functools.cache
@@ -88,9 +63,7 @@ def computed(objective, aggregate, new, old, advantage, weight=1.0, length=LENGT
 def test_every_objective_by_every_mean_is_that_of_float64(objective, aggregate):
     for seed in range(3):
         (loss, _), _ = computed(objective, aggregate, *example(seed))
-        assert float(loss) == pytest.approx(
-            loss_slowly(objective, aggregate, *example(seed)), rel=2e-5, abs=1e-6
-        )
+        assert float(loss) == pytest.approx(slowly(objective, aggregate, *example(seed)), rel=2e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("objective", "aggregate"), PAIRS)
@@ -101,9 +74,7 @@ def test_every_gradient_is_that_of_finite_differences(objective, aggregate):
     for index in np.ndindex(*REAL.shape):
         step = np.zeros(REAL.shape)
         step[index] = 1e-6
-        up, down = (
-            loss_slowly(objective, aggregate, new + sign * step, old, advantage, new) for sign in (1, -1)
-        )
+        up, down = (slowly(objective, aggregate, new + sign * step, old, advantage, new) for sign in (1, -1))
         assert gradient[index] == pytest.approx((up - down) / 2e-6, abs=1e-5), index
     assert not gradient[~REAL].any() and (np.abs(gradient[REAL]) > 1e-3).sum() > 3
 

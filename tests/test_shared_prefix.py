@@ -10,12 +10,14 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_losses import DUAL, loss_slowly
 from support import TINY, examples, logits, placement, tiny_params
 
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import init_state, make_optimizer
 from fr3e_jax.learner.update import Learner
+from fr3e_jax.learner.weights import learner_logprobs, with_shares
 from fr3e_jax.models import attention
 from fr3e_jax.models.decoder import graph_of, logical_axes
 from fr3e_jax.types import StateGroups
@@ -204,3 +206,77 @@ def logprobs(bundle, chunk):
         place = np.arange(prefix, len(row) - 1)
         found[i, 1:] = logprob[i, place, row[place + 1]]
     return found
+
+
+# --- objectives, means and weights
+
+
+def weighted_minibatch(aggregate, order=slice(None)):
+    """One minibatch whose tokens have weights, a third of them 0, and whose rollouts have shares."""
+    found = one_minibatch()
+    weight = np.random.default_rng(3).choice([0.0, 0.5, 1.5], found.token.shape).astype(np.float32)
+    found = dataclasses.replace(found, weight=weight)
+    found = jax.tree.map(lambda x: x[order], found)
+    return with_shares(found, LossConfig(aggregate=aggregate), RESPONSE)
+
+
+OTHERS = [pytest.param("cispo", "prompt", marks=pytest.mark.slow), ("gspo", "sequence")]
+OTHERS += [pytest.param("clip", "constant", marks=pytest.mark.slow)]
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize(("objective", "aggregate"), OTHERS)
+def test_no_objective_or_mean_depends_on_layout_order_or_mesh(objective, aggregate):
+    """And the loss is that of float64."""
+    options = {"objective": objective, "dual_clip": DUAL, "sequence_clip_low": 0.2, "sequence_clip_high": 0.2}
+    found = weighted_minibatch(aggregate)
+    theirs, expected = gradient(found, False, **options)
+    bounds = (0.2, 0.2) if objective == "gspo" else (0.22, 0.28)
+    new, _ = learner_logprobs(learner(), jax.tree.map(jnp.asarray, PARAMS), found, 64)
+    tokens = (new, found.logprob, found.advantage, found.length, found.source[:, 0])
+    loss = loss_slowly(objective, aggregate, bounds, *tokens, RESPONSE, found.weight)
+    np.testing.assert_allclose(expected["loss"], loss, rtol=1e-4)
+    assert 0 < expected["left_out"] < 1
+    mixed = weighted_minibatch(aggregate, np.array([2, 0, 3, 1]))
+    for budget, mesh in ((32, (1, 1, 1)), (1000, (2, 2, 2))):
+        ours, metrics = gradient(mixed, True, budget, mesh=mesh, **options)
+        assert_same(ours, theirs)
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_kl_and_entropy_bonus_are_of_the_same_mean_as_the_objective():
+    """The constant mean is the token mean times how full the answers are, in every term."""
+    found = one_minibatch()
+    reference = jax.tree.map(lambda x: x * 1.1, PARAMS)
+    options = {"reference": reference, "kl_coefficient": 0.3, "entropy_coefficient": 0.2}
+    theirs, expected = gradient(found, True, **options)
+    constant = with_shares(found, LossConfig(aggregate="constant"), RESPONSE)
+    ours, metrics = gradient(constant, True, **options)
+    full = found.length.mean() / RESPONSE
+    np.testing.assert_allclose(metrics["loss"], full * expected["loss"], rtol=1e-5)
+    assert_same(ours, jax.tree.map(lambda x: np.float32(full) * x, theirs))
+    for name in ("entropy", "reference_kl"):  # which stay means over tokens
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_the_learners_log_probabilities_of_a_batch_are_those_of_whole_sequences(mesh):
+    found, own = one_minibatch(), learner(mesh)
+    params = jax.device_put(PARAMS, own.placement.shardings(AXES, PARAMS))
+    logprob, bundles = learner_logprobs(own, params, found, 64)
+    seen = np.zeros(logprob.shape, bool)
+    for bundle in bundles_of(found, 1, 64):
+        for chunk, origin in zip(bundle.chunks, bundle.origin, strict=True):
+            expected = logprobs(bundle, chunk)
+            for i in np.flatnonzero(origin[:, 0] >= 0):
+                (state, rollout), new = origin[i], slice(chunk.start[i], chunk.length[i])
+                own_tokens = slice(0, new.stop - new.start)
+                np.testing.assert_array_equal(found.token[state, rollout, own_tokens], chunk.token[i, new])
+                computed = logprob[state, rollout, own_tokens]
+                np.testing.assert_allclose(computed, expected[i, new], rtol=1e-4, atol=1e-4)
+                seen[state, rollout, own_tokens] = True
+    np.testing.assert_array_equal(seen, np.arange(RESPONSE) < found.length[..., None])
+    assert not logprob[~seen].any() and len(bundles) > 0

@@ -121,7 +121,8 @@ def open_round(
     with watch.stage("verify"):
         rewards = verifier.whole(states, rollouts, problems)
         rollouts = parts.text.trimmed(rollouts, states)
-    return Round(queries, problems, base, base_reward, states, rollouts, rewards, costs, following)
+    counted = None if states.rollouts is None else states.drawn(config.explore.rollouts)
+    return Round(queries, problems, base, base_reward, states, rollouts, rewards, costs, following, counted)
 
 
 def close_round(
