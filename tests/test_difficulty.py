@@ -19,10 +19,10 @@ from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.corpus import make_corpus
 from fr3e_jax.problems.difficulty import (
     Difficulty,
-    Rates,
+    SuccessRates,
     acceptance,
     retired,
-    shares_of,
+    shares_in_parts,
     sources_at,
     unseen,
     visited,
@@ -47,7 +47,7 @@ def task(label, count):
 
 def rates_of(*shares):
     """Rates of questions, visited once each; None is one that is not."""
-    return Rates(
+    return SuccessRates(
         np.array([share is not None for share in shares], np.int32),
         np.array([share or 0.0 for share in shares], np.float32),
     )
@@ -141,7 +141,7 @@ def test_every_epoch_asks_each_question_once_in_a_new_order():
 @pytest.mark.parametrize("weights", [[40_315, 8_523], [0.1, 0.9, 0.5], [1e-3, 2e-3, 1]])
 def test_sources_have_their_shares_everywhere_and_each_goes_through_all_of_its_questions(weights):
     for start in (0, 10_007, 2**30):
-        source, occurrence = sources_at(np.arange(start, start + 10_000), shares_of(weights))
+        source, occurrence = sources_at(np.arange(start, start + 10_000), shares_in_parts(weights))
         for i, weight in enumerate(weights):
             mine = occurrence[source == i]
             assert np.diff(mine).tolist() == [1] * (len(mine) - 1)
@@ -188,7 +188,7 @@ def test_questions_come_in_proportion_to_their_weight():
 def test_a_hundred_thousand_questions_of_which_few_are_left_cost_no_second():
     large = Difficulty((range(100_000),), (1.0,), 3, 0.5, "uniform")
     gone = np.arange(100_000) < 99_968
-    few = Rates(gone.astype(np.int32), gone.astype(np.float32))
+    few = SuccessRates(gone.astype(np.int32), gone.astype(np.float32))
     began = time.perf_counter()
     positions, _ = large.positions(0, 32, few)
     assert time.perf_counter() - began < 1.0

@@ -169,6 +169,22 @@ def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy():
 
 
 @pytest.mark.optimised
+def test_an_adapted_weight_of_the_entropy_is_that_of_a_fixed_one_and_compiles_nothing_anew():
+    batch, fixed = make_batch(), LossConfig(clip_low=0.22, clip_high=0.28, entropy_coefficient=0.25)
+    adapted = dataclasses.replace(fixed, entropy_coefficient=0.0, entropy_target=0.5)
+    theirs, expected_metrics = gradient(batch, 2, loss=fixed)
+    own = learner(loss=adapted)
+    params = jax.device_put(PARAMS, own.placement.shardings(AXES, PARAMS))
+    ours, metrics = own.gradient(params, in_chunks(batch, 2), entropy_coefficient=0.25)
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
+    assert_same(jax.device_get(ours), theirs)
+    count = Learner.add_chunk._cache_size()
+    _, other = own.gradient(params, in_chunks(batch, 2), entropy_coefficient=0.5)
+    assert Learner.add_chunk._cache_size() == count
+    np.testing.assert_allclose(other["loss"] - metrics["loss"], -0.25 * metrics["entropy"], rtol=1e-4)
+
+
+@pytest.mark.optimised
 def test_the_first_minibatch_is_on_policy_and_never_clipped():
     _, metrics = gradient(make_batch(off_policy=0.0), 2)
     assert metrics["abs_log_ratio"] < 1e-6

@@ -21,14 +21,14 @@ SampleBy = Literal["uniform", "difficulty"]
 MOST_QUESTIONS = 2**20  # that are remembered
 NEWEST = 0.5  # weight of the newest visit in a remembered rate
 FLOOR = 0.1  # least weight of a question that is not retired: it comes in one epoch of ten
-ROUNDING = 1e-6
-BLOCK = 4096  # positions that are looked at together
-PARTS = 2**20  # into which the shares of sources are rounded
+RATE_ROUNDING = 1e-6
+POSITIONS_AT_ONCE = 4096  # positions that are looked at together
+SHARE_PARTS = 2**20  # into which the shares of sources are rounded
 ORDER, CHANCE = 1, 2  # what random numbers are for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rates:
+class SuccessRates:
     """Success rates of all training questions, those of the first source first. None is changed in place."""
 
     visits: Int32[np.ndarray, " questions"]
@@ -37,12 +37,14 @@ class Rates:
     """Average share of right answers, 0 where there is no visit."""
 
 
-def unseen(questions: int) -> Rates:
+def unseen(questions: int) -> SuccessRates:
     """Make the rates of questions that have not been asked."""
-    return Rates(np.zeros(questions, np.int32), np.zeros(questions, np.float32))
+    return SuccessRates(np.zeros(questions, np.int32), np.zeros(questions, np.float32))
 
 
-def visited(rates: Rates, question: Int[np.ndarray, " n"], success: Float[np.ndarray, " n"]) -> Rates:
+def visited(
+    rates: SuccessRates, question: Int[np.ndarray, " n"], success: Float[np.ndarray, " n"]
+) -> SuccessRates:
     """Add visits, one after the other: the first sets a rate, and each later one has half of the weight.
 
     The policy changes, so that older answers count for less.
@@ -59,18 +61,18 @@ def visited(rates: Rates, question: Int[np.ndarray, " n"], success: Float[np.nda
         weight = NEWEST if visits[number] else 1.0
         rate[number] += np.float32(weight * (share - rate[number]))
         visits[number] += 1
-    return Rates(visits, rate)
+    return SuccessRates(visits, rate)
 
 
-def retired(rates: Rates, retire_above: float | None) -> Bool[np.ndarray, " questions"]:
+def retired(rates: SuccessRates, retire_above: float | None) -> Bool[np.ndarray, " questions"]:
     """Tell which questions are solved: visited, with a rate of at least `retire_above`; with None none is."""
     if retire_above is None:
         return np.zeros(rates.rate.shape, bool)
-    return (rates.visits > 0) & (rates.rate >= retire_above - ROUNDING)
+    return (rates.visits > 0) & (rates.rate >= retire_above - RATE_ROUNDING)
 
 
 def acceptance(
-    rates: Rates, retire_above: float | None, sample_by: SampleBy
+    rates: SuccessRates, retire_above: float | None, sample_by: SampleBy
 ) -> Float[np.ndarray, " questions"]:
     """Compute the probability that a question is asked where the stream comes to it; 0 of those retired.
 
@@ -118,11 +120,11 @@ class Difficulty:
         source = int(np.searchsorted(self.begins, question, side="right")) - 1
         return self.tasks[source][question - self.begins[source]]
 
-    def left(self, rates: Rates) -> int:
+    def left(self, rates: SuccessRates) -> int:
         """Number of the questions that are not retired."""
         return self.questions - int(retired(rates, self.retire_above).sum())
 
-    def positions(self, start: int, count: int, rates: Rates) -> tuple[Int[np.ndarray, " count"], int]:
+    def positions(self, start: int, count: int, rates: SuccessRates) -> tuple[Int[np.ndarray, " count"], int]:
         """Find the next positions whose questions are asked; at least one question is not retired.
 
         Args:
@@ -135,11 +137,11 @@ class Difficulty:
         """
         probability = acceptance(rates, self.retire_above, self.sample_by)
         chosen: list[Int[np.ndarray, " some"]] = []
-        found, block = 0, start // BLOCK
+        found, block = 0, start // POSITIONS_AT_ONCE
         while found < count:
-            where = np.arange(BLOCK) + block * BLOCK
+            where = np.arange(POSITIONS_AT_ONCE) + block * POSITIONS_AT_ONCE
             # Drawn for whole blocks, so that it does not matter where a step begins.
-            chance = np.random.default_rng((self.seed, CHANCE, block)).random(BLOCK)
+            chance = np.random.default_rng((self.seed, CHANCE, block)).random(POSITIONS_AT_ONCE)
             asked = (where >= start) & (chance < probability[self.numbers(where)])
             chosen.append(where[asked][: count - found])
             found += len(chosen[-1])
@@ -149,7 +151,7 @@ class Difficulty:
 
     def numbers(self, position: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Find the numbers of the questions at positions."""
-        source, occurrence = sources_at(position, shares_of(self.weights))
+        source, occurrence = sources_at(position, shares_in_parts(self.weights))
         number = np.zeros(len(position), np.int64)
         for i, task in enumerate(self.tasks):
             mine = source == i
@@ -161,14 +163,14 @@ class Difficulty:
         return number
 
     def remembered(
-        self, rates: Rates, visits: Iterable[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]
-    ) -> Rates:
+        self, rates: SuccessRates, visits: Iterable[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]
+    ) -> SuccessRates:
         """Add the visits of a step's rounds: (positions, shares of right answers) of each."""
         for position, success in visits:
             rates = visited(rates, self.numbers(position), success)
         return rates
 
-    def metrics(self, rates: Rates) -> dict[str, float]:
+    def metrics(self, rates: SuccessRates) -> dict[str, float]:
         """Compute metrics: questions that were asked, questions that are retired, and the mean rate."""
         seen = rates.visits > 0
         gone = int(retired(rates, self.retire_above).sum())
@@ -182,10 +184,10 @@ def epoch_order(seed: int, source: int, epoch: int, questions: int) -> Int[np.nd
     return np.random.default_rng((seed, ORDER, source, epoch)).permutation(questions)
 
 
-def shares_of(weights: Sequence[float]) -> list[int]:
+def shares_in_parts(weights: Sequence[float]) -> list[int]:
     """Round the shares of sources to whole parts, at least one each."""
     total = sum(weights)
-    return [max(round(PARTS * weight / total), 1) for weight in weights]
+    return [max(round(SHARE_PARTS * weight / total), 1) for weight in weights]
 
 
 def sources_at(

@@ -14,7 +14,7 @@ from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.problems.corpus import Corpus, is_made, sources_of
-from fr3e_jax.problems.difficulty import MOST_QUESTIONS, Difficulty, Rates
+from fr3e_jax.problems.difficulty import MOST_QUESTIONS, Difficulty, SuccessRates
 from fr3e_jax.problems.own_task import is_own
 from fr3e_jax.types import Problem, Queries
 
@@ -41,7 +41,7 @@ class QueryStream:
     difficulty: Difficulty | None = None
 
     def take(
-        self, position: int, count: int, rates: Rates | None = None
+        self, position: int, count: int, rates: SuccessRates | None = None
     ) -> tuple[Queries, Sequence[Problem], int]:
         """The next `count` queries from `position` on.
 

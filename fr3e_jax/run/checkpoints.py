@@ -15,7 +15,7 @@ from etils import epath
 from fr3e_jax.learner.groups import LATER_FIELDS, as_dict, empty_groups, from_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.waiting import waiting
-from fr3e_jax.problems.difficulty import Rates, unseen
+from fr3e_jax.problems.difficulty import SuccessRates, unseen
 from fr3e_jax.run.checksums import checksummed
 from fr3e_jax.run.quiet import quiet_orbax
 from fr3e_jax.run.saved import CHECKPOINTS, RECORD, DamagedError, Progress, Record, Saved
@@ -178,7 +178,7 @@ def with_rates(progress: Progress, items: dict[str, dict[str, Any]]) -> Progress
     """Add the success rates that `read_items` returns to the progress of its checkpoint, if there are any."""
     if "rates" not in items:
         return progress
-    rates = Rates(**{name: np.asarray(x) for name, x in items["rates"].items()})
+    rates = SuccessRates(**{name: np.asarray(x) for name, x in items["rates"].items()})
     return dataclasses.replace(progress, rates=rates)
 
 

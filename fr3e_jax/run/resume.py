@@ -15,7 +15,7 @@ from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.learner.groups import as_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.hosts import Hosts, is_first
-from fr3e_jax.problems.difficulty import Rates
+from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.run.checkpoints import Checkpoints, assemble, read_items, with_rates
 from fr3e_jax.run.run_dir import (
     LostSettingsError,
@@ -216,7 +216,7 @@ def refuse_misshapen(carried: Mapping[str, Any], like: Mapping[str, Any]) -> Non
         raise DamagedError("carried is not of the shapes that the settings give")
 
 
-def refuse_other_questions(found: Mapping[str, Any] | None, fresh: Rates | None) -> None:
+def refuse_other_questions(found: Mapping[str, Any] | None, fresh: SuccessRates | None) -> None:
     """Refuse success rates that are not those of the run's questions.
 
     Args:

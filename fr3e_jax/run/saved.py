@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from fr3e_jax.problems.difficulty import Rates
+from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.run.arrays import read_arrays, stored_shapes
 from fr3e_jax.run.checksums import Entry, checksummed, differing_entries, json_sum
 from fr3e_jax.run.storage import StorageError, brief, in_bucket, innermost
@@ -36,7 +36,7 @@ UNREACHABLE = (
     "CANCELLED",
     "ABORTED",
 )
-REAL = ("seconds", "entropy_coefficient")  # numbers of a run's progress that are no counts
+REAL_NUMBERS = ("seconds", "entropy_coefficient")  # numbers of a run's progress that are no counts
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -68,7 +68,7 @@ class Progress:
     empty_steps: int = 0
     entropy_coefficient: float | None = None
     problems: int = 0
-    rates: Rates | None = dataclasses.field(default=None, compare=False)
+    rates: SuccessRates | None = dataclasses.field(default=None, compare=False)
     unreported: dict[str, Any] | None = None
 
 
@@ -131,7 +131,7 @@ def parse_progress(raw: Any) -> Progress:
     if missing := sorted(first - raw.keys()):
         raise DamagedError(f"{RECORD} has no {', '.join(missing)}")
     for name, value in raw.items():
-        number = type(value) is int or (name in REAL and type(value) is float)
+        number = type(value) is int or (name in REAL_NUMBERS and type(value) is float)
         report = isinstance(value, dict) and {"metrics", "sample"} <= value.keys()
         absent = value is None and fields[name].default is None
         if not (absent or (report if name == "unreported" else number and value >= 0)):

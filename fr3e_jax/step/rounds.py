@@ -33,7 +33,7 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
-from fr3e_jax.problems.difficulty import Rates
+from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
@@ -74,7 +74,7 @@ def open_round(
     step: int,
     position: int,
     watch: Stopwatch,
-    rates: Rates | None = None,
+    rates: SuccessRates | None = None,
 ) -> Round:
     """Stages 1 to 7, and the beginning of 8: answers are judged while the caller goes on.
 
