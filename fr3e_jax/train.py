@@ -52,9 +52,10 @@ from fr3e_jax.run.run_dir import (
 )
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
+from fr3e_jax.step.batch import SamplingError
 from fr3e_jax.step.metrics import Metrics
 from fr3e_jax.step.stages import draws_of
-from fr3e_jax.step.update import SamplingError, SkippedError, train_step
+from fr3e_jax.step.update import SkippedError, train_step
 
 LINE = (
     "a step's line: root reward, the mean reward from the bare question; entropy of a token; states that are "
