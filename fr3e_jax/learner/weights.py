@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from fr3e_jax.algorithm.aggregates import shares_of
+from fr3e_jax.algorithm.aggregates import aggregate_shares
 from fr3e_jax.algorithm.token_weights import (
     covariant_tokens,
     mismatch_ratio,
@@ -60,7 +60,7 @@ def with_shares(groups: StateGroups, loss: LossConfig, limit: int) -> StateGroup
     Raises:
       RuleError: the rule gives something else than it must.
     """
-    shares = shares_of(loss.aggregate, groups.length, groups.source[:, 0], limit)
+    shares = aggregate_shares(loss.aggregate, groups.length, groups.source[:, 0], limit)
     return groups if shares is None else dataclasses.replace(groups, share=shares)
 
 
