@@ -18,7 +18,7 @@ from etils import epath
 
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cli import ending_in_one_line, parse
-from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, without_effect
+from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, rows_of_state, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.sampler import GREEDY
@@ -129,7 +129,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     if config.loss.kl_coefficient > 0:
         reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
     carried = groups.empty_groups(
-        config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
+        rows_of_state(config), config.rollout.max_prompt, config.rollout.max_response
     )
     difficulty = parts.stream.difficulty
     rates = None if difficulty is None else unseen(difficulty.questions)

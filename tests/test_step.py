@@ -1,6 +1,8 @@
 """A whole training step, rounds and update, in process on eight devices."""
 
 import collections
+import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from support import SMALL
 
 from fr3e_jax.cli import parse
-from fr3e_jax.config import Config, ExploreConfig, resolve, with_functions
+from fr3e_jax.config import Config, ExploreConfig, resolve, rows_of_state, with_functions
 from fr3e_jax.learner import groups
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import Placement
@@ -37,7 +39,7 @@ def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorith
     config, parts = small_parts(f"--algorithm={algorithm}")
     state = parts.policy.fresh_state(parts.learner)
     before = jax.device_get(state.params)
-    sizes = config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
+    sizes = rows_of_state(config), config.rollout.max_prompt, config.rollout.max_response
     with jax.transfer_guard("disallow"):
         carried, shown = groups.empty_groups(*sizes), StepProgress(print)
         state, _, progress, metrics, _ = train_step(config, parts, None, state, carried, Progress(), shown)
@@ -70,6 +72,33 @@ def test_a_round_moves_what_has_an_entry_per_token_at_most_three_times(monkeypat
     accepted, *_ = close_round(config, parts, opened, Stopwatch())
     parts.verifier.pool.close()
     assert groups.count(accepted) > 0 and moved == {"down": 2, "up": 0}
+
+
+def test_base_trajectories_are_trained_on_where_their_segments_have_credit():
+    """A step with every option of credit changed; and what the others make of one round of it."""
+    chosen = {"estimator": "edge", "baseline": "leave_one_out", "state_weight": "trajectory"}
+    config, parts = small_parts(*(f"--credit.{name}={value}" for name, value in chosen.items()))
+    state, most = parts.policy.fresh_state(parts.learner), config.rollout.max_response
+    opened = open_round(config, parts, parts.policy.sampling_params(state.params), 1, 0, Stopwatch())
+    found = {}
+    for estimator, weight in itertools.product(["paper", "value", "edge"], ["rollout", "trajectory"]):
+        credit = dataclasses.replace(config.credit, estimator=estimator, state_weight=weight)
+        other = dataclasses.replace(config, credit=credit)
+        found[estimator, weight] = close_round(other, parts, opened, Stopwatch())
+    for weight in ("rollout", "trajectory"):
+        _, seen, _ = found["edge", weight]
+        assert 0 < seen["segments/token_share"] < 0.5 and seen["segments/advantage"] > 0
+        assert seen["states/accepted"] > found["value", weight][1]["states/accepted"]
+        assert seen["modulation/mean"] == found["value", weight][1]["modulation/mean"] == 1
+        assert found["paper", weight][1]["modulation/mean"] != 1
+    carried = groups.empty_groups(rows_of_state(config), config.rollout.max_prompt, most)
+    given = config, parts, None, state, carried, Progress(), StepProgress(print)
+    _, carried, _, metrics, _ = train_step(*given)
+    parts.verifier.pool.close()
+    assert carried.length.shape[1] == config.explore.rollouts + 1 and metrics["states/carried"] > 0
+    # The log-probabilities of segments are those that the base trajectories were drawn with.
+    assert np.isfinite(metrics["update/loss"]) and metrics["update/abs_log_ratio_max"] < 0.05
+    assert 0 < metrics["segments/token_share"] < 0.5
 
 
 def test_tokens_and_choices_are_drawn_with_keys_of_their_own():

@@ -1,5 +1,6 @@
 """The stages of the library between sampling and updating: states, rewards, groups."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -79,14 +80,21 @@ def groups(states: Restarts, rollouts: Rollouts, advantage: Any, counted: Any = 
     Args:
       states: where the rollouts restarted.
       rollouts: leaves [N, J x M, S].
-      advantage: float32 [N, J, M]; a state whose advantages are all 0 is left out.
+      advantage: float32 [N, J, M], or [N, J, M + 1] with those of the segments of the base trajectories (the
+        estimator `edge`); a state whose advantages are all 0 is left out.
       counted: bool [N, J, M], which rollouts count; None: all. Nothing of the others is trained on.
     """
-    n, j = states.valid.shape
-    shaped("advantage", advantage, (n, j, rollouts.length.shape[1] // j))
+    (n, j), advantage = states.valid.shape, np.asarray(advantage)
+    m, rows = rollouts.length.shape[1] // j, advantage.shape[-1] if advantage.ndim else 0
+    edges = rows == m + 1
+    shaped("advantage", advantage, (n, j, rows if edges else m))
+    trained = None
     if counted is not None:
-        shaped("counted", counted, np.shape(advantage))
-        counted = np.asarray(counted)
-    advantage = np.asarray(advantage)
-    accepted = counted_states(states.valid, counted) & np.any(advantage != 0, axis=2)
-    return collect(accepted, states.base.encoded.queries, states.arrays, rollouts, advantage, counted)
+        shaped("counted", counted, (n, j, m))
+        trained = np.asarray(counted)
+    valid = counted_states(states.valid, trained)
+    arrays, base = dataclasses.replace(states.arrays, valid=valid), None
+    if edges:
+        base, trained = states.base.rollouts, valid[..., None] & (advantage != 0)
+    accepted = valid & np.any(advantage != 0, axis=2)
+    return collect(accepted, states.base.encoded.queries, arrays, rollouts, advantage, trained, base)

@@ -144,20 +144,31 @@ def close_round(
     counted, whole = opened.counted, uncut(config, rollouts)
     if whole is not None:
         counted = whole.reshape(reward.shape) & (True if counted is None else counted)
+    edges, base_counted = config.credit.estimator == "edge", uncut(config, base)
     states = dataclasses.replace(states, valid=counted_states(states.valid, counted))
-    advantage, value, alpha, accepted = gather(
-        assign_credit(config.credit, *place((reward, states.valid, states.query, counted)))
+    given = [reward, states.valid, states.query, counted]
+    if edges:
+        given += [None if x is None else x[states.query, states.base] for x in (base_reward, base_counted)]
+    credit = gather(assign_credit(config.credit, *place(given)))
+    of_states = (reward, credit.value, credit.alpha, credit.advantage, credit.accepted)
+    gathered = groups.collect(
+        credit.accepted, queries, states, rollouts, credit.advantage, credit.trained, base if edges else None
     )
-
-    credit = (reward, value, alpha, advantage, accepted)
-    restarts = opened.base_reward is not None
-    success_at = config.reward.success_at
-    masks = (counted, uncut(config, base))
-    measured = Measured(base, base_reward, states, rollouts, *credit, restarts, success_at, *masks)
-    metrics = measure(measured)
-    metrics |= cost_metrics(opened.costs)
-    gathered = groups.collect(accepted, queries, states, rollouts, advantage, counted)
-    excerpt = parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems, counted)
+    measured = Measured(
+        base,
+        base_reward,
+        states,
+        rollouts,
+        *of_states,
+        restarts=opened.base_reward is not None,
+        success_at=config.reward.success_at,
+        counted=counted,
+        base_counted=base_counted,
+        trained=credit.trained,
+        gathered=gathered,
+    )
+    excerpt = parts.verifier.excerpt(credit.accepted, states, rollouts, reward, opened.problems, counted)
+    metrics = measure(measured) | cost_metrics(opened.costs)
     return gathered, metrics, excerpt, success_rates(measured)
 
 

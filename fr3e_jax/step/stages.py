@@ -17,7 +17,7 @@ from fr3e_jax.algorithm.amounts import LEAST_POSITIONS, LEAST_ROLLOUTS, adapted_
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
 from fr3e_jax.algorithm.positions import Trajectories, positions_of
-from fr3e_jax.algorithm.reject import accept_states
+from fr3e_jax.algorithm.reject import accept_states, trained_rows
 from fr3e_jax.algorithm.states import states_of
 from fr3e_jax.config import CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.engine.rollout import Engine
@@ -188,7 +188,17 @@ def compiled_states(
     return jax.tree.map(lambda x: placement.shard(x, "batch"), states)
 
 
-Credit = tuple[Float32[Array, "N J M"], Float32[Array, "N J"], Float32[Array, "N J"], Bool[Array, "N J"]]
+@pytree
+class Credit:
+    """The credit of the states of kept trajectories; a state has M rows, and with `edge` one more."""
+
+    advantage: Float32[AnyArray, "N J rows"]
+    value: Float32[AnyArray, "N J"]
+    alpha: Float32[AnyArray, "N J"]
+    accepted: Bool[AnyArray, "N J"]
+    """The states that go to the learner."""
+    trained: Bool[AnyArray, "N J rows"] | None
+    """What of them is trained on; None: all."""
 
 
 def assign_credit(
@@ -197,8 +207,10 @@ def assign_credit(
     valid: Bool[AnyArray, "N J"],
     query: Int32[AnyArray, " N"],
     counted: Bool[AnyArray, "N J M"] | None = None,
+    base_reward: Float32[AnyArray, " N"] | None = None,
+    base_counted: Bool[AnyArray, " N"] | None = None,
 ) -> Credit:
-    """Stage 9: (advantage, value, alpha, accepted) of the states of kept trajectories.
+    """Stage 9: the credit of the states of kept trajectories.
 
     Args:
       credit: names or functions.
@@ -206,13 +218,20 @@ def assign_credit(
       valid: which states there are.
       query: row of the round's queries, of each trajectory.
       counted: which rollouts count; None: all.
+      base_reward, base_counted: of the kept trajectories, and which of them count, for the estimator `edge`.
     """
-    return compiled_credit(with_functions(credit), reward, valid, query, counted)
+    return compiled_credit(with_functions(credit), reward, valid, query, counted, base_reward, base_counted)
 
 
 @functools.partial(jax.jit, static_argnames="credit")
 def compiled_credit(
-    credit: CreditConfig, reward: Array, valid: Array, query: Array, counted: Array | None
+    credit: CreditConfig,
+    reward: Array,
+    valid: Array,
+    query: Array,
+    counted: Array | None,
+    base_reward: Array | None,
+    base_counted: Array | None,
 ) -> Credit:
     """`assign_credit` of rules that are functions."""
     advantage, value, alpha = modulated_advantage(
@@ -224,5 +243,15 @@ def compiled_credit(
         sharpen=credit.sharpen,
         advantage=credit.advantage,
         counted=counted,
+        estimator=credit.estimator,
+        baseline=credit.baseline,
+        state_weight=credit.state_weight,
+        base_reward=base_reward,
+        base_counted=base_counted,
     )
-    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject, counted)
+    accepted, trained = accept_states(reward, valid, query, credit.reject, counted), counted
+    if credit.estimator == "edge":
+        every = jnp.ones(reward.shape, bool) if counted is None else counted
+        trained = trained_rows(accepted, advantage, valid, every)
+        accepted = jnp.any(trained, axis=2)
+    return Credit(advantage, value, alpha, accepted, trained)
