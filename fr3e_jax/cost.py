@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from fr3e_jax.models.decoder import DecoderConfig
-from fr3e_jax.types import Bundle, Queries, Rollouts, States
+from fr3e_jax.types import AnyArray, Bundle, Queries, Rollouts, States
 
 Cost = dict[str, float]
 
@@ -99,6 +99,31 @@ def rollout_cost(
     count = rollouts.length.shape[1] // states.prefix_length.shape[1]
     prefix = np.repeat(queries.length[states.query][:, None] + states.prefix_length, count, axis=1)
     return decode_cost(config, prefix, rollouts, row_steps) | {"tokens/prefilled": 0.0}
+
+
+def second_pass_flops(
+    config: DecoderConfig,
+    needs: Sequence[str],
+    query: Int[AnyArray, " B"],
+    response: Int[AnyArray, "B R"],
+    kept: Bool[AnyArray, "B R"],
+) -> float:
+    """Count the FLOPs of the forward pass over kept trajectories that a position rule needs.
+
+    Args:
+      config: the architecture.
+      needs: what the rule needs (`Rule.needs`).
+      query, response: tokens of the queries and of their base trajectories.
+      kept: which of these are explored.
+
+    Returns:
+      0 where nothing needs a pass. A gradient takes the LM head twice: the logits, and back from them.
+    """
+    if {"gradient", "attention"}.isdisjoint(needs):
+        return 0.0
+    query, response = np.broadcast_to(query[:, None], response.shape)[kept], response[kept]
+    tokens = float(response.sum())
+    return config.forward_flops(tokens, pairs_of(query - 1, response), 2 * tokens * ("gradient" in needs))
 
 
 def update_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:

@@ -16,8 +16,9 @@ from fr3e_jax.algorithm import advantage, aggregates, keep, modulation, objectiv
 from fr3e_jax.algorithm.choose import choose_positions
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
-from fr3e_jax.algorithm.positions import Trajectories, positions_of
+from fr3e_jax.algorithm.positions import positions_of
 from fr3e_jax.algorithm.rules import Rule, RuleError
+from fr3e_jax.algorithm.trajectories import Trajectories
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, CreditConfig, ExploreConfig, check, dump, resolve
 from fr3e_jax.problems.corpus import make_task
@@ -88,10 +89,10 @@ def test_a_run_takes_what_the_page_adds_by_its_names(added, tmp_path):
 def test_help_shows_an_added_rule_with_its_line(added, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
     shown = call("train", "--help").stdout
-    assert "`late_entropy`, uncertain tokens, the later the better." in shown
+    assert "`late_entropy`, uncertain tokens, the later the better; or a function" in shown
     assert call("train", "--explore.rule=late_entropie").stderr == (
-        "fr3e_jax.train: error: explore.rule is 'late_entropie'; choose one of entropy, surprisal, random, "
-        "uniform, late_entropy\n"
+        "fr3e_jax.train: error: explore.rule is 'late_entropie'; did you mean late_entropy? choose one of "
+        f"{', '.join(positions.POSITION_RULES)}, or a function of your own, module:function\n"
     )
 
 

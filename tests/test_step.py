@@ -7,15 +7,17 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from support import SMALL
+from support import SMALL, changed
 
+from fr3e_jax.algorithm.keep import KEEP_RULES
+from fr3e_jax.algorithm.positions import POSITION_RULES
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ExploreConfig, resolve, rows_of_state, with_functions
 from fr3e_jax.learner import groups
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.run.build import build, mesh_of
-from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.run.reporter import Stopwatch, step_line
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.rounds import close_round, open_round
@@ -50,6 +52,87 @@ def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorith
     # The baselines are settings: no positions, and GRPO rejects nothing.
     assert ("entropy/positions" in metrics) == (config.explore.positions > 0) == (algorithm == "fr3e")
     assert (metrics["states/rejected"] > 0) == (algorithm != "grpo")
+
+
+@pytest.fixture(scope="module")
+def small_run():
+    """The configuration, the parts and the trained parameters of a small run, which rounds are sampled of."""
+    config, parts = small_parts()
+    yield config, parts, parts.policy.sampling_params(parts.policy.fresh_state(parts.learner).params)
+    parts.verifier.pool.close()
+
+
+def own_rule(base):
+    """Late tokens with a large gradient, of which a run is told by its place, `test_step:own_rule`."""
+    return (
+        base.measured("gradient") * (base.measured("attention") >= 0) * np.arange(base.entropy.shape[1])[None]
+    )
+
+
+own_rule.needs = ("gradient", "attention")  # type: ignore[attr-defined]
+
+
+def round_by(small_run, **explore):
+    """(Accepted states, metrics, stages that took time) of a round whose exploration is set so."""
+    config, parts, params = small_run
+    config = changed(config, **{f"explore__{name}": value for name, value in explore.items()})
+    watch = Stopwatch()
+    with jax.transfer_guard("disallow"):
+        opened = open_round(config, parts, params, 1, 0, watch)
+        accepted, metrics, _ = close_round(config, parts, opened, watch)
+    return opened, accepted, metrics, watch.seconds
+
+
+def slow_but(*names, of):
+    """Values of an option, of which those named are tested by default."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
+
+
+@pytest.mark.parametrize(
+    "rule", slow_but("sentence", "test_step:own_rule", of=[*POSITION_RULES, "test_step:own_rule"])
+)
+def test_every_rule_of_positions_finds_states_that_carry_a_gradient(small_run, rule):
+    opened, accepted, metrics, seconds = round_by(small_run, rule=rule, min_gap=3)
+    assert groups.count(accepted) > 0 and metrics["states/accepted"] > 0
+    gaps = np.diff(opened.states.prefix_length[:, 1:], axis=1)[opened.states.valid[:, 2:]]
+    assert gaps.size and gaps.min() >= 3
+    asked = rule in ("gradient", "attention", "sentence", "test_step:own_rule")
+    assert ("positions" in seconds) == ("flops/positions" in metrics) == asked
+    if asked:
+        assert (metrics["flops/positions"] == 0) == (rule == "sentence")
+        assert metrics["flops/positions"] < metrics["flops/first_return"]
+    if rule == "sentence":  # steps of the quickstart end with a semicolon
+        n, j = np.nonzero(opened.states.valid[:, 1:])
+        before = opened.states.response[n, opened.states.prefix_length[n, j + 1] - 1]
+        assert set(small_run[1].text.decode(before[:, None])) == {";"}
+
+
+@pytest.mark.parametrize("keep", slow_but(of=KEEP_RULES))
+def test_every_rule_of_trajectories_explores_those_that_it_is_named_after(small_run, keep):
+    opened, _, metrics, _ = round_by(small_run, keep=keep)
+    kept = opened.states.valid[:, 0]
+    right = opened.base_reward[opened.states.query, opened.states.base][kept] == 1
+    queries = opened.states.query[kept]
+    assert metrics["states/accepted"] + metrics["states/rejected"] == opened.states.valid.sum()
+    assert kept.any()
+    if keep == "wrong":
+        assert not right.any() and len(set(queries)) == len(queries)
+    if keep == "hardest":
+        mean = opened.base_reward.mean(axis=1)
+        assert len(set(queries)) <= 4 and (mean[queries] > 0).all()
+        left_out = np.setdiff1d(np.flatnonzero(mean > 0), queries)
+        assert mean[left_out].min(initial=1) >= mean[queries].max()
+
+
+def test_a_round_in_which_nothing_is_kept_has_metrics_and_no_states(small_run):
+    def nothing(reward, correct, key):
+        return correct & ~correct
+
+    opened, accepted, metrics, _ = round_by(small_run, keep=nothing)
+    assert groups.count(accepted) == opened.most == metrics["states/rejected"] == 0
+    assert "reward/root_mean" not in metrics and np.isfinite(list(metrics.values())).all()
+    assert "root reward" not in step_line({"step": 1, "rounds": 1, **metrics})
+    assert "no sampling" not in step_line({"step": 1, "rounds": 1, **metrics})
 
 
 def test_a_round_moves_what_has_an_entry_per_token_at_most_three_times(monkeypatch):

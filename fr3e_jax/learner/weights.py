@@ -15,7 +15,7 @@ from fr3e_jax.algorithm.token_weights import (
     mismatch_weight,
     uncertain_tokens,
 )
-from fr3e_jax.config import LossConfig
+from fr3e_jax.config import LossConfig, with_functions
 from fr3e_jax.learner.forward import Prefilled
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.update import Learner
@@ -60,7 +60,8 @@ def with_shares(groups: StateGroups, loss: LossConfig, limit: int) -> StateGroup
     Raises:
       RuleError: the rule gives something else than it must.
     """
-    shares = aggregate_shares(loss.aggregate, groups.length, groups.source[:, 0], limit)
+    aggregate = with_functions(loss).aggregate
+    shares = aggregate_shares(aggregate, groups.length, groups.source[:, 0], limit)
     return groups if shares is None else dataclasses.replace(groups, share=shares)
 
 

@@ -11,10 +11,11 @@ from fr3e_jax.algorithm.keep import KeepRule
 from fr3e_jax.algorithm.positions import PositionRule
 from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import ConfigError, ExploreConfig, check_options
+from fr3e_jax.engine.second_pass import needs_pass
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.library.results import Answers, Base, Restarts, shaped
 from fr3e_jax.parallel.hosts import gather
-from fr3e_jax.step.stages import draws_of, find_states, keep
+from fr3e_jax.step.stages import draws_of, find_states, keep, measure_trajectories, rule_needs
 from fr3e_jax.types import Rollouts, StateGroups
 
 
@@ -38,7 +39,7 @@ def states(
 
     Raises:
       ConfigError: a rule needs rewards and there are none, or their shape is another; or `count` or `min_gap`
-        is below 0.
+        is below 0; or the rule needs KV caches that are gone.
       RuleError: there is no rule of a name, or its function gives something else than it must.
     """
     check_options(ExploreConfig(positions=count, min_gap=min_gap))
@@ -55,8 +56,19 @@ def states(
     draws, queries = draws_of(base.seed, base.step, place), base.encoded.queries
     kept = gather(keep(rules, draws, *place.place_rows((queries.index, rewards))))
     kept = kept & (np.arange(b) < asked)[:, None]
-    sampled = place.place_rows(rollouts)
-    return Restarts(base, find_states(rules, engine, draws, queries, rollouts, kept, sampled)[0])
+    sampled, needs, model = place.place_rows(rollouts), rule_needs(rules), base.engine.model
+    if needs_pass(needs) and base.caches.base.key.is_deleted():
+        raise ConfigError(
+            "this rule needs a forward pass on the KV caches of the base trajectories, whose memory was "
+            "given back; call explore with keep=True"
+        )
+    measures = None
+    if needs:
+        measures = measure_trajectories(
+            needs, engine, model.params, queries, base.caches, rollouts, kept, model.text
+        )
+    found, _ = find_states(rules, engine, draws, queries, rollouts, kept, sampled, measures=measures)
+    return Restarts(base, found)
 
 
 def judge(answers: Answers, verifier: Callable[[str, str], float]) -> Float32[np.ndarray, "N J M"]:

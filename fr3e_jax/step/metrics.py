@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float32, Int, Shaped
 
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.algorithm.success import solved
@@ -89,9 +89,11 @@ class Metric:
     watch: str = ""
 
 
-def root_mean(states: States, value: Float32[np.ndarray, "N J"]) -> float:
-    """Mean of V(S_0) over queries, however many trajectories of each were kept."""
+def root_mean(states: States, value: Float32[np.ndarray, "N J"]) -> float | None:
+    """Mean of V(S_0) over queries, however many trajectories of each were kept; None where none was."""
     kept = states.valid[:, 0]
+    if not kept.any():
+        return None
     count, total = (np.bincount(states.query[kept], weights=w) for w in (None, value[kept, 0]))
     return float((total[count > 0] / count[count > 0]).mean())
 
@@ -111,8 +113,8 @@ def success_rates(m: Measured) -> Float32[np.ndarray, " B"]:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def of_accepted(x: Float[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]) -> Any:
-    """A statistic of what the accepted states have; None where none is accepted."""
+def of_some(x: Shaped[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]) -> Any:
+    """A statistic of what some states have; None where there are none."""
     return reduce(x) if x.size else None
 
 
@@ -148,8 +150,8 @@ def segment_size(m: Measured) -> float | None:
 
 
 def continuations(m: Measured, x: Int[np.ndarray, "N C"] | Bool[np.ndarray, "N C"]) -> Any:
-    """Mean of x over the partial rollouts that there are; None where there are no positions."""
-    return x[m.rollouts.length > 0].mean() if m.restarts else None
+    """Mean of x over the partial rollouts that there are; None where there are none, or no positions."""
+    return of_some(x[m.rollouts.length > 0], np.mean) if m.restarts else None
 
 
 BASE, STATES, ACCEPTED, PARTIAL = "base trajectories", "all states", "accepted states", "partial rollouts"
@@ -180,22 +182,22 @@ METRICS: dict[str, Metric] = {
         watch="much above 0: the limit is too short, or the answers do not end",
     ),
     "modulation/mean": Metric(
-        lambda m: m.alpha[m.valid].mean(),
+        lambda m: of_some(m.alpha[m.valid], np.mean),
         "factor alpha_j of the advantages",
         unit="factor",
         over=STATES,
         watch="below 1: values rise from state to state",
     ),
     "value/accepted_mean": Metric(
-        lambda m: of_accepted(m.value[m.accepted], np.mean), "value V(S_j)", unit="0 to 1", over=ACCEPTED
+        lambda m: of_some(m.value[m.accepted], np.mean), "value V(S_j)", unit="0 to 1", over=ACCEPTED
     ),
     "advantage/accepted_mean": Metric(
-        lambda m: of_accepted(m.accepted_advantages, np.mean),
+        lambda m: of_some(m.accepted_advantages, np.mean),
         "advantage",
         over="rollouts of accepted states",
     ),
     "advantage/accepted_std": Metric(
-        lambda m: of_accepted(m.accepted_advantages, np.std),
+        lambda m: of_some(m.accepted_advantages, np.std),
         "standard deviation of the advantages",
         over="rollouts of accepted states",
     ),
@@ -218,7 +220,9 @@ METRICS: dict[str, Metric] = {
         over="queries with a kept trajectory",
         watch="rises as the model learns",
     ),
-    "value/mean": Metric(lambda m: m.value[m.valid].mean(), "value V(S_j)", unit="0 to 1", over=STATES),
+    "value/mean": Metric(
+        lambda m: of_some(m.value[m.valid], np.mean), "value V(S_j)", unit="0 to 1", over=STATES
+    ),
     "states/accepted": Metric(
         lambda m: m.accepted.sum(), "states that are trained on", True, unit="count", over=STATES
     ),

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float32
 
 from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import Config
-from fr3e_jax.cost import Cost, rollout_cost
+from fr3e_jax.cost import Cost, rollout_cost, second_pass_flops
 from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
@@ -38,7 +38,15 @@ from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure, success_rates
-from fr3e_jax.step.stages import Draws, assign_credit, draws_of, find_states, keep
+from fr3e_jax.step.stages import (
+    Draws,
+    assign_credit,
+    draws_of,
+    find_states,
+    keep,
+    measure_trajectories,
+    rule_needs,
+)
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 
@@ -110,8 +118,14 @@ def open_round(
         base_reward = base_rewards()
     index, placed_reward, counted = place((queries.index, base_reward, uncut(config, base)))
     kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at, counted))
+    measures = None
+    if needs := rule_needs(config.explore):
+        with watch.stage("positions"):
+            measures = measure_trajectories(needs, engine, params, queries, caches, base, kept, parts.text)
+        flops = second_pass_flops(model, needs, queries.length, base.length, kept)
+        costs["positions"] = {"flops": flops}
     states, placed_states = find_states(
-        config.explore, engine, draws, queries, base, kept, sampled, base_reward
+        config.explore, engine, draws, queries, base, kept, sampled, base_reward, measures
     )
     with watch.stage("explore"):
         rollouts, row_steps = explore(config, engine, params, draws, placed, caches, placed_states)
