@@ -12,7 +12,7 @@ import numpy as np
 
 from fr3e_jax.algorithm.entropy_target import adapted_coefficient
 from fr3e_jax.config import Config, LossConfig
-from fr3e_jax.cost import update_flops
+from fr3e_jax.cost import total_flops, update_flops
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import TrainState
@@ -146,6 +146,7 @@ def train_step(
         step=step,
         data_position=position,
         tokens_generated=generated,
+        flops=progress.flops + total_flops(metrics),
         skipped=skipped,
         empty_steps=0 if minibatches else progress.empty_steps + 1,
         rates=rates,
