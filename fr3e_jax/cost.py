@@ -145,6 +145,21 @@ def forward_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
     return total
 
 
+def total_flops(metrics: Mapping[str, float]) -> float:
+    """Add up the FLOPs of a step: rollouts, updates and every other pass of the model.
+
+    Args:
+      metrics: of the step, `flops/STAGE` among them.
+    """
+    return float(
+        sum(
+            metrics[name]
+            for name in sorted(metrics)
+            if name.startswith("flops/") and not name.startswith("flops/utilisation_")
+        )
+    )
+
+
 def utilisation(metrics: Mapping[str, float], devices: Iterable[Any]) -> Cost:
     """Compute the share of the devices' peak FLOP/s that each stage of a step used.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fr3e_jax.algorithm.entropy_target import adapted_coefficient
 from fr3e_jax.config import Config, LossConfig
-from fr3e_jax.cost import update_flops
+from fr3e_jax.cost import total_flops, update_flops
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import TrainState
@@ -83,6 +83,7 @@ def train_step(
         step=step,
         data_position=sampled.position,
         tokens_generated=generated,
+        flops=progress.flops + total_flops(metrics),
         skipped=skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped),
         empty_steps=0 if updates else progress.empty_steps + 1,
         rates=sampled.rates,
