@@ -283,7 +283,7 @@ def finish(
       ended: the rule by which the run ended before its last step; empty where none did.
     """
     before, after = (reporter.accuracies.get(step) for step in (0, progress.step))  # None where it is lost
-    summary = {
+    summary: dict[str, Any] = {
         "accuracy_before": before,
         "accuracy_after": after,
         "steps": progress.step,

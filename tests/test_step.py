@@ -79,7 +79,7 @@ def round_by(small_run, **explore):
     watch = Stopwatch()
     with jax.transfer_guard("disallow"):
         opened = open_round(config, parts, params, 1, 0, watch)
-        accepted, metrics, _ = close_round(config, parts, opened, watch)
+        accepted, metrics, _, _ = close_round(config, parts, opened, watch)
     return opened, accepted, metrics, watch.seconds
 
 
@@ -169,7 +169,7 @@ def test_base_trajectories_are_trained_on_where_their_segments_have_credit():
         other = dataclasses.replace(config, credit=credit)
         found[estimator, weight] = close_round(other, parts, opened, Stopwatch())
     for weight in ("rollout", "trajectory"):
-        _, seen, _ = found["edge", weight]
+        _, seen, *_ = found["edge", weight]
         assert 0 < seen["segments/token_share"] < 0.5 and seen["segments/advantage"] > 0
         assert seen["states/accepted"] > found["value", weight][1]["states/accepted"]
         assert seen["modulation/mean"] == found["value", weight][1]["modulation/mean"] == 1
