@@ -64,6 +64,22 @@ def test_the_forward_pass_before_the_update_is_planned():
     assert 1 / 5 < (after - before) / before < 1 / 3  # of 4 passes, of which one is computed again
 
 
+@pytest.mark.parametrize(
+    ("name", "rule", "gib", "tflop"),
+    [("qwen2.5_7b_v5e16", "gradient", 9.79, 51.2), ("qwen2.5_0.5b_v5e1", "attention", 7.31, 13.0)],
+)
+def test_the_pass_that_a_position_rule_needs_is_planned_near_what_was_compiled(name, rule, gib, tflop):
+    asks = asked(name)
+    config = dataclasses.replace(asks.config, explore=dataclasses.replace(asks.config.explore, rule=rule))
+    plain, plan = quick_plan(asks), quick_plan(dataclasses.replace(asks, config=config))
+    (own,) = (stage for stage in plan.stages if stage.phase == "positions")
+    assert 0.95 < gib / (own.total / GIB) < 1.05
+    assert 0.95 < tflop / (own.program.once.flops / 1e12) < 1.05
+    before, after = ({phase.name: phase.seconds.total for phase in one.phases} for one in (plain, plan))
+    assert 0 < after.pop("positions") == pytest.approx(plan.step_seconds - plain.step_seconds)
+    assert after == before
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_an_estimate_has_the_programs_of_the_compiled_plan_each_near_its_size(name):
     """And the largest that was compiled is among those that `--peak` would compile."""

@@ -88,7 +88,7 @@ def decision_offsets(written: Writer, row: Row, response: str) -> list[int]:
       it. With one token per character they are the positions of tokens in the response.
     """
     habits: list[bool] = []
-    offsets = []
+    offsets: list[int] = []
     while True:
         good = written(row, habits)
         if len(habits) == len(good.choices):

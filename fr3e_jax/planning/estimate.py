@@ -8,16 +8,14 @@ gradients and activations. Compiled plans say how far that is off: see planning/
 """
 
 from fr3e_jax.engine.seats import Leg
-from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.model_sizes import ModelSizes
+from fr3e_jax.planning.position_programs import estimated_second_pass, pass_needs
 from fr3e_jax.planning.program_costs import Costs
 from fr3e_jax.planning.rollout_programs import decode_name, legs_to_compile
 from fr3e_jax.planning.setup import Setup
-from fr3e_jax.planning.stages import Stage, state_bytes, without
+from fr3e_jax.planning.stages import Stage, stage_of, state_bytes, without
 from fr3e_jax.planning.update_programs import FORWARD, typical_chunk
-from fr3e_jax.planning.workload import Chunk, Workload
-
-FREE_OF_COSTS = Costs()
+from fr3e_jax.planning.workload import Workload
 
 
 def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
@@ -29,37 +27,13 @@ def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
         decode_stage(sizes, work, "first return", "decode", work.first_return.largest, always),
     ]
     if work.explore is not None:
+        if pass_needs(setup.config.explore):
+            stages.append(estimated_second_pass(sizes, work, always))
         stages.append(open_states_stage(sizes, work, always))
         held = {**always, "queries' caches": sizes.query_cache}
         for leg in legs_to_compile(work):
             stages.append(decode_stage(sizes, work, "explore", decode_name(leg), leg, held))
     return [*stages, *update_stages(sizes, work, always)]
-
-
-def stage_of(
-    phase: str,
-    name: str,
-    held: dict[str, int],
-    own: dict[str, int],
-    *,
-    results: float = 0.0,
-    temporary: float = 0.0,
-    once: Costs = FREE_OF_COSTS,
-    each: Costs = FREE_OF_COSTS,
-    leg: Leg | None = None,
-    chunk: Chunk | None = None,
-) -> Stage:
-    """A stage whose program is not compiled. results: bytes that do not take the place of arguments."""
-    program = CompiledProgram(
-        name,
-        arguments=sum(own.values()),
-        results=int(results),
-        temporary=int(temporary),
-        once=once,
-        each=each,
-        estimated=True,
-    )
-    return Stage(phase, program, held, own, leg, chunk)
 
 
 def cast_stage(sizes: ModelSizes, always: dict[str, int]) -> Stage:

@@ -12,6 +12,7 @@ from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.rollout import Engine, root_branches
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.seats import Leg
+from fr3e_jax.planning.position_programs import compile_second_pass, pass_needs
 from fr3e_jax.planning.setup import abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler
 from fr3e_jax.planning.workload import Workload
@@ -24,7 +25,7 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     Left out are programs that are not wanted, unless one that is wanted needs their results, and those that
     need the results of one that is too large.
     """
-    if not compiler.wants("first return") and not compiler.wants("explore"):
+    if not any(compiler.wants(phase) for phase in ("first return", "positions", "explore")):
         return
     setup, always = compiler.setup, compiler.always
     config, engine = setup.config, setup.engine
@@ -50,7 +51,7 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     leg = work.first_return.largest
     if compiler.wants("first return", "decode"):
         yield compile_decode(compiler, ("first return", "decode"), opened, leg, held=always)
-    if work.explore is None or not compiler.wants("explore"):
+    if work.explore is None or not (compiler.wants("positions") or compiler.wants("explore")):
         return
 
     own = decoding.own.key
@@ -69,6 +70,10 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
         setup.rows(jnp.int32, n, j),
         setup.rows(jnp.bool_, n, j),
     )
+    if pass_needs(config.explore) and compiler.wants("positions"):
+        yield compile_second_pass(compiler, params, queries, caches, states)
+    if not compiler.wants("explore"):
+        return
     opening, opened = compiler(
         "explore",
         "open states",

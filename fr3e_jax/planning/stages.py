@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from fr3e_jax.engine.seats import Leg
 from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.planning.compiled import CompiledProgram, compile_program
+from fr3e_jax.planning.program_costs import Costs
 from fr3e_jax.planning.setup import Setup, bytes_on_chip
 from fr3e_jax.planning.workload import Chunk
 
+FREE_OF_COSTS = Costs()
 ResultsStage = tuple["Stage", Any]
 """A stage, and the results of its program as abstract arrays; None if the program is too large."""
 
@@ -120,3 +122,29 @@ def compile_cast(compiler: StageCompiler) -> Iterator[Stage]:
 def without(sizes: Mapping[str, int], *names: str) -> dict[str, int]:
     """The sizes but for those of some names."""
     return {name: size for name, size in sizes.items() if name not in names}
+
+
+def stage_of(
+    phase: str,
+    name: str,
+    held: dict[str, int],
+    own: dict[str, int],
+    *,
+    results: float = 0.0,
+    temporary: float = 0.0,
+    once: Costs = FREE_OF_COSTS,
+    each: Costs = FREE_OF_COSTS,
+    leg: Leg | None = None,
+    chunk: Chunk | None = None,
+) -> Stage:
+    """A stage whose program is not compiled. results: bytes that do not take the place of arguments."""
+    program = CompiledProgram(
+        name,
+        arguments=sum(own.values()),
+        results=int(results),
+        temporary=int(temporary),
+        once=once,
+        each=each,
+        estimated=True,
+    )
+    return Stage(phase, program, held, own, leg, chunk)
