@@ -18,7 +18,7 @@ from fr3e_jax.planning.stages import Stage, StageCompiler, stage_of
 from fr3e_jax.planning.workload import Workload
 from fr3e_jax.types import Queries, States
 
-NAMES = ("positions", "second pass")
+SECOND_PASS = ("positions", "second pass")
 """Phase and program of the pass in reports."""
 
 
@@ -36,7 +36,7 @@ def compile_second_pass(
     length = setup.rows(jnp.int32, states.query.shape[0])
     needs = pass_needs(setup.config.explore)
     return compiler(
-        *NAMES,
+        *SECOND_PASS,
         lambda: second_pass.lower(setup.engine, needs, params, queries, caches, states, length),
         held=compiler.always,
         own={"sampling copy": bytes_on_chip(params), "shared caches": bytes_on_chip(caches)},
@@ -67,7 +67,7 @@ def estimated_second_pass(sizes: ModelSizes, work: Workload, always: dict[str, i
     moved = blocks * (sizes.sampling_copy + held) + 2.0 * temporary + 2 * sizes.logits(logits)
     calls = sizes.calls(blocks) if sizes.tensor > 1 else 0.0
     return stage_of(
-        *NAMES,
+        *SECOND_PASS,
         always,
         {"sampling copy": sizes.sampling_copy, "shared caches": held},
         temporary=temporary,

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from fr3e_jax.engine.seats import Leg
 from fr3e_jax.planning.compiled import CompiledProgram
-from fr3e_jax.planning.position_programs import NAMES
+from fr3e_jax.planning.position_programs import SECOND_PASS
 from fr3e_jax.planning.program_costs import Costs
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import Slice
@@ -100,8 +100,8 @@ def phases_of(setup: Setup, work: Workload, stages: Sequence[Stage], rates: Rate
             *((rounds, costs) for costs in decode_costs(setup, first, decode)),
         ],
     }
-    if NAMES in programs:
-        runs["positions"] = [(rounds, programs[NAMES].once)]
+    if SECOND_PASS in programs:
+        runs["positions"] = [(rounds, programs[SECOND_PASS].once)]
     if work.explore is not None:
         compiled = [
             (stage.program, stage.leg)
