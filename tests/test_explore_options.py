@@ -1,6 +1,7 @@
 """Rounds and training steps with options of exploration, in process on eight devices."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_step import small_parts
@@ -10,8 +11,11 @@ from fr3e_jax.learner import groups
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
+from fr3e_jax.step import rounds
 from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.step.update import train_step
+
+PILOTS = ["--explore.rule=mutual_information", "--explore.pilots=3", "--explore.positions=1"]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +50,70 @@ def test_a_query_that_is_often_solved_gets_fewer_positions_and_rollouts_and_no_o
         assert abs(advantage.sum()) < 1e-5  # the mean is that of the rollouts that were drawn
 
 
-@pytest.mark.parametrize("option", ["adaptive=true", "temperature=1.5"])
+def test_positions_of_mutual_information_are_those_that_decided_the_rewards_of_pilots(params, monkeypatch):
+    """All pilots are right, but for those of the likeliest token at one candidate of each trajectory."""
+    config, parts = small_parts(*PILOTS)
+    judge, asked = type(parts.verifier).whole, []
+
+    def judged(self, states, rollouts, problems):
+        reward = judge(self, states, rollouts, problems)()
+        if states.valid.shape[1] == 4:  # candidates, four for each position
+            asked.append((states, rollouts))
+            told = np.arange(reward.shape[0]) % states.valid.sum(axis=1).clip(1)
+            reward[:] = 1.0
+            reward[np.arange(len(told)), told, :3] = 0.0
+        return lambda: reward
+
+    monkeypatch.setattr(type(parts.verifier), "whole", judged)
+    opened = open_round(config, parts, params, 1, 0, Stopwatch())
+    parts.verifier.pool.close()
+    ((candidates, pilots),) = asked
+    there = opened.states.valid[:, 0]
+    told = np.arange(len(there)) % candidates.valid.sum(axis=1).clip(1)
+    expected = candidates.prefix_length[np.arange(len(there)), told]
+    np.testing.assert_array_equal(opened.states.prefix_length[there, 1], expected[there])
+    assert len(set(told[there].tolist())) == 4
+    # Candidates are the most uncertain tokens; pilots are three of each of the two likeliest there.
+    entropy = opened.base.entropy[opened.states.query, opened.states.base]
+    for n in np.flatnonzero(there):
+        length = opened.base.length[opened.states.query[n], opened.states.base[n]]
+        highest = 1 + np.argsort(-entropy[n, 1:length], kind="stable")[:4]
+        assert candidates.prefix_length[n].tolist() == sorted(highest.tolist())
+    first = pilots.token.reshape(*candidates.valid.shape, 2, 3, -1)[..., 0][candidates.valid]
+    assert (first == first[:, :, :1]).all() and (first[:, 0] != first[:, 1]).all()
+    logprob = pilots.logprob.reshape(*candidates.valid.shape, 2, 3, -1)[..., 0][candidates.valid]
+    assert (logprob[:, 0] >= logprob[:, 1]).all()
+    # They cost what they are: tokens, rows and FLOPs.
+    cost = opened.costs["pilots"]
+    assert cost["tokens/generated"] == pilots.length.sum() > 0
+    assert cost["rows/decoded"] >= cost["tokens/generated"] and cost["flops"] > 0
+
+
+def test_rollouts_do_not_depend_on_pilots(params, monkeypatch):
+    """Where these say nothing: the KV caches that they read are as they were, and the positions entropy's."""
+    real, found = rounds.sample_pilots, []
+
+    def saying_nothing(*arguments):
+        information, cost = real(*arguments)
+        return jnp.where(jnp.isneginf(information), information, 0.0), cost
+
+    monkeypatch.setattr(rounds, "sample_pilots", saying_nothing)
+    for options in (["--explore.positions=1"], PILOTS):
+        config, parts = small_parts(*options)
+        found.append(open_round(config, parts, params, 1, 0, Stopwatch()))
+        parts.verifier.pool.close()
+    usual, ours = found
+    np.testing.assert_array_equal(usual.states.prefix_length, ours.states.prefix_length)
+    np.testing.assert_array_equal(usual.rollouts.token, ours.rollouts.token)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--explore.adaptive=true"], ["--explore.temperature=1.5"], PILOTS],
+    ids=["adaptive", "hot", "pilots"],
+)
 def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(option):
-    config, parts = small_parts(f"--explore.{option}")
+    config, parts = small_parts(*option)
     state = parts.policy.fresh_state(parts.learner)
     sizes = config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
     with jax.transfer_guard("disallow"):
