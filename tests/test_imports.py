@@ -48,7 +48,9 @@ ALLOWED = {
         "models parallel pretrained problems rewards run step".split()
     ),
     "__main__": set("parallel".split()),
-    "bench": set("cli config engine learner models parallel planning pretrained rewards run types".split()),
+    "bench": set(
+        "cli config engine learner models parallel planning pretrained rewards run step types".split()
+    ),
 }
 PURE = {"collections", "dataclasses", "fr3e_jax", "jax", "jaxtyping", "numpy", "typing"}
 MODELS_THIRD_PARTY = {"jax", "flax", "jaxtyping", "numpy"}

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Bool, Float32, Int32
 
 from fr3e_jax.algorithm.choose import choose_positions, uniform_positions
+from fr3e_jax.algorithm.information import ranked
 from fr3e_jax.algorithm.rules import Chosen, Rule, function_of, of_shape
 from fr3e_jax.algorithm.trajectories import Trajectories
 from fr3e_jax.types import AnyArray
@@ -86,6 +87,14 @@ def by_sentence(base: Trajectories) -> Float32[Array, "N S"]:
     return jnp.where(begins & within, entropy / jnp.maximum(tokens, 1.0), -jnp.inf)
 
 
+def by_mutual_information(base: Trajectories) -> Float32[Array, "N S"]:
+    """Score a candidate by what its token tells about the reward; equal ones by their entropy.
+
+    Only the 4 K most uncertain tokens are candidates, and all others are never chosen (information.py).
+    """
+    return ranked(base.measured("information"), base.entropy)
+
+
 POSITION_RULES: dict[str, Rule[PositionFunction]] = {
     "entropy": Rule(by_entropy, "the most uncertain tokens (paper)"),
     "surprisal": Rule(by_surprisal, "the least likely drawn tokens (release)"),
@@ -99,6 +108,11 @@ POSITION_RULES: dict[str, Rule[PositionFunction]] = {
     ),
     "sentence": Rule(
         by_sentence, "beginnings of the most uncertain sentences (arXiv 2609.08650)", needs=("sentence",)
+    ),
+    "mutual_information": Rule(
+        by_mutual_information,
+        "the tokens that tell most about the reward, found by pilot rollouts (ours)",
+        needs=("information",),
     ),
 }
 

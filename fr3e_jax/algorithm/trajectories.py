@@ -27,9 +27,12 @@ class Measures:
     """The same attention by distance: entry d is the total over all pairs of tokens that are d apart."""
     sentence: Bool[AnyArray, "N S"] | None = None
     """Tokens that a sentence, a line or a step begins with."""
+    information: Float32[AnyArray, "N S"] | None = None
+    """I(y_t; r), what a token tells about the reward, nats, of the 4 K candidates that pilot rollouts were
+    sampled at; -inf at all other tokens."""
 
 
-NEEDS = ("gradient", "attention", "sentence")
+NEEDS = ("gradient", "attention", "sentence", "information")
 """What a position rule may need."""
 
 

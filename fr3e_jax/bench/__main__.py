@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import jsonargparse
 
+from fr3e_jax.bench.adaptive import measure_adaptive
 from fr3e_jax.bench.load import measure_loading
 from fr3e_jax.bench.rollout import rollout
 from fr3e_jax.bench.score import measure_scoring
@@ -21,6 +22,7 @@ from fr3e_jax.parallel.devices import leave_out_absent_tpu
 from fr3e_jax.parallel.mesh import PlacementError
 
 BENCHMARK_FUNCTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "adaptive": measure_adaptive,
     "load": measure_loading,
     "rollout": rollout,
     "score": measure_scoring,

@@ -39,7 +39,8 @@ def states(
 
     Raises:
       ConfigError: a rule needs rewards and there are none, or their shape is another; or `count` or `min_gap`
-        is below 0; or the rule needs KV caches that are gone.
+        is below 0; or the rule needs KV caches that are gone, or
+        pilot rollouts.
       RuleError: there is no rule of a name, or its function gives something else than it must.
     """
     check_options(ExploreConfig(positions=count, min_gap=min_gap))
@@ -57,6 +58,8 @@ def states(
     kept = gather(keep(rules, draws, *place.place_rows((queries.index, rewards))))
     kept = kept & (np.arange(b) < asked)[:, None]
     sampled, needs, model = place.place_rows(rollouts), rule_needs(rules), base.engine.model
+    if "information" in needs:
+        raise ConfigError("this rule needs rewards of pilot rollouts, which training alone samples")
     if needs_pass(needs) and base.caches.base.key.is_deleted():
         raise ConfigError(
             "this rule needs a forward pass on the KV caches of the base trajectories, whose memory was "

@@ -68,6 +68,9 @@ OTHERS: dict[str, Meaning] = {
     "flops/positions": Meaning(
         "of the forward pass over kept trajectories, where explore.rule needs one", "FLOPs", STEP
     ),
+    "flops/pilots": Meaning(
+        "of the pilot rollouts of explore.rule mutual_information, without padding", "FLOPs", STEP
+    ),
     "flops/explore": Meaning("of the partial rollouts, without padding", "FLOPs", STEP),
     "flops/update": Meaning("of the updates, without padding and recomputation", "FLOPs", STEP),
     "flops/mismatch": Meaning(
@@ -83,7 +86,7 @@ OTHERS: dict[str, Meaning] = {
     ),
     "time/STAGE": Meaning(
         "of a stage: tokenize, first_return, verify, positions (where explore.rule measures something), "
-        "explore, mismatch, update, and step for all",
+        "pilots (of mutual_information), explore, mismatch, update, and step for all",
         "seconds",
         STEP,
     ),

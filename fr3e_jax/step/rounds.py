@@ -6,7 +6,8 @@ A step samples rounds until enough states carry a gradient, then updates the pol
   2. base trajectories  R whole answers to each; every token's entropy  engine/rollout.first_return
   3. rewards            of the base trajectories                        rewards/verify
   4. kept trajectories  one correct, one wrong                          algorithm/keep
-  5. positions          the K most uncertain tokens                     algorithm/positions
+  5. positions          the K most uncertain tokens (one of the rules   algorithm/positions
+                        samples pilots before, step/pilots)
   6. states             S_0 = the query, S_j = before position T_j      algorithm/states
   7. partial rollouts   M from each state, on the cached prefixes       engine/rollout.explore
   8. rewards            of the whole answers, while the next round that  rewards/verify
@@ -38,6 +39,7 @@ from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure, success_rates
+from fr3e_jax.step.pilots import Judged, sample_pilots
 from fr3e_jax.step.stages import (
     Draws,
     assign_credit,
@@ -118,14 +120,18 @@ def open_round(
         base_reward = base_rewards()
     index, placed_reward, counted = place((queries.index, base_reward, uncut(config, base)))
     kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at, counted))
-    measures = None
+    measures, value = None, root_value(config, base, base_reward)
     if needs := rule_needs(config.explore):
         with watch.stage("positions"):
             measures = measure_trajectories(needs, engine, params, queries, caches, base, kept, parts.text)
         flops = second_pass_flops(model, needs, queries.length, base.length, kept)
         costs["positions"] = {"flops": flops}
+        if "information" in needs:
+            judged = Judged(queries, problems, base, value, kept, placed, sampled, caches)
+            information, costs["pilots"] = sample_pilots(config, parts, params, draws, judged, watch)
+            measures = dataclasses.replace(measures, information=information)
     states, placed_states = find_states(
-        config.explore, engine, draws, queries, base, kept, sampled, base_reward, measures
+        config.explore, engine, draws, queries, base, kept, sampled, value, measures
     )
     with watch.stage("explore"):
         rollouts, row_steps = explore(config, engine, params, draws, placed, caches, placed_states)
@@ -189,6 +195,19 @@ def close_round(
 def uncut(config: Config, rollouts: Rollouts) -> Bool[np.ndarray, "N C"] | None:
     """Which answers count where those that the length limit cut off do not; None: all."""
     return rollouts.stopped if config.reward.cut == "masked" else None
+
+
+def root_value(
+    config: Config, base: Rollouts, base_reward: Float32[np.ndarray, "B R"]
+) -> Float32[np.ndarray, " B"] | None:
+    """V(root) of each query, the mean reward of its base trajectories that count; None where nothing asks."""
+    if not config.explore.adaptive:
+        return None
+    counted = uncut(config, base)
+    if counted is None:
+        return base_reward.mean(axis=1)
+    total = np.where(counted, base_reward, 0).sum(axis=1)
+    return np.asarray(total / np.maximum(counted.sum(axis=1), 1), np.float32)
 
 
 def first_return(

@@ -145,7 +145,7 @@ def find_states(
     base: Rollouts,
     kept: Bool[np.ndarray, "B R"],
     sampled: Rollouts,
-    base_reward: Float32[np.ndarray, "B R"] | None = None,
+    root_value: Float32[np.ndarray, " B"] | None = None,
     measures: Measures | None = None,
 ) -> tuple[States, States]:
     """Stages 5 and 6: the states of kept trajectories.
@@ -159,7 +159,7 @@ def find_states(
       queries, base: of the round, on the host; base trajectories have leaves [B, R, S].
       kept: which are explored.
       sampled: base trajectories as they lie on the devices; longer than `base` where a stop text was cut off.
-      base_reward: of the base trajectories, where `rules.adaptive`; the same on every process.
+      root_value: V(root) of the queries, where `rules.adaptive`; the same on every process.
       measures: what the rule needs beyond (`measure_trajectories`).
 
     Returns:
@@ -168,7 +168,7 @@ def find_states(
     query, trajectory, real = engine.arrange(kept)
     place = engine.placement.place_rows
     where = place((queries.index[query], query, trajectory, real))
-    value = None if base_reward is None or not rules.adaptive else place(base_reward.mean(axis=1)[query])
+    value = None if root_value is None else place(root_value[query])
     placed = choose_states(
         rules, engine.placement, draws, sampled, place(base.length), *where, value, measures
     )

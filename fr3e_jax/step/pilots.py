@@ -1,0 +1,128 @@
+"""Pilot rollouts: what the two likeliest tokens at a candidate make of the answer."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float32, Int32
+
+from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS, mutual_information, spread_scores
+from fr3e_jax.algorithm.success import solved
+from fr3e_jax.config import Config
+from fr3e_jax.cost import Cost, rollout_cost
+from fr3e_jax.engine.caches import Caches
+from fr3e_jax.engine.finite import require_finite
+from fr3e_jax.models.decoder import Params
+from fr3e_jax.parallel.hosts import gather
+from fr3e_jax.parallel.mesh import Placement
+from fr3e_jax.run.build import Parts, sampling_of
+from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.step.stages import Draws, find_states
+from fr3e_jax.types import AnyArray, Queries, Rollouts, States
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A round after its base trajectories are judged and kept ones are chosen.
+
+    queries, problems, base, kept: on the host. value: V(root) of the queries, where explore.adaptive. placed,
+    rollouts: queries and base trajectories as they lie on the devices. caches: KV caches of both.
+    """
+
+    queries: Queries
+    problems: Any
+    base: Rollouts
+    value: Float32[np.ndarray, " B"] | None
+    kept: Bool[np.ndarray, "B R"]
+    placed: Queries
+    rollouts: Rollouts
+    caches: Caches
+
+
+def sample_pilots(
+    config: Config, parts: Parts, params: Params, draws: Draws, judged: Judged, watch: Stopwatch
+) -> tuple[Float32[Array, "N S"], Cost]:
+    """Stage 5 of the rule mutual_information: estimate what each candidate tells about the reward.
+
+    The caches of the base trajectories stay. Pilots are drawn with the keys of choices, so that no other
+    token depends on how many there are.
+
+    Returns:
+      (I(y_t; r) at the candidates, nats, and -inf elsewhere, on the devices; what it cost).
+
+    Raises:
+      NotFiniteError: tokens were drawn from logits that are not finite.
+    """
+    engine, count = parts.engine, config.explore.pilots
+    candidates, placed = find_candidates(config, parts, draws, judged)
+    with watch.stage("pilots"):
+        pilots, row_steps = engine.explore(
+            params,
+            judged.placed,
+            judged.caches,
+            placed,
+            seed_key=draws.choices,
+            step=draws.step,
+            rollouts=count * len(PILOT_TOKENS),
+            sampling=sampling_of(config.rollout),
+            keep=True,
+            ranks=tuple(rank for rank in PILOT_TOKENS for _ in range(count)),
+        )
+        pilots = gather(pilots)
+    require_finite(pilots, "pilot rollouts")
+    cost = rollout_cost(parts.policy.model.config, judged.queries, pilots, int(row_steps), candidates)
+    with watch.stage("verify"):
+        reward = parts.verifier.whole(candidates, pilots, judged.problems)()
+    by_token = (*candidates.valid.shape, len(PILOT_TOKENS), count)
+    right = solved(reward, config.reward.success_at).reshape(by_token)
+    logprob = pilots.logprob[:, :, 0].reshape(by_token)[..., 0]
+    rows = engine.placement.place_rows((right.mean(axis=-1, dtype=np.float32), logprob))
+    size = judged.base.token.shape[2]
+    where = (placed.prefix_length, placed.valid)
+    return compiled_information(engine.placement.mesh, size, *rows, *where), cost
+
+
+def find_candidates(config: Config, parts: Parts, draws: Draws, judged: Judged) -> tuple[States, States]:
+    """Find the 4 K most uncertain tokens of each kept trajectory, explore.min_gap apart.
+
+    Returns:
+      (states before each of them, without the root, on the host; the same on the devices).
+    """
+    rules = dataclasses.replace(
+        config.explore, rule="entropy", positions=CANDIDATES * config.explore.positions
+    )
+    states = find_states(
+        rules,
+        parts.engine,
+        draws,
+        judged.queries,
+        judged.base,
+        judged.kept,
+        judged.rollouts,
+        judged.value,
+    )
+    return without_root(states[0]), jax.jit(without_root)(states[1])
+
+
+def without_root(states: States) -> States:
+    """Leave the first state of each trajectory out, and how many rollouts are drawn."""
+    prefix_length, valid = states.prefix_length[:, 1:], states.valid[:, 1:]
+    return dataclasses.replace(states, prefix_length=prefix_length, valid=valid, rollouts=None)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "size"))
+def compiled_information(
+    mesh: Mesh,
+    size: int,
+    rate: Float32[AnyArray, "N C 2"],
+    logprob: Float32[AnyArray, "N C 2"],
+    position: Int32[AnyArray, "N C"],
+    valid: Bool[AnyArray, "N C"],
+) -> Float32[Array, "N S"]:
+    """Compute I of candidates, spread over the `size` tokens of their trajectories; -inf elsewhere."""
+    told = spread_scores(mutual_information(rate, logprob), position, valid, size)
+    return Placement(mesh).shard(told, "batch")
