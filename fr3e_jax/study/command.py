@@ -273,8 +273,8 @@ class Running:
         self.done, self.left = self.done + 1, self.left - 1
         self.progress.update(self.bar, completed=self.done)
         left = self.left * sum(self.took) / len(self.took) / self.jobs
-        ending = f"about {duration(left)} left" if self.left else "none left"
-        self.say(f"{run.label}: {outcome(result)}, {duration(seconds)} | {self.left} runs, {ending}")
+        ending = f"{self.left} to run, about {duration(left)}" if self.left else "none to run"
+        self.say(f"{run.label}: {outcome(result)}, {duration(seconds)} | {ending}")
 
     def summarize(self) -> int:
         """Show what there is, and what failed with its reason.
