@@ -16,11 +16,12 @@ COMMANDS = {
     "generate": "ask a model, and read its answer as it is written",
     "export": "write the model of a checkpoint as a Hugging Face directory",
     "plan": "say what a run takes on given devices, before it is started there",
+    "study": "run arms x tasks x seeds, and say with intervals which arm is better",
     "bench": "measure rollouts, updates, scorers and loading on this machine",
 }
 """Name -> what it does. The command is the module `fr3e_jax.NAME`, or a package's `__main__`."""
 
-MODULES = {"bench": "fr3e_jax.bench.__main__"}
+MODULES = {"bench": "fr3e_jax.bench.__main__", "study": "fr3e_jax.study.__main__"}
 
 
 def usage() -> str:

@@ -23,7 +23,7 @@ from fr3e_jax.config import (
     tables_of,
 )
 
-SHIPPED = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+SHIPPED = sorted(file for file in (REPOSITORY / "configs").rglob("*.yaml") if file.parent.name != "studies")
 
 
 # --- parsing

@@ -13,6 +13,7 @@ from fr3e_jax import evaluate, export, generate, plan
 from fr3e_jax.bench import load, rollout, score, update
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, SFTConfig
+from fr3e_jax.study.command import StudyOptions, with_named_file
 
 FRONT = REPOSITORY / "README.md"
 PAGES = [
@@ -27,6 +28,7 @@ COMMANDS = {
     "evaluate": (evaluate.EvaluationConfig, None),
     "generate": (generate.GenerateConfig, None),
     "export": (export.ExportConfig, None),
+    "study": (StudyOptions, None),
 }
 BENCHMARKS = {
     "load": load.measure_loading,
@@ -111,6 +113,8 @@ def test_commands_that_are_shown_parse(page):
         if name == "bench":
             if arguments:
                 check_benchmark(*arguments)
+        elif name == "study":
+            parse(*COMMANDS[name][:1], name, None, with_named_file(arguments))
         elif "--help" in arguments:
             with pytest.raises(SystemExit, match=r"^0$"):
                 parse(COMMANDS[name][0], name, COMMANDS[name][1], arguments)

@@ -50,7 +50,7 @@ class Progress:
 
     Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are the
     whole random state. `seconds` is wall time, over all resumptions. `flops` are those of the model in
-    all steps since it is counted. `skipped` counts the updates that were skipped in a row up to here,
+    all steps since they are counted. `skipped` counts the updates that were skipped in a row up to here,
     `empty_steps` the steps in a row that found no state to train on. `entropy_coefficient` is the weight
     of the entropy bonus in the next step, where it is adapted. `problems` is the checksum of the files
     that `data_position` counts in.
