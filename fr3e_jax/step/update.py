@@ -112,7 +112,7 @@ def train_step(
         for epoch in range(config.optimizer.epochs if minibatches else 0):
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in groups.minibatches(batch, minibatches, rng):
-                part = with_shares(part, config.loss, config.rollout.max_response)
+                part = with_shares(part, config.loss)
                 bundles = bundles_of(part, row_parts(placement.mesh), config.optimizer.micro_tokens)
                 flops += update_flops(parts.policy.model.config, bundles)
                 tokens += np.array(token_counts(bundles))
