@@ -20,6 +20,7 @@ from fr3e_jax.config.flags import (
     split_files,
     split_sources,
 )
+from fr3e_jax.config.own_functions import OWN_FUNCTION
 from fr3e_jax.config.values import kinds_of, shown_value, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
 
@@ -86,7 +87,7 @@ def rule_lines(config_class: type, prefix: str = "") -> Iterator[tuple[str, str]
     """(option as on the command line, its table's names with their help), of options that have a table."""
     for name, table in tables_of(config_class).items():
         rules = [f"`{name_of_rule}`, {rule.help}" for name_of_rule, rule in table.items()]
-        yield prefix + name, "; ".join(rules) + "."
+        yield prefix + name, "; ".join(rules) + f"; or a function of your own, `{OWN_FUNCTION}`."
     for name, kind in get_type_hints(config_class).items():
         if dataclasses.is_dataclass(kind):
             yield from rule_lines(kind, f"{prefix}{name}.")  # type: ignore[arg-type]

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from fr3e_jax.models.decoder import DecoderConfig
-from fr3e_jax.types import Bundle, Queries, Rollouts, States
+from fr3e_jax.types import AnyArray, Bundle, Queries, Rollouts, States
 
 Cost = dict[str, float]
 
@@ -101,6 +101,31 @@ def rollout_cost(
     return decode_cost(config, prefix, rollouts, row_steps) | {"tokens/prefilled": 0.0}
 
 
+def second_pass_flops(
+    config: DecoderConfig,
+    needs: Sequence[str],
+    query: Int[AnyArray, " B"],
+    response: Int[AnyArray, "B R"],
+    kept: Bool[AnyArray, "B R"],
+) -> float:
+    """Count the FLOPs of the forward pass over kept trajectories that a position rule needs.
+
+    Args:
+      config: the architecture.
+      needs: what the rule needs (`Rule.needs`).
+      query, response: tokens of the queries and of their base trajectories.
+      kept: which of these are explored.
+
+    Returns:
+      0 where nothing needs a pass. A gradient takes the LM head twice: the logits, and back from them.
+    """
+    if {"gradient", "attention"}.isdisjoint(needs):
+        return 0.0
+    query, response = np.broadcast_to(query[:, None], response.shape)[kept], response[kept]
+    tokens = float(response.sum())
+    return config.forward_flops(tokens, pairs_of(query - 1, response), 2 * tokens * ("gradient" in needs))
+
+
 def update_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
     """Count the FLOPs of a forward and a backward pass, which is twice the forward."""
     return 3 * forward_flops(config, bundles)
@@ -118,6 +143,21 @@ def forward_flops(config: DecoderConfig, bundles: Sequence[Bundle]) -> float:
             trained = float((rows.length - rows.start).sum())
             total += config.forward_flops(float(new.sum()), pairs_of(rows.prefix, new), trained)
     return total
+
+
+def total_flops(metrics: Mapping[str, float]) -> float:
+    """Add up the FLOPs of a step: rollouts, updates and every other pass of the model.
+
+    Args:
+      metrics: of the step, `flops/STAGE` among them.
+    """
+    return float(
+        sum(
+            metrics[name]
+            for name in sorted(metrics)
+            if name.startswith("flops/") and not name.startswith("flops/utilisation_")
+        )
+    )
 
 
 def utilisation(metrics: Mapping[str, float], devices: Iterable[Any]) -> Cost:

@@ -18,7 +18,7 @@ from etils import epath
 
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cli import ending_in_one_line, parse
-from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, without_effect
+from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, rows_of_state, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.sampler import GREEDY
@@ -37,6 +37,7 @@ from fr3e_jax.rewards.verdict import ScorerError
 from fr3e_jax.run.build import Parts, build, mesh_of
 from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.compilation import keep_compiled
+from fr3e_jax.run.ending import shared_reason
 from fr3e_jax.run.interruption import Interrupted, Interruption
 from fr3e_jax.run.lock import Lock
 from fr3e_jax.run.reporter import Reporter, Silent, open_reporter
@@ -52,9 +53,10 @@ from fr3e_jax.run.run_dir import (
 )
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
+from fr3e_jax.step.batch import SamplingError
 from fr3e_jax.step.metrics import Metrics
 from fr3e_jax.step.stages import draws_of
-from fr3e_jax.step.update import SamplingError, SkippedError, train_step
+from fr3e_jax.step.update import SkippedError, train_step
 
 LINE = (
     "a step's line: root reward, the mean reward from the bare question; entropy of a token; states that are "
@@ -128,7 +130,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     if config.loss.kl_coefficient > 0:
         reference = jax.tree.map(jnp.copy, state.params)  # the state is donated to updates
     carried = groups.empty_groups(
-        config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
+        rows_of_state(config), config.rollout.max_prompt, config.rollout.max_response
     )
     difficulty = parts.stream.difficulty
     rates = None if difficulty is None else unseen(difficulty.questions)
@@ -173,7 +175,8 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                 reporter.step(
                     {"step": 0} | evaluate_held_out(config, parts, state.params, 0) | {"tokens/total": 0}
                 )
-            while not is_last(config, parts, progress) or progress.unreported is not None:
+            ended = shared_reason(config.end, reporter.accuracies, progress, hosts)
+            while progress.unreported is not None or not (ended or is_last(config, parts, progress)):
                 if progress.unreported is None:
                     checkpoints.check()
                     lock.check()
@@ -185,18 +188,20 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                     progress = dataclasses.replace(progress, unreported=unreported)
                 else:
                     metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
-                every, last = config.evaluate.every, is_last(config, parts, progress)
+                spent = shared_reason(config.end, reporter.accuracies, progress, hosts)
+                every, last = config.evaluate.every, bool(spent) or is_last(config, parts, progress)
                 if last or (every and progress.step % every == 0):
                     metrics |= evaluate_held_out(config, parts, state.params, progress.step)
                 seconds = time.perf_counter() - started
                 progress = dataclasses.replace(progress, unreported=None, seconds=seconds)
                 metrics |= utilisation(metrics, hosts.mesh.devices.flat)
                 reporter.step(metrics, sample)
+                ended = shared_reason(config.end, reporter.accuracies, progress, hosts)
                 if progress.skipped >= config.optimizer.max_skipped:
                     # Counted from 0 when it is resumed: whoever starts it again wants it to try on.
                     checkpoints.save_last(state, carried, dataclasses.replace(progress, skipped=0))
                     raise SkippedError(skipped_message(progress))
-                if last or progress.step % config.checkpoint.every == 0:
+                if last or ended or progress.step % config.checkpoint.every == 0:
                     checkpoints.save(state, carried, progress)
         except (SamplingError, ScorerError) as error:
             checkpoints.save_last(state, carried, progress)
@@ -214,14 +219,16 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             return None
         finally:
             parts.verifier.pool.close()
-        if progress.step < config.steps:
+        if ended:
+            reporter.say(f"the run is complete after step {progress.step} of {config.steps}: {ended}")
+        elif progress.step < config.steps:
             reporter.say(solved_message(config, progress))
         checkpoints.close()
         lock.check()
         with waiting("the export"):
             export_type = jnp.dtype(config.model.export_dtype)
             export_run(directory / FINAL_MODEL, policy.model.source, state.params, export_type)
-        return finish(reporter, directory, progress)
+        return finish(reporter, directory, progress, ended)
 
 
 def is_last(config: Config, parts: Parts, progress: Progress) -> bool:
@@ -267,8 +274,14 @@ def skipped_message(progress: Progress) -> str:
     )
 
 
-def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progress) -> dict[str, Any]:
-    """Write and show the summary."""
+def finish(
+    reporter: Reporter | Silent, directory: epath.Path, progress: Progress, ended: str
+) -> dict[str, Any]:
+    """Write and show the summary.
+
+    Args:
+      ended: the rule by which the run ended before its last step; empty where none did.
+    """
     before, after = (reporter.accuracies.get(step) for step in (0, progress.step))  # None where it is lost
     summary = {
         "accuracy_before": before,
@@ -278,6 +291,8 @@ def finish(reporter: Reporter | Silent, directory: epath.Path, progress: Progres
         "tokens_generated": progress.tokens_generated,
         "seed": progress.seed,
     }
+    if ended:
+        summary["ended"] = ended
     reporter.summary(
         summary,
         {

@@ -177,7 +177,11 @@ class States:
 
 @pytree
 class StateGroups:
-    """G accepted states with their M rollouts, on the host: what waits for the learner."""
+    """G accepted states with their M rollouts, on the host: what waits for the learner.
+
+    With credit.estimator edge the segment of the base trajectory that follows the state is one more of them,
+    the last.
+    """
 
     query: Int32[AnyArray, "G P"]
     query_length: Int32[AnyArray, " G"]
@@ -189,7 +193,7 @@ class StateGroups:
     logprob: Float32[AnyArray, "G M new"]
     """Of these tokens, as recorded while sampling, nats; the learner's where loss.mismatch is not none."""
     length: Int32[AnyArray, "G M"]
-    """0 where a rollout does not count."""
+    """0 of what is not trained on."""
     advantage: Float32[AnyArray, "G M"]
     """Modulated."""
     source: Int32[AnyArray, "G 3"]

@@ -54,17 +54,21 @@ class Partial(NamedTuple):
     """The sum of the values, weighted by exp(score - top)."""
 
 
+def scores(query: Float[Array, "T H D"], part: Part) -> Float32[Array, "K G T S"]:
+    """Compute the scores of one part's keys, `MASKED` where a query does not see one."""
+    length, heads, head_dim = query.shape
+    grouped = query.reshape(length, part.key.shape[0], heads // part.key.shape[0], head_dim)
+    score = jnp.einsum("tkgd,ksd->kgts", grouped, part.key, preferred_element_type=jnp.float32)
+    return jnp.where(part.mask[None, None], score * head_dim**-0.5, MASKED)
+
+
 def attend_part(query: Float[Array, "T H D"], part: Part) -> Partial:
     """Attend to one part.
 
     Scores, softmax and accumulation are float32 whatever the inputs are. H is a multiple of the key-value
     heads; the query heads of one are adjacent.
     """
-    key, value, mask = part
-    length, heads, head_dim = query.shape
-    grouped = query.reshape(length, key.shape[0], heads // key.shape[0], head_dim)
-    score = jnp.einsum("tkgd,ksd->kgts", grouped, key, preferred_element_type=jnp.float32)
-    score = jnp.where(mask[None, None], score * head_dim**-0.5, MASKED)
+    value, score = part.value, scores(query, part)
     top = jax.lax.stop_gradient(jnp.max(score, axis=-1))
     weight = jnp.exp(score - top[..., None])  # 0 of what is masked, unless everything is: see Partial
     output = jnp.einsum(
@@ -85,6 +89,23 @@ def join(partials: Sequence[Partial]) -> Float32[Array, "*axes H D"]:
     scaled = [s[..., None] * p.output for s, p in zip(scales, partials, strict=True)]
     joined = functools.reduce(jnp.add, scaled) / total[..., None]
     return joined.reshape(*joined.shape[:-3], -1, joined.shape[-1])
+
+
+def mean_weights(
+    query: Float[Array, "T H D"], part: Part, partials: Sequence[Partial]
+) -> Float32[Array, "T S"]:
+    """Compute the softmax weights of one part's keys, the mean over query heads.
+
+    Args:
+      query: of T tokens.
+      part: whose keys they are of.
+      partials: attention of these queries to all parts, this one included.
+    """
+    peak = functools.reduce(jnp.maximum, [partial.top for partial in partials])
+    total = functools.reduce(jnp.add, [jnp.exp(partial.top - peak) * partial.total for partial in partials])
+    spread = jnp.moveaxis(peak + jnp.log(total), 0, 2)[..., None]  # log of the softmax's denominator
+    weight = jnp.exp(scores(query, part) - spread)
+    return jnp.mean(jnp.where(part.mask[None, None], weight, 0.0), axis=(0, 1))
 
 
 def attend(query: Float[Array, "T H D"], parts: Sequence[Part]) -> Float[Array, "T H D"]:

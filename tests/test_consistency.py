@@ -29,6 +29,18 @@ def test_the_baselines_are_settings():
         assert resolve(config) == config
 
 
+def test_the_baselines_without_a_rollouts_own_reward_in_its_baseline_are_rloo():
+    """Which does not divide by the standard deviation."""
+    config = changed(
+        Config(), algorithm="grpo++", credit__baseline="leave_one_out", credit__normalize_std=True
+    )
+    assert not resolve(config).credit.normalize_std
+    assert without_effect(config) == [
+        "credit.normalize_std has no effect: grpo++ with credit.baseline leave_one_out is RLOO"
+    ]
+    check(resolve(changed(RUNNABLE, algorithm="grpo", credit__baseline="leave_one_out")), 8, 48)
+
+
 @pytest.mark.parametrize(
     "settings, named",
     [
@@ -40,6 +52,11 @@ def test_the_baselines_are_settings():
         ({"credit__sharpen": True, "credit__modulation": "none"}, ["credit.sharpen"]),
         ({"optimizer__final_rate_share": 0.1}, ["optimizer.final_rate_share"]),
         ({"optimizer__final_rate_share": 0.1, "optimizer__schedule": "cosine"}, []),
+        ({"credit__estimator": "edge", "credit__modulation": "none"}, ["credit.modulation"]),
+        ({"credit__estimator": "value", "credit__sharpen": True}, ["credit.sharpen"]),
+        ({"credit__estimator": "value", "credit__state_weight": "trajectory"}, []),
+        ({"algorithm": "grpo++", "credit__state_weight": "trajectory"}, ["credit.state_weight"]),
+        ({"algorithm": "grpo++", "credit__estimator": "value"}, ["credit.estimator"]),
         ({"reward__pattern": "x"}, ["reward.pattern"]),
         ({"reward__pattern": "x", "reward__format": 0.1}, []),
         ({"optimizer__minibatches": 1, "loss__clip_low": 0.1}, ["loss.clip_low"]),
@@ -101,6 +118,9 @@ def test_what_can_run_is_not_refused():
         ({"reward__answer": 0.0}, ["reward.answer", "reward.format", "one of them must be above 0"]),
         ({"explore__rollouts": 100_000}, ["explore.rollouts is 100000", "at most 4,096"]),
         ({"seed": -1}, ["seed is -1"]),
+        ({"algorithm": "grpo", "credit__estimator": "edge"}, ["credit.estimator edge", "grpo has none"]),
+        ({"credit__estimator": "edge", "credit__normalize_std": True}, ["normalize_std", "only one"]),
+        ({"credit__baseline": "leave_one_out", "credit__normalize_std": True}, ["leave_one_out", "only one"]),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(settings, named):

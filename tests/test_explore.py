@@ -14,8 +14,9 @@ from hypothesis.extra.numpy import arrays
 
 from fr3e_jax.algorithm.choose import choose_positions, uniform_positions
 from fr3e_jax.algorithm.keep import keep_trajectories
-from fr3e_jax.algorithm.positions import Trajectories, positions_of
+from fr3e_jax.algorithm.positions import positions_of
 from fr3e_jax.algorithm.states import states_of
+from fr3e_jax.algorithm.trajectories import Trajectories
 from fr3e_jax.engine.sampler import Sampling, draw
 
 N, S = 3, 12  # one shape for all drawn examples, so that each option is compiled once
@@ -260,6 +261,35 @@ def test_first_of_each_keeps_the_first_correct_and_the_first_wrong():
 
 def test_all_keeps_every_trajectory():
     np.testing.assert_array_equal(keep_trajectories(jnp.asarray(REWARD), "all", KEYS), np.ones_like(REWARD))
+
+
+def test_wrong_keeps_the_first_wrong_and_nothing_of_a_query_that_is_solved():
+    kept = keep_trajectories(jnp.asarray(REWARD), "wrong", KEYS)
+    expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
+    np.testing.assert_array_equal(kept, expected)
+    looser = keep_trajectories(jnp.asarray(REWARD), "wrong", KEYS, 0.5)
+    np.testing.assert_array_equal(looser[4], [0, 0, 0, 1])
+
+
+def test_hardest_keeps_one_of_each_of_the_half_with_the_lowest_rewards_above_0():
+    """Mean rewards .5, .5, 1, 0, .5: three of five queries, and the one without a right answer is none."""
+    kept = keep_trajectories(jnp.asarray(REWARD), "hardest", KEYS)
+    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]
+    np.testing.assert_array_equal(kept, expected)
+    # Of equal ones the first; a solved query where there are not enough others.
+    kept = keep_trajectories(jnp.asarray(REWARD[[0, 1]]), "hardest", KEYS[:2])
+    np.testing.assert_array_equal(kept, [[1, 1, 0, 0], [0, 0, 0, 0]])
+    kept = keep_trajectories(jnp.asarray(REWARD[[2, 3, 3]]), "hardest", KEYS[:3])
+    np.testing.assert_array_equal(kept, [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert not np.any(keep_trajectories(jnp.zeros((3, 4)), "hardest", KEYS[:3]))
+
+
+def test_hardest_follows_the_queries_and_not_their_rows():
+    reward = (np.random.default_rng(1).random((8, 5)) < np.linspace(0.1, 0.9, 8)[:, None]).astype(np.float32)
+    reward += np.linspace(0, 0.01, 8, dtype=np.float32)[:, None]  # no two are equal
+    keys, order = jax.random.split(jax.random.key(0), 8), np.array([5, 2, 7, 0, 1, 6, 3, 4])
+    kept = keep_trajectories(jnp.asarray(reward), "hardest", keys)
+    np.testing.assert_array_equal(keep_trajectories(jnp.asarray(reward[order]), "hardest", keys), kept[order])
 
 
 def test_random_of_each_keeps_one_of_each_kind_and_reaches_every_candidate():

@@ -35,7 +35,7 @@ def test_a_query_that_is_often_solved_gets_fewer_positions_and_rollouts_and_no_o
     drawn = states.valid[:, :, None] & (np.arange(4) < rollouts[:, None, None])
     np.testing.assert_array_equal(opened.counted, drawn)
     np.testing.assert_array_equal(opened.rollouts.length.reshape(drawn.shape) > 0, drawn)
-    accepted, metrics, _ = close_round(config, parts, opened, Stopwatch())
+    accepted, metrics, _, _ = close_round(config, parts, opened, Stopwatch())
     parts.verifier.pool.close()
     assert metrics["tokens/generated"] == opened.base.length.sum() + opened.rollouts.length.sum()
     row = {(int(states.query[n]), int(states.base[n])): n for n in np.flatnonzero(there)}

@@ -16,8 +16,9 @@ from fr3e_jax.algorithm import advantage, aggregates, keep, modulation, objectiv
 from fr3e_jax.algorithm.choose import choose_positions
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
-from fr3e_jax.algorithm.positions import Trajectories, positions_of
+from fr3e_jax.algorithm.positions import positions_of
 from fr3e_jax.algorithm.rules import Rule, RuleError
+from fr3e_jax.algorithm.trajectories import Trajectories
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, CreditConfig, ExploreConfig, check, dump, resolve
 from fr3e_jax.problems.corpus import make_task
@@ -75,7 +76,7 @@ def test_every_table_on_the_page_is_there_and_none_is_missing():
 @pytest.mark.slow
 def test_a_run_takes_what_the_page_adds_by_its_names(added, tmp_path):
     out = tmp_path / "run"
-    chosen = ["--explore.rule=late_entropy", "--credit.advantage=leave_one_out", "--loss.objective=reinforce"]
+    chosen = ["--explore.rule=late_entropy", "--credit.advantage=from_root", "--loss.objective=reinforce"]
     done = call("train", *SMALL, "--steps=1", "--evaluate.every=0", *chosen, f"--run_dir={out}")
     assert done.returncode == 0, done.stderr
     line = metrics(out)[1]
@@ -88,10 +89,10 @@ def test_a_run_takes_what_the_page_adds_by_its_names(added, tmp_path):
 def test_help_shows_an_added_rule_with_its_line(added, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
     shown = call("train", "--help").stdout
-    assert "`late_entropy`, uncertain tokens, the later the better." in shown
+    assert "`late_entropy`, uncertain tokens, the later the better; or a function" in shown
     assert call("train", "--explore.rule=late_entropie").stderr == (
-        "fr3e_jax.train: error: explore.rule is 'late_entropie'; choose one of entropy, surprisal, random, "
-        "uniform, late_entropy\n"
+        "fr3e_jax.train: error: explore.rule is 'late_entropie'; did you mean late_entropy? choose one of "
+        f"{', '.join(positions.POSITION_RULES)}, or a function of your own, module:function\n"
     )
 
 
@@ -102,11 +103,11 @@ def test_the_added_position_rule_chooses_by_its_score(added):
     np.testing.assert_array_equal(positions_of("entropy", base)[0], [[1, 2]])
 
 
-def test_the_added_advantage_is_that_of_leaving_one_out(added):
-    reward = jnp.array([[[1.0, 0.0, 0.0, 1.0]]])
-    valid = jnp.ones((1, 1), bool)
-    found = modulated_advantage(reward, valid, modulation="none", advantage="leave_one_out")[0]
-    np.testing.assert_allclose(found, [[[2 / 3, -2 / 3, -2 / 3, 2 / 3]]], rtol=1e-6)
+def test_the_added_advantage_is_the_reward_less_the_value_of_the_root(added):
+    reward = jnp.array([[[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0]]])
+    valid = jnp.ones((1, 2), bool)
+    found = modulated_advantage(reward, valid, modulation="none", advantage="from_root")[0]
+    np.testing.assert_array_equal(found, [[[0.75, -0.25, -0.25, -0.25], [0.75, 0.75, -0.25, 0.75]]])
 
 
 def test_the_added_loss_has_the_gradient_of_reinforce(added):
@@ -188,8 +189,8 @@ def test_a_name_that_gets_another_function_is_compiled_anew():
     reward, valid, query = np.array([[[1.0, 0.0]]]), np.ones((1, 1), bool), np.zeros(1, np.int32)
     for scale in (2.0, 3.0):
         advantage.ADVANTAGES["mine"] = Rule(lambda reward, valid, scale=scale: scale * reward, "mine")
-        found = assign_credit(CreditConfig(advantage="mine"), reward.astype(np.float32), valid, query)[0]
-        np.testing.assert_array_equal(found, [[[scale, 0.0]]])
+        found = assign_credit(CreditConfig(advantage="mine"), reward.astype(np.float32), valid, query)
+        np.testing.assert_array_equal(found.advantage, [[[scale, 0.0]]])
 
 
 def test_the_config_of_a_run_names_its_functions():
@@ -201,6 +202,13 @@ def test_the_config_of_a_run_names_its_functions():
     assert with_rule(first_positions)["rule"].endswith("test_extending.first_positions")
     assert with_rule(positions.by_surprisal)["rule"] == "surprisal"
     assert with_rule("uniform")["rule"] == "uniform"
+
+
+def test_an_advantage_of_ones_own_has_its_own_baseline():
+    advantage.ADVANTAGES["mine"] = Rule(lambda reward, valid: reward, "mine")
+    credit = CreditConfig(advantage="mine", baseline="leave_one_out")
+    with pytest.raises(ConfigError, match=r"leave_one_out is for credit\.advantage group, not mine"):
+        check(dataclasses.replace(Config(), credit=credit), 1, 32_768)
 
 
 def test_a_library_call_refuses_a_name_that_is_not_there():

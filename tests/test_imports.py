@@ -28,7 +28,9 @@ ALLOWED = {
     "engine": set("algorithm models parallel types".split()),
     "learner": set("algorithm config models parallel types".split()),
     "run": set("config engine learner models parallel pretrained problems progress rewards types".split()),
-    "step": set("algorithm config cost engine learner models parallel problems rewards run types".split()),
+    "step": set(
+        "algorithm config cost engine learner models parallel pretrained problems rewards run types".split()
+    ),
     "evaluation": set(
         "algorithm config engine models parallel pretrained problems progress rewards run types".split()
     ),

@@ -102,6 +102,18 @@ def test_a_cell_that_is_run_again_compiles_nothing_and_gives_the_same(model, bas
     assert any("advance" in program for program in compiled(39)[1])  # another limit is other programs
 
 
+def test_rules_that_need_more_than_sampling_records_measure_it(model, base):
+    assert fr3e.states(base, rule="attention", count=2).valid.sum() == 3 * 4 * 3
+    steps = fr3e.states(base, rule="sentence", count=2)
+    kept = [prefix for row in steps.prefixes for prefix in row[1:] if prefix is not None]
+    assert kept and all(prefix.endswith(";") for prefix in kept)
+    again = base.engine.first_return(base.encoded, count=4, seed=1)
+    base.engine.explore(again, fr3e.states(again, rule="uniform", count=2), count=8, keep=False)
+    assert fr3e.states(again, rule="sentence", count=2).prefixes == steps.prefixes
+    with pytest.raises(ConfigError, match="KV caches of the base trajectories, whose memory was given back"):
+        fr3e.states(again, rule="gradient", count=2)
+
+
 def test_kept_trajectories_may_be_chosen_by_reward(base):
     reward = np.zeros((3, 4), np.float32)
     reward[1, 2] = 1.0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slow_losses import DUAL, loss_slowly
 
-from fr3e_jax.algorithm.aggregates import AGGREGATES, shares_of
+from fr3e_jax.algorithm.aggregates import AGGREGATES, aggregate_shares
 from fr3e_jax.algorithm.objectives import OBJECTIVES
 
 QUERIES = np.array([7, 7, 3])  # of three states with two rollouts each
@@ -49,7 +49,7 @@ def differentiated(objective):
 def computed(objective, aggregate, new, old, advantage, weight=1.0, length=LENGTH, query=QUERIES):
     """((loss, metrics), gradient) as the update has them: weights and shares through the advantage."""
     mask = np.arange(WIDTH) < length[..., None]
-    shares = shares_of(aggregate, length, query, LIMIT)
+    shares = aggregate_shares(aggregate, length, query, LIMIT)
     scaled = advantage if shares is None else advantage * shares
     scaled = np.broadcast_to(scaled[..., None] * np.asarray(weight), mask.shape)
     arrays = [x.reshape(-1, WIDTH) for x in (new, old, scaled)]
@@ -145,7 +145,7 @@ def test_means_by_hand():
     }
     assert set(expected) == set(AGGREGATES)
     for name, shares in expected.items():
-        found = shares_of(name, length, query, 10)
+        found = aggregate_shares(name, length, query, 10)
         if shares is None:
             assert found is None
         else:
@@ -160,7 +160,7 @@ def test_means_weigh_tokens_by_1_on_average_and_the_constant_one_by_how_full_ans
     length = np.array(lengths)
     query = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(length), max_size=len(length))))
     for name in ("sequence", "prompt", "constant"):
-        shares = shares_of(name, length, query, 50).astype(float)
+        shares = aggregate_shares(name, length, query, 50).astype(float)
         assert np.isfinite(shares).all()
         if length.sum():
             mean = (shares * length).sum() / length.sum()
@@ -174,15 +174,15 @@ def test_means_do_not_depend_on_the_order_of_states(lengths, random):
     order = list(range(len(lengths)))
     random.shuffle(order)
     for name in ("sequence", "prompt", "constant"):
-        shares = shares_of(name, length, query, 50)
-        np.testing.assert_array_equal(shares_of(name, length[order], query[order], 50), shares[order])
+        shares = aggregate_shares(name, length, query, 50)
+        np.testing.assert_array_equal(aggregate_shares(name, length[order], query[order], 50), shares[order])
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_micro_batches_of_sequences_add_up_to_the_whole_for_every_mean(aggregate):
     """Since shares and denominator are of the whole minibatch."""
     new, old, advantage = example(4)
-    shares = shares_of(aggregate, LENGTH, QUERIES, LIMIT)
+    shares = aggregate_shares(aggregate, LENGTH, QUERIES, LIMIT)
     scaled = advantage if shares is None else advantage * shares
     (whole, _), gradient = computed("gspo", aggregate, new, old, advantage)
     parts = []

@@ -6,6 +6,7 @@ import sys
 import zipfile
 
 import pytest
+import yaml
 from environment import REPOSITORY
 
 
@@ -71,9 +72,16 @@ def test_every_shipped_configuration_is_in_the_wheel(installed):
     ] == "base: ../qwen2.5.yaml"
 
 
-def test_the_shipped_task_is_in_the_wheel(installed):
-    """Its configurations name it by this path, wherever they are read."""
-    assert (installed / "fr3e_jax" / "examples" / "roman.py").is_file()
+def test_the_shipped_tasks_are_in_the_wheel(installed):
+    """Their configurations name them by this path, wherever they are read."""
+    named = {
+        source["name"]
+        for file in (REPOSITORY / "configs/domains").glob("*_sft.yaml")
+        for source in yaml.safe_load(file.read_text()).get("data", {}).get("source", ())
+    }
+    assert len(named) == 3
+    for name in (*named, "examples/roman.py"):
+        assert (installed / "fr3e_jax" / name).is_file()
 
 
 def test_the_shipped_model_is_in_the_wheel_and_small(installed, tmp_path):

@@ -246,15 +246,19 @@ SHORT = (
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("topology", ["v5e-4", pytest.param("v5p-8", marks=pytest.mark.slow)])
-def test_a_small_run_is_planned_from_end_to_end(topology):
+@pytest.mark.parametrize(
+    ("topology", "options"),
+    [("v5e-4", []), ("v5p-8", ["--loss.mismatch", "mask", "--loss.aggregate", "sequence"])],
+)
+def test_a_small_run_is_planned_from_end_to_end(topology, options):
     """By the command, on the quickstart's model with short answers."""
     flags = ["--topology", topology, "--json", "--price-per-chip-hour", "1.5", "--mesh.fsdp", "2"]
-    done = run("plan", *flags, "--mesh.tensor", "2", *SHORT)
+    done = run("plan", *flags, "--mesh.tensor", "2", *SHORT, *options)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["fits"] is True
     assert done.stderr.count("(compiled in ") == len(plan["programs"])
+    assert ("log-probabilities" in {program["program"] for program in plan["programs"]}) == bool(options)
     assert plan["chips"] == 4
     assert plan["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
     assert [phase["phase"] for phase in plan["phases"]] == ["reshard", "first return", "explore", "update"]

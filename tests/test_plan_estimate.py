@@ -50,6 +50,20 @@ def test_estimates_are_near_the_compiled_plans_of_all_presets():
         assert 0.9 < seconds / plan.step_seconds < 1.75, name
 
 
+def test_the_forward_pass_before_the_update_is_planned():
+    """It takes less memory than a chunk of the update, and less than a third of the update's products."""
+    asks = asked("qwen2.5_7b_v5e16")
+    loss = dataclasses.replace(asks.config.loss, mismatch="truncate")
+    plain = quick_plan(asks)
+    plan = quick_plan(dataclasses.replace(asks, config=dataclasses.replace(asks.config, loss=loss)))
+    programs = {stage.program.name: stage for stage in plan.stages if stage.phase == "update"}
+    own = programs["log-probabilities"]
+    assert own.total < max(stage.total for stage in plan.stages if stage.chunk and stage is not own)
+    assert plan.largest.total == plain.largest.total
+    before, after = (one.phases[-1].costs.flops for one in (plain, plan))
+    assert 1 / 5 < (after - before) / before < 1 / 3  # of 4 passes, of which one is computed again
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_an_estimate_has_the_programs_of_the_compiled_plan_each_near_its_size(name):
     """And the largest that was compiled is among those that `--peak` would compile."""

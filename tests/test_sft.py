@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 from support import call, placement, read, run
 
-from fr3e_jax.algorithm.positions import Trajectories, positions_of
+from fr3e_jax.algorithm.positions import positions_of
+from fr3e_jax.algorithm.trajectories import Trajectories
 from fr3e_jax.cli import parse
 from fr3e_jax.config import ConfigError, DataConfig, SFTConfig
 from fr3e_jax.engine.rollout import Engine

@@ -15,7 +15,8 @@ from fr3e_jax.learner import groups
 from fr3e_jax.run.jsonl import to_line
 from fr3e_jax.run.reporter import step_line
 from fr3e_jax.run.saved import DamagedError, Progress, Record, parse_progress, parse_record
-from fr3e_jax.step.update import SamplingError, minibatches_of
+from fr3e_jax.step.batch import SamplingError
+from fr3e_jax.step.update import minibatches_of
 
 
 def none_accepted(reward, valid, query):

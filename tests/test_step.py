@@ -1,19 +1,23 @@
 """A whole training step, rounds and update, in process on eight devices."""
 
 import collections
+import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import pytest
-from support import SMALL
+from support import SMALL, changed
 
+from fr3e_jax.algorithm.keep import KEEP_RULES
+from fr3e_jax.algorithm.positions import POSITION_RULES
 from fr3e_jax.cli import parse
-from fr3e_jax.config import Config, ExploreConfig, resolve, with_functions
+from fr3e_jax.config import Config, ExploreConfig, resolve, rows_of_state, with_functions
 from fr3e_jax.learner import groups
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.run.build import build, mesh_of
-from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.run.reporter import Stopwatch, step_line
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.rounds import close_round, open_round
@@ -37,7 +41,7 @@ def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorith
     config, parts = small_parts(f"--algorithm={algorithm}")
     state = parts.policy.fresh_state(parts.learner)
     before = jax.device_get(state.params)
-    sizes = config.explore.rollouts, config.rollout.max_prompt, config.rollout.max_response
+    sizes = rows_of_state(config), config.rollout.max_prompt, config.rollout.max_response
     with jax.transfer_guard("disallow"):
         carried, shown = groups.empty_groups(*sizes), StepProgress(print)
         state, _, progress, metrics, _ = train_step(config, parts, None, state, carried, Progress(), shown)
@@ -48,6 +52,87 @@ def test_a_step_moves_nothing_between_host_and_devices_but_what_it_says(algorith
     # The baselines are settings: no positions, and GRPO rejects nothing.
     assert ("entropy/positions" in metrics) == (config.explore.positions > 0) == (algorithm == "fr3e")
     assert (metrics["states/rejected"] > 0) == (algorithm != "grpo")
+
+
+@pytest.fixture(scope="module")
+def small_run():
+    """The configuration, the parts and the trained parameters of a small run, which rounds are sampled of."""
+    config, parts = small_parts()
+    yield config, parts, parts.policy.sampling_params(parts.policy.fresh_state(parts.learner).params)
+    parts.verifier.pool.close()
+
+
+def own_rule(base):
+    """Late tokens with a large gradient, of which a run is told by its place, `test_step:own_rule`."""
+    return (
+        base.measured("gradient") * (base.measured("attention") >= 0) * np.arange(base.entropy.shape[1])[None]
+    )
+
+
+own_rule.needs = ("gradient", "attention")  # type: ignore[attr-defined]
+
+
+def round_by(small_run, **explore):
+    """(Accepted states, metrics, stages that took time) of a round whose exploration is set so."""
+    config, parts, params = small_run
+    config = changed(config, **{f"explore__{name}": value for name, value in explore.items()})
+    watch = Stopwatch()
+    with jax.transfer_guard("disallow"):
+        opened = open_round(config, parts, params, 1, 0, watch)
+        accepted, metrics, _ = close_round(config, parts, opened, watch)
+    return opened, accepted, metrics, watch.seconds
+
+
+def slow_but(*names, of):
+    """Values of an option, of which those named are tested by default."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
+
+
+@pytest.mark.parametrize(
+    "rule", slow_but("sentence", "test_step:own_rule", of=[*POSITION_RULES, "test_step:own_rule"])
+)
+def test_every_rule_of_positions_finds_states_that_carry_a_gradient(small_run, rule):
+    opened, accepted, metrics, seconds = round_by(small_run, rule=rule, min_gap=3)
+    assert groups.count(accepted) > 0 and metrics["states/accepted"] > 0
+    gaps = np.diff(opened.states.prefix_length[:, 1:], axis=1)[opened.states.valid[:, 2:]]
+    assert gaps.size and gaps.min() >= 3
+    asked = rule in ("gradient", "attention", "sentence", "test_step:own_rule")
+    assert ("positions" in seconds) == ("flops/positions" in metrics) == asked
+    if asked:
+        assert (metrics["flops/positions"] == 0) == (rule == "sentence")
+        assert metrics["flops/positions"] < metrics["flops/first_return"]
+    if rule == "sentence":  # steps of the quickstart end with a semicolon
+        n, j = np.nonzero(opened.states.valid[:, 1:])
+        before = opened.states.response[n, opened.states.prefix_length[n, j + 1] - 1]
+        assert set(small_run[1].text.decode(before[:, None])) == {";"}
+
+
+@pytest.mark.parametrize("keep", slow_but(of=KEEP_RULES))
+def test_every_rule_of_trajectories_explores_those_that_it_is_named_after(small_run, keep):
+    opened, _, metrics, _ = round_by(small_run, keep=keep)
+    kept = opened.states.valid[:, 0]
+    right = opened.base_reward[opened.states.query, opened.states.base][kept] == 1
+    queries = opened.states.query[kept]
+    assert metrics["states/accepted"] + metrics["states/rejected"] == opened.states.valid.sum()
+    assert kept.any()
+    if keep == "wrong":
+        assert not right.any() and len(set(queries)) == len(queries)
+    if keep == "hardest":
+        mean = opened.base_reward.mean(axis=1)
+        assert len(set(queries)) <= 4 and (mean[queries] > 0).all()
+        left_out = np.setdiff1d(np.flatnonzero(mean > 0), queries)
+        assert mean[left_out].min(initial=1) >= mean[queries].max()
+
+
+def test_a_round_in_which_nothing_is_kept_has_metrics_and_no_states(small_run):
+    def nothing(reward, correct, key):
+        return correct & ~correct
+
+    opened, accepted, metrics, _ = round_by(small_run, keep=nothing)
+    assert groups.count(accepted) == opened.most == metrics["states/rejected"] == 0
+    assert "reward/root_mean" not in metrics and np.isfinite(list(metrics.values())).all()
+    assert "root reward" not in step_line({"step": 1, "rounds": 1, **metrics})
+    assert "no sampling" not in step_line({"step": 1, "rounds": 1, **metrics})
 
 
 def test_a_round_moves_what_has_an_entry_per_token_at_most_three_times(monkeypatch):
@@ -70,6 +155,33 @@ def test_a_round_moves_what_has_an_entry_per_token_at_most_three_times(monkeypat
     accepted, *_ = close_round(config, parts, opened, Stopwatch())
     parts.verifier.pool.close()
     assert groups.count(accepted) > 0 and moved == {"down": 2, "up": 0}
+
+
+def test_base_trajectories_are_trained_on_where_their_segments_have_credit():
+    """A step with every option of credit changed; and what the others make of one round of it."""
+    chosen = {"estimator": "edge", "baseline": "leave_one_out", "state_weight": "trajectory"}
+    config, parts = small_parts(*(f"--credit.{name}={value}" for name, value in chosen.items()))
+    state, most = parts.policy.fresh_state(parts.learner), config.rollout.max_response
+    opened = open_round(config, parts, parts.policy.sampling_params(state.params), 1, 0, Stopwatch())
+    found = {}
+    for estimator, weight in itertools.product(["paper", "value", "edge"], ["rollout", "trajectory"]):
+        credit = dataclasses.replace(config.credit, estimator=estimator, state_weight=weight)
+        other = dataclasses.replace(config, credit=credit)
+        found[estimator, weight] = close_round(other, parts, opened, Stopwatch())
+    for weight in ("rollout", "trajectory"):
+        _, seen, _ = found["edge", weight]
+        assert 0 < seen["segments/token_share"] < 0.5 and seen["segments/advantage"] > 0
+        assert seen["states/accepted"] > found["value", weight][1]["states/accepted"]
+        assert seen["modulation/mean"] == found["value", weight][1]["modulation/mean"] == 1
+        assert found["paper", weight][1]["modulation/mean"] != 1
+    carried = groups.empty_groups(rows_of_state(config), config.rollout.max_prompt, most)
+    given = config, parts, None, state, carried, Progress(), StepProgress(print)
+    _, carried, _, metrics, _ = train_step(*given)
+    parts.verifier.pool.close()
+    assert carried.length.shape[1] == config.explore.rollouts + 1 and metrics["states/carried"] > 0
+    # The log-probabilities of segments are those that the base trajectories were drawn with.
+    assert np.isfinite(metrics["update/loss"]) and metrics["update/abs_log_ratio_max"] < 0.05
+    assert 0 < metrics["segments/token_share"] < 0.5
 
 
 def test_tokens_and_choices_are_drawn_with_keys_of_their_own():

@@ -4,6 +4,7 @@ Shapes: N trajectories, J states each (state 0 is the bare query), M rollouts pe
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,6 +19,7 @@ AdvantageFunction = Callable[[Float32[Array, "N J M"], Bool[Array, "N J"]], Floa
 that does not count comes with its state's value as its reward, and its advantage is not read."""
 
 AdvantageRule = Chosen[AdvantageFunction]
+Baseline = Literal["mean", "leave_one_out"]
 
 STD_EPSILON = 1e-6  # release
 
@@ -51,3 +53,18 @@ def divided_by_std(
     others = jnp.maximum(rollout_counts(reward, counted) - 1.0, 1.0)
     std = jnp.sqrt(jnp.sum(deviation**2, axis=-1) / others)
     return advantage / (std[..., None] + STD_EPSILON)
+
+
+def leave_one_out(
+    advantage: Float32[AnyArray, "N J M"], count: Float32[AnyArray, "N J"]
+) -> Float32[Array, "N J M"]:
+    """Take each rollout out of its own baseline: r_i less the mean of the others. RLOO (arXiv 2402.14740).
+
+    That is (r_i - V) n / (n - 1). The mean of all n holds r_i itself, which makes the expected gradient n - 1
+    n-ths of what it should be; without it the estimate is unbiased.
+
+    Args:
+      advantage: r_i - V(S_j), 0 where a rollout does not count.
+      count: n, the number of rollouts of each state that count; with one its advantage stays 0.
+    """
+    return advantage * (count / jnp.maximum(count - 1.0, 1.0))[..., None]

@@ -69,7 +69,7 @@ AGGREGATES: dict[str, Rule[AggregateFunction]] = {
 }
 
 
-def shares_of(
+def aggregate_shares(
     aggregate: str | AggregateFunction,
     length: Int[np.ndarray, "G M"],
     query: Int[np.ndarray, " G"],

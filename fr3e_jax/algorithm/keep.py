@@ -37,6 +37,33 @@ def keep_all(
     return jnp.ones(reward.shape, bool)
 
 
+def keep_first_wrong(
+    reward: Float32[AnyArray, "B R"], correct: Bool[AnyArray, "B R"], key: Key[Array, " B"]
+) -> Bool[Array, "B R"]:
+    """Keep the first wrong trajectory of each query, and no correct one (DEEP-GRPO, arXiv 2602.14169).
+
+    One and not all of them: exploration costs at most half of what it does with one of each, however weak the
+    model is. A query whose trajectories are all correct is not explored.
+    """
+    return one_of_each(correct, jnp.arange(reward.shape[1], dtype=jnp.float32)) & ~correct
+
+
+def keep_of_hardest(
+    reward: Float32[AnyArray, "B R"], correct: Bool[AnyArray, "B R"], key: Key[Array, " B"]
+) -> Bool[Array, "B R"]:
+    """Keep the first correct and the first wrong trajectory of the hardest half of the queries.
+
+    The hardest are those with the lowest mean reward above 0, so that some answer to them is known; those of
+    equal rewards in their order. Of B queries, B / 2 are explored, rounded up, or as many as have a reward
+    above 0, if these are fewer.
+    """
+    mean = jnp.mean(reward, axis=1)
+    hardness = jnp.where(mean > 0, mean, jnp.inf)
+    rank = jnp.argsort(jnp.argsort(hardness, stable=True), stable=True)
+    hardest = (mean > 0) & (rank < (reward.shape[0] + 1) // 2)
+    return one_of_each(correct, jnp.arange(reward.shape[1], dtype=jnp.float32)) & hardest[:, None]
+
+
 def one_of_each(correct: Bool[AnyArray, "B R"], order: Float32[Array, "*B R"]) -> Bool[Array, "B R"]:
     """Keep the correct and the wrong trajectory of each query whose `order` is least."""
     order = jnp.broadcast_to(order, correct.shape)
@@ -53,6 +80,10 @@ KEEP_RULES: dict[str, Rule[KeepFunction]] = {
     "first_of_each": Rule(keep_first_of_each, "the first correct and the first wrong of a query (release)"),
     "random_of_each": Rule(keep_random_of_each, "one correct and one wrong of a query, at random (ours)"),
     "all": Rule(keep_all, "every one (ours)"),
+    "wrong": Rule(keep_first_wrong, "the first wrong of a query, no correct one (arXiv 2602.14169)"),
+    "hardest": Rule(
+        keep_of_hardest, "first_of_each of the half of the queries with the lowest rewards above 0 (ours)"
+    ),
 }
 
 

@@ -55,6 +55,27 @@ REJECT_RULES: dict[str, Rule[RejectFunction]] = {
 }
 
 
+def trained_rows(
+    accepted: Bool[AnyArray, "N J"],
+    advantage: Float32[AnyArray, "N J rows"],
+    valid: Bool[AnyArray, "N J"],
+    counted: Bool[AnyArray, "N J M"],
+) -> Bool[Array, "N J rows"]:
+    """Find what of each state is trained on, where segments of the base trajectories are (`edge`).
+
+    These are the rollouts that count of the accepted states, their segments, and all segments whose advantage
+    is not 0. So a state may be there for its segment alone.
+
+    Args:
+      accepted: by the rewards of the rollouts.
+      advantage: of the M rollouts, and of the segment in the last row.
+      valid: which states there are.
+      counted: which rollouts count.
+    """
+    segment = counted_states(valid, counted) & (accepted | (advantage[..., -1] != 0))
+    return jnp.concatenate([accepted[..., None] & counted, segment[..., None]], axis=-1)
+
+
 def accept_states(
     reward: Float32[AnyArray, "N J M"],
     valid: Bool[AnyArray, "N J"],

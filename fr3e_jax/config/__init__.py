@@ -1,7 +1,7 @@
 """The configuration of a run: its options, what each takes, what cannot stand together, and its files."""
 
 from fr3e_jax.config.checks import check_options
-from fr3e_jax.config.consistency import check, resolve, updates_of, without_effect
+from fr3e_jax.config.consistency import check, resolve, rows_of_state, updates_of, without_effect
 from fr3e_jax.config.files import find_config
 from fr3e_jax.config.sections import (
     PACKAGE,
@@ -11,6 +11,7 @@ from fr3e_jax.config.sections import (
     Config,
     DataConfig,
     DistributedConfig,
+    EndConfig,
     EvaluateConfig,
     MeshConfig,
     ModelConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "CreditConfig",
     "DataConfig",
     "DistributedConfig",
+    "EndConfig",
     "EvaluateConfig",
     "ExploreConfig",
     "LossConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "dump",
     "find_config",
     "resolve",
+    "rows_of_state",
     "tables_of",
     "updates_of",
     "with_functions",

@@ -6,11 +6,14 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fr3e_jax.algorithm.rules import Rule, RuleError
+from fr3e_jax.config.own_functions import OWN_FUNCTION, with_own
 from fr3e_jax.config.values import (
     Limit,
     OptionError,
     OptionPath,
     kinds_of,
+    nearest,
     shown_path,
     shown_value,
     tables_of,
@@ -64,8 +67,26 @@ def check_option(kind: Any, value: Any, path: OptionPath, tables: Mapping[str, A
     table = tables.get(str(path[-1]))
     if table is None:
         check_value(kind, value, path)
-    elif not callable(value) and not (isinstance(value, str) and value in table):
-        raise OptionError(path, f"{shown_path(path)} is {value!r}; choose one of {', '.join(table)}")
+    else:
+        check_rule(table, value, path)
+
+
+def check_rule(table: Mapping[str, Rule], value: Any, path: OptionPath) -> None:
+    """Refuse what is no name in a table, no function, and not the place of one, `module:function`.
+
+    Raises:
+      OptionError: with one line that says what to change.
+    """
+    option = f"{shown_path(path)} is {value!r}"
+    try:
+        rule = with_own(table, value)
+    except RuleError as error:
+        raise OptionError(path, f"{option}: {error}") from None
+    if not callable(rule) and not (isinstance(rule, str) and rule in table):
+        near = nearest(rule, table) if isinstance(rule, str) else None
+        meant = f"did you mean {near}? " if near else ""
+        choices = f"choose one of {', '.join(table)}, or a function of your own, {OWN_FUNCTION}"
+        raise OptionError(path, f"{option}; {meant}{choices}")
 
 
 def check_value(kind: Any, value: Any, path: OptionPath) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
+from fr3e_jax.algorithm.advantage import ADVANTAGES
+from fr3e_jax.algorithm.rules import name_of
 from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.sections import Config
 from fr3e_jax.config.values import ConfigError
@@ -13,12 +15,19 @@ def resolve(config: Config) -> Config:
     if config.algorithm == "fr3e":
         return config
     explore = dataclasses.replace(config.explore, positions=0)
-    credit = dataclasses.replace(config.credit, modulation="none", normalize_std=True)
+    # With the baseline that leaves each rollout out, without a deviation, they are RLOO.
+    normalize = config.credit.baseline == "mean"
+    credit = dataclasses.replace(config.credit, modulation="none", normalize_std=normalize)
     loss = config.loss
     if config.algorithm == "grpo":
         credit = dataclasses.replace(credit, reject="none")
         loss = dataclasses.replace(loss, clip_high=loss.clip_low)
     return dataclasses.replace(config, explore=explore, credit=credit, loss=loss)
+
+
+def rows_of_state(config: Config) -> int:
+    """Rows that a state has in an update: its rollouts, and with credit.estimator edge its segment."""
+    return config.explore.rollouts + (config.credit.estimator == "edge")
 
 
 def updates_of(config: Config) -> int:
@@ -39,6 +48,7 @@ def check(config: Config, row_parts: int, context: int) -> None:
     """
     check_options(config)
     check_rollouts(config, context)
+    check_credit(config)
     check_updates(config)
     if not config.reward.answer + config.reward.format > 0:
         raise ConfigError("reward.answer and reward.format are 0; one of them must be above 0")
@@ -98,6 +108,38 @@ def most_positions(response: int, min_gap: int) -> int:
     return 0 if response < 2 else 1 + (response - 2) // max(min_gap, 1)
 
 
+def check_credit(config: Config) -> None:
+    """Refuse estimators of credit that have nothing to work on, or that undo each other.
+
+    Args:
+      config: resolved.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    credit = config.credit
+    if credit.estimator == "edge" and config.explore.positions == 0:
+        raise ConfigError(
+            f"credit.estimator edge cuts base trajectories at positions, and {config.algorithm} has none; "
+            "use --credit.estimator value, or --algorithm fr3e"
+        )
+    if credit.estimator == "edge" and credit.normalize_std:
+        raise ConfigError(
+            "credit.normalize_std divides by the spread of a state's rollouts, which the segments of "
+            "credit.estimator edge do not have; use only one of the two"
+        )
+    if credit.baseline == "leave_one_out" and credit.normalize_std:
+        raise ConfigError(
+            "credit.baseline leave_one_out makes the gradient unbiased, and credit.normalize_std makes it "
+            "biased again; use only one of the two"
+        )
+    if credit.baseline == "leave_one_out" and name_of(ADVANTAGES, credit.advantage) != "group":
+        raise ConfigError(
+            f"credit.baseline leave_one_out is for credit.advantage group, not "
+            f"{name_of(ADVANTAGES, credit.advantage)}, whose baseline is its own; use --credit.baseline mean"
+        )
+
+
 def check_updates(config: Config) -> None:
     """Refuse batches that do not divide, schedules without an update to decay over, and bonuses over a limit.
 
@@ -143,11 +185,18 @@ def without_effect(config: Config) -> list[str]:
         why = f"{config.algorithm} restarts from no positions"
         note("explore", "positions rule min_gap keep adaptive temperature", why)
         note("rollout", "base_trajectories", why)
+        note("credit", "modulation first_state sharpen state_weight", why)
+    elif config.credit.estimator != "paper":
+        why = f"credit.estimator {config.credit.estimator} has no modulation"
         note("credit", "modulation first_state sharpen", why)
     if config.explore.rule != "mutual_information" or not explores:
         note("explore", "pilots", "only explore.rule mutual_information samples pilots")
     if explores and config.credit.modulation == "none":
         note("credit", "first_state sharpen", "credit.modulation is none")
+    if not explores and config.credit.baseline == "leave_one_out":
+        note("credit", "normalize_std", f"{config.algorithm} with credit.baseline leave_one_out is RLOO")
+    if not explores and config.credit.estimator == "value":
+        note("credit", "estimator", f"{config.algorithm} has no modulation")
     if config.algorithm == "grpo":
         note("credit", "reject", "grpo rejects no states")
         note("loss", "clip_high", "grpo clips at loss.clip_low on both sides")

@@ -172,6 +172,22 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EndConfig:
+    """When a run ends before its last step. It is evaluated and exported as after the last one."""
+
+    accuracy: Share | None = None
+    """Held-out accuracy at which the run ends, once as many evaluations in a row as end.evaluations are at
+    least this."""
+    evaluations: Count = 2
+    """Evaluations in a row that must reach end.accuracy; that before the first step counts too."""
+    tokens: Count | None = None
+    """Tokens drawn, after which the run ends with the step that passes them."""
+    flops: PositiveNumber | None = None
+    """FLOPs of rollouts, updates and all other passes of the model (`flops/` in metrics.jsonl), after which
+    the run ends likewise."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints, from which a run that was killed goes on."""
 
@@ -234,6 +250,7 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    end: EndConfig = dataclasses.field(default_factory=EndConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

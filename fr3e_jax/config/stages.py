@@ -7,13 +7,15 @@ Every field says its unit and, where a number has one, its source: (paper) arXiv
 import dataclasses
 from typing import Annotated, Literal
 
-from fr3e_jax.algorithm.advantage import ADVANTAGES, AdvantageRule
+from fr3e_jax.algorithm.advantage import ADVANTAGES, AdvantageRule, Baseline
 from fr3e_jax.algorithm.aggregates import AGGREGATES, Aggregate
+from fr3e_jax.algorithm.credit import Estimator
 from fr3e_jax.algorithm.keep import KEEP_RULES, KeepRule
 from fr3e_jax.algorithm.modulation import MODULATIONS, Modulation
 from fr3e_jax.algorithm.objectives import OBJECTIVES, Objective
 from fr3e_jax.algorithm.positions import POSITION_RULES, PositionRule
 from fr3e_jax.algorithm.reject import REJECT_RULES, RejectRule
+from fr3e_jax.algorithm.segments import StateWeight
 from fr3e_jax.algorithm.token_weights import Mismatch
 from fr3e_jax.algorithm.values import FirstState
 from fr3e_jax.config.values import (
@@ -89,6 +91,16 @@ class CreditConfig:
 
     advantage: AdvantageRule = dataclasses.field(default="group", metadata={"table": ADVANTAGES})
     """Advantage of a rollout, before it is modulated:"""
+    estimator: Estimator = "paper"
+    """What is trained on, and with which advantage. `paper`: rollouts, alpha_j (r - V(S_j)). `value`:
+    rollouts, r - V(S_j). `edge`: these, and every segment of the base trajectory, V(S_{j+1}) - V(S_j), the
+    last r - V(S_K) (SPO, arXiv 2505.23564; VinePPO, 2410.01679)."""
+    baseline: Baseline = "mean"
+    """What a rollout's reward is compared with: `mean` of all M of its state (paper), or `leave_one_out`, of
+    the others (RLOO, arXiv 2402.14740). With it grpo and grpo++ do not divide by the standard deviation."""
+    state_weight: StateWeight = "rollout"
+    """What counts the same: every `rollout` (paper), so that tokens behind more states count more; or every
+    `trajectory`, by weights that are fixed before rollouts are sampled (ours)."""
     modulation: Modulation = dataclasses.field(default="paper", metadata={"table": MODULATIONS})
     """alpha_j, by which the advantages of a state are multiplied:"""
     first_state: FirstState = "neutral"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
 
 from fr3e_jax.algorithm.rules import Rule, function_of
+from fr3e_jax.config.own_functions import with_own
 
 OptionPath = tuple[str | int, ...]
 """Where an option stands: the names of its sections and its own, and numbers from 0 within lists."""
@@ -134,15 +135,16 @@ def tables_of(section: Any) -> dict[str, Mapping[str, Rule]]:
 
 
 def with_functions(section: SectionT) -> SectionT:
-    """A section with the functions of its rules in place of their names.
+    """A section with the functions of its rules in place of their names, or of `module:function`.
 
     What is compiled for it is compiled for the functions: a name may get another one.
 
     Raises:
-      RuleError: there is no rule of a name.
+      RuleError: there is no rule of a name, or no such function.
     """
     functions = {
-        name: function_of(table, getattr(section, name)) for name, table in tables_of(section).items()
+        name: function_of(table, with_own(table, getattr(section, name)))
+        for name, table in tables_of(section).items()
     }
     return dataclasses.replace(section, **functions)  # type: ignore[type-var]
 

@@ -132,7 +132,7 @@ def paired_test(
     scaled = np.array(shares[0], np.float64) - np.array(shares[1], np.float64)
     differences = scaled / unit
     low, high = _interval(differences, level, draws, seed)
-    return Paired(float(differences.mean()), low, high, _sign_flips(scaled[scaled != 0], draws, seed))
+    return Paired(float(differences.mean()), low, high, sign_flip_p(scaled[scaled != 0], draws, seed))
 
 
 def _means(right: np.ndarray) -> np.ndarray:
@@ -156,7 +156,7 @@ def _interval(values: np.ndarray, level: float, draws: int, seed: int) -> tuple[
     return float(interval.low), float(interval.high)
 
 
-def _sign_flips(differences: np.ndarray, draws: int, seed: int) -> float:
+def sign_flip_p(differences: np.ndarray, draws: int, seed: int) -> float:
     """Compute the p-value of differences float [n], none of which is 0."""
     if len(differences) < 2:
         return 1.0  # either sign is as far from 0

@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int
 
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
+
+PER_TOKEN = ("token", "logprob", "sampled_logprob", "entropy")  # of rollouts, and of groups
 
 
 def collect(
@@ -14,8 +16,9 @@ def collect(
     queries: Queries,
     states: States,
     rollouts: Rollouts,
-    advantage: Float32[np.ndarray, "N J M"],
-    counted: Bool[np.ndarray, "N J M"] | None = None,
+    advantage: Float32[np.ndarray, "N J rows"],
+    trained: Bool[np.ndarray, "N J rows"] | None = None,
+    base: Rollouts | None = None,
 ) -> StateGroups:
     """Take the accepted states out of a round, all of it on the host.
 
@@ -24,47 +27,70 @@ def collect(
       queries: the round's queries.
       states: the round's states.
       rollouts: of J x M branches, those of a state side by side.
-      advantage: modulated.
-      counted: which rollouts count, None: all. The others have length 0: nothing of them is trained on.
+      advantage: of the M rollouts of a state, and of the segment behind it if there is `base`.
+      trained: what is trained on, None: all. The others have length 0.
+      base: base trajectories, leaves [B, R, S], whose segments are trained on, each as one more row of its
+        state, the last. None: only rollouts are trained on.
     """
     n, j = np.nonzero(accepted)
-    m = advantage.shape[2]
+    m = rollouts.length.shape[1] // accepted.shape[1]
 
     def grouped(x: np.ndarray) -> np.ndarray:
         return x.reshape(x.shape[0], -1, m, *x.shape[2:])[n, j]
 
     query, length = states.query[n], grouped(rollouts.length)
-    if counted is not None:
-        length = np.where(counted[n, j], length, 0).astype(np.int32)
+    rows = {name: grouped(getattr(rollouts, name)) for name in PER_TOKEN}
+    if base is not None:
+        start, end = states.prefix_length[n, j], segment_ends(states, base)[n, j]
+        at = start[:, None] + np.arange(rollouts.token.shape[2])
+        inside, at = at < end[:, None], np.minimum(at, base.token.shape[2] - 1)
+        for name, drawn in rows.items():
+            own = np.take_along_axis(getattr(base, name)[query, states.base[n]], at, axis=1)
+            segment = np.where(inside, own, 0).astype(drawn.dtype)
+            rows[name] = np.concatenate([drawn, segment[:, None]], axis=1)
+        length = np.concatenate([length, (end - start)[:, None]], axis=1)
+    if trained is not None:
+        length = np.where(trained[n, j], length, 0)
     return StateGroups(
         query=queries.token[query],
         query_length=queries.length[query],
         prefix=states.response[n],
         prefix_length=states.prefix_length[n, j],
-        token=grouped(rollouts.token),
-        logprob=grouped(rollouts.logprob),
-        length=length,
+        length=length.astype(np.int32),
         advantage=advantage[n, j],
         source=np.stack([queries.index[query], states.base[n], j], axis=1).astype(np.int32),
-        sampled_logprob=grouped(rollouts.sampled_logprob),
-        entropy=grouped(rollouts.entropy),
+        **rows,
     )
 
 
-def empty_groups(rollouts: int, max_prompt: int, max_response: int) -> StateGroups:
-    """Make groups of 0 states, of the shapes of a run."""
+def segment_ends(states: States, base: Rollouts) -> Int[np.ndarray, "N J"]:
+    """Find where the segment of each state ends: at the next state that is valid, or with the trajectory.
+
+    Args:
+      states: on the host.
+      base: base trajectories, leaves [B, R, S].
+    """
+    whole = base.length[states.query, states.base][:, None]
+    position = np.where(states.valid, states.prefix_length, whole)
+    # Positions ascend, so that the next one is the least of those behind.
+    behind = np.concatenate([position[:, 1:], whole], axis=1)
+    return np.minimum.accumulate(behind[:, ::-1], axis=1)[:, ::-1]
+
+
+def empty_groups(rows: int, max_prompt: int, max_response: int) -> StateGroups:
+    """Make groups of 0 states, of the shapes of a run; `rows` of a state, as `rows_of_state` counts them."""
     return StateGroups(
         query=np.zeros((0, max_prompt), np.int32),
         query_length=np.zeros((0,), np.int32),
         prefix=np.zeros((0, max_response), np.int32),
         prefix_length=np.zeros((0,), np.int32),
-        token=np.zeros((0, rollouts, max_response), np.int32),
-        logprob=np.zeros((0, rollouts, max_response), np.float32),
-        length=np.zeros((0, rollouts), np.int32),
-        advantage=np.zeros((0, rollouts), np.float32),
+        token=np.zeros((0, rows, max_response), np.int32),
+        logprob=np.zeros((0, rows, max_response), np.float32),
+        length=np.zeros((0, rows), np.int32),
+        advantage=np.zeros((0, rows), np.float32),
         source=np.zeros((0, 3), np.int32),
-        sampled_logprob=np.zeros((0, rollouts, max_response), np.float32),
-        entropy=np.zeros((0, rollouts, max_response), np.float32),
+        sampled_logprob=np.zeros((0, rows, max_response), np.float32),
+        entropy=np.zeros((0, rows, max_response), np.float32),
     )
 
 

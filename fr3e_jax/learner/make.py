@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fr3e_jax.config import LossConfig, OptimizerConfig
+from fr3e_jax.config import LossConfig, OptimizerConfig, with_functions
 from fr3e_jax.learner.splash_on_mesh import make_splash
 from fr3e_jax.learner.state import make_optimizer
 from fr3e_jax.learner.update import Learner
@@ -43,7 +43,7 @@ def learner_of(
         graph,
         placement,
         make_optimizer(optimizer, axes, updates),
-        loss,
+        with_functions(loss),
         compute_dtype=compute_dtype,
         logit_chunk=optimizer.logit_chunk,
         remat=optimizer.remat,

@@ -25,7 +25,7 @@ from jaxtyping import Float32
 
 from fr3e_jax.algorithm.loss import kl_k3, masked_sum
 from fr3e_jax.algorithm.objectives import OBJECTIVES, gspo_loss
-from fr3e_jax.algorithm.rules import function_of, of_shape
+from fr3e_jax.algorithm.rules import function_of, of_shape, pair_of
 from fr3e_jax.config import LossConfig
 from fr3e_jax.learner.forward import (
     Forward,
@@ -260,9 +260,9 @@ def chunk_loss(
     advantage = weighted(rows.advantage[:, None], rows)
     if rows.weight is not None:
         advantage = advantage * rows.weight
-    loss, loss_metrics = function_of(OBJECTIVES, settings.objective)(
-        logprob, rows.old_logprob, advantage, mask, denominator, **clip_settings(settings)
-    )
+    objective = function_of(OBJECTIVES, settings.objective)
+    found = objective(logprob, rows.old_logprob, advantage, mask, denominator, **clip_settings(settings))
+    loss, loss_metrics = pair_of(found, "an objective gives (loss, metrics)")
     loss, metrics = of_shape(loss, (), "a loss, one number,"), dict(loss_metrics)
     if rows.weight is not None:
         metrics["left_out"] = masked_sum(rows.weight == 0, mask) / denominator

@@ -8,14 +8,14 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from fr3e_jax.algorithm.aggregates import shares_of
+from fr3e_jax.algorithm.aggregates import aggregate_shares
 from fr3e_jax.algorithm.token_weights import (
     covariant_tokens,
     mismatch_ratio,
     mismatch_weight,
     uncertain_tokens,
 )
-from fr3e_jax.config import LossConfig
+from fr3e_jax.config import LossConfig, with_functions
 from fr3e_jax.learner.forward import Prefilled
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.update import Learner
@@ -31,6 +31,11 @@ NEAR = (0.9, 1.1)
 def real_tokens(groups: StateGroups) -> Bool[np.ndarray, "G M new"]:
     """Tell which of the tokens of rollouts are there."""
     return np.arange(groups.token.shape[2]) < groups.length[..., None]
+
+
+def weighs_tokens(loss: LossConfig) -> bool:
+    """Tell whether the options of the loss give weights to tokens."""
+    return loss.top_entropy_share < 1 or loss.covariance_share > 0 or loss.mismatch != "none"
 
 
 def with_masks(groups: StateGroups, loss: LossConfig) -> StateGroups:
@@ -55,7 +60,8 @@ def with_shares(groups: StateGroups, loss: LossConfig, limit: int) -> StateGroup
     Raises:
       RuleError: the rule gives something else than it must.
     """
-    shares = shares_of(loss.aggregate, groups.length, groups.source[:, 0], limit)
+    aggregate = with_functions(loss).aggregate
+    shares = aggregate_shares(aggregate, groups.length, groups.source[:, 0], limit)
     return groups if shares is None else dataclasses.replace(groups, share=shares)
 
 

@@ -1,5 +1,6 @@
 """The stages of the library between sampling and updating: states, rewards, groups."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ from fr3e_jax.algorithm.keep import KeepRule
 from fr3e_jax.algorithm.positions import PositionRule
 from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import ConfigError, ExploreConfig, check_options
+from fr3e_jax.engine.second_pass import needs_pass
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.library.results import Answers, Base, Restarts, shaped
 from fr3e_jax.parallel.hosts import gather
-from fr3e_jax.step.stages import draws_of, find_states, keep
+from fr3e_jax.step.stages import draws_of, find_states, keep, measure_trajectories, rule_needs
 from fr3e_jax.types import Rollouts, StateGroups
 
 
@@ -37,7 +39,7 @@ def states(
 
     Raises:
       ConfigError: a rule needs rewards and there are none, or their shape is another; or `count` or `min_gap`
-        is below 0.
+        is below 0; or the rule needs KV caches that are gone.
       RuleError: there is no rule of a name, or its function gives something else than it must.
     """
     check_options(ExploreConfig(positions=count, min_gap=min_gap))
@@ -54,8 +56,19 @@ def states(
     draws, queries = draws_of(base.seed, base.step, place), base.encoded.queries
     kept = gather(keep(rules, draws, *place.place_rows((queries.index, rewards))))
     kept = kept & (np.arange(b) < asked)[:, None]
-    sampled = place.place_rows(rollouts)
-    return Restarts(base, find_states(rules, engine, draws, queries, rollouts, kept, sampled)[0])
+    sampled, needs, model = place.place_rows(rollouts), rule_needs(rules), base.engine.model
+    if needs_pass(needs) and base.caches.base.key.is_deleted():
+        raise ConfigError(
+            "this rule needs a forward pass on the KV caches of the base trajectories, whose memory was "
+            "given back; call explore with keep=True"
+        )
+    measures = None
+    if needs:
+        measures = measure_trajectories(
+            needs, engine, model.params, queries, base.caches, rollouts, kept, model.text
+        )
+    found, _ = find_states(rules, engine, draws, queries, rollouts, kept, sampled, measures=measures)
+    return Restarts(base, found)
 
 
 def judge(answers: Answers, verifier: Callable[[str, str], float]) -> Float32[np.ndarray, "N J M"]:
@@ -79,14 +92,21 @@ def groups(states: Restarts, rollouts: Rollouts, advantage: Any, counted: Any = 
     Args:
       states: where the rollouts restarted.
       rollouts: leaves [N, J x M, S].
-      advantage: float32 [N, J, M]; a state whose advantages are all 0 is left out.
+      advantage: float32 [N, J, M], or [N, J, M + 1] with those of the segments of the base trajectories (the
+        estimator `edge`); a state whose advantages are all 0 is left out.
       counted: bool [N, J, M], which rollouts count; None: all. Nothing of the others is trained on.
     """
-    n, j = states.valid.shape
-    shaped("advantage", advantage, (n, j, rollouts.length.shape[1] // j))
+    (n, j), advantage = states.valid.shape, np.asarray(advantage)
+    m, rows = rollouts.length.shape[1] // j, advantage.shape[-1] if advantage.ndim else 0
+    edges = rows == m + 1
+    shaped("advantage", advantage, (n, j, rows if edges else m))
+    trained = None
     if counted is not None:
-        shaped("counted", counted, np.shape(advantage))
-        counted = np.asarray(counted)
-    advantage = np.asarray(advantage)
-    accepted = counted_states(states.valid, counted) & np.any(advantage != 0, axis=2)
-    return collect(accepted, states.base.encoded.queries, states.arrays, rollouts, advantage, counted)
+        shaped("counted", counted, (n, j, m))
+        trained = np.asarray(counted)
+    valid = counted_states(states.valid, trained)
+    arrays, base = dataclasses.replace(states.arrays, valid=valid), None
+    if edges:
+        base, trained = states.base.rollouts, valid[..., None] & (advantage != 0)
+    accepted = valid & np.any(advantage != 0, axis=2)
+    return collect(accepted, states.base.encoded.queries, arrays, rollouts, advantage, trained, base)

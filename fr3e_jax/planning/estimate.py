@@ -14,7 +14,7 @@ from fr3e_jax.planning.program_costs import Costs
 from fr3e_jax.planning.rollout_programs import decode_name, legs_to_compile
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.stages import Stage, state_bytes, without
-from fr3e_jax.planning.update_programs import typical_chunk
+from fr3e_jax.planning.update_programs import FORWARD, typical_chunk
 from fr3e_jax.planning.workload import Chunk, Workload
 
 FREE_OF_COSTS = Costs()
@@ -203,6 +203,20 @@ def update_stages(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> 
             chunk=chunk,
         )
         chunks.append(stage)
+    if setup.config.loss.mismatch != "none":
+        chunk = typical_chunk(work)
+        logits = min(chunk.tokens, setup.config.optimizer.logit_chunk)
+        seen = chunk.tokens * (chunk.window + chunk.width / 2)
+        stage = stage_of(
+            "update",
+            FORWARD,
+            always,
+            {"compute copy": compute, "trunk caches": caches},
+            temporary=sizes.activations(chunk.tokens) + 2 * sizes.gathered_layer + 2 * sizes.logits(logits),
+            once=forward_costs(sizes, chunk.tokens, seen, chunk.tokens),
+            chunk=chunk,
+        )
+        chunks.append(stage)
     closing = stage_of(
         "update",
         "add trunks",
@@ -234,12 +248,17 @@ def backward_temporary(sizes: ModelSizes, tokens: int, logit_tokens: int) -> flo
     return sizes.compute_copy + layers + 3 * sizes.gathered_layer + 3 * sizes.logits(logit_tokens)
 
 
-def forward_costs(sizes: ModelSizes, tokens: int, pairs: float) -> Costs:
-    """Costs of a forward pass of the tokens of a part."""
+def forward_costs(sizes: ModelSizes, tokens: int, pairs: float, logits: int = 0) -> Costs:
+    """Costs of a forward pass of the tokens of a part.
+
+    Args:
+      logits: tokens that have logits.
+    """
     layers = sizes.setup.model.num_hidden_layers
     moved = sizes.setup.mesh.shape["fsdp"] * sizes.compute_copy + 3 * layers * sizes.activations(tokens)
+    moved += 2 * sizes.logits(logits)
     wire = sizes.gathers(1) | sizes.reductions(tokens, 1)
-    return Costs(sizes.flops(tokens, pairs, 0), moved, wire, sizes.calls(1))
+    return Costs(sizes.flops(tokens, pairs, logits), moved, wire, sizes.calls(1))
 
 
 def backward_costs(sizes: ModelSizes, tokens: int, pairs: float, head: bool) -> Costs:

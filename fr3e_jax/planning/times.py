@@ -1,7 +1,7 @@
 """Seconds of a step: from the costs of its compiled programs to the time of each phase."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
@@ -12,6 +12,7 @@ from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import Slice
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.topology import lane_of
+from fr3e_jax.planning.update_programs import FORWARD
 from fr3e_jax.planning.workload import Assumptions, Decode, Workload
 
 Runs = list[tuple[float, Costs]]
@@ -171,6 +172,28 @@ def update_runs(setup: Setup, work: Workload, stages: Sequence[Stage]) -> Runs:
         ratio = count * width / (work.widest_trunks[0] * work.widest_trunks[1])
         runs.append((float(times), scaled_costs(opening, ratio, float(weights * split))))
         runs.append((float(times), scaled_costs(closing, ratio, fixed)))
+    if FORWARD in programs:
+        runs.extend(forward_runs(setup, work, programs, compiled.tokens, float(weights * split)))
+    return runs
+
+
+def forward_runs(
+    setup: Setup, work: Workload, programs: Mapping[str, CompiledProgram], tokens: int, weights: float
+) -> Runs:
+    """The programs of the forward pass before the update (loss.mismatch), over what one epoch runs.
+
+    Args:
+      tokens: of the chunk that its program was compiled for.
+      weights: bytes of the weights that a program reads.
+    """
+    epochs = setup.config.optimizer.epochs
+    runs: Runs = [(1.0, programs["cast and zero gradient"].once)]
+    for chunk, times in work.chunks.items():
+        costs = scaled_costs(programs[FORWARD].once, chunk.tokens / tokens, weights)
+        runs.append((times / epochs, costs))
+    for (count, width), times in work.trunks.items():
+        ratio = count * width / (work.widest_trunks[0] * work.widest_trunks[1])
+        runs.append((times / epochs, scaled_costs(programs["prefill trunks"].once, ratio, weights)))
     return runs
 
 

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 
 from fr3e_jax.learner.forward import Prefilled
 from fr3e_jax.learner.update import Learner, applying
+from fr3e_jax.learner.weights import weighs_tokens
 from fr3e_jax.planning.setup import Setup, abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler, without
 from fr3e_jax.planning.workload import Chunk, Workload
 from fr3e_jax.types import Batch, Trunks
+
+FORWARD = "log-probabilities"
+"""Name of the program of the forward pass before the update, in reports."""
 
 
 def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
@@ -67,10 +71,17 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
         lower = functools.partial(
             Learner.add_chunk.lower,
             *(learner, gradient, cache_gradient, prefilled, prefilled_reference),
-            *(abstract_batch(setup, chunk), abstract((), jnp.float32)),
+            *(abstract_batch(setup, chunk, weighted=True), abstract((), jnp.float32)),
             window=chunk.window,
         )
         yield compiler("update", chunk.name, lower, held=held, own=own, chunk=chunk)[0]
+    if setup.config.loss.mismatch != "none" and compiler.wants("update", FORWARD):
+        chunk = typical_chunk(work)
+        lower = functools.partial(
+            Learner.logprobs.lower, learner, prefilled, abstract_batch(setup, chunk), window=chunk.window
+        )
+        read = {"compute copy": sizes["compute copy"], "trunk caches": bytes_on_chip(caches)}
+        yield compiler("update", FORWARD, lower, held=held, own=read, chunk=chunk)[0]
     if compiler.wants("update", "add trunks"):
         yield compiler(
             "update",
@@ -112,16 +123,23 @@ def abstract_trunks(setup: Setup, shape: tuple[int, int]) -> Trunks:
     return Trunks(setup.rows(jnp.int32, setup.parts, count, width), setup.rows(jnp.int32, setup.parts, count))
 
 
-def abstract_batch(setup: Setup, chunk: Chunk) -> Batch:
-    """The batch rows of a chunk, on all parts, without arrays."""
-    rows = chunk.rows * setup.parts
+def abstract_batch(setup: Setup, chunk: Chunk, weighted: bool = False) -> Batch:
+    """The batch rows of a chunk, on all parts, without arrays.
+
+    Args:
+      weighted: whether they have the weights that the options of the loss give them.
+    """
+    rows, loss = chunk.rows * setup.parts, setup.config.loss
     numbers = setup.rows(jnp.int32, rows)
+    tokens = setup.rows(jnp.float32, rows, chunk.width + 1)
     return Batch(
         token=setup.rows(jnp.int32, rows, chunk.width + 1),
         length=numbers,
         start=numbers,
-        old_logprob=setup.rows(jnp.float32, rows, chunk.width + 1),
+        old_logprob=tokens,
         advantage=setup.rows(jnp.float32, rows),
         trunk=numbers,
         prefix=numbers,
+        weight=tokens if weighted and weighs_tokens(loss) else None,
+        share=setup.rows(jnp.float32, rows) if weighted and loss.aggregate != "token" else None,
     )

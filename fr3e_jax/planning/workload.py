@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from fr3e_jax.config import Config
+from fr3e_jax.config import Config, rows_of_state
 from fr3e_jax.config.values import Bounds, NonNegativeNumber, Share
 from fr3e_jax.engine.seats import Leg, first_slots, schedule
 from fr3e_jax.learner import groups
@@ -198,7 +198,11 @@ def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: boo
         continuations[:] = limit
     decode = decode_of(continuations.reshape(parts, kept, -1), limit, compact=True) if restarts else None
     per_round = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
-    accepted = accepted_groups(config, continuations.reshape(-1, states, explore.rollouts), assumptions, rng)
+    rows = continuations.reshape(-1, states, explore.rollouts)
+    if config.credit.estimator == "edge":
+        segment = limit if worst else max(math.ceil(mean / states), 1)
+        rows = np.concatenate([rows, np.full((*rows.shape[:2], 1), segment, np.int32)], axis=2)
+    accepted = accepted_groups(config, rows, assumptions, rng)
     return Workload(
         rounds=math.ceil(config.optimizer.batch_states / per_round),
         first_return=first,
@@ -223,7 +227,7 @@ def update_shapes(config: Config, parts: int, accepted: StateGroups) -> dict[str
                 chunks[Chunk(rows // parts, width - 1, window)] += 1
                 real += int((batch.length - 1).sum())
     longest, width = width_of(rollout.max_prompt + rollout.max_response - 1), width_of(rollout.max_response)
-    rows = optimizer.batch_states // optimizer.minibatches * config.explore.rollouts
+    rows = optimizer.batch_states // optimizer.minibatches * rows_of_state(config)
     # Whole answers after a whole trunk, or many short ones: each row has the slots that it sees of its trunk.
     possible = [Chunk(most_rows(rows, width, budget), width, longest), *chunks]
     return {
@@ -242,7 +246,7 @@ def accepted_groups(
     """The accepted states of a batch, `batch_states` of them, with tokens that are all 0.
 
     Args:
-      lengths: int [trees, J, M], of continuations; repeated until there are enough.
+      lengths: int [trees, J, rows], of what is trained on; repeated until there are enough.
     """
     rollout, wanted = config.rollout, config.optimizer.batch_states
     trees, states, rollouts = lengths.shape

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jinja2
 import numpy as np
+from jaxtyping import Bool
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.pretrained.sentences import sentence_starts
 from fr3e_jax.pretrained.stops import cut_answer, make_table, token_bytes
 from fr3e_jax.pretrained.tokenizer import end_tokens, read_tokenizer
 from fr3e_jax.types import Rollouts, States, StopTable, Turns
@@ -77,6 +79,20 @@ class Text:
     def pieces(self) -> list[bytes]:
         """The bytes that each id adds to a text, by id."""
         return token_bytes(self.tokenizer)
+
+    def sentence_starts(self, token: Any, length: Any) -> Bool[np.ndarray, "N S"]:
+        """Mark the tokens that sentences, lines and steps of responses begin with.
+
+        Args:
+          token: int [N, S] on the host.
+          length: int [N], tokens of each response.
+        """
+        control = {*self.tokenizer.all_special_ids, *self.end_tokens}
+        pieces = [b"" if number in control else piece for number, piece in enumerate(self.pieces)]
+        marks = np.zeros(token.shape, bool)
+        for row, tokens, count in zip(marks, token, length, strict=True):
+            row[:count] = sentence_starts(pieces, tokens[:count].tolist())
+        return marks
 
     @functools.cached_property
     def stops(self) -> StopTable | None:

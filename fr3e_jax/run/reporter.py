@@ -255,9 +255,10 @@ class Reporter:
 def step_line(metrics: Mapping[str, Any]) -> str:
     """Describe a step in one line for people."""
     parts = [f"step {metrics['step']:>4}"]
-    if "reward/root_mean" in metrics:
+    if "entropy/mean" in metrics:
+        if "reward/root_mean" in metrics:  # unless explore.keep has kept nothing
+            parts.append(f"root reward {metrics['reward/root_mean']:.3f}")
         parts += [
-            f"root reward {metrics['reward/root_mean']:.3f}",
             f"entropy {metrics['entropy/mean']:.3f} nats",
             f"states +{metrics['states/accepted']} -{metrics['states/rejected']}",
             f"{metrics['tokens/generated']:,} tokens",

@@ -31,6 +31,7 @@ RESUMABLE = {
     "resume",
     "compilation_cache",
     "evaluate",
+    "end",
     "checkpoint",
     "mesh",
     "distributed",
@@ -120,7 +121,8 @@ def completed(config: Config) -> dict[str, Any] | None:
     try:
         held = read_settings(directory)
         summary = json.loads((directory / SUMMARY_FILE).read_text())
-        done = summary["steps"] >= config.steps
+        decided = bool(summary.get("ended")) and held.get("end") == as_written(config)["end"]
+        done = decided or summary["steps"] >= config.steps
         same_type = held["model"]["export_dtype"] == config.model.export_dtype
     except (LostSettingsError, OSError, ValueError, KeyError, TypeError):
         return None
@@ -139,7 +141,9 @@ def describe_completed(summary: dict[str, Any], config: Config) -> list[str]:
         f"{config.run_dir} holds a complete run of {steps} steps; nothing is left to do",
         f"held-out accuracy {accuracies[0]} -> {accuracies[1]}; model: {config.run_dir}/{FINAL_MODEL}",
     ]
-    if steps > config.steps:
+    if ended := summary.get("ended"):
+        lines.append(f"it ended before its last step, since {ended}; other rules of `end` go on from there")
+    elif steps > config.steps:
         lines.append(
             f"--steps {config.steps} asks for fewer steps than it has; python -m fr3e_jax.export --run "
             f"{config.run_dir} --step N writes the model of an earlier step whose checkpoint is kept"

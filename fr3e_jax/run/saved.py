@@ -36,7 +36,7 @@ UNREACHABLE = (
     "CANCELLED",
     "ABORTED",
 )
-REAL_NUMBERS = ("seconds", "entropy_coefficient")  # numbers of a run's progress that are no counts
+REAL_NUMBERS = ("seconds", "flops", "entropy_coefficient")  # numbers of a run's progress that are no counts
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -48,11 +48,12 @@ class DamagedError(Exception):
 class Progress:
     """The state of a run beside its arrays.
 
-    Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are
-    the whole random state. `seconds` is wall time, over all resumptions. `skipped` counts the updates that
-    were skipped in a row up to here, `empty_steps` the steps in a row that found no state to train on.
-    `entropy_coefficient` is the weight of the entropy bonus in the next step, where it is adapted. `problems`
-    is the checksum of the files that `data_position` counts in.
+    Randomness is a function of (seed, step, query, branch, position), so that `step` and the seed are the
+    whole random state. `seconds` is wall time, over all resumptions. `flops` are those of the model in
+    all steps since it is counted. `skipped` counts the updates that were skipped in a row up to here,
+    `empty_steps` the steps in a row that found no state to train on. `entropy_coefficient` is the weight
+    of the entropy bonus in the next step, where it is adapted. `problems` is the checksum of the files
+    that `data_position` counts in.
     `rates` are the remembered success rates of questions, where they are; a checkpoint has their arrays in an
     item of their own.
     `unreported` holds the metrics of `step` and a state to read until they are written: a run can be stopped
@@ -63,6 +64,7 @@ class Progress:
     data_position: int = 0
     tokens_generated: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
     seed: int = 0
     skipped: int = 0
     empty_steps: int = 0

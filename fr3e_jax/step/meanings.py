@@ -65,6 +65,9 @@ OTHERS: dict[str, Meaning] = {
         "low: a few long answers hold up the others",
     ),
     "flops/first_return": Meaning("of the base trajectories, without padding", "FLOPs", STEP),
+    "flops/positions": Meaning(
+        "of the forward pass over kept trajectories, where explore.rule needs one", "FLOPs", STEP
+    ),
     "flops/explore": Meaning("of the partial rollouts, without padding", "FLOPs", STEP),
     "flops/update": Meaning("of the updates, without padding and recomputation", "FLOPs", STEP),
     "flops/mismatch": Meaning(
@@ -79,7 +82,8 @@ OTHERS: dict[str, Meaning] = {
         STEP,
     ),
     "time/STAGE": Meaning(
-        "of a stage: tokenize, first_return, verify, explore, mismatch, update, and step for all",
+        "of a stage: tokenize, first_return, verify, positions (where explore.rule measures something), "
+        "explore, mismatch, update, and step for all",
         "seconds",
         STEP,
     ),

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float32, Int, Shaped
 
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.algorithm.success import solved
 from fr3e_jax.cost import Cost
-from fr3e_jax.types import Rollouts, States
+from fr3e_jax.types import Rollouts, StateGroups, States
 
 Metrics = dict[str, Any]
 
@@ -28,7 +28,8 @@ class Measured:
     reward: Float32[np.ndarray, "N J M"]
     value: Float32[np.ndarray, "N J"]
     alpha: Float32[np.ndarray, "N J"]
-    advantage: Float32[np.ndarray, "N J M"]
+    advantage: Float32[np.ndarray, "N J rows"]
+    """Of the rollouts, and with the estimator `edge` of the segment in the last row."""
     accepted: Bool[np.ndarray, "N J"]
     """The states that are trained on."""
     restarts: bool
@@ -39,6 +40,10 @@ class Measured:
     """Which rollouts count; None: all."""
     base_counted: Bool[np.ndarray, "B R"] | None = None
     """Which base trajectories count; None: all."""
+    trained: Bool[np.ndarray, "N J rows"] | None = None
+    """What of the accepted states is trained on; None: all."""
+    gathered: StateGroups | None = None
+    """The accepted states, where one asks for what is trained on."""
 
     @property
     def counts(self) -> Bool[np.ndarray, "N J M"]:
@@ -46,9 +51,16 @@ class Measured:
         return np.ones(self.reward.shape, bool) if self.counted is None else self.counted
 
     @property
-    def trained(self) -> Bool[np.ndarray, "N J M"]:
-        """Which rollouts are trained on."""
-        return self.accepted[:, :, None] & self.counts
+    def segments(self) -> bool:
+        """Whether segments of base trajectories are trained on."""
+        return self.advantage.shape[2] > self.reward.shape[2]
+
+    @property
+    def accepted_advantages(self) -> Float32[np.ndarray, " rollouts"]:
+        """The advantages of the rollouts that are trained on."""
+        m = self.reward.shape[2]
+        trained = self.counts if self.trained is None else self.trained[..., :m]
+        return self.advantage[..., :m][self.accepted[:, :, None] & trained]
 
     @property
     def right(self) -> Bool[np.ndarray, "N J M"]:
@@ -77,9 +89,11 @@ class Metric:
     watch: str = ""
 
 
-def root_mean(states: States, value: Float32[np.ndarray, "N J"]) -> float:
-    """Mean of V(S_0) over queries, however many trajectories of each were kept."""
+def root_mean(states: States, value: Float32[np.ndarray, "N J"]) -> float | None:
+    """Mean of V(S_0) over queries, however many trajectories of each were kept; None where none was."""
     kept = states.valid[:, 0]
+    if not kept.any():
+        return None
     count, total = (np.bincount(states.query[kept], weights=w) for w in (None, value[kept, 0]))
     return float((total[count > 0] / count[count > 0]).mean())
 
@@ -99,8 +113,8 @@ def success_rates(m: Measured) -> Float32[np.ndarray, " B"]:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def of_accepted(x: Float[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]) -> Any:
-    """A statistic of what the accepted states have; None where none is accepted."""
+def of_some(x: Shaped[np.ndarray, "..."], reduce: Callable[[np.ndarray], Any]) -> Any:
+    """A statistic of what some states have; None where there are none."""
     return reduce(x) if x.size else None
 
 
@@ -121,9 +135,23 @@ def position_entropy(m: Measured) -> float | None:
     return float(at.mean()) if at.size else 0.0
 
 
+def segment_share(m: Measured) -> float | None:
+    """Share of the trained tokens that lie in segments of base trajectories; None where segments are not."""
+    if not m.segments or m.gathered is None or not m.gathered.length.size:
+        return None
+    return float(m.gathered.length[:, -1].sum() / m.gathered.length.sum())
+
+
+def segment_size(m: Measured) -> float | None:
+    """Mean absolute advantage of the segments that are trained on; None without any."""
+    if not m.segments or m.trained is None or not m.trained[..., -1].any():
+        return None
+    return float(np.abs(m.advantage[..., -1][m.trained[..., -1]]).mean())
+
+
 def continuations(m: Measured, x: Int[np.ndarray, "N C"] | Bool[np.ndarray, "N C"]) -> Any:
-    """Mean of x over the partial rollouts that there are; None where there are no positions."""
-    return x[m.rollouts.length > 0].mean() if m.restarts else None
+    """Mean of x over the partial rollouts that there are; None where there are none, or no positions."""
+    return of_some(x[m.rollouts.length > 0], np.mean) if m.restarts else None
 
 
 BASE, STATES, ACCEPTED, PARTIAL = "base trajectories", "all states", "accepted states", "partial rollouts"
@@ -154,24 +182,36 @@ METRICS: dict[str, Metric] = {
         watch="much above 0: the limit is too short, or the answers do not end",
     ),
     "modulation/mean": Metric(
-        lambda m: m.alpha[m.valid].mean(),
+        lambda m: of_some(m.alpha[m.valid], np.mean),
         "factor alpha_j of the advantages",
         unit="factor",
         over=STATES,
         watch="below 1: values rise from state to state",
     ),
     "value/accepted_mean": Metric(
-        lambda m: of_accepted(m.value[m.accepted], np.mean), "value V(S_j)", unit="0 to 1", over=ACCEPTED
+        lambda m: of_some(m.value[m.accepted], np.mean), "value V(S_j)", unit="0 to 1", over=ACCEPTED
     ),
     "advantage/accepted_mean": Metric(
-        lambda m: of_accepted(m.advantage[m.trained], np.mean),
+        lambda m: of_some(m.accepted_advantages, np.mean),
         "advantage",
         over="rollouts of accepted states",
     ),
     "advantage/accepted_std": Metric(
-        lambda m: of_accepted(m.advantage[m.trained], np.std),
+        lambda m: of_some(m.accepted_advantages, np.std),
         "standard deviation of the advantages",
         over="rollouts of accepted states",
+    ),
+    "segments/token_share": Metric(
+        segment_share,
+        "share that segments of base trajectories are, where credit.estimator is edge",
+        unit="share",
+        over="trained tokens",
+    ),
+    "segments/advantage": Metric(
+        segment_size,
+        "absolute advantage of a segment of a base trajectory",
+        over="trained segments",
+        watch="at 0 the states of a trajectory are worth the same: positions are not where it is decided",
     ),
     "reward/root_mean": Metric(
         lambda m: root_mean(m.states, m.value),
@@ -180,7 +220,9 @@ METRICS: dict[str, Metric] = {
         over="queries with a kept trajectory",
         watch="rises as the model learns",
     ),
-    "value/mean": Metric(lambda m: m.value[m.valid].mean(), "value V(S_j)", unit="0 to 1", over=STATES),
+    "value/mean": Metric(
+        lambda m: of_some(m.value[m.valid], np.mean), "value V(S_j)", unit="0 to 1", over=STATES
+    ),
     "states/accepted": Metric(
         lambda m: m.accepted.sum(), "states that are trained on", True, unit="count", over=STATES
     ),
@@ -256,9 +298,11 @@ def measure(measured: Measured) -> Metrics:
 
 def cost_metrics(costs: dict[str, Cost]) -> Metrics:
     """Counts of all stages together, and FLOPs of each."""
-    total: Metrics = {f"flops/{stage}": cost.pop("flops") for stage, cost in costs.items()}
+    total: Metrics = {f"flops/{stage}": cost["flops"] for stage, cost in costs.items()}
     for cost in costs.values():
         for name, value in cost.items():
+            if name == "flops":
+                continue
             total[name] = total.get(name, 0) + int(value)
     return total
 

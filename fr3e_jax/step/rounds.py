@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float32
 
 from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import Config
-from fr3e_jax.cost import Cost, rollout_cost
+from fr3e_jax.cost import Cost, rollout_cost, second_pass_flops
 from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
@@ -38,7 +38,15 @@ from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure, success_rates
-from fr3e_jax.step.stages import Draws, assign_credit, draws_of, find_states, keep
+from fr3e_jax.step.stages import (
+    Draws,
+    assign_credit,
+    draws_of,
+    find_states,
+    keep,
+    measure_trajectories,
+    rule_needs,
+)
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
 
@@ -110,8 +118,14 @@ def open_round(
         base_reward = base_rewards()
     index, placed_reward, counted = place((queries.index, base_reward, uncut(config, base)))
     kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at, counted))
+    measures = None
+    if needs := rule_needs(config.explore):
+        with watch.stage("positions"):
+            measures = measure_trajectories(needs, engine, params, queries, caches, base, kept, parts.text)
+        flops = second_pass_flops(model, needs, queries.length, base.length, kept)
+        costs["positions"] = {"flops": flops}
     states, placed_states = find_states(
-        config.explore, engine, draws, queries, base, kept, sampled, base_reward
+        config.explore, engine, draws, queries, base, kept, sampled, base_reward, measures
     )
     with watch.stage("explore"):
         rollouts, row_steps = explore(config, engine, params, draws, placed, caches, placed_states)
@@ -144,20 +158,31 @@ def close_round(
     counted, whole = opened.counted, uncut(config, rollouts)
     if whole is not None:
         counted = whole.reshape(reward.shape) & (True if counted is None else counted)
+    edges, base_counted = config.credit.estimator == "edge", uncut(config, base)
     states = dataclasses.replace(states, valid=counted_states(states.valid, counted))
-    advantage, value, alpha, accepted = gather(
-        assign_credit(config.credit, *place((reward, states.valid, states.query, counted)))
+    given = [reward, states.valid, states.query, counted]
+    if edges:
+        given += [None if x is None else x[states.query, states.base] for x in (base_reward, base_counted)]
+    credit = gather(assign_credit(config.credit, *place(given)))
+    of_states = (reward, credit.value, credit.alpha, credit.advantage, credit.accepted)
+    gathered = groups.collect(
+        credit.accepted, queries, states, rollouts, credit.advantage, credit.trained, base if edges else None
     )
-
-    credit = (reward, value, alpha, advantage, accepted)
-    restarts = opened.base_reward is not None
-    success_at = config.reward.success_at
-    masks = (counted, uncut(config, base))
-    measured = Measured(base, base_reward, states, rollouts, *credit, restarts, success_at, *masks)
-    metrics = measure(measured)
-    metrics |= cost_metrics(opened.costs)
-    gathered = groups.collect(accepted, queries, states, rollouts, advantage, counted)
-    excerpt = parts.verifier.excerpt(accepted, states, rollouts, reward, opened.problems, counted)
+    measured = Measured(
+        base,
+        base_reward,
+        states,
+        rollouts,
+        *of_states,
+        restarts=opened.base_reward is not None,
+        success_at=config.reward.success_at,
+        counted=counted,
+        base_counted=base_counted,
+        trained=credit.trained,
+        gathered=gathered,
+    )
+    excerpt = parts.verifier.excerpt(credit.accepted, states, rollouts, reward, opened.problems, counted)
+    metrics = measure(measured) | cost_metrics(opened.costs)
     return gathered, metrics, excerpt, success_rates(measured)
 
 

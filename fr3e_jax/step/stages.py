@@ -3,6 +3,7 @@
 Functions of algorithm/ with the settings of a run, compiled for the mesh. Each can be called alone.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,14 +17,20 @@ from jaxtyping import Bool, Float32, Int32, Key
 from fr3e_jax.algorithm.amounts import LEAST_POSITIONS, LEAST_ROLLOUTS, adapted_amount
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
-from fr3e_jax.algorithm.positions import Trajectories, positions_of
-from fr3e_jax.algorithm.reject import accept_states
+from fr3e_jax.algorithm.positions import POSITION_RULES, positions_of
+from fr3e_jax.algorithm.reject import accept_states, trained_rows
+from fr3e_jax.algorithm.rules import needs_of
 from fr3e_jax.algorithm.states import states_of
+from fr3e_jax.algorithm.trajectories import NEEDS, Measures, Trajectories
 from fr3e_jax.config import CreditConfig, ExploreConfig, with_functions
+from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import row_key
+from fr3e_jax.engine.second_pass import needs_pass, second_pass
+from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
+from fr3e_jax.pretrained.text import Text
 from fr3e_jax.types import AnyArray, Queries, Rollouts, States, pytree
 
 
@@ -84,6 +91,52 @@ def compiled_keep(
     return keep_trajectories(base_reward, rules.keep, keys, success_at, counted)
 
 
+def rule_needs(rules: ExploreConfig) -> tuple[str, ...]:
+    """List what the position rule needs beyond what sampling records, of `NEEDS`.
+
+    Raises:
+      RuleError: there is no such rule, or it needs something else.
+    """
+    return needs_of(POSITION_RULES, with_functions(rules).rule, NEEDS)
+
+
+def measure_trajectories(
+    needs: tuple[str, ...],
+    engine: Engine,
+    params: Params,
+    queries: Queries,
+    caches: Caches,
+    base: Rollouts,
+    kept: Bool[np.ndarray, "B R"],
+    text: Text,
+) -> Measures:
+    """Find out what sampling has not recorded of kept trajectories, before stage 5.
+
+    Args:
+      needs: of the rule (`rule_needs`).
+      engine: what sampled the trajectories.
+      params: that they were sampled with.
+      queries, base: of the round, on the host; base trajectories have leaves [B, R, S].
+      caches: of the trajectories.
+      kept: which are explored.
+      text: tokenizer, for sentences.
+
+    Returns:
+      Measures on the devices, which lie as `find_states` lays trajectories out.
+    """
+    query, trajectory, real = engine.arrange(kept)
+    response, place = base.token[query, trajectory], engine.placement.place_rows
+    length = np.where(real, base.length[query, trajectory], 0).astype(np.int32)
+    measures = Measures()
+    if needs_pass(needs):
+        nothing = np.zeros((len(query), 1), np.int32)
+        rows = place(States(query, trajectory, response, nothing, nothing > 0))
+        measures = second_pass(engine, needs, params, place(queries), caches, rows, place(length))
+    if "sentence" in needs:
+        measures = dataclasses.replace(measures, sentence=place(text.sentence_starts(response, length)))
+    return jax.block_until_ready(measures)
+
+
 def find_states(
     rules: ExploreConfig,
     engine: Engine,
@@ -93,6 +146,7 @@ def find_states(
     kept: Bool[np.ndarray, "B R"],
     sampled: Rollouts,
     base_reward: Float32[np.ndarray, "B R"] | None = None,
+    measures: Measures | None = None,
 ) -> tuple[States, States]:
     """Stages 5 and 6: the states of kept trajectories.
 
@@ -106,6 +160,7 @@ def find_states(
       kept: which are explored.
       sampled: base trajectories as they lie on the devices; longer than `base` where a stop text was cut off.
       base_reward: of the base trajectories, where `rules.adaptive`; the same on every process.
+      measures: what the rule needs beyond (`measure_trajectories`).
 
     Returns:
       (states on the host, the same on the devices).
@@ -114,7 +169,9 @@ def find_states(
     place = engine.placement.place_rows
     where = place((queries.index[query], query, trajectory, real))
     value = None if base_reward is None or not rules.adaptive else place(base_reward.mean(axis=1)[query])
-    placed = choose_states(rules, engine.placement, draws, sampled, place(base.length), *where, value)
+    placed = choose_states(
+        rules, engine.placement, draws, sampled, place(base.length), *where, value, measures
+    )
     prefix_length, valid, rollouts = gather((placed.prefix_length, placed.valid, placed.rollouts))
     response = base.token[query, trajectory]
     return States(query, trajectory, response, prefix_length, valid, rollouts), placed
@@ -137,6 +194,7 @@ def compiled_states(
     trajectory: Int32[AnyArray, " N"],
     real: Bool[AnyArray, " N"],
     value: Float32[AnyArray, " N"] | None = None,
+    measures: Measures | None = None,
 ) -> States:
     """Stages 5 and 6 on the devices: the states of N kept trajectories, each in the part of its query.
 
@@ -149,6 +207,7 @@ def compiled_states(
       real: False where a row is only padding.
       value: V(root) of the query of each kept trajectory, by which positions and rollouts are fewer; None:
         all have as many.
+      measures: of the N trajectories, what the rule needs.
     """
     placement, parts = Placement(mesh), row_parts(mesh)
     per_part = length.shape[0] // parts
@@ -181,6 +240,7 @@ def compiled_states(
         count=rules.positions,
         min_gap=rules.min_gap,
         wanted=wanted,
+        measures=measures or Measures(),
     )
     position, valid = positions_of(rules.rule, trajectories)
     prefix_length, valid = states_of(position, valid)
@@ -188,7 +248,17 @@ def compiled_states(
     return jax.tree.map(lambda x: placement.shard(x, "batch"), states)
 
 
-Credit = tuple[Float32[Array, "N J M"], Float32[Array, "N J"], Float32[Array, "N J"], Bool[Array, "N J"]]
+@pytree
+class Credit:
+    """The credit of the states of kept trajectories; a state has M rows, and with `edge` one more."""
+
+    advantage: Float32[AnyArray, "N J rows"]
+    value: Float32[AnyArray, "N J"]
+    alpha: Float32[AnyArray, "N J"]
+    accepted: Bool[AnyArray, "N J"]
+    """The states that go to the learner."""
+    trained: Bool[AnyArray, "N J rows"] | None
+    """What of them is trained on; None: all."""
 
 
 def assign_credit(
@@ -197,8 +267,10 @@ def assign_credit(
     valid: Bool[AnyArray, "N J"],
     query: Int32[AnyArray, " N"],
     counted: Bool[AnyArray, "N J M"] | None = None,
+    base_reward: Float32[AnyArray, " N"] | None = None,
+    base_counted: Bool[AnyArray, " N"] | None = None,
 ) -> Credit:
-    """Stage 9: (advantage, value, alpha, accepted) of the states of kept trajectories.
+    """Stage 9: the credit of the states of kept trajectories.
 
     Args:
       credit: names or functions.
@@ -206,13 +278,20 @@ def assign_credit(
       valid: which states there are.
       query: row of the round's queries, of each trajectory.
       counted: which rollouts count; None: all.
+      base_reward, base_counted: of the kept trajectories, and which of them count, for the estimator `edge`.
     """
-    return compiled_credit(with_functions(credit), reward, valid, query, counted)
+    return compiled_credit(with_functions(credit), reward, valid, query, counted, base_reward, base_counted)
 
 
 @functools.partial(jax.jit, static_argnames="credit")
 def compiled_credit(
-    credit: CreditConfig, reward: Array, valid: Array, query: Array, counted: Array | None
+    credit: CreditConfig,
+    reward: Array,
+    valid: Array,
+    query: Array,
+    counted: Array | None,
+    base_reward: Array | None,
+    base_counted: Array | None,
 ) -> Credit:
     """`assign_credit` of rules that are functions."""
     advantage, value, alpha = modulated_advantage(
@@ -224,5 +303,15 @@ def compiled_credit(
         sharpen=credit.sharpen,
         advantage=credit.advantage,
         counted=counted,
+        estimator=credit.estimator,
+        baseline=credit.baseline,
+        state_weight=credit.state_weight,
+        base_reward=base_reward,
+        base_counted=base_counted,
     )
-    return advantage, value, alpha, accept_states(reward, valid, query, credit.reject, counted)
+    accepted, trained = accept_states(reward, valid, query, credit.reject, counted), counted
+    if credit.estimator == "edge":
+        every = jnp.ones(reward.shape, bool) if counted is None else counted
+        trained = trained_rows(accepted, advantage, valid, every)
+        accepted = jnp.any(trained, axis=2)
+    return Credit(advantage, value, alpha, accepted, trained)

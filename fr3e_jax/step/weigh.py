@@ -2,6 +2,7 @@
 
 from fr3e_jax.config import Config
 from fr3e_jax.cost import forward_flops
+from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.weights import learner_logprobs, with_masks, with_mismatch
 from fr3e_jax.run.build import Parts
@@ -26,6 +27,8 @@ def weigh(
       (the batch, metrics of the mismatch and FLOPs of its forward pass, where there is one).
     """
     metrics: Metrics = {}
+    if not groups.count(batch):
+        return batch, metrics
     if config.loss.mismatch != "none":
         with watch.stage("mismatch"):
             budget = config.optimizer.micro_tokens
