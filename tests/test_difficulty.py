@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from problem_files import jsonl
-from support import SMALL, mesh_of
+from support import SMALL, call, mesh_of
+from support import metrics as metrics_of_run
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import QUICKSTART_MODEL, Config, ConfigError, DataConfig, resolve
@@ -307,3 +308,30 @@ def test_a_run_is_complete_when_less_than_a_round_is_left(small):
     fewer = visited(solved, np.array([59]), np.ones(1))
     assert is_last(config, parts, Progress(step=1, rates=fewer))
     assert is_last(config, parts, Progress(step=4, rates=solved))
+
+
+@pytest.mark.slow
+def test_a_run_whose_questions_are_solved_is_complete_and_says_so(tmp_path):
+    """Twelve sums, each of which is solved with one right answer of a few; a run that is started again."""
+    sums = make_addition("carry_addition", DataConfig())
+    rows = [
+        {"question": sums[i].question, "answer": sums.solution(sums[i], np.random.default_rng(0))}
+        for i in range(14)
+    ]
+    flags = [
+        *SMALL,
+        *("--data.source", jsonl(tmp_path, *rows), "--data.source.scorer=exact", "--data.held_out=2"),
+        *("--data.retire_above=0.2", "--data.sample_by=difficulty", "--credit.short_batch=use"),
+        *("--steps=9", "--evaluate.every=0", "--checkpoint.every=5", "--run_dir", tmp_path / "run"),
+    ]
+    done = call("train", *flags)
+    assert done.returncode == 0, done.stderr
+    lines = metrics_of_run(tmp_path / "run")
+    last = lines[-1]
+    assert 1 <= last["step"] < 9 and 12 - last["questions/retired"] < 8
+    assert all(12 - line["questions/retired"] >= 8 for line in lines[1:-1])
+    assert f"the run is complete after step {last['step']} of 9" in done.stdout
+    assert "eval/accuracy" in last and (tmp_path / "run" / "model").is_dir()
+    again = call("train", *flags)
+    assert again.returncode == 0 and f"the run is complete after step {last['step']} of 9" in again.stdout
+    assert metrics_of_run(tmp_path / "run") == lines
