@@ -16,6 +16,7 @@ from fr3e_jax.plan import PLANS, model_of
 from fr3e_jax.planning import make, stages, topology
 from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.make import Question, compiled_plan, estimated_plan, may_be_peak, quick_plan
+from fr3e_jax.planning.model_sizes import ModelSizes
 from fr3e_jax.planning.slices import GIB, find_slice, other_slices
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.topology import devices_of, fits_torus, mesh_on, positions_in, splits
@@ -78,6 +79,24 @@ def test_the_pass_that_a_position_rule_needs_is_planned_near_what_was_compiled(n
     before, after = ({phase.name: phase.seconds.total for phase in one.phases} for one in (plain, plan))
     assert 0 < after.pop("positions") == pytest.approx(plan.step_seconds - plain.step_seconds)
     assert after == before
+
+
+def test_pilots_are_planned_with_the_caches_that_stay_meanwhile():
+    """4 K candidates of 2 tokens and 2 pilots, where exploration has K + 1 states of 16 rollouts."""
+    asks = asked("qwen2.5_7b_v5e16")
+    explore = dataclasses.replace(asks.config.explore, rule="mutual_information", positions=4, pilots=2)
+    plan = quick_plan(dataclasses.replace(asks, config=dataclasses.replace(asks.config, explore=explore)))
+    pilots, explored = plan.work.pilots, plan.work.explore
+    assert pilots.lengths.shape[:2] == explored.lengths.shape[:2]
+    assert pilots.lengths.shape[2] == 4 * 4 * 2 * 2 and explored.lengths.shape[2] == 5 * 16
+    plain = quick_plan(asks)
+    assert plan.work.tokens - plain.work.tokens == plan.work.rounds * pilots.tokens
+    decodes = {stage.phase: stage for stage in plan.stages if stage.leg is not None}
+    held = decodes["positions"].held["base caches"]
+    assert "base caches" not in decodes["explore"].held
+    assert held == plain.work.first_return.legs[-1].size * ModelSizes(plain.setup).slot > 0
+    seconds = {phase.name: phase.seconds.total for phase in plan.phases}
+    assert seconds["positions"] == pytest.approx(plan.step_seconds - plain.step_seconds)
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -29,10 +29,11 @@ def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
     if work.explore is not None:
         if pass_needs(setup.config.explore):
             stages.append(estimated_second_pass(sizes, work, always))
-        stages.append(open_states_stage(sizes, work, always))
         held = {**always, "queries' caches": sizes.query_cache}
-        for leg in legs_to_compile(work):
-            stages.append(decode_stage(sizes, work, "explore", decode_name(leg), leg, held))
+        if work.pilots is not None:
+            base = {"base caches": sizes.slot * work.first_return.legs[-1].size}
+            stages.extend(restart_stages(sizes, work, "positions", "open pilots", always, held | base))
+        stages.extend(restart_stages(sizes, work, "explore", "open states", always, held))
     return [*stages, *update_stages(sizes, work, always)]
 
 
@@ -72,17 +73,33 @@ def prefill_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> 
     )
 
 
-def open_states_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> Stage:
+def restart_stages(
+    sizes: ModelSizes, work: Workload, phase: str, opening: str, always: dict[str, int], held: dict[str, int]
+) -> list[Stage]:
+    """The opening of branches from states, and their decoding.
+
+    Args:
+      opening: name of the program that opens them.
+      held: bytes on a chip that are in use while they are decoded and are not arguments.
+    """
+    stages = [open_states_stage(sizes, work, phase, opening, always)]
+    for leg in legs_to_compile(work.decoding_of(phase)):
+        stages.append(decode_stage(sizes, work, phase, decode_name(leg), leg, held))
+    return stages
+
+
+def open_states_stage(
+    sizes: ModelSizes, work: Workload, phase: str, opening: str, always: dict[str, int]
+) -> Stage:
     """The opening of branches from states: caches of kept trajectories are taken out, and empty ones made."""
-    assert work.explore is not None
-    first = work.explore.legs[0]
-    opened = shared_cache(sizes, work, "explore") + sizes.slot * first.size
-    opened += sizes.rollouts(work.explore.lengths[0].size)
+    decode = work.decoding_of(phase)
+    opened = shared_cache(sizes, work, phase) + sizes.slot * decode.legs[0].size
+    opened += sizes.rollouts(decode.lengths[0].size)
     last = work.first_return.legs[-1]
     base = sizes.slot * last.size
     return stage_of(
-        "explore",
-        "open states",
+        phase,
+        opening,
         always,
         {"sampling copy": sizes.sampling_copy, "shared caches": sizes.query_cache + base},
         results=opened,
@@ -103,13 +120,12 @@ def decode_stage(
 ) -> Stage:
     """A call of the decoding program."""
     config, rows = sizes.setup.config, leg.rows
-    decode = work.first_return if phase == "first return" else work.explore
-    assert decode is not None
+    decode = work.decoding_of(phase)
     shared, before = shared_cache(sizes, work, phase), sizes.slot * leg.size_before
     after = sizes.slot * leg.size
     grown = after if after != before else 0
     context = config.rollout.max_prompt
-    context += work.first_return.legs[-1].slots if phase == "explore" else 0
+    context += work.first_return.legs[-1].slots if phase != "first return" else 0
     keys = rows * (context + min(leg.slots, config.rollout.max_response))
     read = sizes.sampling_copy + shared + sizes.setup.cache_bytes(rows, leg.slots) + 2 * sizes.logits(rows)
     return stage_of(

@@ -15,7 +15,7 @@ from fr3e_jax.engine.seats import Leg
 from fr3e_jax.planning.position_programs import compile_second_pass, pass_needs
 from fr3e_jax.planning.setup import abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler
-from fr3e_jax.planning.workload import Workload
+from fr3e_jax.planning.workload import Decode, Workload, pilot_rollouts, pilot_states
 from fr3e_jax.types import Queries, States
 
 
@@ -62,45 +62,86 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     caches = Caches(
         query_segment._replace(length=numbers), decoding.own._replace(key=cache, value=cache), rows, count
     )
-    n, j = work.trajectories * setup.parts, config.explore.positions + 1
-    states = States(
-        setup.rows(jnp.int32, n),
-        setup.rows(jnp.int32, n),
-        setup.rows(jnp.int32, n, rollout.max_response),
-        setup.rows(jnp.int32, n, j),
-        setup.rows(jnp.bool_, n, j),
-    )
+    restarts = RestartCompiler(compiler, params, queries, caches)
+    states = restarts.states(work.trajectories, config.explore.positions + 1)
     if pass_needs(config.explore) and compiler.wants("positions"):
         yield compile_second_pass(compiler, params, queries, caches, states)
-    if not compiler.wants("explore"):
-        return
-    opening, opened = compiler(
-        "explore",
-        "open states",
-        lambda: Engine.open_states.lower(
-            engine, params, queries, caches, states, seed_key=seed, step=0, rollouts=config.explore.rollouts
-        ),
-        held=always,
-        own={"sampling copy": weights, "shared caches": bytes_on_chip(caches)},
-    )
-    yield opening
-    if opened is None:
-        return
-    held = {**always, "queries' caches": bytes_on_chip(caches.query)}
-    for leg in legs_to_compile(work):
-        names = ("explore", decode_name(leg))
-        if compiler.wants(*names):
-            yield compile_decode(compiler, names, opened, leg, held=held)
+    if work.pilots is not None:
+        candidates = restarts.states(work.trajectories, pilot_states(config.explore))
+        count = pilot_rollouts(config.explore)
+        yield from restarts.compile("positions", "open pilots", work.pilots, candidates, count, keep=True)
+    yield from restarts.compile("explore", "open states", work.explore, states, config.explore.rollouts)
 
 
-def legs_to_compile(work: Workload) -> list[Leg]:
-    """The legs of exploration whose programs stand for all: the first, and the largest or the second."""
-    assert work.explore is not None
-    legs = [work.explore.legs[0]]
-    if work.explore.largest.moves:
-        legs.append(work.explore.largest)
-    elif len(work.explore.legs) > 1:
-        legs.append(work.explore.legs[1])
+@dataclasses.dataclass(frozen=True)
+class RestartCompiler:
+    """What is decoded from states of the base trajectories.
+
+    params, queries, caches: abstract, as the engine has them after first return.
+    """
+
+    compiler: StageCompiler
+    params: Any
+    queries: Queries
+    caches: Caches
+
+    def states(self, trajectories: int, count: int) -> States:
+        """`count` states of each of the kept trajectories of a part, without arrays."""
+        setup = self.compiler.setup
+        n, limit = trajectories * setup.parts, setup.config.rollout.max_response
+        return States(
+            setup.rows(jnp.int32, n),
+            setup.rows(jnp.int32, n),
+            setup.rows(jnp.int32, n, limit),
+            setup.rows(jnp.int32, n, count),
+            setup.rows(jnp.bool_, n, count),
+        )
+
+    def compile(
+        self, phase: str, opening: str, decode: Decode, states: States, rollouts: int, keep: bool = False
+    ) -> Iterator[Stage]:
+        """Compile the opening of branches from states, and their decoding.
+
+        Args:
+          phase, opening: names of the phase, and of the program that opens the branches.
+          decode: the legs.
+          states: abstract.
+          rollouts: of a state.
+          keep: whether the caches of the base trajectories stay.
+        """
+        compiler, caches = self.compiler, self.caches
+        if not compiler.wants(phase):
+            return
+        always, engine = compiler.always, compiler.setup.engine
+        seed = jax.eval_shape(lambda: jax.random.key(0))
+        stage, opened = compiler(
+            phase,
+            opening,
+            lambda: Engine.open_states.lower(
+                engine, self.params, self.queries, caches, states, seed_key=seed, step=0, rollouts=rollouts
+            ),
+            held=always,
+            own={"sampling copy": bytes_on_chip(self.params), "shared caches": bytes_on_chip(caches)},
+        )
+        yield stage
+        if opened is None:
+            return
+        held = {**always, "queries' caches": bytes_on_chip(caches.query)}
+        if keep:
+            held["base caches"] = bytes_on_chip(caches.base)
+        for leg in legs_to_compile(decode):
+            names = (phase, decode_name(leg))
+            if compiler.wants(*names):
+                yield compile_decode(compiler, names, opened, leg, held=held)
+
+
+def legs_to_compile(decode: Decode) -> list[Leg]:
+    """The legs of a decoding whose programs stand for all: the first, and the largest or the second."""
+    legs = [decode.legs[0]]
+    if decode.largest.moves:
+        legs.append(decode.largest)
+    elif len(decode.legs) > 1:
+        legs.append(decode.legs[1])
     return legs
 
 

@@ -102,16 +102,15 @@ def phases_of(setup: Setup, work: Workload, stages: Sequence[Stage], rates: Rate
     }
     if SECOND_PASS in programs:
         runs["positions"] = [(rounds, programs[SECOND_PASS].once)]
-    if work.explore is not None:
+    restarts = {"positions": ("open pilots", work.pilots), "explore": ("open states", work.explore)}
+    for phase, (opening, decoding) in restarts.items():
+        if decoding is None:
+            continue
         compiled = [
-            (stage.program, stage.leg)
-            for stage in stages
-            if stage.phase == "explore" and stage.leg is not None
+            (stage.program, stage.leg) for stage in stages if stage.phase == phase and stage.leg is not None
         ]
-        runs["explore"] = [
-            (rounds, programs["explore", "open states"].once),
-            *((rounds, costs) for costs in decode_costs(setup, work.explore, compiled)),
-        ]
+        of_phase = [programs[phase, opening].once, *decode_costs(setup, decoding, compiled)]
+        runs.setdefault(phase, []).extend((rounds, costs) for costs in of_phase)
     runs["update"] = update_runs(setup, work, stages)
     return [phase_of(name, of_phase, rates) for name, of_phase in runs.items()]
 

@@ -10,7 +10,11 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from fr3e_jax.config import Config, rows_of_state
+from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
+from fr3e_jax.algorithm.positions import POSITION_RULES
+from fr3e_jax.algorithm.rules import needs_of
+from fr3e_jax.algorithm.trajectories import NEEDS
+from fr3e_jax.config import Config, ExploreConfig, rows_of_state, with_functions
 from fr3e_jax.config.values import Bounds, NonNegativeNumber, Share
 from fr3e_jax.engine.seats import Leg, first_slots, schedule
 from fr3e_jax.learner import groups
@@ -99,6 +103,22 @@ def decode_of(lengths: np.ndarray, max_new: int, compact: bool) -> Decode:
             return Decode(lengths, tuple(legs), tuple(steps))
 
 
+def needs_pilots(explore: ExploreConfig) -> bool:
+    """Whether the position rule needs pilot rollouts."""
+    rule = with_functions(explore).rule
+    return explore.positions > 0 and "information" in needs_of(POSITION_RULES, rule, NEEDS)
+
+
+def pilot_states(explore: ExploreConfig) -> int:
+    """Number of candidates of a trajectory, from each of which pilots are sampled."""
+    return CANDIDATES * explore.positions
+
+
+def pilot_rollouts(explore: ExploreConfig) -> int:
+    """Number of pilots of a candidate."""
+    return len(PILOT_TOKENS) * explore.pilots
+
+
 def lengths_of(count: int, mean: float, limit: int, rng: np.random.Generator) -> np.ndarray:
     """Lengths int [count] of answers: log-normal with mean `mean`, then cut at `limit`."""
     drawn = np.exp(math.log(max(mean, 1.0)) - SPREAD**2 / 2 + SPREAD * rng.standard_normal(count))
@@ -133,7 +153,8 @@ class Chunk:
 class Workload:
     """The work of a step.
 
-    rounds: of sampling. first_return, explore: decodings of a round; explore is None without positions.
+    rounds: of sampling. first_return, pilots, explore: decodings of a round; explore is None without
+    positions, and pilots where explore.rule needs none.
     trajectories: number of trajectories of a part that are explored. trunks: (number, width) of the trunks of
     a bundle on each part -> number of such bundles in the step. chunks: shape -> number of such chunks in the
     step. real: tokens that run through the model in the update, padding left out, on all parts. trained:
@@ -143,6 +164,7 @@ class Workload:
     rounds: int
     first_return: Decode
     explore: Decode | None
+    pilots: Decode | None
     trajectories: int
     trunks: dict[tuple[int, int], int]
     chunks: dict[Chunk, int]
@@ -154,14 +176,24 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Number of tokens that are generated in the step."""
-        explored = self.explore.tokens if self.explore is not None else 0
-        return self.rounds * (self.first_return.tokens + explored)
+        return self.rounds * sum(decode.tokens for decode in self.decodings)
 
     @property
     def occupancy(self) -> float:
         """Share of the decoded rows that generate a token."""
-        decodings = [x for x in (self.first_return, self.explore) if x is not None]
-        return sum(x.tokens for x in decodings) / sum(x.row_steps for x in decodings)
+        return sum(x.tokens for x in self.decodings) / sum(x.row_steps for x in self.decodings)
+
+    def decoding_of(self, phase: str) -> Decode:
+        """The decoding of a phase of a round: first return, positions (of pilots), or explore."""
+        decodes = {"first return": self.first_return, "positions": self.pilots, "explore": self.explore}
+        decode = decodes[phase]
+        assert decode is not None
+        return decode
+
+    @property
+    def decodings(self) -> list[Decode]:
+        """Those of a round."""
+        return [x for x in (self.first_return, self.pilots, self.explore) if x is not None]
 
 
 def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: bool = False) -> Workload:
@@ -189,15 +221,30 @@ def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: boo
     wanted = max(min(assumptions.kept, most), 1) * per_part if restarts else per_part
     kept = next_power_of_two(math.ceil(wanted)) if restarts else per_part
     states = explore.positions + 1
-    continuations = lengths_of(parts * kept * states * explore.rollouts, mean, limit, rng)
-    continuations = continuations.reshape(parts, kept, states, explore.rollouts)
-    # Positions at equal distances: a continuation is as long as the share of the answer that is left.
-    share = 1 - np.arange(states)[:, None] / states
-    continuations = np.maximum(np.ceil(continuations * share), 1).astype(np.int32)
-    if worst:
-        continuations[:] = limit
-    decode = decode_of(continuations.reshape(parts, kept, -1), limit, compact=True) if restarts else None
+
+    def continuations_of(first: int, states: int, rollouts: int, rng: np.random.Generator) -> np.ndarray:
+        """Lengths int [P, n, J, M] from states `first` up to `states`, at equal distances in their answers.
+
+        A continuation is as long as the share of the answer that is left.
+        """
+        lengths = lengths_of(parts * kept * (states - first) * rollouts, mean, limit, rng)
+        lengths = lengths.reshape(parts, kept, states - first, rollouts)
+        share = 1 - np.arange(first, states)[:, None] / states
+        return np.maximum(np.ceil(lengths * (1 if worst else share)), limit if worst else 1).astype(np.int32)
+
+    def decode_from(lengths: np.ndarray) -> Decode:
+        return decode_of(lengths.reshape(parts, kept, -1), limit, compact=True)
+
+    continuations = continuations_of(0, states, explore.rollouts, rng)
+    decode = decode_from(continuations) if restarts else None
     per_round = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
+    pilots = None
+    if needs_pilots(explore):
+        count, own_rng = (
+            pilot_rollouts(explore),
+            np.random.default_rng(1),
+        )  # the update stays as it is without
+        pilots = decode_from(continuations_of(1, 1 + pilot_states(explore), count, own_rng))
     rows = continuations.reshape(-1, states, explore.rollouts)
     if config.credit.estimator == "edge":
         segment = limit if worst else max(math.ceil(mean / states), 1)
@@ -207,6 +254,7 @@ def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: boo
         rounds=math.ceil(config.optimizer.batch_states / per_round),
         first_return=first,
         explore=decode,
+        pilots=pilots,
         trajectories=kept,
         **update_shapes(config, parts, accepted),
     )
