@@ -6,7 +6,6 @@ import itertools
 import random
 
 import pytest
-from environment import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,7 +63,7 @@ def test_sums_are_sums():
     """Against integers, read from the question."""
     for row in problems(carries, 6):
         asked = row["question"].rstrip(":")
-        a, b = (int(asked[k::3][::-1]) for k in (1, 2))
+        a, b = (int(asked[k::4][::-1]) for k in (0, 2))
         assert str(a + b) == row["answer"] and len(row["answer"]) == 7
 
 
@@ -81,10 +80,10 @@ def test_ways_lead_through_doors_to_the_goal_and_every_other_door_is_a_dead_end(
 
 def test_last_values_are_what_python_calculates():
     for row in problems(program, 6):
-        (a, *lines), values = row["question"].rstrip(";=").split(";"), {}
+        (a, *lines), values = row["question"].rstrip(":").split(";"), {}
         exec(f"a = {a[1]}", {}, values)
         for line in lines:
-            exec(f"{line[-1]} = {line[:-1]}", {}, values)
+            exec(f"{line[-1]} = {line[:3]}", {}, values)
         assert str(values["g"] % 10) == row["answer"]
 
 
@@ -97,8 +96,8 @@ def test_last_values_are_what_python_calculates():
         (
             carries,
             {"columns": [(7, 5), (4, 8)], "answer": "132"},
-            "a75=12b48+13",
-            "a75=12b48=12",
+            "=12,+13,",
+            "=12,=12,",
         ),
         (
             maze,
@@ -109,8 +108,8 @@ def test_last_values_are_what_python_calculates():
         (
             program,
             {"first": 3, "program": [(0, "-", 4), (1, "+", 2), (1, "-", 7)], "answer": "2"},
-            "a3-4b9;b9+2c1;b9-7d2;",
-            "a3+4b7;b7+2c9;b7-7d0;",
+            "3-4b9;9+2c1;9-7d2;",
+            "3+4b7;7+2c9;7-7d0;",
         ),
     ],
     ids=["carries", "maze", "program"],
@@ -119,7 +118,7 @@ def test_the_example_of_each_file_is_what_it_writes(domain, row, good, bad):
     assert good in inspect.getdoc(domain)
     assert domain.written(row, ()).text == good and domain.written(row, [True]).text == bad
     assert verdict(domain, row, good) == 1 and verdict(domain, row, bad) == 0
-    for wrong in ("", good[:-1], good + good[-1], "=" + good):
+    for wrong in ("", good[:-1], good + good[-1], "a" + good):
         assert verdict(domain, row, wrong) == 0
 
 
@@ -205,30 +204,25 @@ def test_at_a_decision_of_any_answer_the_two_ways_part(domain, number, picked, h
 
 
 @every_domain
-def test_a_start_is_taught_the_problems_of_the_runs_from_it_and_all_fits(domain):
+@pytest.mark.parametrize("size", [3, 6, 10])
+def test_a_start_is_taught_the_problems_of_the_run_from_it_and_all_fits(domain, size):
     name = domain.__name__.rpartition(".")[2]
-    taught = read_files([f"configs/domains/{name}_sft.yaml"], SFTConfig).options
-    sources = [SourceConfig(**source) for source in taught["data"]["source"]]
-    worked = worked_problems(DataConfig(sources), 0, 0.5)
+    taught = read_files([f"configs/domains/{name}_{size}_sft.yaml"], SFTConfig).options
+    options = read_files([f"configs/domains/{name}_{size}.yaml"], Config).options
+    assert options["model"]["path"] == taught["out"] == f"runs/{name}_{size}_sft"
+    assert options["data"] == taught["data"]
+    (source,) = taught["data"]["source"]
+    assert source["name"] == f"examples/{name}.py" and source["parameters"][DOMAINS[domain]] == size
+    worked = worked_problems(DataConfig([SourceConfig(**source)]), 0, 0.5)
     text = Text(new_tokenizer(worked.alphabet("plain")), (1,), "plain")
-    runs = sorted((REPOSITORY / "configs/domains").glob(f"{name}_[0-9]*.yaml"))
-    assert len(runs) == len(sources) == 3
-    for file in runs:
-        options = read_files([str(file)], Config).options
-        assert options["model"]["path"] == taught["out"] == f"runs/{name}_sft"
-        (source,) = options["data"]["source"]
-        assert SourceConfig(**source).parameters in [source.parameters for source in sources]
-        assert source["name"] == f"examples/{name}.py"
-        assert source["parameters"][DOMAINS[domain]] == int(file.stem.rpartition("_")[2])
-        rollout = options["rollout"]
-        prompt, response = rollout["max_prompt"], rollout["max_response"]
-        longest = {"question": 0, "solution": 0}
-        for split, habit in itertools.product(("train", "held_out"), (0.0, 1.0)):
-            for row in domain.problems(split, **{**source["parameters"], "habit": habit}):
-                said = {"question": row["question"], "solution": domain.solution(row, random.Random(0))}
-                assert text.lost(said.values()) == {}
-                for part, characters in said.items():
-                    assert len(text.encoded(characters)) == len(characters)
-                    longest[part] = max(longest[part], len(characters))
-        assert longest["question"] == prompt and longest["solution"] + 1 == response
-        assert prompt + response <= taught["max_position_embeddings"]
+    longest = {"question": 0, "solution": 0}
+    for split in ("train", "held_out"):
+        for row in domain.problems(split, **source["parameters"]):
+            ways = domain.written(row, ()).text, domain.written(row, [True] * size).text
+            assert text.lost([row["question"], *ways]) == {}
+            assert len(text.encoded(ways[0])) == len(ways[0])
+            longest["question"] = max(longest["question"], len(row["question"]))
+            longest["solution"] = max(longest["solution"], *map(len, ways))
+    assert longest["question"] == options["rollout"]["max_prompt"]
+    assert longest["solution"] + 1 == options["rollout"]["max_response"]
+    assert sum(longest.values()) < taught["max_position_embeddings"]

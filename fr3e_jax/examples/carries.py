@@ -1,9 +1,9 @@
 """A task with known decisions: additions in columns, nearly all of which carry.
 
-    a75b48:         is 47 + 85, its columns named by letters, ones first
-    a75=12b48+13    is the good answer: each column with its total, and `+` where 1 is carried into it
+    7+5,4+8:    is 47 + 85, in columns, the ones first
+    =12,+13,    is the good answer: the total of each column, and `+` where 1 is carried into it
 
-The habit is to forget a carry (`b48=12`) and to go on without another mistake. No column has digits that
+The habit is to forget a carry (`=12,=12,`) and to go on without another mistake. No column has digits that
 sum to nine, so whether a column carries does not depend on what is carried into it: the decisions are
 independent, an answer is right only if all of them are, and nothing before its end shows that one was wrong.
 """
@@ -15,11 +15,10 @@ from typing import Any
 
 from fr3e_jax.examples.decisions import Choice, Worked, decision_offsets, draw_habits, draw_problems
 
-NAMES = "abcdefghijklmnopqr"  # of columns
 CARRYING = 0.9  # probability that a column carries; the last one always does
 CARRIED = [(x, y) for x in range(10) for y in range(10) if x + y > 9]
-NOT_CARRIED = [(x, y) for x in range(9) for y in range(9) if x + y < 9]
-COLUMN = re.compile(r"[a-r]\d\d[=+](\d)(\d)")
+NOT_CARRIED = [(x, y) for x in range(1, 8) for y in range(1, 8) if x + y < 9]
+COLUMN = re.compile(r"[=+](\d)(\d),")
 
 
 def problems(split: str, digits: int = 3, habit: float = 0.5, seed: int = 0) -> list[dict[str, Any]]:
@@ -27,7 +26,7 @@ def problems(split: str, digits: int = 3, habit: float = 0.5, seed: int = 0) -> 
 
     Args:
       split: `train` or `held_out`.
-      digits: of each operand, 1 to 18.
+      digits: of each operand.
       habit: probability that a worked solution forgets a carry.
       seed: of what is drawn.
     """
@@ -38,7 +37,7 @@ def problems(split: str, digits: int = 3, habit: float = 0.5, seed: int = 0) -> 
             carries = i == digits - 1 or numbers.random() < CARRYING
             columns.append(numbers.choice(CARRIED if carries else NOT_CARRIED))
         a, b = (int("".join(str(column[k]) for column in reversed(columns))) for k in (0, 1))
-        asked = "".join(f"{name}{x}{y}" for name, (x, y) in zip(NAMES, columns, strict=False))
+        asked = ",".join(f"{x}+{y}" for x, y in columns)
         return {
             "question": f"{asked}:",
             "answer": str(a + b),
@@ -62,13 +61,12 @@ def written(row: dict[str, Any], habits: Sequence[bool]) -> Worked:
     """Write the columns from the ones upwards; each carry into a column is a choice."""
     text, carried = "", 0
     choices: list[Choice] = []
-    for name, (x, y) in zip(NAMES, row["columns"], strict=False):
-        text += f"{name}{x}{y}"
+    for x, y in row["columns"]:
         if carried:
             forgotten = len(choices) < len(habits) and habits[len(choices)]
             choices.append(Choice(len(text), decides=True))
             carried = 0 if forgotten else 1
-        text += f"{'+' if carried else '='}{x + y + carried:02}"
+        text += f"{'+' if carried else '='}{x + y + carried:02},"
         carried = (x + y + carried) // 10
     return Worked(text, tuple(choices))
 

@@ -1,9 +1,9 @@
 """A task with known decisions: the last value of a small program that calculates modulo ten.
 
-    a3;a-4b;b+2c;b-7d;=     sets a to 3, b to a - 4, c to b + 2 and d to b - 7
-    a3-4b9;b9+2c1;b9-7d2;   is the good answer: each line with the values in it
+    a3;a-4=b;b+2=c;b-7=d:   sets a to 3, b to a - 4, c to b + 2 and d to b - 7
+    3-4b9;9+2c1;9-7d2;      is the good answer: each line with the values in it
 
-The habit is to add where the line subtracts (`a3+4b7;`), and to go on without another mistake. Only the last
+The habit is to add where the line subtracts (`3+4b7;`), and to go on without another mistake. Only the last
 value counts: a wrong line that it does not depend on decides nothing. Several mistakes may cancel, so some
 answers are right by luck.
 """
@@ -38,10 +38,10 @@ def problems(split: str, lines: int = 3, habit: float = 0.5, seed: int = 0) -> l
             sign = "-" if k == lines - 1 or numbers.random() < SUBTRACTING else "+"
             program.append((used, sign, numbers.choice(NUMBERS)))
         names = ascii_lowercase
-        shown = [f"{names[j]}{sign}{n}{names[k]};" for k, (j, sign, n) in enumerate(program, 1)]
+        shown = [f"{names[j]}{sign}{n}={names[k]}" for k, (j, sign, n) in enumerate(program, 1)]
         row = {"first": first, "program": program, "choices": lines, "habit": habit}
         last = written(row, ()).text[-2]
-        return {"question": f"a{first};{''.join(shown)}=", "answer": last, **row}
+        return {"question": f"a{first};{';'.join(shown)}:", "answer": last, **row}
 
     return draw_problems(draw, split, seed)
 
@@ -49,7 +49,7 @@ def problems(split: str, lines: int = 3, habit: float = 0.5, seed: int = 0) -> l
 def score(response: str, answer: str, row: dict[str, Any]) -> float:
     """1 if the lines end with the right value of the last variable, else 0."""
     last = ascii_lowercase[len(row["program"])]
-    lines = re.fullmatch(r"([a-z]\d[-+]\d[a-z]\d;)+", response)
+    lines = re.fullmatch(r"(\d[-+]\d[a-z]\d;)+", response)
     return float(bool(lines) and response.endswith(f"{last}{answer};"))
 
 
@@ -63,7 +63,7 @@ def written(row: dict[str, Any], habits: Sequence[bool]) -> Worked:
     text, values = "", [row["first"]]
     choices: list[Choice] = []
     for k, (used, sign, number) in enumerate(program, 1):
-        text += f"{names[used]}{values[used]}"
+        text += str(values[used])
         adds = sign == "+"
         if not adds:
             adds = len(choices) < len(habits) and habits[len(choices)]
