@@ -69,9 +69,34 @@ def test_what_the_readme_shows_runs_as_it_is_written(model, monkeypatch):
     assert np.isfinite(names["metrics"]["loss"]) and 0 < names["reward"].mean() < 1
 
 
-def test_answers_hold_the_prefixes_that_they_restart_from(model, base):
+@pytest.fixture(scope="module")
+def explored(base):
+    """States of the base trajectories, and their partial rollouts."""
     states = fr3e.states(base, rule="uniform", count=2)
-    answers = model.texts(states, base.engine.explore(base, states, count=8))
+    return states, base.engine.explore(base, states, count=8)
+
+
+def test_segments_of_base_trajectories_are_rows_of_groups(base, explored):
+    """They are whole base trajectories together; and what does not count has no tokens."""
+    states, rollouts = explored
+    shape = (len(states.valid), 3, 8)
+    # The first state is worth 1/2, the second 1/4, the third, of which five rollouts count, 1; an answer 0.
+    right, drawn = (np.array(numbers)[None, :, None] for numbers in ([4, 2, 8], [8, 8, 5]))
+    reward = np.broadcast_to(np.arange(8) < right, shape).astype(np.float32)
+    counted = np.broadcast_to(np.arange(8) < drawn, shape)
+    credit = {"counted": counted, "base_reward": np.zeros(len(reward), np.float32), "estimator": "edge"}
+    advantage, *_ = fr3e.modulated_advantage(reward, states.valid, **credit)
+    batch = fr3e.groups(states, rollouts, advantage, counted)
+    assert len(batch.length) == states.valid.sum() and batch.length.shape[1] == 9
+    assert batch.length[:, 8].sum() == base.rollouts.length[: len(QUESTIONS)].sum()
+    last = batch.source[:, 2] == 2  # there for their segments alone
+    assert (batch.length[last, :8] == 0).all() and (batch.length[~last] > 0).all()
+    np.testing.assert_array_equal(batch.advantage[last, 8], -1)
+
+
+def test_answers_hold_the_prefixes_that_they_restart_from(model, base, explored):
+    states, rollouts = explored
+    answers = model.texts(states, rollouts)
     asked = dict(zip(QUESTIONS, base.texts, strict=True))
     for question, prefixes, row in zip(answers.question, states.prefixes, answers.text, strict=True):
         for prefix, texts in zip(prefixes, row, strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 
 import jax
@@ -83,6 +84,14 @@ def test_rounds_without_positions_have_no_exploration():
     work = workload_of(config, 4, Assumptions())
     assert work.explore is None
     assert work.first_return.lengths.shape == (4, 2, 16)
+
+
+def test_segments_of_base_trajectories_are_rows_of_an_update():
+    """One more for each state, of the tokens from one position to the next."""
+    edge = dataclasses.replace(CONFIG, credit=dataclasses.replace(CONFIG.credit, estimator="edge"))
+    plain, more = (workload_of(config, 4, Assumptions(response=0.3)) for config in (CONFIG, edge))
+    segment = math.ceil(0.3 * CONFIG.rollout.max_response / (CONFIG.explore.positions + 1))
+    assert more.trained - plain.trained == CONFIG.optimizer.batch_states * segment
 
 
 # --- the verdict

@@ -9,6 +9,7 @@ from jaxtyping import Float32
 
 from fr3e_jax.algorithm.keep import KeepRule
 from fr3e_jax.algorithm.positions import PositionRule
+from fr3e_jax.algorithm.reject import trained_rows
 from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import ConfigError, ExploreConfig, check_options
 from fr3e_jax.engine.second_pass import needs_pass
@@ -110,6 +111,8 @@ def groups(states: Restarts, rollouts: Rollouts, advantage: Any, counted: Any = 
     valid = counted_states(states.valid, trained)
     arrays, base = dataclasses.replace(states.arrays, valid=valid), None
     if edges:
-        base, trained = states.base.rollouts, valid[..., None] & (advantage != 0)
+        mixed = valid & np.any(advantage[..., :m] != 0, axis=2)
+        every = np.ones((n, j, m), bool) if trained is None else trained
+        base, trained = states.base.rollouts, np.asarray(trained_rows(mixed, advantage, valid, every))
     accepted = valid & np.any(advantage != 0, axis=2)
     return collect(accepted, states.base.encoded.queries, arrays, rollouts, advantage, trained, base)
