@@ -10,7 +10,8 @@ import pytest
 from environment import REPOSITORY
 
 from fr3e_jax import evaluate, export, generate, plan
-from fr3e_jax.bench import load, rollout, score, update
+from fr3e_jax.bench import rollout, update
+from fr3e_jax.bench.__main__ import BENCHMARK_FUNCTIONS
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, SFTConfig
 from fr3e_jax.study.command import StudyOptions, with_named_file
@@ -29,12 +30,6 @@ COMMANDS = {
     "generate": (generate.GenerateConfig, None),
     "export": (export.ExportConfig, None),
     "study": (StudyOptions, None),
-}
-BENCHMARKS = {
-    "load": load.measure_loading,
-    "rollout": rollout.rollout,
-    "score": score.measure_scoring,
-    "update": update.update,
 }
 MEASUREMENTS = {"rollout": rollout.ROLLOUT_MEASUREMENTS, "update": update.UPDATE_MEASUREMENTS}
 
@@ -124,7 +119,9 @@ def test_commands_that_are_shown_parse(page):
 
 def check_benchmark(name, *arguments):
     flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert {flag.removeprefix("--") for flag in flags} <= set(inspect.signature(BENCHMARKS[name]).parameters)
+    assert {flag.removeprefix("--") for flag in flags} <= set(
+        inspect.signature(BENCHMARK_FUNCTIONS[name]).parameters
+    )
     if "--only" in flags:
         assert set(flags["--only"].split(",")) <= set(MEASUREMENTS[name])
 

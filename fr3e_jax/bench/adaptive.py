@@ -18,7 +18,7 @@ from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.rounds import Round, open_round
 
 QUICKSTART = "configs/quickstart.yaml"
-BASE = -1.0  # stands for the base trajectories among success rates
+FROM_BASE = -1.0  # stands for the base trajectories among success rates
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ def measure_adaptive(
     """
     sides = [explored(model, rounds, seed, adaptive) for adaptive in (False, True)]
     rows = [row_of(f"{rate:.2f}", *(side[rate] for side in sides)) for rate in sorted(sides[0]) if rate >= 0]
-    explorations, whole = ([total_of(side, least) for side in sides] for least in (0.0, BASE))
+    explorations, whole = ([total_of(side, least) for side in sides] for least in (0.0, FROM_BASE))
     rows += [row_of("all", *explorations), row_of("all, with base trajectories", *whole)]
     if json:
         return rows
@@ -102,7 +102,7 @@ def row_of(rate: str, off: Signal, on: Signal) -> dict[str, Any]:
 def explored(model: str, rounds: int, seed: int, adaptive: bool) -> dict[float, Signal]:
     """Explore queries, the same with and without explore.adaptive: success rate -> what it cost and gave.
 
-    Under `BASE` stands what the base trajectories cost.
+    Under `FROM_BASE` stands what the base trajectories cost.
     """
     options = [f"--model.path={model}", f"--seed={seed}", f"--explore.adaptive={str(adaptive).lower()}"]
     config, _ = parse(Config, "bench", QUICKSTART, options, lambda _: None)
@@ -114,7 +114,7 @@ def explored(model: str, rounds: int, seed: int, adaptive: bool) -> dict[float, 
         opened = open_round(config, parts, params, 1, position, Stopwatch())
         for rate, signal in signals_of(opened).items():
             found[rate].add(signal)
-        found[BASE].add(Signal(int(opened.base.length.sum())))
+        found[FROM_BASE].add(Signal(int(opened.base.length.sum())))
     parts.verifier.pool.close()
     return dict(found)
 

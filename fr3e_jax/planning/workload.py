@@ -240,10 +240,8 @@ def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: boo
     per_round = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
     pilots = None
     if needs_pilots(explore):
-        count, own_rng = (
-            pilot_rollouts(explore),
-            np.random.default_rng(1),
-        )  # the update stays as it is without
+        # With numbers of their own, so that the update is planned as it is without them.
+        count, own_rng = pilot_rollouts(explore), np.random.default_rng(1)
         pilots = decode_from(continuations_of(1, 1 + pilot_states(explore), count, own_rng))
     rows = continuations.reshape(-1, states, explore.rollouts)
     if config.credit.estimator == "edge":
