@@ -119,9 +119,8 @@ def test_commands_that_are_shown_parse(page):
 
 def check_benchmark(name, *arguments):
     flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert {flag.removeprefix("--") for flag in flags} <= set(
-        inspect.signature(BENCHMARK_FUNCTIONS[name]).parameters
-    )
+    known = set(inspect.signature(BENCHMARK_FUNCTIONS[name]).parameters)
+    assert {flag.removeprefix("--") for flag in flags} <= known
     if "--only" in flags:
         assert set(flags["--only"].split(",")) <= set(MEASUREMENTS[name])
 
