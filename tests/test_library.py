@@ -47,6 +47,10 @@ def test_the_stages_from_a_model_to_an_updated_one(model, base):
     assert len(batch.query) == mixed.sum() > 0
     state, metrics = learner.update(learner.init(), batch)
     assert metrics["abs_log_ratio_max"] < 1e-3 and np.isfinite(metrics["loss"])
+    options = fr3e.LossConfig(aggregate="sequence", mismatch="truncate", top_entropy_share=0.5)
+    weighing = model.learner(options, fr3e.OptimizerConfig(learning_rate=1e-6))
+    _, metrics = weighing.update(weighing.init(), batch)
+    assert metrics["mismatch/outside"] == 0 and metrics["left_out"] == pytest.approx(0.5, abs=0.01)
     after = model.updated(state)
     again = after.engine(max_response=40).first_return(after.encode(QUESTIONS), count=4, seed=1)
     assert (again.rollouts.logprob != base.rollouts.logprob).any()

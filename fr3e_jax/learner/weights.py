@@ -28,6 +28,27 @@ NEAR = (0.9, 1.1)
 """Ratios of the learner's to the sampler's probability that rounding leaves; metrics count those outside."""
 
 
+def weighed(
+    learner: Learner, params: Params, groups: StateGroups, budget: int
+) -> tuple[StateGroups, dict[str, float], list[Bundle]]:
+    """Weigh the tokens of a batch by loss.mismatch, loss.top_entropy_share and loss.covariance_share.
+
+    Args:
+      learner: what will update, with the options of the loss.
+      params: as TrainState holds them, before the update.
+      groups: the batch.
+      budget: optimizer.micro_tokens.
+
+    Returns:
+      (the batch, metrics of the mismatch, what ran through the model); the latter two are empty without one.
+    """
+    loss, metrics, bundles = learner.loss, dict[str, float](), list[Bundle]()
+    if loss.mismatch != "none":
+        logprob, bundles = learner_logprobs(learner, params, groups, budget)
+        groups, metrics = with_mismatch(groups, logprob, loss)
+    return with_masks(groups, loss), metrics, bundles
+
+
 def real_tokens(groups: StateGroups) -> Bool[np.ndarray, "G M new"]:
     """Tell which of the tokens of rollouts are there."""
     return np.arange(groups.token.shape[2]) < groups.length[..., None]
@@ -41,6 +62,8 @@ def weighs_tokens(loss: LossConfig) -> bool:
 def with_masks(groups: StateGroups, loss: LossConfig) -> StateGroups:
     """Leave out tokens of a batch by their entropy and their covariance; as it was where no option asks."""
     real, trained = real_tokens(groups), []
+    if not real.any():
+        return groups
     if loss.top_entropy_share < 1:
         assert groups.entropy is not None
         trained.append(uncertain_tokens(groups.entropy, real, loss.top_entropy_share))
@@ -49,18 +72,14 @@ def with_masks(groups: StateGroups, loss: LossConfig) -> StateGroups:
     return groups if not trained else times(groups, np.all(trained, axis=0))
 
 
-def with_shares(groups: StateGroups, loss: LossConfig, limit: int) -> StateGroups:
-    """Give a minibatch the shares of `loss.aggregate`; as it was where every token counts alike.
-
-    Args:
-      groups: the minibatch, whole.
-      loss: the options.
-      limit: rollout.max_response.
+def with_shares(groups: StateGroups, loss: LossConfig) -> StateGroups:
+    """Give a minibatch, whole, the shares of `loss.aggregate`; as it was where every token counts alike.
 
     Raises:
       RuleError: the rule gives something else than it must.
     """
-    aggregate = with_functions(loss).aggregate
+    # Rollouts are held with as many slots as rollout.max_response has tokens.
+    aggregate, limit = with_functions(loss).aggregate, groups.token.shape[2]
     shares = aggregate_shares(aggregate, groups.length, groups.source[:, 0], limit)
     return groups if shares is None else dataclasses.replace(groups, share=shares)
 

@@ -13,6 +13,7 @@ from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner
+from fr3e_jax.learner.weights import weighed, with_shares
 from fr3e_jax.library.results import Answers, Base, Encoded, Restarts
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
@@ -216,7 +217,8 @@ class PolicyLearner:
         """One optimizer step over a batch; `state` is used up.
 
         Args:
-          state: of `init`, or of the update before.
+          state: of `init`, or of the update before; where loss.mismatch is not none, with the parameters that
+            sampled.
           batch: states that carry a gradient.
           reference: float32 parameters that the policy is held near, where loss.kl_coefficient is above 0.
 
@@ -231,6 +233,8 @@ class PolicyLearner:
         if len(batch.query) == 0:
             raise ConfigError("no state carries a gradient: all rollouts of each had one reward")
         parts = row_parts(self.model.policy.model.training.mesh)
-        bundles = bundles_of(batch, parts, self.settings.micro_tokens)
+        budget = self.settings.micro_tokens
+        batch, mismatch, _ = weighed(self.learner, state.params, batch, budget)
+        bundles = bundles_of(with_shares(batch, self.learner.loss), parts, budget)
         state, metrics = self.learner.update(state, bundles, reference)
-        return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+        return state, mismatch | {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -120,7 +120,7 @@ def take_updates(
         for epoch in range(optimizer.epochs if minibatches else 0):
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in groups.minibatches(batch, minibatches, rng):
-                part = with_shares(part, config.loss, config.rollout.max_response)
+                part = with_shares(part, config.loss)
                 bundles = bundles_of(part, row_parts(parts.engine.placement.mesh), optimizer.micro_tokens)
                 flops += update_flops(parts.policy.model.config, bundles)
                 tokens += np.array(token_counts(bundles))

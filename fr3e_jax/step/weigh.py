@@ -4,7 +4,7 @@ from fr3e_jax.config import Config
 from fr3e_jax.cost import forward_flops
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState
-from fr3e_jax.learner.weights import learner_logprobs, with_masks, with_mismatch
+from fr3e_jax.learner.weights import weighed, with_masks
 from fr3e_jax.run.build import Parts
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.metrics import Metrics
@@ -14,7 +14,7 @@ from fr3e_jax.types import StateGroups
 def weigh(
     config: Config, parts: Parts, state: TrainState, batch: StateGroups, watch: Stopwatch
 ) -> tuple[StateGroups, Metrics]:
-    """Weigh the tokens of a batch by loss.mismatch, loss.top_entropy_share and loss.covariance_share.
+    """Weigh the tokens of a batch, and measure the forward pass that loss.mismatch takes.
 
     Args:
       config: resolved.
@@ -26,13 +26,8 @@ def weigh(
     Returns:
       (the batch, metrics of the mismatch and FLOPs of its forward pass, where there is one).
     """
-    metrics: Metrics = {}
-    if not groups.count(batch):
-        return batch, metrics
-    if config.loss.mismatch != "none":
-        with watch.stage("mismatch"):
-            budget = config.optimizer.micro_tokens
-            logprob, bundles = learner_logprobs(parts.learner, state.params, batch, budget)
-            batch, metrics = with_mismatch(batch, logprob, config.loss)
-        metrics["flops/mismatch"] = forward_flops(parts.policy.model.config, bundles)
-    return with_masks(batch, config.loss), metrics
+    if config.loss.mismatch == "none" or not groups.count(batch):
+        return with_masks(batch, config.loss), {}
+    with watch.stage("mismatch"):
+        batch, metrics, bundles = weighed(parts.learner, state.params, batch, config.optimizer.micro_tokens)
+    return batch, metrics | {"flops/mismatch": forward_flops(parts.policy.model.config, bundles)}
