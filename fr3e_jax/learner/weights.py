@@ -62,6 +62,8 @@ def weighs_tokens(loss: LossConfig) -> bool:
 def with_masks(groups: StateGroups, loss: LossConfig) -> StateGroups:
     """Leave out tokens of a batch by their entropy and their covariance; as it was where no option asks."""
     real, trained = real_tokens(groups), []
+    if not real.any():
+        return groups
     if loss.top_entropy_share < 1:
         assert groups.entropy is not None
         trained.append(uncertain_tokens(groups.entropy, real, loss.top_entropy_share))
@@ -77,7 +79,7 @@ def with_shares(groups: StateGroups, loss: LossConfig) -> StateGroups:
       RuleError: the rule gives something else than it must.
     """
     # Rollouts are held with as many slots as rollout.max_response has tokens.
-    limit, aggregate = groups.token.shape[2], with_functions(loss).aggregate
+    aggregate, limit = with_functions(loss).aggregate, groups.token.shape[2]
     shares = aggregate_shares(aggregate, groups.length, groups.source[:, 0], limit)
     return groups if shares is None else dataclasses.replace(groups, share=shares)
 

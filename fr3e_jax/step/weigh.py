@@ -26,9 +26,7 @@ def weigh(
     Returns:
       (the batch, metrics of the mismatch and FLOPs of its forward pass, where there is one).
     """
-    if not groups.count(batch):
-        return batch, {}
-    if config.loss.mismatch == "none":
+    if config.loss.mismatch == "none" or not groups.count(batch):
         return with_masks(batch, config.loss), {}
     with watch.stage("mismatch"):
         batch, metrics, bundles = weighed(parts.learner, state.params, batch, config.optimizer.micro_tokens)
