@@ -21,7 +21,7 @@ from fr3e_jax.study.statistics import Estimate, performance_profile, profile_ban
 
 POINTS = 41  # of a curve
 BAND_RESAMPLES = 500
-NAMES = {"tokens": "generated tokens", "flops": "FLOPs of rollouts and updates", "seconds": "seconds"}
+AXIS_LABELS = {"tokens": "generated tokens", "flops": "FLOPs of rollouts and updates", "seconds": "seconds"}
 
 
 def draw_figures(analysis: Analysis, folder: Path, seed: int) -> list[tuple[str, str]]:
@@ -45,7 +45,7 @@ def draw_figures(analysis: Analysis, folder: Path, seed: int) -> list[tuple[str,
         for axis in AXES:
             file = f"{name}-{axis}.svg"
             save(draw_curves(figure_class, analysis, axis, seed), folder / file)
-            figures.append((file, f"held-out accuracy over {NAMES[axis]}"))
+            figures.append((file, f"held-out accuracy over {AXIS_LABELS[axis]}"))
         file = f"{name}-arms.svg"
         save(draw_arms(figure_class, analysis), folder / file)
         figures.append((file, "accuracy at equal cost, and the comparison with the reference"))
@@ -112,7 +112,7 @@ def draw_curves(figure_class: Any, analysis: Analysis, axis: str, seed: int) -> 
                 panel.fill_between(
                     grid[shown], low[shown], high[shown], color=f"C{number % 10}", alpha=0.2, lw=0
                 )
-        panel.set(title=task, xlabel=NAMES[axis])
+        panel.set(title=task, xlabel=AXIS_LABELS[axis])
     panels[0].set(ylabel="held-out accuracy", ylim=(0, 1.02))
     panels[-1].legend(frameon=False)
     figure.suptitle(
