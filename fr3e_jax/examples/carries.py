@@ -21,7 +21,7 @@ NOT_CARRIED = [(x, y) for x in range(1, 5) for y in range(1, 5)]  # few, since t
 COLUMN = re.compile(r"[=+](\d)(\d),")
 
 
-def problems(split: str, digits: int = 3, habit: float = 0.5, seed: int = 0) -> list[dict[str, Any]]:
+def problems(split: str, digits: int = 3, habit: float = 0.55, seed: int = 0) -> list[dict[str, Any]]:
     """The problems of a split.
 
     Args:

@@ -19,7 +19,7 @@ DEAD_END_FIRST = 0.75  # probability that the first door of a room is the wrong 
 WALK = re.compile(r"([a-z](\?[-+]|!\+)[a-z],)+")
 
 
-def problems(split: str, rooms: int = 3, habit: float = 0.5, seed: int = 0) -> list[dict[str, Any]]:
+def problems(split: str, rooms: int = 3, habit: float = 0.55, seed: int = 0) -> list[dict[str, Any]]:
     """The problems of a split.
 
     Args:
