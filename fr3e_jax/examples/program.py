@@ -21,7 +21,7 @@ FROM_PREVIOUS = 0.75  # probability that a line uses the variable before it; els
 NUMBERS = (1, 2, 3, 4, 6, 7, 8, 9)  # adding 5 or subtracting it is the same modulo ten
 
 
-def problems(split: str, lines: int = 3, habit: float = 0.5, seed: int = 0) -> list[dict[str, Any]]:
+def problems(split: str, lines: int = 3, habit: float = 0.55, seed: int = 0) -> list[dict[str, Any]]:
     """The problems of a split.
 
     Args:
