@@ -46,6 +46,10 @@ def test_the_baselines_without_a_rollouts_own_reward_in_its_baseline_are_rloo():
     [
         ({}, []),
         ({"algorithm": "grpo", "explore__rule": "random"}, ["explore.rule"]),
+        ({"algorithm": "grpo", "explore__adaptive": True}, ["explore.adaptive"]),
+        ({"algorithm": "grpo", "explore__temperature": 2.0}, ["explore.temperature"]),
+        ({"explore__pilots": 8}, ["explore.pilots"]),
+        ({"explore__pilots": 8, "explore__rule": "mutual_information"}, []),
         ({"algorithm": "grpo++", "credit__sharpen": True, "explore__rollouts": 8}, ["credit.sharpen"]),
         ({"algorithm": "grpo", "loss__clip_high": 0.5, "loss__clip_low": 0.1}, ["loss.clip_high"]),
         ({"credit__sharpen": True, "explore__rule": "random"}, []),

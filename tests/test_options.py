@@ -110,6 +110,8 @@ REFUSED = {
         "explore.positions": [-1],
         "explore.rollouts": [1, 0],
         "explore.min_gap": [-1],
+        "explore.temperature": [0.0, -1.0, math.nan],
+        "explore.pilots": [0],
         "explore.rule": ["entropie"],
         "credit.max_rounds": [0],
         "credit.reject": ["all"],

@@ -136,6 +136,19 @@ def test_a_walk_down_the_ladder_loses_nothing_and_ends(ladder, seed, moves):
     raise AssertionError("never ends")
 
 
+def test_the_first_token_is_a_leg_of_its_own_also_where_rows_move_before_it():
+    """48 branches of which 8 run at all: rows are given up before anything is drawn."""
+    runs = np.arange(48).reshape(1, 4, 12) < 8
+    legs = schedule(runs.shape, 40, 40, first_alone=True)
+    first = next(legs)
+    assert first.rows == 48 and first.until == 1
+    moved = legs.send((runs, 0))  # no token is drawn where so few run
+    assert moved.rows == 8 and moved.until == 1
+    assert legs.send((runs, 1)).until == min(moved.slots, 40)
+    usual = schedule(runs.shape, 40, 40)
+    assert next(usual).until == 40
+
+
 def test_a_full_cache_all_of_whose_rows_run_grows_and_otherwise_is_divided_anew():
     ladder = Ladder(96, 48, 1000)
     assert ladder.next(96, 96, 48, full=True) == (96, 96)
