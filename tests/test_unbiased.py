@@ -57,16 +57,24 @@ def world(hindsight=False):
     """All outcomes: (probability, rewards [N, J, M], base rewards, scores [N, J, M + 1, 7], base answers)."""
     outcomes = []
     for base, positions in zip(ANSWERS, by_entropy() if hindsight else BOTH, strict=True):
-        starts = [0, *positions]
-        drawn = [[a for a in ANSWERS if a[:start] == base[:start]] for start in starts]
-        ends = [*positions, STEPS]
-        segments = [score(base, start, end) for start, end in zip(starts, ends, strict=True)]
-        for rollouts in itertools.product(*(itertools.product(d, repeat=ROLLOUTS) for d in drawn)):
-            p, rows = probability(base), []
-            for start, own, segment in zip(starts, rollouts, segments, strict=True):
-                p *= np.prod([probability(a, start) for a in own])
-                rows.append([*(score(a, start) for a in own), segment])
-            outcomes.append((p, [[REWARD[a] for a in own] for own in rollouts], REWARD[base], rows, base))
+        groups = []
+        for start, end in zip([0, *positions], [*positions, STEPS], strict=True):
+            drawn = [a for a in ANSWERS if a[:start] == base[:start]]
+            one = [(probability(a, start), REWARD[a], score(a, start)) for a in drawn]
+            segment = score(base, start, end)
+            groups.append(
+                [
+                    (
+                        np.prod([p for p, _, _ in own]),
+                        [r for _, r, _ in own],
+                        [*(s for _, _, s in own), segment],
+                    )
+                    for own in itertools.product(one, repeat=ROLLOUTS)
+                ]
+            )
+        for states in itertools.product(*groups):
+            chances, rewards, scores = zip(*states, strict=True)
+            outcomes.append((probability(base) * np.prod(chances), rewards, REWARD[base], scores, base))
     p, reward, base_reward, scores, base = zip(*outcomes, strict=True)
     return np.array(p), np.float32(reward), np.float32(base_reward), np.array(scores), list(base)
 
