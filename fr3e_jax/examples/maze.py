@@ -1,22 +1,22 @@
 """A task with known decisions: the way through a maze, room by room, each with two doors.
 
-    d-e+,b+c-:  in the first room d is a dead end and e leads on; in the second b leads on and c is a dead end
-    d?-e,b?+b,  is the good answer: looks behind the first door that is listed, then goes through one
+    w-n+,s+e-:  in the first room west is a dead end and north leads on, in the second south and not east
+    w?-n,s?+s,  is the good answer: looks behind the first door that is listed, then goes through one
 
-The habit is to go through the first door without looking, `!`. In three rooms of four it is a dead end, where
-the answer ends (`d!-`). In the others it leads on (`b!+b,`), and the choice decides nothing.
+The habit is to go through the first door without looking, `!`. In three rooms of four it is a dead end. Then
+the walk turns back and goes on by the other door (`w!-n,`), but an answer is right only if it enters no dead
+end. Where the first door leads on (`s!+s,`) the choice decides nothing.
 """
 
 import random
 import re
 from collections.abc import Sequence
-from string import ascii_lowercase
 from typing import Any
 
 from fr3e_jax.examples.decisions import Choice, Worked, decision_offsets, draw_habits, draw_problems
 
 DEAD_END_FIRST = 0.75  # probability that the first door of a room is the wrong one
-WALK = re.compile(r"([a-z](\?[-+]|!\+)[a-z],)+")
+WALK = re.compile(r"([nesw](\?[-+]|!\+)[nesw],)+")
 
 
 def problems(split: str, rooms: int = 3, habit: float = 0.55, seed: int = 0) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def problems(split: str, rooms: int = 3, habit: float = 0.55, seed: int = 0) -> 
     """
 
     def draw(numbers: random.Random) -> dict[str, Any]:
-        pairs = [numbers.sample(ascii_lowercase, 2) for _ in range(rooms)]
+        pairs = [numbers.sample("nesw", 2) for _ in range(rooms)]
         dead_ends = [int(numbers.random() >= DEAD_END_FIRST) for _ in range(rooms)]
         asked, way = [], ""
         for doors, dead_end in zip(pairs, dead_ends, strict=True):
@@ -48,8 +48,8 @@ def problems(split: str, rooms: int = 3, habit: float = 0.55, seed: int = 0) -> 
 
 
 def score(response: str, answer: str) -> float:
-    """1 for a walk through all rooms by the doors that lead on, else 0."""
-    return float(bool(WALK.fullmatch(response)) and "".join(re.findall("([a-z]),", response)) == answer)
+    """1 for a walk through all rooms that enters no dead end, else 0."""
+    return float(bool(WALK.fullmatch(response)) and "".join(re.findall("(.),", response)) == answer)
 
 
 def written(row: dict[str, Any], habits: Sequence[bool]) -> Worked:
@@ -60,10 +60,7 @@ def written(row: dict[str, Any], habits: Sequence[bool]) -> Worked:
         text += door
         choices.append(Choice(len(text), decides=door != leads_on))
         looks = k >= len(habits) or not habits[k]
-        text += f"{'?' if looks else '!'}{'+' if door == leads_on else '-'}"
-        if door != leads_on and not looks:
-            break
-        text += f"{leads_on},"
+        text += f"{'?' if looks else '!'}{'+' if door == leads_on else '-'}{leads_on},"
     return Worked(text, tuple(choices))
 
 
