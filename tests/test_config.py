@@ -102,7 +102,7 @@ MISTAKES = {
     "steps:\n": "FILE, line 1: steps is null, must be a whole number",
     "steps: 0\n": "FILE, line 1: steps is 0, must be at least 1",
     "steps: 3\nsteps: 4\n": "FILE, line 2: steps is set a second time, after line 1",
-    "explore:\n  rule: entropie\n": "FILE, line 2: explore.rule is 'entropie'; choose one of entropy, ",
+    "explore:\n  rule: entropie\n": "FILE, line 2: explore.rule is 'entropie'; did you mean entropy? choose one of ",
     "explore: 5\n": "FILE, line 1: explore is 5, must be a section: a mapping of options to values",
     "1: 5\n": "FILE, line 1: there is no option 1",
     "- 1\n- 2\n": "FILE is not a mapping of options to values",
@@ -192,7 +192,7 @@ def test_a_mistake_that_is_found_later_has_its_file_and_line_too(tmp_path, entry
         (["--optimizer.schedule=exponential"], "optimizer.schedule"),
         (["--optimizer.moments=float16"], "optimizer.moments"),
         (["--algorithm=ppo"], "algorithm"),
-        (["--explore.rule=entropie"], "explore.rule is 'entropie'; choose one of entropy, surprisal, "),
+        (["--explore.rule=entropie"], "explore.rule is 'entropie'; did you mean entropy? choose "),
         (["--credit.reject=all"], "credit.reject is 'all'; choose one of state, query, none"),
         (["--loss.objective=null"], "loss.objective"),
         (['--explore.rule={"class_path": "os.getcwd"}'], "explore.rule"),
@@ -235,7 +235,8 @@ def test_help_explains_every_setting(config_class, command, monkeypatch, capsys)
     for name, _, owner, field in settings:
         text = documented(owner).get(field)
         if table := tables_of(owner).get(field):  # each of its names, with its line
-            text += " " + "; ".join(f"`{rule}`, {told.help}" for rule, told in table.items()) + "."
+            text += " " + "; ".join(f"`{rule}`, {told.help}" for rule, told in table.items())
+            text += "; or a function of your own, `module:function`."
         after = shown.partition(f" --{name} ")[2].partition(" (type: ")[0]
         if not text or not after.endswith(text):
             missing.append(name)
