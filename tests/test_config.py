@@ -102,7 +102,7 @@ MISTAKES = {
     "steps:\n": "FILE, line 1: steps is null, must be a whole number",
     "steps: 0\n": "FILE, line 1: steps is 0, must be at least 1",
     "steps: 3\nsteps: 4\n": "FILE, line 2: steps is set a second time, after line 1",
-    "explore:\n  rule: entropie\n": "FILE, line 2: explore.rule is 'entropie'; did you mean entropy? choose one of ",
+    "explore:\n  rule: entropie\n": "FILE, line 2: explore.rule is 'entropie'; did you mean entropy? ",
     "explore: 5\n": "FILE, line 1: explore is 5, must be a section: a mapping of options to values",
     "1: 5\n": "FILE, line 1: there is no option 1",
     "- 1\n- 2\n": "FILE is not a mapping of options to values",

@@ -9,7 +9,7 @@ import yaml
 from support import SMALL, call, changed, metrics
 
 from fr3e_jax.cli import parse
-from fr3e_jax.config import Config, ConfigError, CreditConfig, dump, resolve
+from fr3e_jax.config import Config, ConfigError, CreditConfig, check, dump, resolve
 from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.own_functions import load_function
 from fr3e_jax.config.values import tables_of, with_functions
@@ -22,6 +22,11 @@ MINE = """
 
     def late(base):
         return base.entropy * jnp.arange(base.entropy.shape[1])[None, :]
+
+    def asking(base):
+        return base.measured("gradient")
+
+    asking.needs = ("gradeint",)
 
     def flat(base):
         return base.length
@@ -140,6 +145,14 @@ def test_a_library_call_takes_the_text_too_and_refuses_what_it_gives(mine):
     check_options(CreditConfig(modulation=f"{mine}:doubled"))
     with pytest.raises(ConfigError, match="there is no module nowhere_of_mine"):
         check_options(CreditConfig(modulation="nowhere_of_mine:doubled"))
+
+
+def test_a_rule_that_needs_what_there_is_not_is_refused_before_a_run_begins(mine):
+    config, _ = parse(Config, "train", "configs/quickstart.yaml", [f"--explore.rule={mine}:asking"])
+    with pytest.raises(
+        ConfigError, match=r"^explore\.rule: .*asking needs 'gradeint', which is none of gradient"
+    ):
+        check(resolve(config), 1, 32_768)
 
 
 def test_reading_a_run_imports_nothing_that_it_names(tmp_path):

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable
 
 from fr3e_jax.algorithm.advantage import ADVANTAGES
-from fr3e_jax.algorithm.rules import name_of
+from fr3e_jax.algorithm.positions import POSITION_RULES
+from fr3e_jax.algorithm.rules import RuleError, name_of, needs_of
+from fr3e_jax.algorithm.trajectories import NEEDS
 from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.sections import Config
-from fr3e_jax.config.values import ConfigError
+from fr3e_jax.config.values import ConfigError, with_functions
 
 
 def resolve(config: Config) -> Config:
@@ -92,6 +94,10 @@ def check_rollouts(config: Config, context: int) -> None:
             "explore.positions is 0, which leaves fr3e nothing to return to; set it to 1 or more, or "
             "use --algorithm grpo++"
         )
+    try:
+        needs_of(POSITION_RULES, with_functions(explore).rule, NEEDS)
+    except RuleError as error:
+        raise ConfigError(f"explore.rule: {error}") from None
     most = most_positions(rollout.max_response, explore.min_gap)
     if explore.positions > most:
         apart = f" that are explore.min_gap {explore.min_gap} apart" if explore.min_gap > 1 else ""
