@@ -135,13 +135,13 @@ def test_gspo_clips_a_sequence_by_its_mean_log_ratio_and_not_a_token_by_its_own(
 
 
 def test_means_by_hand():
-    """Two sequences of a query with 1 and 3 tokens, and one of another with 2."""
-    length, query = np.array([[1, 3], [2, 0]]), np.array([5, 8])
+    """Two sequences of a query with 1 and 3 tokens, one of another with 2, none of a third."""
+    length, query = np.array([[1, 3], [2, 0], [0, 0]]), np.array([5, 8, 9])
     expected = {
         "token": None,
-        "sequence": [[6 / 3, 6 / 9], [6 / 6, 2.0]],  # N / (3 sequences x length)
-        "prompt": [[6 / 8, 6 / 8], [6 / 4, 6 / 4]],  # N / (2 queries x tokens of the query)
-        "constant": [[6 / 30, 6 / 30]] * 2,  # N / (3 sequences x 10)
+        "sequence": [[6 / 3, 6 / 9], [6 / 6, 0], [0, 0]],  # N / (3 sequences x length)
+        "prompt": [[6 / 8, 6 / 8], [6 / 4, 6 / 4], [0, 0]],  # N / (2 queries x tokens of the query)
+        "constant": [[6 / 30, 6 / 30]] * 3,  # N / (3 sequences x 10)
     }
     assert set(expected) == set(AGGREGATES)
     for name, shares in expected.items():

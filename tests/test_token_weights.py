@@ -57,6 +57,12 @@ def test_exactly_a_share_is_chosen_and_of_equal_scores_the_earlier(scores, share
         assert not others.size or taken.max() < others.min()
 
 
+def test_of_many_equal_scores_the_first_are_chosen():
+    """As many as a sort that is not stable would mix."""
+    score = np.tile([0.0, 1.0], 500)
+    np.testing.assert_array_equal(np.flatnonzero(highest(score, score < 2, 0.1)), np.arange(1, 200, 2))
+
+
 def test_the_token_of_highest_covariance_is_left_out():
     """By hand: means -1 and 0; covariances (0 x 1), (1 x 1), (-2 x -1), (1 x -1)."""
     logprob = np.zeros((1, 2, 4))
