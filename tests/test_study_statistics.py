@@ -47,6 +47,13 @@ def test_a_bootstrap_draws_within_each_task():
     assert math.isnan(stratified_bootstrap([arrays([0.3], [0.9])], mean_of_all).low)
 
 
+def test_an_interval_may_end_at_never():
+    """As of a median that half of the draws never reach."""
+    numbers, values = np.arange(4), np.array([1.0, 2, np.inf, np.inf])
+    found = stratified_bootstrap([[numbers]], lambda arm: np.sort(values[arm[0]], axis=-1)[..., 1])
+    assert (found.value, found.low, found.high) == (2, 1, math.inf)
+
+
 def test_an_interval_of_one_task_is_that_of_scipy():
     scores = np.random.default_rng(1).random(12)
     ours = stratified_bootstrap([[scores]], mean_of_all, resamples=4000)
@@ -67,6 +74,7 @@ def test_the_probability_of_improvement_counts_pairs_of_the_same_task_and_ties_h
     pairs = [(p > q) + 0.5 * (p == q) for p, q in itertools.product(x, y)]
     assert probability_of_improvement([x], [y]) == pytest.approx(np.mean(pairs))
     assert probability_of_improvement([y], [x]) == pytest.approx(1 - np.mean(pairs))
+    assert probability_of_improvement([x], [y]) == pytest.approx(stats.mannwhitneyu(x, y).statistic / 28)
 
 
 def test_a_performance_profile_is_the_share_of_runs_above_each_threshold():
@@ -103,6 +111,17 @@ def test_a_median_counts_runs_that_never_got_there():
     assert median_time(np.array([1.0, 9, 9]), np.array([True, False, False])) == math.inf
     assert median_time(np.array([9.0]), np.array([False])) == math.inf
     assert median_time(np.array([4.0, 1, 2]), np.ones(3, bool)) == 2
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        time, reached = rng.integers(1, 6, 9).astype(float), rng.random(9) < 0.6
+        survival = stats.ecdf(stats.CensoredData.right_censored(time, ~reached)).sf
+        below = survival.quantiles[survival.probabilities <= 0.5 + 1e-9]
+        assert median_time(time, reached) == min(below, default=math.inf)
+    draws = np.array([[0, 1, 2], [0, 0, 0]])
+    assert median_time(np.array([1.0, 9, 9])[draws], np.array([True, False, False])[draws]).tolist() == [
+        math.inf,
+        1,
+    ]
 
 
 def test_a_curve_is_straight_between_evaluations_and_stays_at_its_end():

@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, product
 
 import numpy as np
 
 from fr3e_jax.study.curves import Sigmoid, fit_with_errors
 from fr3e_jax.study.results import RunResult, StudyHeader
 from fr3e_jax.study.scores import (
+    SCORES,
     RunScore,
-    area,
-    at_budget,
     budget_of,
     chosen_rates,
     evaluated,
@@ -22,6 +21,7 @@ from fr3e_jax.study.statistics import (
     Estimate,
     PairedDifference,
     Scores,
+    Statistic,
     holm,
     interquartile_mean,
     mean_of_all,
@@ -39,17 +39,15 @@ EQUAL = ("tokens", "flops")
 class ArmScores:
     """An arm over all tasks.
 
-    runs: with an evaluation. failed: runs that failed, those without an evaluation included. at: cost ->
-    interquartile mean of the accuracies at equal cost. area: that of the mean accuracies on the way to equal
-    tokens. metrics: name -> mean over runs. rate: learning rate that was chosen; None where none was searched
-    for.
+    runs: with an evaluation. failed: runs that failed, those without an evaluation included. scores:
+    (`accuracy` or `area`, cost) -> interquartile mean of that score at equal cost. metrics: name -> mean over
+    runs. rate: learning rate that was chosen; None where none was searched for.
     """
 
     arm: str
     runs: int
     failed: int
-    at: dict[str, Estimate]
-    area: Estimate
+    scores: dict[tuple[str, str], Estimate]
     metrics: dict[str, Estimate]
     rate: float | None
 
@@ -58,14 +56,15 @@ class ArmScores:
 class TaskScores:
     """An arm on one task.
 
-    at: cost -> mean accuracy at equal cost. median: median tokens to the threshold, infinite where half of
-    the runs never reach it. reached: runs that do. fit: sigmoid over FLOPs with intervals of its numbers.
+    scores: (`accuracy` or `area`, cost) -> mean score at equal cost. median: median tokens to the threshold,
+    infinite where half of the runs never reach it. reached: runs that do. fit: sigmoid over FLOPs with
+    intervals of its numbers.
     """
 
     task: str
     arm: str
     runs: int
-    at: dict[str, Estimate]
+    scores: dict[tuple[str, str], Estimate]
     median: Estimate
     reached: int
     fit: tuple[Sigmoid, dict[str, tuple[float, float]]] | None
@@ -149,7 +148,7 @@ def arm_scores(
 ) -> ArmScores:
     """Compute the scores of an arm over all tasks."""
 
-    def aggregate(scores: Scores, statistic: Callable[..., float] = interquartile_mean) -> Estimate:
+    def aggregate(scores: Scores, statistic: Statistic = interquartile_mean) -> Estimate:
         return stratified_bootstrap([scores], statistic, seed)
 
     of_arm = [run for run in runs if run.arm == arm]
@@ -165,18 +164,24 @@ def arm_scores(
         arm=arm,
         runs=len(of_arm),
         failed=sum(run.arm == arm for run in failed),
-        at={cost: aggregate(scores_by_task(runs, arm, tasks, at_equal(cost, budgets))) for cost in EQUAL},
-        area=aggregate(
-            scores_by_task(runs, arm, tasks, lambda task: area("tokens", budgets["tokens"][task]))
-        ),
+        scores={
+            (what, cost): aggregate(scores_by_task(runs, arm, tasks, equal_cost_score(what, cost, budgets)))
+            for what, cost in product(SCORES, EQUAL)
+        },
         metrics=metrics,
         rate=rate,
     )
 
 
-def at_equal(cost: str, budgets: dict[str, dict[str, float]]) -> Callable[[str], RunScore]:
-    """What the runs on a task are scored by at equal cost: a function of the task."""
-    return lambda task: at_budget(cost, budgets[cost][task])
+def equal_cost_score(what: str, cost: str, budgets: dict[str, dict[str, float]]) -> Callable[[str], RunScore]:
+    """What the runs on a task are scored by at equal cost: a function of the task.
+
+    Args:
+      what: `accuracy` or `area`.
+      cost: `tokens` or `flops`.
+      budgets: cost -> task -> budget.
+    """
+    return lambda task: SCORES[what](cost, budgets[cost][task])
 
 
 def task_scores(
@@ -188,22 +193,19 @@ def task_scores(
     seed: int,
 ) -> TaskScores:
     """Compute the scores of an arm on one task, of whose runs there is one at least."""
-    at = {
-        cost: stratified_bootstrap(
-            [[np.array([at_budget(cost, budgets[cost][task])(run) for run in runs])]], mean_of_all, seed
-        )
-        for cost in EQUAL
-    }
+    scores = {}
+    for what, cost in product(SCORES, EQUAL):
+        score = equal_cost_score(what, cost, budgets)(task)
+        values = np.array([score(run) for run in runs])
+        scores[what, cost] = stratified_bootstrap([[values]], mean_of_all, seed)
     time, reached = to_threshold(runs, "tokens", header.threshold)
     numbers = np.arange(len(runs))  # of runs, which are drawn with both of their values
-    median = stratified_bootstrap(
-        [[numbers]], lambda arm: median_time(time[arm[0]], reached[arm[0]]), seed, resamples=500
-    )
+    median = stratified_bootstrap([[numbers]], lambda arm: median_time(time[arm[0]], reached[arm[0]]), seed)
     return TaskScores(
         task,
         arm,
         len(runs),
-        at,
+        scores,
         median,
         int(reached.sum()),
         fit_with_errors([run.over("flops") for run in runs], seed),
@@ -217,7 +219,7 @@ def compare_arms(
     budgets: dict[str, dict[str, float]],
     seed: int,
 ) -> list[Comparison]:
-    """Compare every arm with the reference at equal tokens and at equal FLOPs.
+    """Compare every arm with the reference, by what the study judges by, at equal tokens and equal FLOPs.
 
     Of the tasks those count that both have runs on, and of the paired differences the seeds that both have.
     """
@@ -226,13 +228,10 @@ def compare_arms(
         if arm == header.reference:
             continue
         for cost in EQUAL:
+            score = equal_cost_score(header.judged_by, cost, budgets)
             ours, theirs = (
                 {
-                    task: {
-                        run.seed: at_budget(cost, budgets[cost][task])(run)
-                        for run in runs
-                        if (run.task, run.arm) == (task, one)
-                    }
+                    task: {run.seed: score(task)(run) for run in runs if (run.task, run.arm) == (task, one)}
                     for task in tasks
                 }
                 for one in (arm, header.reference)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import optimize
 
-FIT_RESAMPLES = 200
+FIT_RESAMPLES = 100
 FEWEST_POINTS = 5  # of a curve that three numbers are fitted to
 
 
@@ -73,13 +73,16 @@ def sigmoid_at(
     return start + (asymptote - start) / (1 + (midpoint / cost) ** efficiency)
 
 
-def fit_sigmoid(cost: np.ndarray, accuracy: np.ndarray, start: float) -> Sigmoid | None:
+def fit_sigmoid(
+    cost: np.ndarray, accuracy: np.ndarray, start: float, near: Sigmoid | None = None
+) -> Sigmoid | None:
     """Fit a sigmoid by least squares.
 
     Args:
       cost: float [n], of the evaluations of one run or several; those at cost 0 are left out.
       accuracy: float [n].
       start: accuracy before training, which the curve begins at.
+      near: a curve of which another one is looked for nearby.
 
     Returns:
       The curve, whose asymptote lies between 0 and 1; None where fewer than five points are left, where the
@@ -94,6 +97,8 @@ def fit_sigmoid(cost: np.ndarray, accuracy: np.ndarray, start: float) -> Sigmoid
         return sigmoid_at(scaled, start, asymptote, np.exp(log_midpoint), efficiency)
 
     first = (float(y.max()), float(np.log(0.3)), 1.5)
+    if near is not None:
+        first = (near.asymptote, float(np.log(near.midpoint / largest)), near.efficiency)
     bounds = ([0.0, np.log(1e-4), 0.05], [1.0, np.log(1e3), 20.0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -131,7 +136,7 @@ def fit_with_errors(
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(resamples if len(curves) > 1 else 0):
         chosen = rng.integers(len(curves), size=len(curves))
-        fitted = fit_runs([curves[i] for i in chosen])
+        fitted = fit_runs([curves[i] for i in chosen], whole)
         if fitted is not None:
             drawn.append((fitted.asymptote, fitted.midpoint, fitted.efficiency))
     names = ("asymptote", "midpoint", "efficiency")
@@ -141,7 +146,7 @@ def fit_with_errors(
     return whole, {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
 
 
-def fit_runs(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> Sigmoid | None:
+def fit_runs(curves: Sequence[tuple[np.ndarray, np.ndarray]], near: Sigmoid | None = None) -> Sigmoid | None:
     """Fit one sigmoid to the points of several runs; it begins at their mean accuracy before training."""
     cost, accuracy = (np.concatenate(parts) for parts in zip(*curves, strict=True))
-    return fit_sigmoid(cost, accuracy, float(np.mean([y[0] for _, y in curves])))
+    return fit_sigmoid(cost, accuracy, float(np.mean([y[0] for _, y in curves])), near)

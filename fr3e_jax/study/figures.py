@@ -13,11 +13,11 @@ import numpy as np
 from scipy import stats
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.study.analysis import EQUAL, Analysis
+from fr3e_jax.study.analysis import EQUAL, Analysis, equal_cost_score
 from fr3e_jax.study.curves import accuracy_at
 from fr3e_jax.study.results import AXES
-from fr3e_jax.study.scores import at_budget, scores_by_task
-from fr3e_jax.study.statistics import Estimate, performance_profile, profile_band
+from fr3e_jax.study.scores import scores_by_task
+from fr3e_jax.study.statistics import Estimate, middle, performance_profile, profile_band
 
 POINTS = 41  # of a curve
 BAND_RESAMPLES = 500
@@ -37,7 +37,8 @@ def draw_figures(analysis: Analysis, folder: Path, seed: int) -> list[tuple[str,
     Raises:
       ConfigError: matplotlib is not installed.
     """
-    if not analysis.arms or all(math.isnan(arm.at["tokens"].low) for arm in analysis.arms):
+    scores = [score for arm in analysis.arms for score in arm.scores.values()]
+    if all(math.isnan(score.low) for score in scores):
         return []
     folder.mkdir(parents=True, exist_ok=True)
     name, figures = analysis.header.study, []
@@ -48,10 +49,10 @@ def draw_figures(analysis: Analysis, folder: Path, seed: int) -> list[tuple[str,
             figures.append((file, f"held-out accuracy over {AXIS_LABELS[axis]}"))
         file = f"{name}-arms.svg"
         save(draw_arms(figure_class, analysis), folder / file)
-        figures.append((file, "accuracy at equal cost, and the comparison with the reference"))
+        figures.append((file, "arms at equal cost, and the comparison with the reference"))
         file = f"{name}-profile.svg"
         save(draw_profiles(figure_class, analysis, seed), folder / file)
-        figures.append((file, "share of runs above an accuracy"))
+        figures.append((file, "share of runs above a score"))
     return figures
 
 
@@ -105,9 +106,9 @@ def draw_curves(figure_class: Any, analysis: Analysis, axis: str, seed: int) -> 
             rng = np.random.default_rng(seed)
             drawn = rng.integers(len(runs), size=(BAND_RESAMPLES, len(runs)))
             bands = stats.trim_mean(values[drawn], 0.25, axis=1)
-            low, high = np.quantile(bands, [0.025, 0.975], axis=0)
-            middle = stats.trim_mean(values, 0.25, axis=0)
-            panel.plot(grid[shown], middle[shown], color=f"C{number % 10}", label=arm)
+            low, high = middle(bands)
+            center = stats.trim_mean(values, 0.25, axis=0)
+            panel.plot(grid[shown], center[shown], color=f"C{number % 10}", label=arm)
             if len(runs) > 1:
                 panel.fill_between(
                     grid[shown], low[shown], high[shown], color=f"C{number % 10}", alpha=0.2, lw=0
@@ -129,8 +130,8 @@ def draw_arms(figure_class: Any, analysis: Analysis) -> Any:
     height = {arm: rows - i for i, arm in enumerate(analysis.header.arms)}
     for panel, cost in zip(panels, EQUAL, strict=False):
         for arm in analysis.arms:
-            interval(panel, arm.at[cost], height[arm.arm], "C0")
-        panel.set(xlabel=f"accuracy at equal {'FLOPs' if cost == 'flops' else cost}")
+            interval(panel, arm.scores[analysis.header.judged_by, cost], height[arm.arm], "C0")
+        panel.set(xlabel=f"{analysis.header.judged_by}, equal {'FLOPs' if cost == 'flops' else cost}")
     for comparison in analysis.comparisons:
         shift, color = (0.12, "C0") if comparison.cost == "tokens" else (-0.12, "C1")
         interval(panels[2], comparison.improvement, height[comparison.arm] + shift, color)
@@ -155,20 +156,24 @@ def interval(panel: Any, estimate: Estimate, height: float, color: str) -> None:
 
 
 def draw_profiles(figure_class: Any, analysis: Analysis, seed: int) -> Any:
-    """The share of runs above each accuracy at equal tokens, with pointwise intervals."""
+    """The share of runs above each score at equal tokens, with pointwise intervals."""
     figure = figure_class(figsize=(4.8, 3.2), layout="constrained")
     panel, tasks = figure.subplots(), list(analysis.budgets["tokens"])
     thresholds = np.linspace(0, 1, POINTS)
     for number, arm in enumerate(analysis.header.arms):
         scores = scores_by_task(
-            analysis.runs, arm, tasks, lambda task: at_budget("tokens", analysis.budgets["tokens"][task])
+            analysis.runs, arm, tasks, equal_cost_score(analysis.header.judged_by, "tokens", analysis.budgets)
         )
         if not scores:
             continue
         low, high = profile_band(scores, thresholds, seed, BAND_RESAMPLES)
         panel.plot(thresholds, performance_profile(scores, thresholds), color=f"C{number % 10}", label=arm)
         panel.fill_between(thresholds, low, high, color=f"C{number % 10}", alpha=0.2, lw=0)
-    panel.set(xlabel="accuracy at equal tokens", ylabel="share of runs above it", ylim=(-0.02, 1.02))
+    panel.set(
+        xlabel=f"{analysis.header.judged_by}, equal tokens",
+        ylabel="share of runs above it",
+        ylim=(-0.02, 1.02),
+    )
     panel.legend(frameon=False)
     panel.set_title(f"{analysis.header.study}: {analysis.seeds()}, 95% intervals", fontsize=9)
     return figure

@@ -1,18 +1,22 @@
 """The report of studies: a page with tables, and figures, made from the results file alone."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.run.storage import StorageError, brief, write_atomically
-from fr3e_jax.study.analysis import Analysis, analyse, commits_of
+from fr3e_jax.study.analysis import EQUAL, Analysis, analyse, commits_of
 from fr3e_jax.study.figures import draw_figures
 from fr3e_jax.study.results import Results
+from fr3e_jax.study.scores import SCORES
 from fr3e_jax.study.statistics import Estimate
 
 PAGE, FIGURES = "report.md", "figures"
+COSTS = {"tokens": "tokens", "flops": "FLOPs"}
+COLUMNS = tuple(f"{what}, equal {COSTS[cost]}" for what, cost in product(SCORES, EQUAL))
 NOTES = (
     "How to read it:\n",
     "- Equal cost: the runs on a task are compared at the most tokens, or FLOPs, that each of them tells of. "
@@ -21,7 +25,7 @@ NOTES = (
     "- FLOPs are those of rollouts, updates and all other passes; tokens are all that are drawn.",
     "- Accuracy of an arm: the interquartile mean over tasks and seeds. Intervals are 95% stratified "
     "bootstrap intervals, runs drawn anew within each task.",
-    "- Area: mean accuracy on the way to equal tokens.",
+    "- Area: the mean accuracy on the way to equal cost.",
     "- Probability of improvement: that a run of the arm scores higher than one of the reference on the "
     "same task, ties half.",
     "- Difference: the mean over pairs of the same task and seed, in points of accuracy; p by a sign-flip "
@@ -83,12 +87,12 @@ def section(analysis: Analysis, figures: list[tuple[str, str]]) -> str:
 def arms_table(analysis: Analysis) -> list[str]:
     """Rows of the arms over all tasks."""
     metrics = analysis.header.metrics
-    head = ["arm", "runs", "accuracy at equal tokens", "at equal FLOPs", "area", "learning rate", *metrics]
+    head = ["arm", "runs", *COLUMNS, "learning rate", *metrics]
     rows = []
     for arm in analysis.arms:
         name = f"{arm.arm} ({arm.failed} failed)" if arm.failed else arm.arm
         rate = "as set" if arm.rate is None else f"{arm.rate:g}"
-        values = [percent_of(arm.at["tokens"]), percent_of(arm.at["flops"]), percent_of(arm.area), rate]
+        values = [*map(percent_of, arm.scores.values()), rate]
         of_metrics = [shown_number(arm.metrics[name]) if name in arm.metrics else "" for name in metrics]
         rows.append([name, str(arm.runs), *values, *of_metrics])
     return markdown(head, rows)
@@ -114,7 +118,7 @@ def comparisons_table(analysis: Analysis) -> list[str]:
         rows.append(
             [
                 one.arm,
-                "FLOPs" if one.cost == "flops" else one.cost,
+                COSTS[one.cost],
                 shown_number(one.improvement, 2),
                 percent_of(difference.estimate, signed=True),
                 str(difference.pairs),
@@ -123,20 +127,21 @@ def comparisons_table(analysis: Analysis) -> list[str]:
             ]
         )
     count = len(analysis.comparisons)
-    return [*markdown(head, rows), f"Holm p is corrected for {count} comparison{'s' * (count != 1)}.", ""]
+    by = {"area": "the area", "accuracy": "the accuracy"}[analysis.header.judged_by]
+    said = f"Arms are compared by {by}. Holm p is corrected for {count} comparison{'s' * (count != 1)}."
+    return [*markdown(head, rows), said, ""]
 
 
 def tasks_table(analysis: Analysis) -> list[str]:
     """Rows of each arm on each task."""
-    head = ["task", "arm", "seeds", "accuracy at equal tokens", "at equal FLOPs"]
+    head = ["task", "arm", "seeds", *COLUMNS]
     head += [f"tokens to {analysis.header.threshold:.0%}", "reached by"]
     rows = [
         [
             one.task,
             one.arm,
             str(one.runs),
-            percent_of(one.at["tokens"]),
-            percent_of(one.at["flops"]),
+            *map(percent_of, one.scores.values()),
             tokens_of(one.median),
             f"{one.reached} of {one.runs}",
         ]

@@ -45,6 +45,7 @@ class StudyHeader:
     rates: list[float]
     sweep_seeds: list[int]
     threshold: float
+    judged_by: str
     metrics: list[str]
     settings: dict[str, dict[str, Any]]
 
@@ -139,6 +140,7 @@ def header_of(named: NamedStudy) -> StudyHeader:
         rates=list(study.sweep.values),
         sweep_seeds=list(study.sweep.seeds) if study.sweep.values else [],
         threshold=study.threshold,
+        judged_by=study.judged_by,
         metrics=list(study.metrics),
         settings={f"{task}/{arm}": own_options(config) for (task, arm), config in named.configs.items()},
     )

@@ -19,6 +19,7 @@ from fr3e_jax.run.storage import StorageError, brief, write_atomically
 from fr3e_jax.study.results import RunResult, StudyHeader, commit_of_code, result_of
 from fr3e_jax.study.runs import StudyRun
 
+TRAIN = (sys.executable, "-m", "fr3e_jax.train")
 LOOK_AT_PROCESSES = 0.2  # seconds between two looks at the processes
 AGAIN = 10.0  # seconds until a run whose directory is in use is tried again
 IN_USE = "is in use by"
@@ -117,9 +118,8 @@ class Runner:
             settings.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(settings, f"{COMMITS}{commits}\n{dump(run.config)}")
             with errors.open("wb") as error_file:
-                train = [sys.executable, "-m", "fr3e_jax.train", "--config", str(settings)]
                 process = subprocess.Popen(
-                    [*train, "--run_dir", str(self.runs / run.place)],
+                    [*TRAIN, "--config", str(settings), "--run_dir", str(self.runs / run.place)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=error_file,

@@ -40,6 +40,10 @@ def area(axis: str, budget: float) -> RunScore:
     return lambda run: area_under_curve(*run.over(axis), budget)
 
 
+SCORES = {"accuracy": at_budget, "area": area}
+"""What a study may judge by: of a cost and a budget, the score of a run."""
+
+
 def to_threshold(runs: Sequence[RunResult], axis: str, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """(Cost to a threshold, whether it was reached) of each run, [n]; see `cost_to_threshold`."""
     pairs = [cost_to_threshold(*run.over(axis), threshold) for run in runs]

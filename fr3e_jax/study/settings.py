@@ -6,7 +6,7 @@ A file of studies may begin from another one (`base`), as those of training do.
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fr3e_jax.cli import configuration_of, make_parser
 from fr3e_jax.config import Config, ConfigError, check, resolve
@@ -63,6 +63,9 @@ class Study:
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
     threshold: Share = 0.9
     """Held-out accuracy to which the tokens are counted."""
+    judged_by: Literal["area", "accuracy"] = "area"
+    """What decides between arms, chosen before the first run: `area`, the mean accuracy on the way to equal
+    cost, which tells arms apart that all arrive; or `accuracy`, that at equal cost."""
     metrics: list[Name] = dataclasses.field(default_factory=list)
     """Names in metrics.jsonl whose mean over a run's steps is kept and shown."""
 

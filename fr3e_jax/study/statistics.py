@@ -15,7 +15,9 @@ from scipy import stats
 from fr3e_jax.evaluation.statistics import sign_flip_p
 
 Scores = Sequence[np.ndarray]
-"""Float [seeds] of each task."""
+"""Float [..., seeds] of each task; axes before the last one are draws of a bootstrap."""
+Statistic = Callable[..., np.ndarray]
+"""Of the scores of one or several arms, float [...]: a number for each draw."""
 RESAMPLES = 2000
 LEVEL_OF_INTERVALS = 0.95
 ROUNDED = 12  # decimals of differences of scores, so that those that are equal but for rounding are equal
@@ -42,72 +44,73 @@ class PairedDifference:
     pairs: int
 
 
-def interquartile_mean(scores: Scores) -> float:
+def interquartile_mean(scores: Scores) -> np.ndarray:
     """Compute the mean of the middle half of all scores together.
 
     A quarter of them, rounded down, is left out at either end.
     """
-    return float(stats.trim_mean(np.concatenate(scores), proportiontocut=0.25))
+    return stats.trim_mean(np.concatenate(scores, axis=-1), proportiontocut=0.25, axis=-1)
+
+
+def mean_of_all(scores: Scores) -> np.ndarray:
+    """Compute the mean over all runs of all tasks."""
+    return np.concatenate(scores, axis=-1).mean(axis=-1)
 
 
 def stratified_bootstrap(
-    scores: Sequence[Scores],
-    statistic: Callable[..., float],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL_OF_INTERVALS,
+    scores: Sequence[Scores], statistic: Statistic, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate:
     """Compute a statistic with a percentile interval over runs that are drawn anew within each task.
 
     Args:
       scores: of one arm or of several, each [tasks][seeds]; arms are drawn independently of each other.
-      statistic: takes the arms' scores as arguments.
+      statistic: takes the arms' scores as arguments, those of all draws at a time.
       seed: of the draws.
       resamples: number of draws.
-      level: share of such intervals that hold the true value.
 
     Returns:
       The statistic of the scores themselves. Its interval is nan where no task has two runs: one run says
       nothing of how much others would differ.
     """
-    value = statistic(*scores)
+    value = float(statistic(*scores))
     if all(len(task) < 2 for arm in scores for task in arm):
         return Estimate(value, float("nan"), float("nan"))
     rng = np.random.default_rng(seed)
-    drawn = [
-        statistic(*([task[rng.integers(len(task), size=len(task))] for task in arm] for arm in scores))
-        for _ in range(resamples)
-    ]
-    tail = (1 - level) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
+    drawn = [[task[rng.integers(len(task), size=(resamples, len(task)))] for task in arm] for arm in scores]
+    low, high = middle(statistic(*drawn))
     return Estimate(value, float(low), float(high))
 
 
-def probability_of_improvement(a: Scores, b: Scores) -> float:
+def middle(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the ends of the middle 95% of draws, float [draws, ...]; each is one of them, perhaps infinite."""
+    ordered, tail = np.sort(drawn, axis=0), (1 - LEVEL_OF_INTERVALS) / 2
+    least = int(tail * len(ordered))
+    return ordered[least], ordered[len(ordered) - 1 - least]
+
+
+def probability_of_improvement(a: Scores, b: Scores) -> np.ndarray:
     """Compute the chance that a run of a scores higher than a run of b on the same task, the mean over tasks.
 
     For a task it is the Mann-Whitney U statistic by the number of pairs of runs, in which a tie counts half.
     """
-    chances = [
-        stats.mannwhitneyu(x, y, alternative="greater", method="asymptotic").statistic / (len(x) * len(y))
-        if np.ptp(np.concatenate([x, y])) > 0
-        else 0.5
-        for x, y in zip(a, b, strict=True)
-    ]
-    return float(np.mean(chances))
+    chances = []
+    for x, y in zip(a, b, strict=True):
+        ours, theirs = x[..., :, None], y[..., None, :]
+        chances.append((ours > theirs).mean(axis=(-1, -2)) + 0.5 * (ours == theirs).mean(axis=(-1, -2)))
+    return np.mean(chances, axis=0)
 
 
 def performance_profile(scores: Scores, thresholds: np.ndarray) -> np.ndarray:
     """Compute the share of runs that score above each threshold, the mean over tasks.
 
     Args:
-      scores: [tasks][seeds].
+      scores: [tasks][..., seeds].
       thresholds: float [n].
 
     Returns:
-      Float [n].
+      Float [..., n].
     """
-    return np.mean([(task[:, None] > thresholds).mean(axis=0) for task in scores], axis=0)
+    return np.mean([(task[..., None] > thresholds).mean(axis=-2) for task in scores], axis=0)
 
 
 def profile_band(
@@ -119,13 +122,8 @@ def profile_band(
       (low, high), float [n] each.
     """
     rng = np.random.default_rng(seed)
-    drawn = [
-        performance_profile([task[rng.integers(len(task), size=len(task))] for task in scores], thresholds)
-        for _ in range(resamples)
-    ]
-    tail = (1 - LEVEL_OF_INTERVALS) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
-    return low, high
+    drawn = [task[rng.integers(len(task), size=(resamples, len(task)))] for task in scores]
+    return middle(performance_profile(drawn, thresholds))
 
 
 def paired_difference(a: Scores, b: Scores, seed: int = 0, resamples: int = RESAMPLES) -> PairedDifference:
@@ -146,11 +144,6 @@ def paired_difference(a: Scores, b: Scores, seed: int = 0, resamples: int = RESA
     return PairedDifference(estimate, sign_flip_p(every[every != 0], 10_000, seed), len(every))
 
 
-def mean_of_all(scores: Scores) -> float:
-    """Compute the mean over all runs of all tasks."""
-    return float(np.concatenate(scores).mean())
-
-
 def holm(p: Sequence[float]) -> list[float]:
     """Correct p-values for their number (Holm 1979), so that the chance of any false finding is kept.
 
@@ -164,19 +157,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def median_time(time: np.ndarray, reached: np.ndarray) -> float:
+def median_time(time: np.ndarray, reached: np.ndarray) -> np.ndarray:
     """Compute the median cost to an event by the Kaplan-Meier estimator.
 
     Args:
-      time: float [n], cost at which the event came, or up to which it had not come.
-      reached: bool [n], whether it came. The others are censored: they count as not reached up to their cost.
+      time: float [..., n], cost at which the event came, or up to which it had not come.
+      reached: bool [..., n], whether it came. The others are censored: they count as not reached up to their
+        cost, and at the same cost as leaving after those that reached it.
 
     Returns:
-      The smallest cost by which half of the runs have reached it; infinity where half never did.
+      Float [...], the smallest cost by which half of the runs have reached it; infinity where half never did.
     """
-    if not reached.any():
-        return float("inf")
-    sample = stats.CensoredData.right_censored(time, ~reached)
-    survival = stats.ecdf(sample).sf
-    below = survival.quantiles[survival.probabilities <= 0.5 + 1e-9]
-    return float(below.min()) if below.size else float("inf")
+    order = np.lexsort((~reached, time), axis=-1)
+    time, reached = (np.take_along_axis(x, order, axis=-1) for x in (time, reached))
+    at_risk = np.arange(time.shape[-1], 0, -1)
+    surviving = np.cumprod(1 - reached / at_risk, axis=-1)
+    return np.where(surviving <= 0.5 + 1e-9, time, np.inf).min(axis=-1)

@@ -1,0 +1,356 @@
+"""Studies: the file, the runs that are missing, the results, and what is drawn from them."""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from environment import REPOSITORY
+from support import call
+
+from fr3e_jax.config import EndConfig
+from fr3e_jax.run.ending import reason_to_end
+from fr3e_jax.run.saved import Progress
+from fr3e_jax.study import runner
+from fr3e_jax.study.analysis import analyse
+from fr3e_jax.study.results import RunResult, StudyHeader, read_results
+from fr3e_jax.study.runs import own_options, reported_runs, sweep_runs
+from fr3e_jax.study.scores import budget_of, chosen_rates
+from fr3e_jax.study.settings import read_study
+
+STUDY = """
+question: Which number of rollouts?
+settings:
+  steps: 3
+  optimizer: {minibatches: 1}
+tasks:
+  easy: {}
+  hard: {settings: {data: {max_digits: 4}, rollout: {max_prompt: 10}}}
+arms:
+  eight: {explore: {rollouts: 8}}
+  four: {explore: {rollouts: 4}}
+reference: four
+seeds: [0, 1]
+metrics: [states/accepted]
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """A function that runs the command on `tmp_path / "out"`, with a stand-in for training."""
+    monkeypatch.setattr(runner, "TRAIN", (sys.executable, str(REPOSITORY / "tests" / "fake_train.py")))
+    monkeypatch.setattr(runner, "LOOK_AT_PROCESSES", 0.01)
+    monkeypatch.setattr(runner, "AGAIN", 0.0)
+    return lambda *arguments: call("study.__main__", *arguments, "--out", tmp_path / "out")
+
+
+def results_in(out):
+    return read_results([out / "results.jsonl"], print)
+
+
+def starts(out):
+    """How often each run was started: run -> number."""
+    return {file.parent.name: len(file.read_text().split()) for file in out.glob("runs/*/*/*/*/starts")}
+
+
+# --- the file
+
+
+def test_an_arm_goes_before_its_task_its_study_and_their_configuration(file):
+    named = read_study(str(file), "mine")
+    assert list(named.configs) == [(t, a) for t in ("easy", "hard") for a in ("eight", "four")]
+    easy, hard = named.configs["easy", "eight"], named.configs["hard", "four"]
+    assert (easy.data.max_digits, hard.data.max_digits) == (3, 4)
+    assert (easy.explore.rollouts, hard.explore.rollouts) == (8, 4)
+    assert easy.steps == 3 and easy.optimizer.minibatches == 1 and easy.optimizer.warmup_updates == 4
+    assert named.reference == "four"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("minibatches: 1", "minibatchs: 1", r"line 5: .*settings.optimizer.minibatches\?"),
+        ("rollouts: 8", "rollouts: 1", r"line 10: arms.eight.explore.rollouts is 1, must be at least 2"),
+        ("max_digits: 4", "max_digits: four", r"line 8: tasks.hard.settings.data.max_digits is 'four'"),
+        ("reference: four", "reference: five", "line 12: reference is 'five'; choose one of eight, four"),
+        ("question:", "questoin:", r"line 2: there is no option questoin; did you mean question\?"),
+        ("eight:", "a/b:", "line 10: arms has 'a/b', which must be of letters"),
+        ("seeds: [0, 1]", "seeds: [1, 1]", "line 13: seeds is .*must be different"),
+        (
+            "seeds: [0, 1]",
+            "sweep: {values: [1e-5], seeds: [3, 4]}",
+            "line 13: sweep.seeds has 3, 4, which is",
+        ),
+        ("seeds: [0, 1]", "sweep: {values: [0]}", r"line 13: sweep.values\[0\] is 0, must be above 0"),
+        (
+            "{minibatches: 1}",
+            "{learning_rate: 1e-5}\nsweep: {values: [1e-5]}",
+            "line 5: settings.optimizer.learning_rate is set, and sweep.values too",
+        ),
+        ("minibatches: 1", "minibatches: 3", "^mine, arm eight on task easy: .*does not divide"),
+    ],
+)
+def test_a_mistake_in_a_study_is_one_line_that_says_where(file, study, old, new, line):
+    file.write_text(STUDY.replace(old, new))
+    refused = study(file)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith("fr3e_jax.study: error: ") and refused.stderr.count("\n") == 1
+    message = refused.stderr.removeprefix("fr3e_jax.study: error: ")
+    assert re.search(line, message), message
+    assert line.startswith("^") or message.startswith(f"{file}, line ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shard=5/4"], "shard is '5/4', must be i/n"),
+        (["--report", "--verify"], "exclude each other"),
+        (["--topology=v5e-1"], "is for --dry_run"),
+        (["--report"], "there is no .*results.jsonl"),
+        ([], "name a study file"),
+    ],
+)
+def test_options_that_cannot_stand_together_are_refused(study, arguments, message):
+    refused = study(*arguments)
+    assert refused.returncode == 2 and re.search(message, refused.stderr)
+
+
+def test_runs_come_seed_by_seed_and_are_told_apart_by_what_changes_them(file):
+    named = read_study(str(file), "mine")
+    runs = list(reported_runs(named))
+    assert [run.seed for run in runs] == [0] * 4 + [1] * 4
+    assert len({run.settings for run in runs}) == 8
+    one = runs[0]
+    moved = dataclasses.replace(one, config=dataclasses.replace(one.config, run_dir="x", resume="never"))
+    assert moved.settings == one.settings  # neither changes what is learned
+    longer = dataclasses.replace(one, config=dataclasses.replace(one.config, steps=4))
+    assert longer.settings != one.settings
+    assert "steps" in own_options(one.config) and "rollout.temperature" not in own_options(one.config)
+    assert list(sweep_runs(named)) == []
+    assert [run.learning_rate for run in reported_runs(named, {"four": 1e-4})] == [1e-4] * 4
+
+
+# --- the command
+
+
+def test_a_study_runs_what_is_missing_and_reads_what_is_complete(file, study, tmp_path):
+    out = tmp_path / "out"
+    listed = study(file, "--dry_run")
+    assert listed.returncode == 0 and "8 runs, 8 left" in listed.stdout and not out.exists()
+    done = study(file, "--jobs=2")
+    assert done.returncode == 0, done.stderr
+    assert "mine: 8 runs, 0 complete, 8 to run" in done.stdout and "none to run" in done.stdout
+    first = (out / "results.jsonl").read_text()
+    assert set(starts(out).values()) == {1} and len(starts(out)) == 8
+
+    # As where it was killed: one run was never begun, and one has no mark of its end.
+    lost, cut = sorted(out.glob("runs/*/*/*/seed-0-*/summary.json"))[:2]
+    shutil.rmtree(lost.parent)
+    cut.unlink()
+    (out / "results.jsonl").unlink()
+    again = study(file)
+    assert "mine: 8 runs, 6 complete, 2 to run" in again.stdout
+    assert (out / "results.jsonl").read_text() == first
+    assert sorted(starts(out).values()) == [1] * 7 + [2]
+
+    shutil.rmtree(out / "runs")  # results alone are enough
+    assert "mine: 8 runs, 8 complete, 0 to run" in study(file).stdout
+    file.write_text(STUDY.replace("rollouts: 4", "rollouts: 6"))
+    other = study(file)
+    assert "mine: 8 runs, 4 complete, 4 to run" in other.stdout
+    results = results_in(out)
+    assert len(results.runs) == 12 and len(results.of("mine")) == 8
+
+
+def test_a_line_of_results_says_what_the_run_directory_does(file, study, tmp_path):
+    study(file)
+    run = next(
+        run
+        for run in results_in(tmp_path / "out").of("mine")
+        if (run.task, run.arm, run.seed) == ("easy", "eight", 1)
+    )
+    gain = 0.1 * 2 + 0.01 + 1000 * 2e-5
+    assert run.curve == {
+        "step": [0, 1, 2, 3],
+        "tokens": [0, 800, 1600, 2400],
+        "flops": [0, 10_000_000, 20_000_000, 30_000_000],  # rollouts and updates, and no utilisation
+        "seconds": [1.5, 3, 4.5, 6],
+        "accuracy": pytest.approx([0.2 + gain * step for step in range(4)]),
+    }
+    assert run.metrics == {"states/accepted": 15} and run.final_accuracy == run.curve["accuracy"][-1]
+    assert run.tokens_to_threshold is None and run.complete and not run.decided and run.commit
+
+
+def test_a_run_that_fails_is_said_with_its_reason_and_the_others_go_on(file, study, tmp_path):
+    file.write_text(STUDY.replace("rollouts: 8", "rollouts: 5"))
+    failed = study(file)
+    assert failed.returncode == 1
+    assert "failed: easy, eight, seed 1: step 2 has no signal (exit code 1)" in failed.stdout
+    runs = results_in(tmp_path / "out").of("mine")
+    assert [run.status for run in runs].count("failed") == 4 and len(runs) == 8
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "eight (4 failed)" in page and "- hard, eight, seed 0: step 2 has no signal" in page
+    study(file)
+    assert sorted(starts(tmp_path / "out").values()) == [1] * 4 + [2] * 4  # tried again
+
+
+def test_a_run_that_another_process_is_at_is_tried_again(file, study, tmp_path):
+    """As after a study that was killed, whose runs go on until their next step."""
+    file.write_text(STUDY.replace("rollouts: 4", "rollouts: 7"))
+    done = study(file)
+    assert done.returncode == 0 and done.stdout.count("another process is at it") == 4
+
+
+def test_shards_make_all_runs_together_and_are_put_together(file, study, tmp_path):
+    out = tmp_path / "out"
+    for part in ("1/3", "2/3", "3/3"):
+        assert study(file, f"--shard={part}").returncode == 0
+    assert len(starts(out)) == 8 and not (out / "results.jsonl").exists()
+    assert "8 complete, 0 to run" in study(file).stdout
+    assert len(results_in(out).of("mine")) == 8 and set(starts(out).values()) == {1}
+
+
+def test_the_search_for_a_learning_rate_comes_first_and_is_not_reported(file, study, tmp_path):
+    swept = STUDY.replace("seeds: [0, 1]", "seeds: [0, 1]\nsweep: {values: [1e-5, 5e-5, 2e-5], seeds: [7]}")
+    file.write_text(swept)
+    waiting = study(file, "--shard=1/2")
+    assert "the search for the learning rate is not complete" in waiting.stdout
+    done = study(file)
+    assert "eight: learning rate 5e-05, by the search" in done.stdout  # whose stand-in gains most
+    runs = results_in(tmp_path / "out").of("mine")
+    assert sorted(run.learning_rate for run in runs if run.sweep) == sorted([1e-5, 5e-5, 2e-5] * 4)
+    assert {(run.learning_rate, run.seed) for run in runs if not run.sweep} == {(5e-5, 0), (5e-5, 1)}
+    assert "| eight | 4 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_report_is_the_same_bytes_from_the_results_alone_in_any_order(file, study, tmp_path):
+    study(file)
+    out, other = tmp_path / "out", tmp_path / "other"
+    drawn = {path.relative_to(out): path.read_bytes() for path in [*out.glob("*.md"), *out.glob("figures/*")]}
+    assert len(drawn) == 6
+    lines = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    other.mkdir()
+    (other / "results.jsonl").write_bytes(b"".join(lines))
+    assert call("study.__main__", "--report", "--out", other).returncode == 0
+    assert {name: (other / name).read_bytes() for name in drawn} == drawn
+    for name, text in drawn.items():
+        if name.suffix == ".svg":
+            assert b"2 seeds" in text and b"interval" in text and b"dc:date" not in text, name
+
+
+def test_a_single_run_of_each_arm_has_no_figure(file, study, tmp_path):
+    file.write_text(STUDY.replace("[0, 1]", "[0]").replace("  hard:", "  # hard:"))
+    study(file)
+    assert not (tmp_path / "out" / "figures").exists()
+    assert "No figures" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_run_that_is_run_again_is_held_against_its_line(file, study, tmp_path):
+    study(file)
+    out = tmp_path / "out"
+    agrees = study("--verify", "--seed=3")
+    assert agrees.returncode == 0 and "4 evaluations agree" in agrees.stdout
+    assert not any((out / "verify").iterdir())
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "run":
+            line["curve"]["accuracy"][2] += 1e-5
+            line["curve"]["seconds"][2] += 1  # which is the machine's
+    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    differs = study("--verify", "--seed=3")
+    assert differs.returncode == 1 and "accuracy differs from evaluation 2 on" in differs.stdout
+    assert "seconds" not in differs.stdout
+
+
+# --- numbers
+
+
+def made(arm, seed, accuracy, tokens, decided=False, sweep=False, rate=1e-5, status="complete"):
+    curve = {name: list(tokens) for name in ("step", "tokens", "flops", "seconds")}
+    curve["accuracy"] = list(accuracy)
+    ends = (accuracy or [None])[-1]
+    return RunResult(
+        *("s", "t", arm, seed, rate, sweep, "hash", "", status, "", decided, curve, {}, ends, None)
+    )
+
+
+def test_runs_are_compared_at_the_most_that_each_of_them_tells_of():
+    decided = made("a", 0, [0.1, 1.0], [0, 50], decided=True)
+    slow, fast = made("b", 0, [0.1, 0.5], [0, 200]), made("b", 1, [0.1, 0.6], [0, 100])
+    assert budget_of([decided, slow, fast], "tokens") == 100
+    assert budget_of([decided, made("a", 1, [0, 1], [0, 70], decided=True)], "tokens") == 70
+    failed = made("b", 2, [0.1, 0.2], [0, 10], status="failed")
+    assert budget_of([decided, slow, failed], "tokens") == 200  # it would end all others' curves
+
+
+HEADER = StudyHeader(
+    *("s", "?", "", "a", ["t"], ["a", "b", "c"], [0, 1, 2], [1e-5, 2e-5], [7], 0.9, "area", [], {})
+)
+
+
+def test_an_arm_takes_the_rate_with_the_largest_area_and_of_equal_ones_the_smallest():
+    swept = [
+        made("a", 7, [0, 0.5], [0, 100], sweep=True, rate=1e-5),
+        made("a", 7, [0, 0.9], [0, 100], sweep=True, rate=2e-5),
+        made("b", 7, [0, 0.5], [0, 100], sweep=True, rate=2e-5),
+        made("b", 7, [0, 0.5], [0, 100], sweep=True, rate=1e-5),
+        made("c", 7, [0, 0.5], [0, 100], sweep=True, rate=1e-5),
+    ]
+    assert chosen_rates(HEADER, swept) == {"a": 2e-5, "b": 1e-5}  # that of c is not complete
+    failed = made("c", 7, [], [], sweep=True, rate=2e-5, status="failed")
+    assert chosen_rates(HEADER, [*swept, failed])["c"] == 1e-5
+
+
+def test_an_analysis_of_made_up_runs_gives_what_is_worked_out_by_hand():
+    runs = [made("a", seed, [0.0, 0.5 + 0.1 * seed], [0, 100]) for seed in range(3)]
+    runs += [made("b", seed, [0.0, 0.6 + 0.1 * seed], [0, 200]) for seed in range(3)]
+    found = analyse(HEADER, runs)
+    assert found.budgets["tokens"] == {"t": 100} and found.seeds() == "3 seeds"
+    [a, b] = found.arms
+    assert a.scores["accuracy", "tokens"].value == pytest.approx(0.6)
+    assert b.scores["accuracy", "tokens"].value == pytest.approx(0.35)  # half way to 0.7
+    assert a.scores["area", "tokens"].value == pytest.approx(0.3)
+    [at_tokens, at_flops] = found.comparisons
+    assert (at_tokens.arm, at_tokens.cost, at_flops.cost) == ("b", "tokens", "flops")
+    assert at_tokens.improvement.value == 0.0
+    by_hand = np.mean([(0.6 + 0.1 * seed) / 4 - (0.5 + 0.1 * seed) / 2 for seed in range(3)])
+    assert at_tokens.difference.estimate.value == pytest.approx(by_hand)
+    assert at_tokens.difference.p == 0.25 and at_tokens.corrected == 0.5  # 2 of 2^3 signs, 2 comparisons
+    assert [one.reached for one in found.tasks] == [0, 0]
+
+
+# --- when a run ends
+
+
+def test_a_run_ends_when_an_accuracy_is_reached_in_a_row_or_a_budget_is_spent():
+    progress = Progress(step=4, tokens_generated=1000, flops=5e9)
+    once, twice = {0: 0.3, 2: 0.95, 4: 0.8}, {0: 0.3, 4: 0.95, 2: 0.9}
+    assert reason_to_end(EndConfig(), twice, progress) == ""
+    assert reason_to_end(EndConfig(accuracy=0.9), once, progress) == ""
+    assert reason_to_end(EndConfig(accuracy=0.9), {0: 0.95}, progress) == ""  # one evaluation is not two
+    assert "end.accuracy 0.9 is reached in 2" in reason_to_end(EndConfig(accuracy=0.9), twice, progress)
+    assert reason_to_end(EndConfig(accuracy=0.9, evaluations=3), twice, progress) == ""
+    assert reason_to_end(EndConfig(tokens=1001, flops=5.1e9), once, progress) == ""
+    assert reason_to_end(EndConfig(tokens=1000), once, progress) == "end.tokens 1,000 are spent"
+    assert reason_to_end(EndConfig(flops=5e9), once, progress) == "end.flops 5e+09 are spent"
+
+
+def test_shipped_studies_are_whole():
+    files = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
+    assert files
+    for path in files:
+        named = read_study(str(path), path.stem)
+        assert len(named.study.arms) > 1 and named.study.expected, Path(path).name
