@@ -16,7 +16,7 @@ from fr3e_jax.study.statistics import Estimate
 
 PAGE, FIGURES = "report.md", "figures"
 COSTS = {"tokens": "tokens", "flops": "FLOPs"}
-COLUMNS = tuple(f"{what}, equal {COSTS[cost]}" for what, cost in product(SCORES, EQUAL))
+AREA_COLUMNS = tuple(f"{what}, equal {COSTS[cost]}" for what, cost in product(SCORES, EQUAL))
 NOTES = (
     "How to read it:\n",
     "- Equal cost: the runs on a task are compared at the most tokens, or FLOPs, that each of them tells of. "
@@ -87,7 +87,7 @@ def section(analysis: Analysis, figures: list[tuple[str, str]]) -> str:
 def arms_table(analysis: Analysis) -> list[str]:
     """Rows of the arms over all tasks."""
     metrics = analysis.header.metrics
-    head = ["arm", "runs", *COLUMNS, "learning rate", *metrics]
+    head = ["arm", "runs", *AREA_COLUMNS, "learning rate", *metrics]
     rows = []
     for arm in analysis.arms:
         name = f"{arm.arm} ({arm.failed} failed)" if arm.failed else arm.arm
@@ -134,7 +134,7 @@ def comparisons_table(analysis: Analysis) -> list[str]:
 
 def tasks_table(analysis: Analysis) -> list[str]:
     """Rows of each arm on each task."""
-    head = ["task", "arm", "seeds", *COLUMNS]
+    head = ["task", "arm", "seeds", *AREA_COLUMNS]
     head += [f"tokens to {analysis.header.threshold:.0%}", "reached by"]
     rows = [
         [
