@@ -135,7 +135,10 @@ def parse(
         if default is not None:
             what = f"{parser.description} Of the defaults below: {applied}."
             parser.description = what.replace("%", "%%")
-        config = configuration_of(parser, config_class, merged_options(written.options, sources), flags)
+        parser.set_defaults(flat(config_class, merged_options(written.options, sources)))
+        values = parser.instantiate(parser.parse_args(flags))
+        config = config_class(**{name: getattr(values, name) for name in get_type_hints(config_class)})
+        check_options(config)
     except jsonargparse.ArgumentError as error:
         fail(command, plain_error(kinds_of(config_class), str(error)))
     except ValueError as error:
@@ -143,31 +146,6 @@ def parse(
     if default is not None:
         announce(f"fr3e_jax.{command}: {applied}")
     return config, Path(files[-1]).stem if files else "run"
-
-
-def configuration_of(
-    parser: jsonargparse.ArgumentParser,
-    config_class: type[ConfigT],
-    options: dict[str, Any],
-    flags: Sequence[str] = (),
-) -> ConfigT:
-    """The configuration that options and flags give, with defaults for what neither sets.
-
-    Args:
-      parser: of the class, which is used up.
-      config_class: frozen dataclass of the command.
-      options: as files have them, checked.
-      flags: go before the options.
-
-    Raises:
-      jsonargparse.ArgumentError: a flag does not parse.
-      OptionError: a value is not taken.
-    """
-    parser.set_defaults(flat(config_class, options))
-    values = parser.instantiate(parser.parse_args(list(flags)))
-    config = config_class(**{name: getattr(values, name) for name in get_type_hints(config_class)})
-    check_options(config)
-    return config
 
 
 def plain_error(kinds: dict[str, Any], message: str) -> str:

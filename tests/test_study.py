@@ -5,18 +5,23 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from environment import REPOSITORY
-from support import call
+from support import SMALL, call, run
+from support import command as start_of
 
-from fr3e_jax.config import EndConfig
+from fr3e_jax.cli import parse
+from fr3e_jax.config import Config, EndConfig
 from fr3e_jax.run.ending import reason_to_end
+from fr3e_jax.run.reporter import read_metrics
 from fr3e_jax.run.saved import Progress
-from fr3e_jax.study import runner
+from fr3e_jax.study import command, runner
 from fr3e_jax.study.analysis import analyse
 from fr3e_jax.study.results import RunResult, StudyHeader, read_results
 from fr3e_jax.study.runs import own_options, reported_runs, sweep_runs
@@ -48,12 +53,31 @@ def file(tmp_path):
 
 
 @pytest.fixture
-def study(monkeypatch, tmp_path):
-    """A function that runs the command on `tmp_path / "out"`, with a stand-in for training."""
+def stand_in(monkeypatch):
+    """A stand-in for training."""
     monkeypatch.setattr(runner, "TRAIN", (sys.executable, str(REPOSITORY / "tests" / "fake_train.py")))
     monkeypatch.setattr(runner, "LOOK_AT_PROCESSES", 0.01)
     monkeypatch.setattr(runner, "AGAIN", 0.0)
+
+
+@pytest.fixture
+def drawn_study(stand_in, tmp_path):
+    """A function that runs the command on `tmp_path / "out"`."""
     return lambda *arguments: call("study.__main__", *arguments, "--out", tmp_path / "out")
+
+
+@pytest.fixture
+def study(drawn_study, monkeypatch):
+    """The same without a report, which takes most of its time."""
+    monkeypatch.setattr(command, "write_report", lambda *_: None)
+    return drawn_study
+
+
+@pytest.fixture
+def one_task(file):
+    """The study on one task alone, four runs."""
+    file.write_text(STUDY.replace("  hard:", "  # hard:"))
+    return file
 
 
 def results_in(out):
@@ -76,6 +100,17 @@ def test_an_arm_goes_before_its_task_its_study_and_their_configuration(file):
     assert (easy.explore.rollouts, hard.explore.rollouts) == (8, 4)
     assert easy.steps == 3 and easy.optimizer.minibatches == 1 and easy.optimizer.warmup_updates == 4
     assert named.reference == "four"
+
+
+def test_settings_become_what_the_command_line_makes_of_them(tmp_path):
+    """Lists of sources, numbers that are whole, sections within sections."""
+    text = "steps: 3\ndata: {source: [{name: math500, weight: 2, where: {level: [1]}}]}\n"
+    text += "optimizer: {max_grad_norm: 2}\nloss: {dual_clip: 10}\nrollout: {stop: [a]}\n"
+    (tmp_path / "train.yaml").write_text(text)
+    (tmp_path / "mine.yaml").write_text(f"config: {tmp_path}/train.yaml\narms: {{one: {{}}}}\n")
+    ours = read_study(str(tmp_path / "mine.yaml"), "mine").configs["task", "one"]
+    theirs = parse(Config, "train", str(tmp_path / "train.yaml"), [], lambda _: None)[0]
+    assert ours == theirs and ours.data.source[0].weight == 2 and type(ours.optimizer.max_grad_norm) is float
 
 
 @pytest.mark.parametrize(
@@ -174,8 +209,8 @@ def test_a_study_runs_what_is_missing_and_reads_what_is_complete(file, study, tm
     assert len(results.runs) == 12 and len(results.of("mine")) == 8
 
 
-def test_a_line_of_results_says_what_the_run_directory_does(file, study, tmp_path):
-    study(file)
+def test_a_line_of_results_says_what_the_run_directory_does(one_task, study, tmp_path):
+    study(one_task)
     run = next(
         run
         for run in results_in(tmp_path / "out").of("mine")
@@ -193,50 +228,54 @@ def test_a_line_of_results_says_what_the_run_directory_does(file, study, tmp_pat
     assert run.tokens_to_threshold is None and run.complete and not run.decided and run.commit
 
 
-def test_a_run_that_fails_is_said_with_its_reason_and_the_others_go_on(file, study, tmp_path):
-    file.write_text(STUDY.replace("rollouts: 8", "rollouts: 5"))
-    failed = study(file)
+def test_a_run_that_fails_is_said_with_its_reason_and_the_others_go_on(
+    one_task, drawn_study, tmp_path, monkeypatch
+):
+    one_task.write_text(one_task.read_text().replace("rollouts: 8", "rollouts: 5"))
+    failed = drawn_study(one_task)
     assert failed.returncode == 1
     assert "failed: easy, eight, seed 1: step 2 has no signal (exit code 1)" in failed.stdout
     runs = results_in(tmp_path / "out").of("mine")
-    assert [run.status for run in runs].count("failed") == 4 and len(runs) == 8
+    assert [run.status for run in runs].count("failed") == 2 and len(runs) == 4
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "eight (4 failed)" in page and "- hard, eight, seed 0: step 2 has no signal" in page
-    study(file)
-    assert sorted(starts(tmp_path / "out").values()) == [1] * 4 + [2] * 4  # tried again
+    assert "eight (2 failed)" in page and "- easy, eight, seed 0: step 2 has no signal" in page
+    monkeypatch.setattr(command, "write_report", lambda *_: None)
+    drawn_study(one_task)
+    assert sorted(starts(tmp_path / "out").values()) == [1, 1, 2, 2]  # tried again
 
 
-def test_a_run_that_another_process_is_at_is_tried_again(file, study, tmp_path):
+def test_a_run_that_another_process_is_at_is_tried_again(one_task, study):
     """As after a study that was killed, whose runs go on until their next step."""
-    file.write_text(STUDY.replace("rollouts: 4", "rollouts: 7"))
-    done = study(file)
-    assert done.returncode == 0 and done.stdout.count("another process is at it") == 4
+    one_task.write_text(one_task.read_text().replace("rollouts: 4", "rollouts: 7"))
+    done = study(one_task)
+    assert done.returncode == 0 and done.stdout.count("another process is at it") == 2
 
 
-def test_shards_make_all_runs_together_and_are_put_together(file, study, tmp_path):
+def test_shards_make_all_runs_together_and_are_put_together(one_task, study, tmp_path):
     out = tmp_path / "out"
     for part in ("1/3", "2/3", "3/3"):
-        assert study(file, f"--shard={part}").returncode == 0
-    assert len(starts(out)) == 8 and not (out / "results.jsonl").exists()
-    assert "8 complete, 0 to run" in study(file).stdout
-    assert len(results_in(out).of("mine")) == 8 and set(starts(out).values()) == {1}
+        assert study(one_task, f"--shard={part}").returncode == 0
+    assert len(starts(out)) == 4 and not (out / "results.jsonl").exists()
+    assert "4 complete, 0 to run" in study(one_task).stdout
+    assert len(results_in(out).of("mine")) == 4 and set(starts(out).values()) == {1}
 
 
-def test_the_search_for_a_learning_rate_comes_first_and_is_not_reported(file, study, tmp_path):
-    swept = STUDY.replace("seeds: [0, 1]", "seeds: [0, 1]\nsweep: {values: [1e-5, 5e-5, 2e-5], seeds: [7]}")
-    file.write_text(swept)
-    waiting = study(file, "--shard=1/2")
+def test_the_search_for_a_learning_rate_comes_first_and_is_not_reported(one_task, study, tmp_path):
+    swept = one_task.read_text().replace(
+        "seeds: [0, 1]", "seeds: [0, 1]\nsweep: {values: [1e-5, 5e-5, 2e-5], seeds: [7]}"
+    )
+    one_task.write_text(swept)
+    waiting = study(one_task, "--shard=1/2")
     assert "the search for the learning rate is not complete" in waiting.stdout
-    done = study(file)
+    done = study(one_task)
     assert "eight: learning rate 5e-05, by the search" in done.stdout  # whose stand-in gains most
     runs = results_in(tmp_path / "out").of("mine")
-    assert sorted(run.learning_rate for run in runs if run.sweep) == sorted([1e-5, 5e-5, 2e-5] * 4)
+    assert sorted(run.learning_rate for run in runs if run.sweep) == sorted([1e-5, 5e-5, 2e-5] * 2)
     assert {(run.learning_rate, run.seed) for run in runs if not run.sweep} == {(5e-5, 0), (5e-5, 1)}
-    assert "| eight | 4 |" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_report_is_the_same_bytes_from_the_results_alone_in_any_order(file, study, tmp_path):
-    study(file)
+def test_a_report_is_the_same_bytes_from_the_results_alone_in_any_order(file, drawn_study, tmp_path):
+    drawn_study(file, "--jobs=2")
     out, other = tmp_path / "out", tmp_path / "other"
     drawn = {path.relative_to(out): path.read_bytes() for path in [*out.glob("*.md"), *out.glob("figures/*")]}
     assert len(drawn) == 6
@@ -251,15 +290,15 @@ def test_a_report_is_the_same_bytes_from_the_results_alone_in_any_order(file, st
             assert b"2 seeds" in text and b"interval" in text and b"dc:date" not in text, name
 
 
-def test_a_single_run_of_each_arm_has_no_figure(file, study, tmp_path):
-    file.write_text(STUDY.replace("[0, 1]", "[0]").replace("  hard:", "  # hard:"))
-    study(file)
+def test_a_single_run_of_each_arm_has_no_figure(one_task, drawn_study, tmp_path):
+    one_task.write_text(one_task.read_text().replace("[0, 1]", "[0]"))
+    drawn_study(one_task)
     assert not (tmp_path / "out" / "figures").exists()
     assert "No figures" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_run_that_is_run_again_is_held_against_its_line(file, study, tmp_path):
-    study(file)
+def test_a_run_that_is_run_again_is_held_against_its_line(one_task, study, tmp_path):
+    study(one_task)
     out = tmp_path / "out"
     agrees = study("--verify", "--seed=3")
     assert agrees.returncode == 0 and "4 evaluations agree" in agrees.stdout
@@ -346,6 +385,42 @@ def test_a_run_ends_when_an_accuracy_is_reached_in_a_row_or_a_budget_is_spent():
     assert reason_to_end(EndConfig(tokens=1001, flops=5.1e9), once, progress) == ""
     assert reason_to_end(EndConfig(tokens=1000), once, progress) == "end.tokens 1,000 are spent"
     assert reason_to_end(EndConfig(flops=5e9), once, progress) == "end.flops 5e+09 are spent"
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on_draws_the_same_report_again_and_is_verified(tmp_path):
+    """The shipped one, by the real train command."""
+    out, study = tmp_path / "out", "configs/studies/quickstart.yaml"
+    with subprocess.Popen(**start_of("study", study, "--out", out)) as killed:
+        deadline = time.monotonic() + 300
+        while not list(out.glob("runs/*/*/*/*/checkpoints/*")) and time.monotonic() < deadline:
+            time.sleep(0.5)
+            assert killed.poll() is None, killed.stderr.read()
+        killed.kill()  # its training run goes on, and has the run directory
+    done = run("study", study, "--out", out)
+    assert done.returncode == 0, done.stderr + done.stdout
+    results = results_in(out)
+    assert all(one.complete for one in results.of("quickstart")) and len(results.runs) == 4
+    drawn = {path: path.read_bytes() for path in [out / "report.md", *(out / "figures").iterdir()]}
+    assert run("study", "--report", "--out", out).returncode == 0
+    assert len(drawn) == 6 and {path: path.read_bytes() for path in drawn} == drawn
+    verified = run("study", "--verify", "--out", out)
+    assert verified.returncode == 0 and "as in its line" in verified.stdout, verified.stdout
+
+
+@pytest.mark.slow
+def test_a_training_run_ends_when_it_is_decided_and_goes_on_under_another_rule(tmp_path):
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--end.accuracy=0.01", "--run_dir", out]
+    assert "complete after step 2 of 4: end.accuracy 0.01 is reached in 2" in call("train", *arguments).stdout
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+    assert "ended before its last step" in call("train", *arguments).stdout
+    further = call("train", *arguments, "--end.evaluations=3")
+    assert json.loads((out / "summary.json").read_text())["steps"] == 4, further.stdout
+    assert [line["step"] for line in read_metrics(out) if "eval/accuracy" in line] == [0, 2, 4]
+    spent = call("train", *SMALL, "--end.flops=1e6", "--run_dir", tmp_path / "spent")
+    assert "complete after step 1 of 4: end.flops 1e+06 are spent" in spent.stdout
+    assert [line["step"] for line in read_metrics(tmp_path / "spent") if "eval/accuracy" in line] == [0, 1]
 
 
 def test_shipped_studies_are_whole():

@@ -8,9 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fr3e_jax.cli import configuration_of, make_parser
 from fr3e_jax.config import Config, ConfigError, check, resolve
-from fr3e_jax.config.checks import check_mapping
+from fr3e_jax.config.checks import check_mapping, is_union
 from fr3e_jax.config.files import Written, merged_options, read_files
 from fr3e_jax.config.values import Name, OptionError, PositiveNumber, Seed, Share
 
@@ -143,7 +142,7 @@ def training_config(options: dict[str, Any]) -> Config:
     Raises:
       ConfigError: they cannot stand together.
     """
-    config = configuration_of(make_parser(Config, "study", False), Config, options)
+    config: Config = built(Config, options)
     check(resolve(config), 1, ANY_CONTEXT)
     return config
 
@@ -194,9 +193,14 @@ def built(kind: Any, value: Any) -> Any:
       kind: type of the value, without limits.
       value: of a file.
     """
+    parts = get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         kinds = get_type_hints(kind)
         return kind(**{name: built(kinds[name], inner) for name, inner in value.items()})  # type: ignore[operator]
-    if get_origin(kind) is dict and dataclasses.is_dataclass(get_args(kind)[1]):
-        return {name: built(get_args(kind)[1], inner) for name, inner in value.items()}
-    return value
+    if is_union(kind) and isinstance(value, list):
+        return built(next((part for part in parts if get_origin(part) is list), kind), value)
+    if get_origin(kind) is dict:
+        return {name: built(parts[1], inner) for name, inner in value.items()}
+    if get_origin(kind) is list:
+        return [built(parts[0], inner) for inner in value]
+    return float(value) if type(value) is int and float in (kind, *parts) else value
