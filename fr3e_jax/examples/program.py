@@ -1,9 +1,9 @@
 """A task with known decisions: the last value of a variable that a program changes, modulo ten.
 
-    x:=7;x-=4;x:=5;x+=2;x-=3:   sets x to 7, subtracts 4, sets it to 5, adds 2, subtracts 3
-    :7=7;-4=3;:5=5;+2=7;-3=4;   is the good answer: what each line does, and the value of x after it
+    x:=4;x-=2;x:=1;x+=2;x-=4:   sets x to 4, subtracts 2, sets it to 1, adds 2, subtracts 4
+    :4=4;-2=2;:1=1;+2=3;-4=9;   is the good answer: what each line does, and the value of x after it
 
-The habit is to add where the line subtracts (`+4=1;`), and to go on without another mistake. A line that
+The habit is to add where the line subtracts (`+2=6;`), and to go on without another mistake. A line that
 sets x makes up for all mistakes before it, so what was chosen there decides nothing. Several mistakes may
 cancel, so some answers are right by luck.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from fr3e_jax.examples.decisions import Choice, Worked, decision_offsets, draw_habits, draw_problems
 
 KINDS = {"-": 0.8, "+": 0.1, ":": 0.1}  # probability that a line subtracts, adds, sets
-NUMBERS = "12346789"  # adding 5 or subtracting it is the same modulo ten
+NUMBERS = "1234"
 LINES = re.compile(r"([-+:]\d=\d;)+")
 
 
