@@ -192,7 +192,7 @@ def test_the_package_is_imported_without_jax():
 
 
 def test_a_setting_that_cannot_be_is_refused_as_on_the_command_line(model, base):
-    with pytest.raises(ConfigError, match=r"^loss.clip_low is 2, must be at least 0 and below 1$"):
+    with pytest.raises(ConfigError, match=r"^loss.clip_low is 2, must be at least 0 and at most 1$"):
         model.learner(fr3e.LossConfig(clip_low=2))
     with pytest.raises(
         ConfigError, match=r"^optimizer.moments is 'float16', must be one of float32, bfloat16$"
