@@ -265,6 +265,7 @@ def next_step(config, parts, state, carried, progress):
     return progress, {name: x for name, x in metrics.items() if not name.startswith("time/")}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_between_steps_asks_what_it_would_have_asked(small, tmp_path):
     """From a checkpoint of a step after which 40 questions are known, 20 of them solved."""
     config, parts = small

@@ -62,6 +62,7 @@ def test_a_query_that_is_often_solved_gets_fewer_positions_and_rollouts_and_no_o
         assert abs(advantage.sum()) < 1e-5  # the mean is that of the rollouts that were drawn
 
 
+@pytest.mark.slow
 def test_positions_of_mutual_information_are_those_that_decided_the_rewards_of_pilots(monkeypatch):
     """All pilots are right, but for those of the likeliest token at one candidate of each trajectory."""
     judge, asked = Verifier.whole, []

@@ -88,7 +88,9 @@ def expected_first(start, rank, prefix_length):
     return token, math.log(policy[token]), math.log(drawn_from[token])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=["1", "2x2x2"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=["1", "2x2x2"]
+)
 def test_a_given_or_hot_first_token_goes_on_as_its_prefix_with_that_token_would(sizes):
     """The rest is what decoding alone draws after the state's tokens and the first one."""
     base, states, partial, again = explored_on(*sizes)

@@ -23,11 +23,12 @@ from fr3e_jax.step.update import train_step
 ALL = ("gspo", "sequence", "truncate", "--loss.top_entropy_share=0.5", "--loss.covariance_share=0.1")
 STEPS = [
     ALL,
-    pytest.param(("cispo", "prompt", "mask", "--rollout.temperature=0.7"), marks=pytest.mark.slow),
-    pytest.param(("clip", "constant", "none", "--loss.top_entropy_share=0.2"), marks=pytest.mark.slow),
+    ("cispo", "prompt", "mask", "--rollout.temperature=0.7"),
+    ("clip", "constant", "none", "--loss.top_entropy_share=0.2"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", STEPS, ids=lambda x: "-".join(x[:3]))
 def test_a_step_trains_by_every_option_of_the_loss(options):
     objective, aggregate, mismatch, *others = options

@@ -210,6 +210,7 @@ def test_what_counts_as_solved_is_chosen_for_keep_rules_and_metrics():
         [True, True, False, False],
     ]
     measured = SimpleNamespace(reward=REWARD[None], success_at=0.8, valid=np.ones((1, 3), bool))
+    measured.counts = np.ones(measured.reward.shape, bool)
     measured.right = Measured.right.fget(measured)
     assert METRICS["states/all_right"].function(measured) == 1
     assert METRICS["states/all_wrong"].function(measured) == 1

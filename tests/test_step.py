@@ -155,6 +155,7 @@ def test_a_round_moves_what_has_an_entry_per_token_at_most_three_times(monkeypat
     assert groups.count(accepted) > 0 and moved == {"down": 2, "up": 0}
 
 
+@pytest.mark.slow
 def test_base_trajectories_are_trained_on_where_their_segments_have_credit():
     """A step with every option of credit changed; and what the others make of one round of it."""
     chosen = {"estimator": "edge", "baseline": "leave_one_out", "state_weight": "trajectory"}
