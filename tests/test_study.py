@@ -389,8 +389,10 @@ def test_a_run_ends_when_an_accuracy_is_reached_in_a_row_or_a_budget_is_spent():
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_draws_the_same_report_again_and_is_verified(tmp_path):
-    """The shipped one, by the real train command."""
-    out, study = tmp_path / "out", "configs/studies/quickstart.yaml"
+    """The shipped one with two steps, by the real train command."""
+    out, study = tmp_path / "out", tmp_path / "short.yaml"
+    shipped = REPOSITORY / "configs" / "studies" / "quickstart.yaml"
+    study.write_text(f"base: {shipped}\nsettings: {{steps: 2}}\n")
     with subprocess.Popen(**start_of("study", study, "--out", out)) as killed:
         deadline = time.monotonic() + 300
         while not list(out.glob("runs/*/*/*/*/checkpoints/*")) and time.monotonic() < deadline:
@@ -400,7 +402,7 @@ def test_a_study_that_is_killed_goes_on_draws_the_same_report_again_and_is_verif
     done = run("study", study, "--out", out)
     assert done.returncode == 0, done.stderr + done.stdout
     results = results_in(out)
-    assert all(one.complete for one in results.of("quickstart")) and len(results.runs) == 4
+    assert all(one.complete for one in results.of("short")) and len(results.runs) == 4
     drawn = {path: path.read_bytes() for path in [out / "report.md", *(out / "figures").iterdir()]}
     assert run("study", "--report", "--out", out).returncode == 0
     assert len(drawn) == 6 and {path: path.read_bytes() for path in drawn} == drawn
