@@ -54,7 +54,7 @@ class Trajectories:
     wanted: Int[AnyArray, " N"] | None = None
     """How many positions each trajectory gets at most; None: K."""
     measures: Measures = dataclasses.field(default_factory=Measures)
-    """What the rule needs beyond."""
+    """What sampling does not record and the rule needs; fields that it does not need are None."""
 
     def measured(self, name: str) -> Any:
         """A field of `measures`.

@@ -33,7 +33,7 @@ class Signal:
     squares: float = 0.0
 
     def add(self, other: "Signal") -> None:
-        """Add another's numbers."""
+        """Add the tokens, states and squares of other explorations to these."""
         self.tokens += other.tokens
         self.states += other.states
         self.squares += other.squares

@@ -32,7 +32,7 @@ class SuccessRates:
     """Success rates of all training questions, those of the first source first. None is changed in place."""
 
     visits: Int32[np.ndarray, " questions"]
-    """Rounds that asked it."""
+    """How many rounds have asked each question."""
     rate: Float32[np.ndarray, " questions"]
     """Average share of right answers, 0 where there is no visit."""
 
@@ -112,11 +112,11 @@ class Difficulty:
 
     @property
     def questions(self) -> int:
-        """Number of all questions."""
+        """How many training questions there are, of all sources together."""
         return self.begins[-1]
 
     def problem(self, question: int) -> Problem:
-        """A question by its number."""
+        """Look up a training question by its number among those of all sources."""
         source = int(np.searchsorted(self.begins, question, side="right")) - 1
         return self.tasks[source][question - self.begins[source]]
 

@@ -36,7 +36,7 @@ class SampledBatch:
     position: int
     """In the stream of queries, behind the last round's."""
     rounds: list[Metrics]
-    """Metrics of each round."""
+    """Metrics of each round of the step in order, as `close_round` gives them."""
     metrics: Metrics
     """Metrics of all rounds together."""
     rates: SuccessRates | None

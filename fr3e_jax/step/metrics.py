@@ -47,7 +47,7 @@ class Measured:
 
     @property
     def counts(self) -> Bool[np.ndarray, "N J M"]:
-        """Which rollouts count."""
+        """Tell which partial rollouts count for values, credit and metrics: all, where there is no mask."""
         return np.ones(self.reward.shape, bool) if self.counted is None else self.counted
 
     @property
