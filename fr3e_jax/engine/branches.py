@@ -251,8 +251,8 @@ def advance_branches(
       leg: where the running branches sit in `decoding.own`, and when to return.
       end_tokens: a branch stops after drawing one of these, which belongs to the answer. It also stops where
         a stop text is complete.
-      sampling: the distribution that tokens are drawn from. With a first temperature, or with ranks, the leg
-        is one token long.
+      sampling: the distribution that tokens are drawn from. With a first temperature, which is for
+        branches of base trajectories alone, or with ranks, the leg is one token long.
     """
     ends = jnp.asarray(end_tokens, jnp.int32)[None, None]
     rows = SeatMap(placement, leg.seats)
@@ -265,7 +265,7 @@ def advance_branches(
     )
 
     heated = rank = None
-    if sampling.first_temperature is not None and len(branches.context) > 1:
+    if sampling.first_temperature is not None:
         # The root keeps its temperature: its rollouts are what the query's success rate is measured by.
         heated = rows.of_branches(branches.context[-1].length) > 0
     if branches.rank is not None:
