@@ -1,7 +1,7 @@
 """The configuration of a run: its options, what each takes, what cannot stand together, and its files."""
 
 from fr3e_jax.config.checks import check_options
-from fr3e_jax.config.consistency import check, resolve, rows_of_state, updates_of, without_effect
+from fr3e_jax.config.consistency import check, resolve, rows_of_state, rule_needs, updates_of, without_effect
 from fr3e_jax.config.files import find_config
 from fr3e_jax.config.sections import (
     PACKAGE,
@@ -54,6 +54,7 @@ __all__ = [
     "find_config",
     "resolve",
     "rows_of_state",
+    "rule_needs",
     "tables_of",
     "updates_of",
     "with_functions",

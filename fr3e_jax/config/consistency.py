@@ -9,6 +9,7 @@ from fr3e_jax.algorithm.rules import RuleError, name_of, needs_of
 from fr3e_jax.algorithm.trajectories import NEEDS
 from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.sections import Config
+from fr3e_jax.config.stages import ExploreConfig
 from fr3e_jax.config.values import ConfigError, with_functions
 
 
@@ -95,7 +96,7 @@ def check_rollouts(config: Config, context: int) -> None:
             "use --algorithm grpo++"
         )
     try:
-        needs_of(POSITION_RULES, with_functions(explore).rule, NEEDS)
+        rule_needs(explore)
     except RuleError as error:
         raise ConfigError(f"explore.rule: {error}") from None
     most = most_positions(rollout.max_response, explore.min_gap)
@@ -112,6 +113,15 @@ def check_rollouts(config: Config, context: int) -> None:
 def most_positions(response: int, min_gap: int) -> int:
     """The most positions that a response of so many tokens has; its first token is never one."""
     return 0 if response < 2 else 1 + (response - 2) // max(min_gap, 1)
+
+
+def rule_needs(explore: ExploreConfig) -> tuple[str, ...]:
+    """List what the position rule needs beyond what sampling records, of `NEEDS`.
+
+    Raises:
+      RuleError: there is no such rule, or it needs something else.
+    """
+    return needs_of(POSITION_RULES, with_functions(explore).rule, NEEDS)
 
 
 def check_credit(config: Config) -> None:

@@ -11,12 +11,12 @@ from fr3e_jax.algorithm.keep import KeepRule
 from fr3e_jax.algorithm.positions import PositionRule
 from fr3e_jax.algorithm.reject import trained_rows
 from fr3e_jax.algorithm.values import counted_states
-from fr3e_jax.config import ConfigError, ExploreConfig, check_options
+from fr3e_jax.config import ConfigError, ExploreConfig, check_options, rule_needs
 from fr3e_jax.engine.second_pass import needs_pass
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.library.results import Answers, Base, Restarts, shaped
 from fr3e_jax.parallel.hosts import gather
-from fr3e_jax.step.stages import draws_of, find_states, keep, measure_trajectories, rule_needs
+from fr3e_jax.step.stages import draws_of, find_states, keep, measure_trajectories
 from fr3e_jax.types import Rollouts, StateGroups
 
 

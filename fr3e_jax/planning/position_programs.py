@@ -4,10 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fr3e_jax.algorithm.positions import POSITION_RULES
-from fr3e_jax.algorithm.rules import needs_of
-from fr3e_jax.algorithm.trajectories import NEEDS
-from fr3e_jax.config import ExploreConfig, with_functions
+from fr3e_jax.config import ExploreConfig, rule_needs
 from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.second_pass import block_size, needs_pass, second_pass, second_pass_bytes
 from fr3e_jax.parallel.sizes import ceil_divide
@@ -24,7 +21,7 @@ SECOND_PASS = ("positions", "second pass")
 
 def pass_needs(explore: ExploreConfig) -> tuple[str, ...]:
     """What the position rule needs that takes a forward pass; empty where none is run."""
-    needs = needs_of(POSITION_RULES, with_functions(explore).rule, NEEDS) if explore.positions else ()
+    needs = rule_needs(explore) if explore.positions else ()
     return needs if needs_pass(needs) else ()
 
 

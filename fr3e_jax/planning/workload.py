@@ -11,10 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
-from fr3e_jax.algorithm.positions import POSITION_RULES
-from fr3e_jax.algorithm.rules import needs_of
-from fr3e_jax.algorithm.trajectories import NEEDS
-from fr3e_jax.config import Config, ExploreConfig, rows_of_state, with_functions
+from fr3e_jax.config import Config, ExploreConfig, rows_of_state, rule_needs
 from fr3e_jax.config.values import Bounds, NonNegativeNumber, Share
 from fr3e_jax.engine.seats import Leg, first_slots, schedule
 from fr3e_jax.learner import groups
@@ -105,8 +102,7 @@ def decode_of(lengths: np.ndarray, max_new: int, compact: bool) -> Decode:
 
 def needs_pilots(explore: ExploreConfig) -> bool:
     """Whether the position rule needs pilot rollouts."""
-    rule = with_functions(explore).rule
-    return explore.positions > 0 and "information" in needs_of(POSITION_RULES, rule, NEEDS)
+    return explore.positions > 0 and "information" in rule_needs(explore)
 
 
 def pilot_states(explore: ExploreConfig) -> int:
@@ -192,7 +188,7 @@ class Workload:
 
     @property
     def decodings(self) -> list[Decode]:
-        """Those of a round."""
+        """The decodings of a round in order: first return, and pilots and exploration where it has them."""
         return [x for x in (self.first_return, self.pilots, self.explore) if x is not None]
 
 

@@ -26,7 +26,7 @@ from jax import Array
 from jaxtyping import Bool, Float32
 
 from fr3e_jax.algorithm.values import counted_states
-from fr3e_jax.config import Config
+from fr3e_jax.config import Config, rule_needs
 from fr3e_jax.cost import Cost, rollout_cost, second_pass_flops
 from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
@@ -47,7 +47,6 @@ from fr3e_jax.step.stages import (
     find_states,
     keep,
     measure_trajectories,
-    rule_needs,
 )
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 

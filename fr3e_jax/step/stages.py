@@ -17,11 +17,10 @@ from jaxtyping import Bool, Float32, Int32, Key
 from fr3e_jax.algorithm.amounts import LEAST_POSITIONS, LEAST_ROLLOUTS, adapted_amount
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
-from fr3e_jax.algorithm.positions import POSITION_RULES, positions_of
+from fr3e_jax.algorithm.positions import positions_of
 from fr3e_jax.algorithm.reject import accept_states, trained_rows
-from fr3e_jax.algorithm.rules import needs_of
 from fr3e_jax.algorithm.states import states_of
-from fr3e_jax.algorithm.trajectories import NEEDS, Measures, Trajectories
+from fr3e_jax.algorithm.trajectories import Measures, Trajectories
 from fr3e_jax.config import CreditConfig, ExploreConfig, with_functions
 from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.rollout import Engine
@@ -89,15 +88,6 @@ def compiled_keep(
     """`keep` of rules that are functions."""
     keys = jax.vmap(row_key, (None, None, 0, None))(draws.choices, draws.step, query, 0)
     return keep_trajectories(base_reward, rules.keep, keys, success_at, counted)
-
-
-def rule_needs(rules: ExploreConfig) -> tuple[str, ...]:
-    """List what the position rule needs beyond what sampling records, of `NEEDS`.
-
-    Raises:
-      RuleError: there is no such rule, or it needs something else.
-    """
-    return needs_of(POSITION_RULES, with_functions(rules).rule, NEEDS)
 
 
 def measure_trajectories(
