@@ -21,7 +21,7 @@ from fr3e_jax.cli import ending_in_one_line, parse
 from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, rows_of_state, without_effect
 from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.finite import NotFiniteError
-from fr3e_jax.engine.sampler import GREEDY
+from fr3e_jax.engine.filters import Sampling
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
@@ -66,13 +66,15 @@ LINE = (
 
 
 def evaluate_held_out(config: Config, parts: Parts, params: Params, step: int) -> Metrics:
-    """Greedy answers to the held-out problems: share right, share cut off, mean length in tokens."""
+    """Ask the held-out problems: share of right answers, share cut off, mean length in tokens."""
     begun, where = time.perf_counter(), f"evaluation after step {step}"
     respondent = Respondent(parts.engine, parts.stream, parts.verifier, config.evaluate.rows, where)
-    asks = [Ask(problem, number) for number, problem in enumerate(parts.corpus.held_out)]
-    key = draws_of(config.seed, step, parts.engine.placement).tokens
+    samples, sampling = range(config.evaluate.samples), Sampling(config.evaluate.temperature)
+    asks = [Ask(problem, n, sample) for sample in samples for n, problem in enumerate(parts.corpus.held_out)]
+    draws = draws_of(config.seed, step, parts.engine.placement)
+    key = jax.random.fold_in(draws.evaluation, draws.step)
     with waiting("an evaluation"):
-        batches = respondent.answers(parts.policy.sampling_params(params), asks, key, GREEDY)
+        batches = respondent.answers(parts.policy.sampling_params(params), asks, key, sampling)
         answers = [answer for batch in batches for answer in batch]
     return {
         "eval/accuracy": float(np.mean([answer.right for answer in answers])),

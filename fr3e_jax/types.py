@@ -31,6 +31,7 @@ Words of this package:
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
@@ -100,6 +101,10 @@ class Problem:
     """Where it stands, for messages: `problems.jsonl, line 3`."""
     solution: str = dataclasses.field(default="", compare=False, repr=False)
     """A worked solution, which `sft` teaches."""
+    decisions: Callable[[str], Sequence[int]] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+    """Offsets of the characters at which a response decides its verdict, where the task knows them."""
 
     @property
     def asked(self) -> str:

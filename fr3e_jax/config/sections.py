@@ -163,12 +163,17 @@ class ScoringConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Greedy accuracy on the held-out problems."""
+    """Accuracy on the held-out problems."""
 
     every: NonNegativeInt = 10
     """Steps between evaluations; 0 evaluates before and after only."""
     rows: RowCount = 256
-    """Problems decoded at a time; bounds memory."""
+    """Answers decoded at a time; bounds memory."""
+    samples: Annotated[int, Bounds(least=1, most=4096)] = 1
+    """Answers to each problem; the accuracy is the share of all that are right."""
+    temperature: Annotated[float, Bounds(least=0)] = 0.0
+    """0: greedy answers. 1: answers drawn as those that are trained on, whose accuracy is the mean success rate
+    of the policy, V(S_0), on the held-out problems; it moves where the greedy answer does not change yet."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,11 @@ dicts with a `question` and an `answer`, both text, and whatever else the task's
 `score(response, answer)` judges a response, and `score_group(responses, answer)` all responses of a group at
 once. Both run in worker processes, within scoring.time_limit, and are given the problem's row if they have a
 parameter `row`. `solution(row)` writes a worked solution for `sft`; if it has a parameter `random`, it is
-given a random.Random.
+given a random.Random. `decisions(row, response)` lists the offsets of the characters at which a response
+decides its verdict, for the metrics `decisions/`.
 """
 
+import functools
 import importlib.metadata
 import inspect
 import pickle
@@ -172,7 +174,7 @@ class OwnTask:
         Raises:
           ConfigError: as `row`.
         """
-        row = self.row(split, rows, index)
+        row, decisions = self.row(split, rows, index), getattr(self.module, "decisions", None)
         return Problem(
             row["question"],
             row["answer"],
@@ -180,6 +182,7 @@ class OwnTask:
             self.name,
             facts=row if self.judged_by_row else None,
             place=f"{self.name}, problem {index} of {split}",
+            decisions=None if decisions is None else functools.partial(decisions, row),
         )
 
     def __len__(self) -> int:

@@ -162,12 +162,22 @@ OTHERS: dict[str, Meaning] = {
         TRAINED,
         "much above 0: what is trained is another policy's",
     ),
+    "decisions/hit": Meaning(
+        "share that decide the answer, where the task has `decisions(row, response)`",
+        "share",
+        "positions",
+        "at decisions/chance: explore.rule finds no more of them than random positions would",
+    ),
+    "decisions/chance": Meaning("share that decide the answer", "share", "tokens of kept trajectories"),
+    "decisions/found": Meaning(
+        "share that a position is at", "share", "tokens of kept trajectories that decide the answer"
+    ),
     "update/padding": Meaning("tokens computed for each that is there", "ratio", STEP),
     "eval/accuracy": Meaning(
-        "greedy answers that are right", "share", HELD_OUT, "what training is for; look at it, not at rewards"
+        "answers that are right, greedy or at evaluate.temperature", "share", HELD_OUT, "what training is for; look at it, not at rewards"
     ),
-    "eval/cut": Meaning("greedy answers that rollout.max_response cut off", "share", HELD_OUT),
-    "eval/length": Meaning("length of a greedy answer", "tokens", HELD_OUT),
+    "eval/cut": Meaning("such answers that rollout.max_response cut off", "share", HELD_OUT),
+    "eval/length": Meaning("length of such an answer", "tokens", HELD_OUT),
 }
 """Metrics that are not in `METRICS`. STAGE stands for the name of a stage, NAME for one of the user's."""
 

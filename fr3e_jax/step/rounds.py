@@ -38,6 +38,7 @@ from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.step.decisions import decision_metrics
 from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure, success_rates
 from fr3e_jax.step.pilots import Judged, sample_pilots
 from fr3e_jax.step.stages import (
@@ -188,6 +189,8 @@ def close_round(
     )
     excerpt = parts.verifier.excerpt(credit.accepted, states, rollouts, reward, opened.problems, counted)
     metrics = measure(measured) | cost_metrics(opened.costs)
+    if opened.base_reward is not None:
+        metrics |= decision_metrics(base, states, opened.problems, parts.text)
     return gathered, metrics, excerpt, success_rates(measured)
 
 

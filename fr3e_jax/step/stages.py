@@ -41,13 +41,16 @@ class Draws:
     """For the tokens that are drawn."""
     choices: Key[Array, ""]
     """For the trajectories and positions that are chosen."""
+    evaluation: Key[Array, ""]
+    """For the tokens of answers to held-out problems."""
     step: Int32[Array, ""]
 
 
 def draws_of(seed: int, step: int, placement: Placement) -> Draws:
     """The randomness of a step of a run with a seed."""
     at = placement.sharding()
-    return Draws(make_key(seed, 0, at), make_key(seed, 1, at), placement.place(np.int32(step)))
+    keys = (make_key(seed, purpose, at) for purpose in range(3))
+    return Draws(*keys, placement.place(np.int32(step)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
