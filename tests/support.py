@@ -73,9 +73,9 @@ SMALL = [
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
-    """Metrics of a run without what depends on the clock."""
+    """Metrics of a run without what depends on the clock and the machine."""
     lines = read_metrics(directory)
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
 
 
 def tiny_params(config: Qwen2Config = TINY, scale: float = 4.0) -> Params:
