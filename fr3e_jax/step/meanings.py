@@ -174,7 +174,10 @@ OTHERS: dict[str, Meaning] = {
     ),
     "update/padding": Meaning("tokens computed for each that is there", "ratio", STEP),
     "eval/accuracy": Meaning(
-        "answers that are right, greedy or at evaluate.temperature", "share", HELD_OUT, "what training is for; look at it, not at rewards"
+        "answers that are right, greedy or at evaluate.temperature",
+        "share",
+        HELD_OUT,
+        "what training is for; look at it, not at rewards",
     ),
     "eval/cut": Meaning("such answers that rollout.max_response cut off", "share", HELD_OUT),
     "eval/length": Meaning("length of such an answer", "tokens", HELD_OUT),
