@@ -20,8 +20,8 @@ from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cli import ending_in_one_line, parse
 from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, rows_of_state, without_effect
 from fr3e_jax.cost import utilisation
-from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.filters import Sampling
+from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
