@@ -8,15 +8,14 @@ import pytest
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
-from support import mesh_of
-from test_full_disk import files_of_at_most
+from support import files_of_at_most, mesh_of
 
 from fr3e_jax.config import QUICKSTART_MODEL, ConfigError, RecordConfig
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.pretrained.text import load_text
 from fr3e_jax.run.rollout_files import (
-    ROLLOUT_COLUMNS,
     FREED,
+    ROLLOUT_COLUMNS,
     Ragged,
     RolloutFiles,
     file_of,

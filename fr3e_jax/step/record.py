@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.pretrained.spelled import texts_with_ends
 from fr3e_jax.pretrained.text import Text
 from fr3e_jax.rewards.verify import Note, Notes
-from fr3e_jax.run.rollout_files import RolloutRows, Ragged, RolloutFiles
+from fr3e_jax.run.rollout_files import Ragged, RolloutFiles, RolloutRows
 from fr3e_jax.run.storage import StorageError
 from fr3e_jax.step.measured import Measured
 from fr3e_jax.step.stages import Draws, compiled_scores
@@ -106,7 +107,7 @@ class Recorder:
         self.step, self.rounds = step, 0
         return self if self.every and step % self.every == 0 else None
 
-    def add(self, queries: Queries, problems: Sequence[Problem], measured: Measured, kept: ForRecord) -> None:
+    def add(self, queries: Queries, problems: Any, measured: Measured, kept: ForRecord) -> None:
         """Record a round whose rewards are known. Every process calls this.
 
         Args:
