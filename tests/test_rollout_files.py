@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import REPOSITORY
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
@@ -186,3 +187,9 @@ def test_no_process_but_the_first_writes(tmp_path, monkeypatch):
         recorder.end()
         recorder.settle()
     assert not any(tmp_path.iterdir())
+
+
+def test_the_table_of_the_page_names_every_column_as_it_is():
+    text = (REPOSITORY / "fr3e_jax" / "run" / "README.md").read_text()
+    rows = [f"| `{name}` | {column.kind} | {column.help} |" for name, column in ROLLOUT_COLUMNS.items()]
+    assert "\n".join(rows) in text
