@@ -28,6 +28,7 @@ from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.rewards.rules import scorer_of
 from fr3e_jax.run.lock_file import LOCK_FILE
 from fr3e_jax.run.reporter import read_metrics
+from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.run_dir import (
     begun_anew,
     completed,
@@ -93,6 +94,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_as_if_nothing_had_happened
     assert f"left by train, process {process.pid} on " in again.stdout and "taken over" in again.stdout
     assert not (directory / LOCK_FILE).exists()
     assert metrics(directory) == metrics(whole_run[0])
+    assert read_rollouts(directory).equals(read_rollouts(whole_run[0]))
     ours, theirs = ((d / "model" / "model.safetensors").read_bytes() for d in (directory, whole_run[0]))
     assert ours == theirs
 
