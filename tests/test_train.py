@@ -213,6 +213,21 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
 
 
 @pytest.mark.slow
+def test_sampled_evaluations_measure_the_success_rate_that_first_return_does(tmp_path):
+    """Before the first update both ask the same policy, of problems of one distribution."""
+    flags = ["--evaluate.temperature=1", "--evaluate.samples=16"]
+    done = call("train", *SMALL, *flags, "--steps=1", "--evaluate.every=0", "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    before, after = metrics(tmp_path / "run")
+    answers = 32 * 16
+    right = before["eval/accuracy"] * answers
+    assert right == pytest.approx(round(right)) and right % 16  # answers to a problem differ
+    share = after["reward/base_mean"]  # of 8 questions; what differs between questions counts
+    assert abs(before["eval/accuracy"] - share) < 4 * np.sqrt(share * (1 - share) * (1 / 32 + 1 / 8))
+    assert before["eval/accuracy"] != after["eval/accuracy"]
+
+
+@pytest.mark.slow
 def test_the_quickstart_learns(tmp_path):
     """Its first four steps gain the 30 points of held-out accuracy that all sixteen promise."""
     done = run("train", "--steps=4", "--evaluate.every=0", "--run_dir", tmp_path / "run")
