@@ -41,6 +41,7 @@ from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.decisions import decision_metrics
 from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure, success_rates
 from fr3e_jax.step.pilots import Judged, sample_pilots
+from fr3e_jax.step.sources import source_metrics
 from fr3e_jax.step.stages import (
     Draws,
     assign_credit,
@@ -191,6 +192,8 @@ def close_round(
     metrics = measure(measured) | cost_metrics(opened.costs)
     if opened.base_reward is not None:
         metrics |= decision_metrics(base, states, opened.problems, parts.text)
+    if len(parts.corpus.tasks) > 1:
+        metrics |= source_metrics(opened.problems, credit.accepted, states.query)
     return gathered, metrics, excerpt, success_rates(measured)
 
 
