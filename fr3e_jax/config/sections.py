@@ -173,8 +173,8 @@ class EvaluateConfig:
     samples: Annotated[int, Bounds(least=1, most=4096)] = 1
     """Answers to each problem; the accuracy is the share of all that are right."""
     temperature: Annotated[float, Bounds(least=0)] = 0.0
-    """0: greedy answers. 1: answers drawn as those that are trained on, whose accuracy is the mean success rate
-    of the policy, V(S_0), on the held-out problems; it moves where the greedy answer does not change yet."""
+    """0: greedy answers. 1: answers drawn as those that are trained on. Their accuracy is the mean success
+    rate of the policy, V(S_0), on the held-out problems; it moves where greedy answers do not change yet."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -191,7 +191,7 @@ def close_round(
     excerpt = parts.verifier.excerpt(credit.accepted, states, rollouts, reward, opened.problems, counted)
     metrics = measure(measured) | cost_metrics(opened.costs)
     if opened.base_reward is not None:
-        metrics |= decision_metrics(base, states, opened.problems, parts.text)
+        metrics |= decision_metrics(base, states, opened.problems, parts.text.decode)
     if len(parts.corpus.tasks) > 1:
         metrics |= source_metrics(opened.problems, credit.accepted, states.query)
     return gathered, metrics, excerpt, success_rates(measured)

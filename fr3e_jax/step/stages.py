@@ -49,8 +49,8 @@ class Draws:
 def draws_of(seed: int, step: int, placement: Placement) -> Draws:
     """The randomness of a step of a run with a seed."""
     at = placement.sharding()
-    keys = (make_key(seed, purpose, at) for purpose in range(3))
-    return Draws(*keys, placement.place(np.int32(step)))
+    tokens, choices, evaluation = (make_key(seed, purpose, at) for purpose in range(3))
+    return Draws(tokens, choices, evaluation, placement.place(np.int32(step)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
