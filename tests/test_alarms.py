@@ -7,13 +7,16 @@ from typing import get_args
 import numpy as np
 import pytest
 from environment import REPOSITORY
-from support import SMALL, call, changed, metrics
+from etils import epath
+from support import SMALL, call, changed
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import AlarmsConfig, Config, ConfigError, check
 from fr3e_jax.config.alarms import AlarmName
 from fr3e_jax.run.alarms import ALARMS, alarm_news, alarm_to_end, alarms_on
-from fr3e_jax.run.reporter import read_metrics, step_line
+from fr3e_jax.run.ending import shared_reason
+from fr3e_jax.run.reporter import Reporter, read_metrics, step_line
+from fr3e_jax.run.saved import Progress
 from fr3e_jax.step.metrics import summarize_step
 from fr3e_jax.step.sources import source_metrics
 from fr3e_jax.types import Problem
@@ -190,7 +193,7 @@ def test_updates_that_are_not_finite_are_spikes_and_so_are_losses_beyond_the_adv
 
 
 def test_a_mismatch_that_grows_is_seen_where_the_loss_corrects_it():
-    """The ratio in the update is then to the learner's own; that to the sampler's begins high without fault."""
+    """The ratio in the update is then to the learner's own; that to the sampler's may begin high."""
     high = {"mismatch/outside": lambda t: 0.3}
     assert alarms_on(DEFAULT, history(**high)) == {}
     grows = alarms_on(DEFAULT, history(**{"mismatch/outside": lambda t: 0.3 * t}))
@@ -243,30 +246,54 @@ def test_a_stop_by_what_is_no_alarm_or_is_off_is_refused(capsys):
         check(off, row_parts=1, context=2048)
 
 
-def test_a_run_that_an_alarm_ends_goes_on_without_it_and_knows_its_alarms_again(whole_run, tmp_path):
+class OneProcess:
+    """Stands for the processes of a run that has one."""
+
+    def said(self, text, _):
+        return text
+
+
+def test_alarms_are_written_said_once_and_known_again_by_a_run_that_was_killed(tmp_path, capsys):
+    """Killed behind its 37th step, it goes on from the 33rd; what it loses it writes and says again."""
+    lines = history(**TRIPPED["mismatch"][0])
+    end = changed(Config(), alarms__stop=["mismatch"])
+
+    def report(start, steps):
+        ends = []
+        with Reporter(epath.Path(tmp_path), 40, start) as reporter:
+            for line in lines[start + (start > 0) : steps]:
+                before = shared_reason(end, reporter, Progress(), OneProcess(), line)
+                reporter.step(line)
+                assert before == shared_reason(end, reporter, Progress(), OneProcess())
+                ends.append(before)
+        return ends, capsys.readouterr().out
+
+    ends, printed = report(0, 38)
+    assert ends == [""] * 10 + ["the alarm mismatch (alarms.stop) went off"] * 28
+    assert printed.count("ALARM mismatch") == 1 and printed.count("\nalarm mismatch: the policy that is") == 1
+    ends, printed = report(33, 41)
+    assert set(ends) == {"the alarm mismatch (alarms.stop) went off"} and "alarm" not in printed.lower()
+    written = read_metrics(tmp_path)
+    sentence = alarms_on(DEFAULT, lines[:11])["mismatch"]
+    assert [line.pop("alarms", None) for line in written] == [None] * 10 + [{"mismatch": sentence}] * 31
+    assert written == lines
+
+
+@pytest.mark.slow
+def test_a_run_that_an_alarm_ends_is_complete_and_goes_on_without_it(tmp_path):
     """At a threshold that every run passes, and a window of 3 steps."""
     out = tmp_path / "run"
     arguments = [*SMALL, "--run_dir", out, "--alarms.window=3", "--alarms.mismatch=1e-9"]
+    reason = "the alarm mismatch (alarms.stop) went off"
     ended = call("train", *arguments, "--alarms.stop=[mismatch]")
-    assert (
-        ended.returncode == 0
-        and "after step 3 of 4: the alarm mismatch (alarms.stop) went off" in ended.stdout
-    )
-    assert "| ALARM mismatch\nalarm mismatch: the policy that is updated is not the one" in ended.stdout
-    assert (
-        json.loads((out / "summary.json").read_text())["ended"] == "the alarm mismatch (alarms.stop) went off"
-    )
-    assert [sorted(line.get("alarms", {})) for line in read_metrics(out)] == [[], [], [], ["mismatch"]]
+    assert ended.returncode == 0 and f"after step 3 of 4: {reason}" in ended.stdout
+    assert json.loads((out / "summary.json").read_text())["ended"] == reason
     assert "eval/accuracy" in read_metrics(out)[3] and (out / "checkpoints" / "3").is_dir()
     assert "nothing is left to do" in call("train", *arguments, "--alarms.stop=[mismatch]").stdout
-
     further = call("train", *arguments)
     assert "resumed from the checkpoint of step 3" in further.stdout and "ALARM" not in further.stdout
-    lines = metrics(out)
-    assert [sorted(line.pop("alarms", {})) for line in lines] == [[], [], [], ["mismatch"], ["mismatch"]]
-    for name in ("eval/accuracy", "eval/cut", "eval/length"):
-        del lines[3][name]  # it was the last step when it was evaluated
-    assert lines == metrics(whole_run[0])
+    alarms = [sorted(line.get("alarms", {})) for line in read_metrics(out)]
+    assert alarms == [[], [], [], ["mismatch"], ["mismatch"]]
 
 
 def test_queries_and_states_of_sources_are_counted_and_added_up():

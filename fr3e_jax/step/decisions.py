@@ -5,20 +5,21 @@ offsets of characters, ascending. The token that the character at an offset is p
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.step.metrics import Metrics
-from fr3e_jax.types import Problem, Rollouts, States
+from fr3e_jax.types import Rollouts, States
 
 
 def decision_metrics(
     base: Rollouts,
     states: States,
-    problems: Sequence[Problem],
+    problems: Any,
     decode: Callable[[list[list[int]]], list[str]],
 ) -> Metrics:
     """Compare the positions of the kept trajectories with the tokens that decide them.
@@ -26,7 +27,7 @@ def decision_metrics(
     Args:
       base: base trajectories, leaves [B, R, S], on the host.
       states: of the kept trajectories, on the host.
-      problems: of the B queries.
+      problems: of the B queries by their rows.
       decode: gives the texts of rows of tokens.
 
     Returns:
