@@ -22,7 +22,10 @@ MetricLines = Sequence[Mapping[str, Any]]
 LOW_ENTROPY = 0.1  # nats a token; above it the rollouts of a state differ, however far it has fallen
 EVALUATIONS = 3  # whose mean accuracy is compared
 NOISE = 4  # standard errors that a change must have
-ASKED, ACCEPTED = "sources/asked/", "sources/accepted/"  # metrics of each source, where there are several
+ASKED_OF, ACCEPTED_OF = (
+    "sources/asked/",
+    "sources/accepted/",
+)  # metrics of each of several sources  # metrics of each source, where there are several
 CLIPPED = 1.0  # gradient norm below which the usual optimizer.max_grad_norm changes nothing
 
 
@@ -175,12 +178,14 @@ def scorer_timeouts(lines: MetricLines, threshold: float, window: int) -> AlarmF
 
 def dominating_source(lines: MetricLines, threshold: float, window: int) -> AlarmFacts | None:
     """Find a source that nearly all accepted states are of, though others are asked too."""
-    last = [line for line in lines if any(name.startswith(ASKED) for name in line)][-window:]
+    last = [line for line in lines if any(name.startswith(ASKED_OF) for name in line)][-window:]
     if len(last) < window:
         return None
-    names = sorted({name.removeprefix(ASKED) for line in last for name in line if name.startswith(ASKED)})
+    names = sorted(
+        {name.removeprefix(ASKED_OF) for line in last for name in line if name.startswith(ASKED_OF)}
+    )
     asked, accepted = (
-        {name: sum(values_of(last, prefix + name)) for name in names} for prefix in (ASKED, ACCEPTED)
+        {name: sum(values_of(last, prefix + name)) for name in names} for prefix in (ASKED_OF, ACCEPTED_OF)
     )
     name = max(names, key=accepted.__getitem__)
     others_asked, others = (1 - counts[name] / max(sum(counts.values()), 1) for counts in (asked, accepted))
