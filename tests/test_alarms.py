@@ -153,6 +153,10 @@ QUIET = {
         "entropy/mean": lambda t: 0.4 * 0.02**t,
         "reward/base_mean": lambda t: 1 - 0.7 * 0.02**t,
     },
+    "answers that learn their form, and still differ": {"entropy/mean": lambda t: 3 * 0.04**t},
+    "some steps that sample much and find little": {
+        "states/rejected": lambda t: 3168 if round(40 * t) % 10 < 4 else 259  # of 32 more: 99% and 89%
+    },
     "one spike, however large": at(35, of="update/grad_norm", value=1e4, usual=0.3),
     "gradients that grow below the norm at which they are clipped": at(
         31, 33, 35, 37, of="update/grad_norm", value=0.9, usual=0.01
@@ -217,6 +221,14 @@ def test_steps_that_sample_nothing_and_lines_of_earlier_versions_are_passed_over
     assert list(alarms_on(DEFAULT, sampled)) == ["no_signal"]
     assert alarms_on(DEFAULT, [{"step": n, "states/accepted": 1} for n in range(60)]) == {}
     assert alarms_on(DEFAULT, []) == alarms_on(DEFAULT, [{"step": 0}]) == {}
+    falls = [{"step": n, "eval/accuracy": 1 - n / 20} for n in range(20)]
+    assert alarms_on(DEFAULT, falls) == {}  # without rewards nobody knows that they rose
+
+
+def test_first_and_last_steps_are_compared_once_they_are_apart():
+    lines = history(**{"entropy/mean": lambda t: 0.4 if t < 0.17 else 0.001})
+    on = [list(alarms_on(DEFAULT, lines[:n])) for n in range(len(lines) + 1)]
+    assert on == [[]] * 21 + [["entropy"]] * 21
 
 
 def test_a_line_says_what_goes_off_and_what_is_over_once():
