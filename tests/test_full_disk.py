@@ -53,6 +53,23 @@ def test_a_save_that_a_full_disk_refuses_is_told_while_the_run_goes_on(state, tm
     np.testing.assert_array_equal(jax.device_get(found.params["w"]), jax.device_get(state.params["w"]))
 
 
+def test_a_checkpoint_is_not_saved_before_the_rollouts_of_its_steps(state, tmp_path):
+    """Nor where they cannot be: what goes on from it would never write them."""
+    there = []
+
+    def refuse():
+        there.append(writer.latest())
+        if len(there) == 2:
+            raise StorageError("the rollouts could not be written")
+
+    carried, writer = groups.empty_groups(2, 3, 4), Checkpoints(tmp_path, keep=2, before=refuse)
+    writer.save(state, carried, Progress(step=1))
+    with pytest.raises(StorageError, match="rollouts"):
+        writer.save(state, carried, Progress(step=2))
+    writer.close()
+    assert there == [None, 1] and writer.steps() == [1]
+
+
 @pytest.mark.parametrize("what", ["metrics", "log", "summary"])
 def test_what_a_run_tells_is_an_error_of_storage_where_it_cannot_be_written(tmp_path, capfd, what):
     reporter = Reporter(epath.Path(tmp_path), total=4, start=0)
@@ -79,7 +96,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(wh
     for file in (directory / "metrics.jsonl", directory / "samples.jsonl"):
         lines = file.read_text().splitlines(keepends=True)
         file.write_text("".join(line for line in lines if json.loads(line)["step"] <= 2))
-    for kilobytes, reached in ((2, 2), (4_000, 4)):  # as of `ulimit -f`
+    for kilobytes, reached in ((3, 2), (4_000, 4)):  # as of `ulimit -f`
         told = command("train", *SMALL, "--run_dir", directory)
         told["args"] = ["bash", "-c", f'ulimit -f {kilobytes} && exec "$@"', "bash", *told["args"]]
         ended = subprocess.run(**told, timeout=600)
