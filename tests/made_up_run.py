@@ -40,7 +40,8 @@ HOSTILE = (
     "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">",
     "admin\u202edrow\u202c and zero\u200bwidth\ufeff \u2066isolated\u2069 \x00\x1b[31m bell\x07 \r end",
     "a" * 50_000,
-    "broken UTF-8: \ufffd\ufffd, beyond the plane: 𝔽𝟛𝔼 👩‍🔬, Arabic: مرحبا بالعالم, Hebrew: שלום",
+    "broken UTF-8: \ufffd\ufffd, beyond the plane: \U0001d53d\U0001d7db 👩‍🔬, "
+    "Arabic: مرحبا بالعالم, Hebrew: שלום",
 )
 """Texts that a model may write: markup, bidi controls, no space, what is hard to show."""
 OPENINGS = ("Let me work this out.", "We need the total.", "First, write down what is known.")
@@ -89,7 +90,7 @@ def judged(right, extracted):
 
 
 def question_rows(rng, step, query, success, trajectories=4, positions=3, rollouts=6, restarts=True):
-    """All rows of a question: base trajectories, two of which are kept, and partial rollouts of their states."""
+    """All rows of a question: base trajectories, two of them kept, and partial rollouts of their states."""
     numbers = [int(n) for n in rng.integers(3, 30, 3)]
     a, b, c = numbers
     question = {

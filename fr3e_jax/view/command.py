@@ -11,9 +11,9 @@ from typing import Annotated
 from fr3e_jax.config import ConfigError
 from fr3e_jax.config.values import Bounds, Name, PositiveNumber
 from fr3e_jax.run.storage import in_bucket, writing
-from fr3e_jax.view.document import BESIDE, INLINE, make_document, part_script
+from fr3e_jax.view.document import BESIDE, WITHIN, make_document, part_script
 from fr3e_jax.view.parts import RUNS_PART, PageParts
-from fr3e_jax.view.runs import names_of, read_run
+from fr3e_jax.view.runs import read_run, run_names
 from fr3e_jax.view.server import PageServer
 
 Port = Annotated[int, Bounds(least=0, most=65535)]
@@ -56,14 +56,14 @@ def view(options: ViewOptions, say: Callable[[str], None], warn: Callable[[str],
         raise ConfigError("name a run directory, such as runs/quickstart-20260101-120000")
     if options.serve and options.out is not None:
         raise ConfigError("--out writes a page and --serve serves it; choose one")
-    names = names_of(options.runs)
+    names = run_names(options.runs)
     title = ", ".join(names)
 
     def read() -> PageParts:
         return PageParts([read_run(path, name) for path, name in zip(options.runs, names, strict=True)])
 
     if options.serve:
-        serve(PageServer(options.port, read, title), say, warn)
+        serve_page(PageServer(options.port, read, title), say, warn)
         return
     parts = read()
     for line in messages_on(parts):
@@ -112,7 +112,7 @@ def write_page(parts: PageParts, page: Path, title: str, page_mb: float) -> str:
     runs = (RUNS_PART, parts.pack_runs())
     with writing(page):
         try:
-            replace_file(page, limited(make_document(title, INLINE, "", all_parts(parts, runs)), page_mb))
+            replace_file(page, up_to(make_document(title, WITHIN, "", all_parts(parts, runs)), page_mb))
         except TooLargeError:
             shutil.rmtree(beside, ignore_errors=True)
             for name, part in all_parts(parts):
@@ -138,7 +138,7 @@ class TooLargeError(Exception):
     """A page is larger than it may be."""
 
 
-def limited(pieces: Iterable[str], most_mb: float) -> Iterator[str]:
+def up_to(pieces: Iterable[str], most_mb: float) -> Iterator[str]:
     """Pass pieces of text on.
 
     Raises:
@@ -163,7 +163,7 @@ def replace_file(file: Path, pieces: Iterable[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def serve(server: PageServer, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
+def serve_page(server: PageServer, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
     """Serve the page until Ctrl-C."""
     for line in messages_on(server.parts):
         warn(line)

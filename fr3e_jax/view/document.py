@@ -8,25 +8,25 @@ import importlib.resources
 import re
 from collections.abc import Iterable
 
-from fr3e_jax.view.packing import as_text, safe_json
+from fr3e_jax.view.packing import in_base64, safe_json
 
 SCRIPTS = "text parts state charts run tables tokens tree forks compare find main".split()
 """Files of JavaScript in `page/`, in the order in which they stand on the page."""
-INLINE, BESIDE, SERVED = "inline", "beside", "served"
+WITHIN, BESIDE, SERVED = "inline", "beside", "served"
 """Where the parts are: in the page, in a folder of scripts beside it, or with the page's server."""
 
 
 @functools.cache
-def asset(name: str) -> str:
+def page_file(name: str) -> str:
     """Read a file of `page/`."""
     return (importlib.resources.files("fr3e_jax.view") / "page" / name).read_text(encoding="utf-8")
 
 
-def script() -> str:
+def page_script() -> str:
     """Join what the browser runs: the chart library with its licence, and the page's own files."""
-    licence = asset("uPlot.LICENSE").strip()
-    own = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
-    return f"/*\n{licence}\n*/\n{asset('uPlot.min.js')}\n(() => {{\n'use strict';\n{own}\n}})();\n"
+    licence = page_file("uPlot.LICENSE").strip()
+    own = "\n".join(page_file(f"{name}.js") for name in SCRIPTS)
+    return f"/*\n{licence}\n*/\n{page_file('uPlot.min.js')}\n(() => {{\n'use strict';\n{own}\n}})();\n"
 
 
 def make_document(title: str, where: str, folder: str, parts: Iterable[tuple[str, bytes]]) -> Iterable[str]:
@@ -34,14 +34,14 @@ def make_document(title: str, where: str, folder: str, parts: Iterable[tuple[str
 
     Args:
       title: names the runs.
-      where: the parts are that are not given here: `INLINE`, `BESIDE` or `SERVED`.
+      where: the parts are that are not given here: `WITHIN`, `BESIDE` or `SERVED`.
       folder: of these parts, relative to the page.
       parts: (name, packed part) that stand in the page.
     """
-    code = script()
+    code = page_script()
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     # What the browser may load: this script, and where parts are apart, scripts of the page's own place.
-    apart = {INLINE: "", BESIDE: " file: 'self'", SERVED: " 'self'"}[where]
+    apart = {WITHIN: "", BESIDE: " file: 'self'", SERVED: " 'self'"}[where]
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{apart}"
     )
@@ -49,22 +49,22 @@ def make_document(title: str, where: str, folder: str, parts: Iterable[tuple[str
     values = {
         "title": html.escape(title),
         "policy": html.escape(policy),
-        "style": asset("uPlot.min.css") + asset("page.css"),
+        "style": page_file("uPlot.min.css") + page_file("page.css"),
         "facts": safe_json(facts),
         "script": code,
     }
-    before, after = asset("page.html").split("{{parts}}\n")
-    yield filled(before, values)
+    before, after = page_file("page.html").split("{{parts}}\n")
+    yield fill_in(before, values)
     for part_name, part in parts:
-        yield f'<script type="text/plain" data-part="{part_name}">{as_text(part)}</script>\n'
-    yield filled(after, values)
+        yield f'<script type="text/plain" data-part="{part_name}">{in_base64(part)}</script>\n'
+    yield fill_in(after, values)
 
 
-def filled(template: str, values: dict[str, str]) -> str:
+def fill_in(template: str, values: dict[str, str]) -> str:
     """Put values into the places `{{NAME}}` of a template, in one pass: a value holds no place."""
     return re.sub(r"\{\{(\w+)\}\}", lambda place: values[place[1]], template)
 
 
 def part_script(name: str, part: bytes) -> str:
     """Write a part as a script of its own, which hands it to the page that loads it."""
-    return f'fr3eViewPart("{name}","{as_text(part)}")\n'
+    return f'fr3eViewPart("{name}","{in_base64(part)}")\n'

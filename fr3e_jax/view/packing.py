@@ -36,7 +36,7 @@ def pack(head: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None
     return zlib.compress(struct.pack("<I", len(encoded)) + encoded + b"".join(blocks), 6)
 
 
-def as_text(part: bytes) -> str:
+def in_base64(part: bytes) -> str:
     """Write a packed part in base64, which holds nothing that means something to HTML or JavaScript."""
     return base64.b64encode(part).decode()
 
@@ -56,6 +56,6 @@ def safe_json(value: Any) -> str:
     return text
 
 
-def shortened(text: str, length: int) -> str:
+def cut_short(text: str, length: int) -> str:
     """Cut a text to a number of characters, the last of which is then `…`."""
     return text if len(text) <= length else text[: length - 1] + "…"

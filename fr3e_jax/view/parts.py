@@ -1,7 +1,7 @@
 """The parts of a page: what all runs are, an index of each step that is kept, and each of its questions.
 
-A part has a name: `runs`, `RUN/STEP/index`, or `RUN/STEP/QUESTION`. RUN counts the runs of the page from 0, and
-QUESTION the questions of the step.
+A part has a name: `runs`, `RUN/STEP/index`, or `RUN/STEP/QUESTION`. RUN counts the runs of the page from 0,
+and QUESTION the questions of the step.
 """
 
 import re
@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from fr3e_jax.view.packing import pack, shortened, thousandths
+from fr3e_jax.view.packing import cut_short, pack, thousandths
 from fr3e_jax.view.rollouts import (
-    ROW,
+    RESPONSE_COLUMNS,
     DamagedRolloutsError,
     StepRollouts,
     disagree,
     read_quantiles,
     read_step,
-    states_of,
+    rows_by_state,
     steps_kept,
 )
 from fr3e_jax.view.runs import ShownRun, held_out_size, meanings_for, shown_settings
@@ -95,7 +95,7 @@ class PageParts:
 
 def pack_index(step: StepRollouts) -> bytes:
     """Pack what questions and responses of a step are found by, without texts of responses."""
-    states = states_of(step)
+    states = rows_by_state(step)
     questions = []
     for number, (first, count) in enumerate(zip(step.first, step.count, strict=True)):
         own = {key: rows for key, rows in states.items() if key[0] == number}
@@ -103,8 +103,8 @@ def pack_index(step: StepRollouts) -> bytes:
             {
                 "query": step.columns["query"][first],
                 "round": step.columns["round"][first],
-                "question": shortened(step.columns["question"][first] or "", LONGEST_IN_INDEX),
-                "answer": shortened(step.columns["answer"][first] or "", LONGEST_IN_INDEX),
+                "question": cut_short(step.columns["question"][first] or "", LONGEST_IN_INDEX),
+                "answer": cut_short(step.columns["answer"][first] or "", LONGEST_IN_INDEX),
                 "source": step.columns["source"][first] or "",
                 "first": first,
                 "count": count,
@@ -126,7 +126,7 @@ def pack_question(step: StepRollouts, number: int) -> bytes:
         name: columns[name][first] for name in ("query", "round", "question", "answer", "source")
     }
     head["query_tokens"] = columns["query_tokens"][first]
-    head["rows"] = [{name: columns[name][i] for name in (*ROW, "tokens")} for i in rows]
+    head["rows"] = [{name: columns[name][i] for name in (*RESPONSE_COLUMNS, "tokens")} for i in rows]
     token, logprob, entropy, width = [], [], [], []
     for i, tokens in zip(rows, step.tokens_of(number), strict=True):
         count = columns["tokens"][i]

@@ -11,15 +11,15 @@ from etils import epath
 FOLDER_OF_STEPS = "rollouts"
 STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 
-ROW = (
+RESPONSE_COLUMNS = (
     "kind trajectory kept state position statistic rollout text stopped right reason extracted reward "
     "value alpha advantage accepted rejected"
 ).split()
 """Columns that the page shows of each response, beside its tokens."""
-QUESTION = "query round question answer source".split()
-ORDER = ("trajectory", "state", "rollout")
-TOKENS = "token logprob entropy ends".split()
-COUNTED = ("round", "query", "kind", *ORDER, "value", "advantage")
+QUESTION_COLUMNS = "query round question answer source".split()
+ORDERED_BY = ("trajectory", "state", "rollout")
+TOKEN_COLUMNS = "token logprob entropy ends".split()
+COUNTED = ("round", "query", "kind", *ORDERED_BY, "value", "advantage")
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -44,7 +44,7 @@ class StepRollouts:
         """Read the token columns of a question's rows: ids, log-probabilities, entropies and ends of text."""
         rows = self.table.slice(self.first[question], self.count[question])
         found: list[dict[str, np.ndarray]] = [{} for _ in range(rows.num_rows)]
-        for name in TOKENS:
+        for name in TOKEN_COLUMNS:
             if name in rows.column_names:
                 lists = rows.column(name).combine_chunks()
                 values = lists.flatten().to_numpy(zero_copy_only=False)
@@ -103,10 +103,10 @@ def read_rows(file: epath.Path, written: float, names: tuple[str, ...] | None) -
 
     try:
         table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=names and list(names))
-        table = table.sort_by([(name, "ascending") for name in ("round", "query", *ORDER)])
+        table = table.sort_by([(name, "ascending") for name in ("round", "query", *ORDERED_BY)])
         columns = {
             name: without_nan(table.column(name).to_pylist())
-            for name in (*QUESTION, *ROW)
+            for name in (*QUESTION_COLUMNS, *RESPONSE_COLUMNS)
             if name in table.column_names
         }
         if names is None:
@@ -115,7 +115,7 @@ def read_rows(file: epath.Path, written: float, names: tuple[str, ...] | None) -
                 columns[name] = lengths.fill_null(0).to_pylist()
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DamagedRolloutsError(f"{file} is damaged ({' '.join(str(error).split())[:200]})") from None
-    for name in (*QUESTION, *ROW):
+    for name in (*QUESTION_COLUMNS, *RESPONSE_COLUMNS):
         columns.setdefault(name, [None] * table.num_rows)
     keys = list(zip(columns["round"], columns["query"], strict=True))
     first = [i for i, key in enumerate(keys) if i == 0 or keys[i - 1] != key]
@@ -128,7 +128,7 @@ def without_nan(values: list[Any]) -> list[Any]:
     return [None if isinstance(value, float) and not np.isfinite(value) else value for value in values]
 
 
-def states_of(step: StepRollouts) -> dict[tuple[int, int, int], list[int]]:
+def rows_by_state(step: StepRollouts) -> dict[tuple[int, int, int], list[int]]:
     """Group the rows of rollouts by their state: (question, trajectory, state) -> rows.
 
     Without positions the base trajectories of a question are the rollouts of its state 0.
@@ -152,7 +152,7 @@ def disagree(step: StepRollouts, rows: list[int]) -> bool:
 
 def quantiles_of(step: StepRollouts) -> dict[str, list[float]]:
     """Summarise a step by quantiles: of V over its states, and of the advantage over their rollouts."""
-    groups = states_of(step)
+    groups = rows_by_state(step)
     values = [step.columns["value"][rows[0]] for rows in groups.values()]
     advantages = [step.columns["advantage"][i] for rows in groups.values() for i in rows]
     found = {}

@@ -51,10 +51,10 @@ def read_run(path: str, name: str) -> ShownRun:
         settings = flatten(read_settings(place))
     except LostSettingsError:
         settings = {}
-    return ShownRun(place, name, settings, columns_of(lines), alarms_of(lines))
+    return ShownRun(place, name, settings, metric_columns(lines), alarms_of(lines))
 
 
-def names_of(paths: Iterable[str]) -> list[str]:
+def run_names(paths: Iterable[str]) -> list[str]:
     """Name runs by the last parts of their paths: as many as tell them apart."""
     parts = [[part for part in path.split("/") if part not in ("", ".")] or [path] for path in paths]
     count = 1
@@ -65,7 +65,7 @@ def names_of(paths: Iterable[str]) -> list[str]:
         count += 1
 
 
-def columns_of(lines: list[dict[str, Any]]) -> dict[str, list[float | int | None]]:
+def metric_columns(lines: list[dict[str, Any]]) -> dict[str, list[float | int | None]]:
     """Turn lines of metrics into columns of finite numbers, rounded to 6 digits; all else is None."""
     names = dict.fromkeys(name for line in lines for name in line if name != ALARMS)
     columns = {name: [finite(line.get(name)) for line in lines] for name in names}

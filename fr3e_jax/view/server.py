@@ -11,7 +11,7 @@ from fr3e_jax.view.document import SERVED, make_document, part_script
 from fr3e_jax.view.parts import RUNS_PART, PageParts
 from fr3e_jax.view.rollouts import DamagedRolloutsError
 
-LOCAL = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 PARTS_PATH = "parts"
 
 
@@ -31,7 +31,7 @@ class PageServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, port: int, read: Callable[[], PageParts], title: str) -> None:
         try:
-            super().__init__((LOCAL, port), PageRequest)
+            super().__init__((LOOPBACK, port), PageRequest)
         except OSError as error:
             raise ConfigError(f"port {port} cannot be listened at ({error}); choose another --port") from None
         self.read, self.title = read, title
@@ -41,7 +41,7 @@ class PageServer(http.server.ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """Where browsers find the page."""
-        return f"http://{LOCAL}:{self.server_port}/"
+        return f"http://{LOOPBACK}:{self.server_port}/"
 
     def page(self) -> bytes:
         """Make the page of the runs as they are now."""
@@ -69,7 +69,7 @@ class PageRequest(http.server.BaseHTTPRequestHandler):
         """Answer with the page, a part, or 404."""
         # A page of another site, whose name leads here, is not to read what models wrote.
         host = self.headers.get("Host", "").rpartition(":")[0]
-        if host not in (LOCAL, "localhost"):
+        if host not in (LOOPBACK, "localhost"):
             self.answer(HTTPStatus.FORBIDDEN, b"this server answers to 127.0.0.1 and localhost", "text/plain")
             return
         path = urlsplit(self.path).path
