@@ -65,10 +65,10 @@ def view(options: ViewOptions, say: Callable[[str], None], warn: Callable[[str],
     if options.serve:
         serve_page(PageServer(options.port, read, title), say, warn)
         return
-    parts = read()
+    parts, page = read(), page_of(options)
     for line in messages_on(parts):
         warn(line)
-    say(f"page: {write_page(parts, page_of(options), title, options.page_mb)}")
+    say(f"page: {write_page(parts, page, title, options.page_mb)}")
 
 
 def messages_on(parts: PageParts) -> list[str]:
@@ -89,7 +89,7 @@ def page_of(options: ViewOptions) -> Path:
       ConfigError: in a bucket, or where no file can be.
     """
     first = options.runs[0]
-    out = options.out or ("view.html" if in_bucket(first) else f"{first}/view.html")
+    out = options.out or ("view.html" if in_bucket(first) else str(Path(first, "view.html")))
     if in_bucket(out):
         raise ConfigError(f"out {out} is in a bucket; write to a file here")
     if Path(out).is_dir():

@@ -19,7 +19,7 @@ RESPONSE_COLUMNS = (
 QUESTION_COLUMNS = "query round question answer source".split()
 ORDERED_BY = ("trajectory", "state", "rollout")
 TOKEN_COLUMNS = "token logprob entropy ends".split()
-COUNTED = ("round", "query", "kind", *ORDERED_BY, "value", "advantage")
+COUNTED = ("round", "query", "kind", *ORDERED_BY, "value", "advantage", "accepted")
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -151,10 +151,11 @@ def disagree(step: StepRollouts, rows: list[int]) -> bool:
 
 
 def quantiles_of(step: StepRollouts) -> dict[str, list[float]]:
-    """Summarise a step by quantiles: of V over its states, and of the advantage over their rollouts."""
+    """Summarise a step by quantiles: of V over its states, and of the advantage over accepted rollouts."""
     groups = rows_by_state(step)
     values = [step.columns["value"][rows[0]] for rows in groups.values()]
-    advantages = [step.columns["advantage"][i] for rows in groups.values() for i in rows]
+    trained = [i for rows in groups.values() for i in rows if step.columns["accepted"][i]]
+    advantages = [step.columns["advantage"][i] for i in trained]
     found = {}
     for name, numbers in (("value", values), ("advantage", advantages)):
         known = [number for number in numbers if number is not None]

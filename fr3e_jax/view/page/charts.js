@@ -123,7 +123,7 @@ function mountChart(canvas, spec, data, columns, { read, look, open, show, value
     if (next === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     chart.setCursor({ left: chart.valToPos(data[0][next], "x"), top: 20 });
-    announce(`${compact(data[0][next])}: ${spec.series.map((one, i) => `${one.label} ${show(valueAt(i, next))}`).join(", ")}`);
+    announce(`${spec.title} at ${compact(data[0][next])}: ${spec.series.map((one, i) => `${one.label} ${show(valueAt(i, next))}`).join(", ")}`);
   });
   const resized = new ResizeObserver(() => canvas.clientWidth && chart.setSize({ width: canvas.clientWidth, height: CHART_HEIGHT }));
   resized.observe(canvas);

@@ -39,7 +39,14 @@ function forkPanel(here) {
   ];
 }
 
-function continuation(row, { part }) {
+/** The end of the prefix that a continuation goes on from. */
+function prefixEnd(row, base) {
+  if (!base || !row.position) return null;
+  const prefix = base.text.slice(0, startsOf(base)[row.position]);
+  return make("p", { class: "prefix", title: "the end of the base trajectory before the state" }, prefix.length > 80 ? "…" : "", make("bdi", {}, ...visible(prefix.slice(-80).replace(/^[\udc00-\udfff]/, ""))));
+}
+
+function continuation(row, { part, base }) {
   const open = openRows().has(row.key);
   const ticked = comparedKeys().includes(row.key);
   const name = row.kind === "base" ? `r${row.trajectory}` : `m${row.rollout}`;
@@ -64,6 +71,7 @@ function continuation(row, { part }) {
     open
       ? make("div", { class: "unfolded" },
           make("p", { class: "reason" }, "gold ", make("bdi", { class: "answer" }, ...brief(part.answer ?? "–", 60)), row.reason == null ? "" : [" · ", make("bdi", {}, ...brief(row.reason, 300))]),
+          prefixEnd(row, base),
           tokenBox(row, `Continuation ${name}`))
       : null);
 }

@@ -32,7 +32,7 @@ function drawBar() {
   const bar = document.getElementById("bar");
   redraw(bar, `${place.view} ${linkTo({ view: "run" })} ${linkTo({ view: "tree" })} ${storedTheme()} ${theme()}`, () => [
     make("button", { type: "button", class: "skip", onclick: () => main.focus() }, "Skip to the content"),
-    make("span", { class: "brand", "aria-hidden": "true" }, "fr3e"),
+    make("h1", { class: "brand" }, "fr3e"),
     make("nav", { class: "views", "aria-label": "Views" }, Object.entries(VIEWS).map(([view, text]) =>
       make("a", { href: linkTo({ view }), "aria-current": place.view === view ? "page" : null, "data-focus": `view ${view}` }, text))),
     make("span", { class: "spacer" }),

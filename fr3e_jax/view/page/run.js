@@ -13,7 +13,7 @@ const GROUPS = [
     { title: "States", of: ["states/accepted", "states/rejected", "states/all_wrong", "states/all_right", "states/identical"] },
     { title: "V over states", quantiles: "value", least: 0 },
     { title: "V, mean", of: ["value/mean", "value/accepted_mean"] },
-    { title: "Advantage over rollouts", quantiles: "advantage" },
+    { title: "Advantage over accepted rollouts", quantiles: "advantage" },
     { title: "Advantage of accepted states", of: ["advantage/accepted_mean", "advantage/accepted_std"] },
     { title: "Modulation alpha, mean", of: ["modulation/mean"] },
   ]],
@@ -111,7 +111,7 @@ function specOf(spec, all, shown, named) {
       if (!known.length) continue;
       const xs = xOf(run), of = (q) => known.map(([, found]) => found[spec.quantiles][q]);
       const x = known.map(([step]) => xs[run.columns.step.indexOf(step)] ?? null);
-      series.push(line(several ? run.name : "median; bands: 25–75%, 10–90%", colourOf(run, 0), null, x, of(2), [[of(0), of(4)], [of(1), of(3)]]));
+      series.push(line(several ? run.name : "median, 25–75%, 10–90%", colourOf(run, 0), null, x, of(2), [[of(0), of(4)], [of(1), of(3)]]));
     }
   } else {
     const names = namesFor(spec, shown);
@@ -119,7 +119,7 @@ function specOf(spec, all, shown, named) {
       named.add(name);
       for (const run of shown) {
         if (!run.columns[name]) continue;
-        const label = names.length > 1 || !several ? shortName(name, spec) : "";
+        const label = names.length > 1 || !several ? shortName(name, names, spec) : "";
         const bands = spec.interval && run.held_out ? [intervals(run.columns[name], run.held_out)] : [];
         const dash = several ? [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3]][i % 5] : null;
         series.push(line([several ? run.name : "", label].filter(Boolean).join(" · "), colourOf(run, i), dash, xOf(run), run.columns[name], bands));
@@ -138,8 +138,11 @@ function line(label, colour, dash, x, y, bands = []) {
   return { label, colour, dash, x: of(x), y: of(y), bands: bands.map(([low, high]) => [of(low), of(high)]) };
 }
 
-function shortName(name, spec) {
-  return (spec.prefix ? name.slice(spec.prefix.length) : name).replaceAll("_", " ");
+/** A metric's name without what its chart already says: what stands before the slash, where that is clear. */
+function shortName(name, names, spec) {
+  const bare = (one) => one.slice((spec.prefix ?? one.slice(0, one.lastIndexOf("/") + 1)).length);
+  const clear = names.filter((one) => bare(one) === bare(name)).length === 1;
+  return (clear && bare(name) ? bare(name) : name).replaceAll("_", " ");
 }
 
 /** Wilson intervals (95%) of shares of so many problems: [lows, highs]. */

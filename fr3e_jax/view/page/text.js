@@ -52,9 +52,10 @@ function brief(text, length = 90) {
 /** A number in few digits; a dash where there is none. */
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
+  if (Math.abs(value) >= 1e7) return compact(value).replace(/-/g, "−");
   if (Number.isInteger(value)) return value.toLocaleString("en").replace("-", "−");
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace("e+", "e").replace(/-/g, "−");
+  if (size < 1e-3) return value.toExponential(2).replace(/-/g, "−");
   return (size >= 1000 ? value.toLocaleString("en", { maximumFractionDigits: 0 }) : String(Number(value.toPrecision(digits)))).replace("-", "−");
 }
 
