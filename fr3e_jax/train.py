@@ -20,8 +20,8 @@ from fr3e_jax.algorithm.rules import RuleError
 from fr3e_jax.cli import ending_in_one_line, parse
 from fr3e_jax.config import Config, ConfigError, as_written, dump, resolve, rows_of_state, without_effect
 from fr3e_jax.cost import utilisation
-from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.engine.filters import Sampling
+from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.evaluation.answers import Ask, Respondent
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
@@ -42,6 +42,7 @@ from fr3e_jax.run.interruption import Interrupted, Interruption
 from fr3e_jax.run.lock import Lock
 from fr3e_jax.run.reporter import Reporter, Silent, open_reporter
 from fr3e_jax.run.resume import Resumed, resume, set_aside
+from fr3e_jax.run.rollout_files import ROLLOUTS
 from fr3e_jax.run.run_dir import (
     begun_anew,
     changes,
@@ -55,6 +56,7 @@ from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
 from fr3e_jax.step.batch import SamplingError
 from fr3e_jax.step.metrics import Metrics
+from fr3e_jax.step.record import open_recorder
 from fr3e_jax.step.stages import draws_of
 from fr3e_jax.step.update import SkippedError, train_step
 
@@ -148,7 +150,12 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     hosts.meet("the run directory is there")
     lock.take(directory)
     keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-    checkpoints = Checkpoints(directory, keep, keep_every, dump(config))
+    recorder = stack.enter_context(
+        open_recorder(
+            config.record, directory, progress.step, hosts, parts.text, lambda line: reporter.say(line)
+        )
+    )
+    checkpoints = Checkpoints(directory, keep, keep_every, dump(config), recorder.settle)
     started -= progress.seconds
 
     with open_reporter(directory, config.steps, progress.step) as reporter:
@@ -181,10 +188,11 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             while progress.unreported is not None or not (ended or is_last(config, parts, progress)):
                 if progress.unreported is None:
                     checkpoints.check()
+                    recorder.check()
                     lock.check()
                     with waiting(f"step {progress.step + 1}"):
                         state, carried, progress, metrics, sample = train_step(
-                            config, parts, reference, state, carried, progress, reporter.within_step
+                            config, parts, reference, state, carried, progress, reporter.within_step, recorder
                         )
                     unreported = {"metrics": metrics, "sample": sample}
                     progress = dataclasses.replace(progress, unreported=unreported)
@@ -306,6 +314,7 @@ def finish(
             "checkpoints": str(directory / "checkpoints"),
             "metrics": str(directory / "metrics.jsonl"),
             "rollouts to read": str(directory / "samples.jsonl"),
+            "every rollout": str(directory / ROLLOUTS),
             "log": str(directory / "log.txt"),
         },
     )

@@ -47,7 +47,7 @@ ALLOWED = {
         "algorithm cli config cost engine evaluation learner "
         "models parallel pretrained problems rewards run step".split()
     ),
-    "study": set("cli config cost evaluation models parallel plan planning progress run".split()),
+    "study": set("cli config cost evaluation models parallel plan planning progress run step".split()),
     "view": set("cli config run step".split()),
     "__main__": set("parallel".split()),
     "bench": set(

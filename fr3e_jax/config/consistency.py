@@ -57,8 +57,8 @@ def check(config: Config, row_parts: int, context: int) -> None:
         raise ConfigError("reward.answer and reward.format are 0; one of them must be above 0")
     if config.evaluate.samples > 1 and not config.evaluate.temperature:
         raise ConfigError(
-            f"evaluate.samples is {config.evaluate.samples}, and with evaluate.temperature 0 all answers to a "
-            "problem are the same; set one of them to 1"
+            f"evaluate.samples is {config.evaluate.samples}, and with evaluate.temperature 0 all answers to "
+            "a problem are the same; set one of them to 1"
         )
     rows = {"rollout.queries": config.rollout.queries, "evaluate.rows": config.evaluate.rows}
     for name, value in rows.items():

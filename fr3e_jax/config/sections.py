@@ -172,8 +172,8 @@ class EvaluateConfig:
     samples: Annotated[int, Bounds(least=1, most=4096)] = 1
     """Answers to each problem; the accuracy is the share of all that are right."""
     temperature: Annotated[float, Bounds(least=0)] = 0.0
-    """0: greedy answers. 1: answers drawn as those that are trained on, whose accuracy is the mean success rate
-    of the policy, V(S_0), on the held-out problems; it moves where the greedy answer does not change yet."""
+    """0: greedy answers. 1: answers drawn as those that are trained on. Their accuracy is the mean success
+    rate of the policy, V(S_0), on the held-out problems; it moves where greedy answers do not change yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +202,17 @@ class CheckpointConfig:
     """How many of the last checkpoints stay; older ones are deleted."""
     keep_every: NonNegativeInt = 0
     """Steps between checkpoints that are kept for good, beside the last ones; 0: none are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordConfig:
+    """The rollouts that a run keeps in its folder rollouts, a file a step (fr3e_jax/run/README.md)."""
+
+    every: NonNegativeInt = 1
+    """Steps between those whose rollouts are kept, all of them; 0 keeps none."""
+    max_gb: PositiveNumber = 20.0
+    """Most that these files may take, GiB. When they take more, some are deleted until they take nine tenths:
+    of older steps more than of newer ones, and the last one stays. The log says which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,5 +268,6 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     end: EndConfig = dataclasses.field(default_factory=EndConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

@@ -33,6 +33,7 @@ RESUMABLE = {
     "evaluate",
     "end",
     "checkpoint",
+    "record",
     "mesh",
     "distributed",
     "model.export_dtype",

@@ -5,25 +5,30 @@ offsets of characters, ascending. The token that the character at an offset is p
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from fr3e_jax.algorithm.rules import RuleError
-from fr3e_jax.pretrained.text import Text
 from fr3e_jax.step.metrics import Metrics
-from fr3e_jax.types import Problem, Rollouts, States
+from fr3e_jax.types import Rollouts, States
 
 
-def decision_metrics(base: Rollouts, states: States, problems: Sequence[Problem], text: Text) -> Metrics:
+def decision_metrics(
+    base: Rollouts,
+    states: States,
+    problems: Any,
+    decode: Callable[[list[list[int]]], list[str]],
+) -> Metrics:
     """Compare the positions of the kept trajectories with the tokens that decide them.
 
     Args:
       base: base trajectories, leaves [B, R, S], on the host.
       states: of the kept trajectories, on the host.
-      problems: of the B queries.
-      text: tokenizer of the responses.
+      problems: of the B queries, each read by its row.
+      decode: gives the texts of rows of tokens.
 
     Returns:
       `decisions/hit`, the share of positions that decide; `decisions/chance`, that of all tokens, which
@@ -38,7 +43,7 @@ def decision_metrics(base: Rollouts, states: States, problems: Sequence[Problem]
         problem, length = problems[int(states.query[n])], base.length[states.query[n], states.base[n]]
         if problem.decisions is None:
             continue
-        pieces = text.decode([[token] for token in states.response[n, :length].tolist()])
+        pieces = decode([[token] for token in states.response[n, :length].tolist()])
         try:
             offsets = problem.decisions("".join(pieces))
         except Exception as error:

@@ -7,7 +7,7 @@ from itertools import chain, product
 import numpy as np
 
 from fr3e_jax.study.curves import Sigmoid, fit_with_errors
-from fr3e_jax.study.results import RunResult, StudyHeader
+from fr3e_jax.study.results import RunResult, StudyHeader, ValuesResult
 from fr3e_jax.study.scores import (
     SCORES,
     RunScore,
@@ -74,10 +74,12 @@ class TaskScores:
 class Comparison:
     """An arm against the reference at equal cost.
 
-    improvement: probability that a run of the arm scores higher. corrected: p-value by the number of all
+    task: that they are compared on; empty: on all together. improvement: probability that a run of the arm
+    scores higher. corrected: p-value by the number of all
     comparisons of the study.
     """
 
+    task: str
     arm: str
     cost: str
     improvement: Estimate
@@ -87,7 +89,11 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """All that tables and figures show of a study. budgets: cost -> task -> what is compared at."""
+    """All that tables and figures show of a study.
+
+    budgets: cost -> task -> what is compared at. values: M -> name in `BlockStatistics` -> its mean over
+    tasks and seeds.
+    """
 
     header: StudyHeader
     runs: list[RunResult]
@@ -96,6 +102,7 @@ class Analysis:
     arms: list[ArmScores]
     tasks: list[TaskScores]
     comparisons: list[Comparison]
+    values: dict[int, dict[str, Estimate]]
 
     def seeds(self) -> str:
         """The number of seeds of an arm on a task, as in `5 seeds` or `3 to 5 seeds`."""
@@ -104,12 +111,15 @@ class Analysis:
         return f"{most} seed{'s' * (most != 1)}" if least == most else f"{least} to {most} seeds"
 
 
-def analyse(header: StudyHeader, runs: Sequence[RunResult], seed: int = 0) -> Analysis:
+def analyse(
+    header: StudyHeader, runs: Sequence[RunResult], values: Sequence[ValuesResult] = (), seed: int = 0
+) -> Analysis:
     """Compute everything that is shown of a study.
 
     Args:
       header: of the study.
       runs: that belong to it, the search for learning rates included.
+      values: measurements that belong to it.
       seed: of all resamples.
     """
     reported = [run for run in runs if not run.sweep]
@@ -133,7 +143,26 @@ def analyse(header: StudyHeader, runs: Sequence[RunResult], seed: int = 0) -> An
         if (of_arm := [run for run in held if (run.task, run.arm) == (task, arm)])
     ]
     comparisons = compare_arms(header, held, tasks, budgets, seed)
-    return Analysis(header, held, failed, budgets, arms, of_tasks, comparisons)
+    return Analysis(
+        header, held, failed, budgets, arms, of_tasks, comparisons, values_by_size(header, values, seed)
+    )
+
+
+def values_by_size(
+    header: StudyHeader, values: Sequence[ValuesResult], seed: int
+) -> dict[int, dict[str, Estimate]]:
+    """Compute the means of measurements over tasks and seeds: M -> name -> mean."""
+    means: dict[int, dict[str, Estimate]] = {}
+    for m in header.sizes:
+        of_size = [one for one in values if m == one.M]
+        for name in of_size[0].statistics if of_size else ():
+            by_task = [
+                np.array([one.statistics[name] for one in of_size if one.task == task])
+                for task in header.tasks
+            ]
+            scores = [task for task in by_task if task.size]
+            means.setdefault(m, {})[name] = stratified_bootstrap([scores], mean_of_all, seed)
+    return means
 
 
 def arm_scores(
@@ -223,31 +252,28 @@ def compare_arms(
 
     Of the tasks those count that both have runs on, and of the paired differences the seeds that both have.
     """
-    compared = []
-    for arm in header.arms:
-        if arm == header.reference:
+    compared: list[tuple[str, str, str, Estimate, PairedDifference]] = []
+    groups = [("", tasks)] if header.compare == "together" else [(task, [task]) for task in tasks]
+    others = [arm for arm in header.arms if arm != header.reference]
+    for (name, some), arm, cost in product(groups, others, EQUAL):
+        score = equal_cost_score(header.judged_by, cost, budgets)
+        ours, theirs = (
+            {
+                task: {run.seed: score(task)(run) for run in runs if (run.task, run.arm) == (task, one)}
+                for task in some
+            }
+            for one in (arm, header.reference)
+        )
+        pairs = [(task, seeds) for task in some if (seeds := sorted(ours[task].keys() & theirs[task].keys()))]
+        if not pairs:
             continue
-        for cost in EQUAL:
-            score = equal_cost_score(header.judged_by, cost, budgets)
-            ours, theirs = (
-                {
-                    task: {run.seed: score(task)(run) for run in runs if (run.task, run.arm) == (task, one)}
-                    for task in tasks
-                }
-                for one in (arm, header.reference)
-            )
-            pairs = [
-                (task, seeds) for task in tasks if (seeds := sorted(ours[task].keys() & theirs[task].keys()))
-            ]
-            if not pairs:
-                continue
-            a, b = (
-                [np.array([side[task][number] for number in seeds]) for task, seeds in pairs]
-                for side in (ours, theirs)
-            )
-            every = [[np.array(list(side[task].values())) for task, _ in pairs] for side in (ours, theirs)]
-            improvement = stratified_bootstrap(every, probability_of_improvement, seed)
-            compared.append((arm, cost, improvement, paired_difference(a, b, seed)))
+        a, b = (
+            [np.array([side[task][number] for number in seeds]) for task, seeds in pairs]
+            for side in (ours, theirs)
+        )
+        every = [[np.array(list(side[task].values())) for task, _ in pairs] for side in (ours, theirs)]
+        improvement = stratified_bootstrap(every, probability_of_improvement, seed)
+        compared.append((name, arm, cost, improvement, paired_difference(a, b, seed)))
     corrected = holm([difference.p for *_, difference in compared])
     return [Comparison(*one, p) for one, p in zip(compared, corrected, strict=True)]
 

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fr3e_jax.study.results import (
     Results,
     RunResult,
     StudyHeader,
+    ValuesResult,
     header_of,
     read_results,
     results_files,
@@ -31,6 +33,7 @@ from fr3e_jax.study.runner import Runner
 from fr3e_jax.study.runs import StudyRun, reported_runs, sweep_runs
 from fr3e_jax.study.scores import chosen_rates
 from fr3e_jax.study.settings import NamedStudy, read_study
+from fr3e_jax.study.values import block_statistics, rewards_of_states, rounded_statistics
 from fr3e_jax.study.verify import verify
 
 RUNS = "runs"
@@ -220,8 +223,9 @@ class Running:
         self.console.print(line, markup=False)
 
     def run(self) -> None:
-        """Run what is missing: first the search for learning rates, then what is reported."""
+        """Run what is missing: measurements, the search for learning rates, and what is reported."""
         with self.progress:
+            self.measure_values()
             self.run_missing(list(sweep_runs(self.named)))
             rates = None
             if self.header.rates:
@@ -230,6 +234,29 @@ class Running:
                     self.say(f"{arm}: learning rate {rate:g}, by the search")
                 self.waiting = [arm for arm in self.header.arms if arm not in rates]
             self.run_missing(list(reported_runs(self.named, rates)))
+
+    def measure_values(self) -> None:
+        """Measure the values of states under the starting models, where the results do not have them yet."""
+        values, name = self.named.study.values, self.named.name
+        if not values.sizes or (self.part is not None and self.part[0] != 1):
+            return
+        for run in reported_runs(self.named):
+            if run.arm != self.named.reference:
+                continue
+            wanted = {(name, run.task, run.seed, run.settings, values.rollouts, m): m for m in values.sizes}
+            if wanted.keys() <= self.results.values.keys():
+                continue
+            begun = time.monotonic()
+            rewards, tokens = rewards_of_states(run.config, values)
+            for key, m in wanted.items():
+                statistics = rounded_statistics(block_statistics(rewards, tokens, m))
+                measured = ValuesResult(*key[:4], self.runner.commit, *key[4:], statistics)
+                self.results.values[key] = self.own.values[key] = measured
+            write_results(self.file, self.own)
+            self.say(
+                f"{name}: {run.task}, seed {run.seed}: {len(rewards)} states by {values.rollouts} rollouts, "
+                f"{duration(time.monotonic() - begun)}"
+            )
 
     def run_missing(self, runs: list[StudyRun]) -> None:
         """Run those of some runs that are this machine's and not complete; take up the others."""

@@ -49,7 +49,7 @@ def write_report(results: Results, out: Path, seed: int, console: Console) -> No
     parts = ["# Results\n", "Made from `results.jsonl` by `python -m fr3e_jax.study --report`.\n", *NOTES]
     for name in sorted(results.studies):
         runs = results.of(name)
-        analysis = analyse(results.studies[name], runs, seed)
+        analysis = analyse(results.studies[name], runs, results.values_of(name), seed)
         try:
             figures = draw_figures(analysis, out / FIGURES, seed)
         except ConfigError as error:
@@ -75,7 +75,7 @@ def section(analysis: Analysis, figures: list[tuple[str, str]]) -> str:
         return "\n".join([*lines, "No run is evaluated yet.", "", *failures(analysis)])
     code = ", ".join(commits_of(analysis.runs)) or "an unknown commit"
     lines += [f"{len(analysis.runs)} runs, {analysis.seeds()} an arm and task; code at {code}.", ""]
-    for part in (arms_table, comparisons_table, tasks_table, fits_table, failures):
+    for part in (arms_table, comparisons_table, tasks_table, fits_table, values_table, failures):
         lines += part(analysis)
     for file, what in figures:
         lines += [f"![{header.study}: {what}]({FIGURES}/{file})", ""]
@@ -103,7 +103,9 @@ def comparisons_table(analysis: Analysis) -> list[str]:
     if not analysis.comparisons:
         return []
     reference = analysis.header.reference
+    each = analysis.header.compare == "each_task"
     head = [
+        *(["task"] if each else []),
         f"against {reference}",
         "at equal",
         "probability of improvement",
@@ -117,6 +119,7 @@ def comparisons_table(analysis: Analysis) -> list[str]:
         difference = one.difference
         rows.append(
             [
+                *([one.task] if each else []),
                 one.arm,
                 COSTS[one.cost],
                 shown_number(one.improvement, 2),
@@ -162,6 +165,33 @@ def fits_table(analysis: Analysis) -> list[str]:
         shown = [f"{value:.3g}{bounds(*errors[name])}" for name, value in values]
         rows.append([one.task, one.arm, *shown, f"{fit.residual:.3f}"])
     return markdown(head, rows) if rows else []
+
+
+VALUES_COLUMNS = {
+    "variance": "variance of V",
+    "binomial": "V (1 - V) / M",
+    "bias": "bias of V",
+    "accepted": "accepted",
+    "missed": "missed",
+    "accepted_error": "error of V, accepted",
+    "tokens": "tokens",
+}
+
+
+def values_table(analysis: Analysis) -> list[str]:
+    """Rows of what M rollouts tell of the value of a state under the starting model."""
+    if not analysis.values:
+        return []
+    rows = []
+    for m, means in analysis.values.items():
+        shown = [shown_number(means[name], 0 if name == "tokens" else 4) for name in VALUES_COLUMNS]
+        rows.append([str(m), *shown])
+    said = (
+        "V(S_j) by M rollouts of the starting model, against all other rollouts from the same state. "
+        "Accepted: share of estimates whose rewards differ, which a run would train on. Missed: share that "
+        "it would not, of states whose rewards differ somewhere. Error: absolute, of the accepted."
+    )
+    return [said, "", *markdown(["M", *VALUES_COLUMNS.values()], rows)]
 
 
 def failures(analysis: Analysis) -> list[str]:

@@ -1,4 +1,4 @@
-"""The results file: one line that says what a study is, and one for each of its runs.
+"""The results file: one line that says what a study is, and one for each of its runs and measurements.
 
 It is all that tables, figures and the page are made from, and small enough for a repository. Several studies
 may stand in one file. It is always written whole, sorted, and in one rename.
@@ -32,7 +32,8 @@ DIGITS = 6  # of a number in the file
 class StudyHeader:
     """What a study is, as its results file says it.
 
-    settings: "TASK/ARM" -> options that are not at their defaults. Other fields: as in the study file.
+    settings: "TASK/ARM" -> options that are not at their defaults. sizes: values of M that the values of
+    states are measured with. Other fields: as in the study file.
     """
 
     study: str
@@ -48,6 +49,9 @@ class StudyHeader:
     judged_by: str
     metrics: list[str]
     settings: dict[str, dict[str, Any]]
+    compare: str = "together"
+    scatter: str | None = None
+    sizes: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +99,55 @@ class RunResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValuesResult:
+    """How well M rollouts tell the value of a state, under the starting model of a task.
+
+    settings: hash of the options of the run whose states they are. commit: of the code. rollouts: from each
+    state. statistics: as `BlockStatistics` has them, and nothing of M.
+    """
+
+    study: str
+    task: str
+    seed: int
+    settings: str
+    commit: str
+    rollouts: int
+    M: int
+    statistics: dict[str, float]
+
+    @property
+    def key(self) -> tuple[str, str, int, str, int, int]:
+        """What no other measurement has, and by which they are sorted."""
+        return self.study, self.task, self.seed, self.settings, self.rollouts, self.M
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
-    """All that a results file says. studies: name -> what it is. runs: key -> result."""
+    """All that a results file says.
+
+    studies: name -> what it is. runs: key -> result. values: key -> measurement of the values of states.
+    """
 
     studies: dict[str, StudyHeader]
     runs: dict[tuple, RunResult]
+    values: dict[tuple, ValuesResult] = dataclasses.field(default_factory=dict)
 
     def of(self, study: str) -> list[RunResult]:
         """The results that belong to a study as it is now: of its tasks, arms, seeds and settings."""
         header = self.studies[study]
         wanted = set(expected_keys(header, [run for run in self.runs.values() if run.study == study]))
         return [self.runs[key] for key in sorted(self.runs) if key in wanted]
+
+    def values_of(self, study: str) -> list[ValuesResult]:
+        """The measurements of the values of states that belong to a study as it is now."""
+        header = self.studies[study]
+        return [
+            self.values[key]
+            for key in sorted(self.values)
+            if self.values[key].study == study
+            and self.values[key].M in header.sizes
+            and self.values[key].seed in header.seeds
+        ]
 
 
 def expected_keys(header: StudyHeader, runs: Iterable[RunResult]) -> Iterable[tuple]:
@@ -143,6 +185,9 @@ def header_of(named: NamedStudy) -> StudyHeader:
         judged_by=study.judged_by,
         metrics=list(study.metrics),
         settings={f"{task}/{arm}": own_options(config) for (task, arm), config in named.configs.items()},
+        compare=study.compare,
+        scatter=study.scatter,
+        sizes=list(study.values.sizes),
     )
 
 
@@ -240,7 +285,7 @@ def read_results(files: Iterable[Path], say: Callable[[str], None]) -> Results:
     Raises:
       ConfigError: a file was written by a version with other fields.
     """
-    studies, runs = dict[str, StudyHeader](), dict[tuple, RunResult]()
+    results = Results({}, {})
     for file in files:
         lines = read_lines(file)
         for message in lines.warnings():
@@ -250,17 +295,20 @@ def read_results(files: Iterable[Path], say: Callable[[str], None]) -> Results:
             try:
                 if kind == "study":
                     header = StudyHeader(**line)
-                    studies[header.study] = header
+                    results.studies[header.study] = header
+                elif kind == "values":
+                    measured = ValuesResult(**line)
+                    results.values[measured.key] = measured
                 else:
                     run = RunResult(**line)
-                    if run.key not in runs or run.complete:
-                        runs[run.key] = run
+                    if run.key not in results.runs or run.complete:
+                        results.runs[run.key] = run
             except TypeError:
                 raise ConfigError(
                     f"{file}, line {number}: this is no line of results of this version; move the file away, "
                     "and the study reads its complete runs again"
                 ) from None
-    return Results(studies, runs)
+    return results
 
 
 def write_results(file: Path, results: Results) -> None:
@@ -272,7 +320,10 @@ def write_results(file: Path, results: Results) -> None:
     lines = [
         {"kind": "study"} | dataclasses.asdict(results.studies[name]) for name in sorted(results.studies)
     ]
-    lines += [{"kind": "run"} | dataclasses.asdict(results.runs[key]) for key in sorted(results.runs)]
+    entries = (("values", results.values), ("run", results.runs))
+    lines += [
+        {"kind": kind} | dataclasses.asdict(held[key]) for kind, held in entries for key in sorted(held)
+    ]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, b"".join(map(to_line, lines)))

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fr3e_jax.config import Config, ConfigError, check, resolve
 from fr3e_jax.config.checks import check_mapping, is_union
 from fr3e_jax.config.files import Written, merged_options, read_files
-from fr3e_jax.config.values import Name, OptionError, PositiveNumber, Seed, Share
+from fr3e_jax.config.values import Count, Name, OptionError, PositiveNumber, Seed, Share
 
 FOLDER_NAME = re.compile(r"[\w.+=-]+")
 ANY_CONTEXT = 2**31  # a model's context, which is not known before the model is read
@@ -36,6 +36,20 @@ class SweepConfig:
     tokens, the mean over tasks and seeds; of several the smallest. Empty: none is searched for."""
     seeds: list[Seed] = dataclasses.field(default_factory=lambda: [1000])
     """Seeds of the search, none of which is one of the study's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValuesConfig:
+    """The measurement of V(S_j) under the starting model of each task, with the settings of the reference."""
+
+    sizes: list[Count] = dataclasses.field(default_factory=list)
+    """Values of M to measure. Empty: nothing is measured."""
+    rollouts: Count = 512
+    """Rollouts from each state, by which the estimates of M rollouts are judged; at least twice as many."""
+    rounds: Count = 4
+    """Sampling rounds, whose states are measured, for each seed."""
+    queries: Count = 4
+    """Queries of a round; bounds memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +79,13 @@ class Study:
     judged_by: Literal["area", "accuracy"] = "area"
     """What decides between arms, chosen before the first run: `area`, the mean accuracy on the way to equal
     cost, which tells arms apart that all arrive; or `accuracy`, that at equal cost."""
+    compare: Literal["together", "each_task"] = "together"
+    """Arms are compared with the reference over all tasks together, or on each task by itself."""
     metrics: list[Name] = dataclasses.field(default_factory=list)
     """Names in metrics.jsonl whose mean over a run's steps is kept and shown."""
+    scatter: Name | None = None
+    """One of `metrics`, over which a figure draws the score of each arm."""
+    values: ValuesConfig = dataclasses.field(default_factory=ValuesConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +191,14 @@ def check_names(study: Study) -> None:
     for path, seeds in both_seeds:
         if not seeds or len(set(seeds)) < len(seeds):
             raise OptionError(path, f"{'.'.join(path)} is {seeds}, must be different numbers, at least one")
+    if study.scatter is not None and study.scatter not in study.metrics:
+        raise OptionError(("scatter",), f"scatter is {study.scatter!r}, which metrics does not name; add it")
+    if study.values.sizes and max(study.values.sizes) > study.values.rollouts // 2:
+        raise OptionError(
+            ("values", "rollouts"),
+            f"values.rollouts is {study.values.rollouts}, must be at least twice the largest of values.sizes "
+            f"{study.values.sizes}",
+        )
     if study.sweep.values and (both := sorted(set(study.seeds) & set(study.sweep.seeds))):
         raise OptionError(
             ("sweep", "seeds"),
