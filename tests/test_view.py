@@ -12,10 +12,11 @@ import zlib
 import numpy as np
 import pytest
 from etils import epath
-from made_up_run import HOSTILE, made_up_run, question_rows, write_rollouts
+from made_up_run import HOSTILE, SCHEMA, made_up_run, question_rows, write_rollouts
 from support import call
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.run.rollout_files import ROLLOUT_COLUMNS
 from fr3e_jax.view.command import ViewOptions, page_of, view, with_named_runs
 from fr3e_jax.view.document import page_script
 from fr3e_jax.view.packing import NO_NUMBER, pack, thousandths
@@ -49,6 +50,17 @@ def written(folder, **options):
     run = made_up_run(folder / "run", **options)
     view(ViewOptions(runs=[str(run)], out=str(page)), lines.append, lines.append)
     return page.read_text(encoding="utf-8"), lines
+
+
+def test_made_up_rollouts_have_the_columns_of_real_ones():
+    short = {"list<item: int32>": "list<int32>", "list<item: float>": "list<float32>", "float": "float32"}
+    kinds = {
+        field.name: "string"
+        if "dictionary" in str(field.type)
+        else short.get(str(field.type), str(field.type))
+        for field in SCHEMA
+    }
+    assert kinds == {name: column.kind for name, column in ROLLOUT_COLUMNS.items()}
 
 
 def test_a_part_is_read_as_it_was_packed():

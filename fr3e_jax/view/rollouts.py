@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-FOLDER_OF_STEPS = "rollouts"
-STEP_FILE = re.compile(r"step-(\d+)\.parquet")
+from fr3e_jax.run.rollout_files import ROLLOUTS, steps_in
 
 RESPONSE_COLUMNS = (
     "kind trajectory kept state position statistic rollout text stopped right reason extracted reward "
@@ -56,11 +54,7 @@ class StepRollouts:
 
 def steps_kept(run: epath.Path) -> dict[int, epath.Path]:
     """Find the steps whose rollouts are kept, ascending, with their files."""
-    folder = run / FOLDER_OF_STEPS
-    if not folder.is_dir():
-        return {}
-    found = {int(m[1]): file for file in folder.iterdir() if (m := STEP_FILE.fullmatch(file.name))}
-    return dict(sorted(found.items()))
+    return steps_in(run / ROLLOUTS)
 
 
 def read_step(file: epath.Path) -> StepRollouts:

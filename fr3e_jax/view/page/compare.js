@@ -50,8 +50,8 @@ function comparison({ part }, rows) {
   const total = Math.max(texts[0].length, texts[1].length, 1);
   const column = (row, i) => make("section", { class: "compared", "aria-label": `continuation ${row.rollout ?? row.trajectory}` },
     make("h3", {}, row.kind === "base" ? `r${row.trajectory}` : `S${row.state} m${row.rollout}`, " ", verdict(row.right), make("span", { class: "soft" }, ` reward ${number(row.reward)} · judged `), make("bdi", { class: "answer" }, ...brief(row.extracted ?? "–", 40))),
-    make("p", { class: "reason" }, "gold ", make("bdi", { class: "answer" }, ...brief(part.answer ?? "–", 60)), row.reason == null ? "" : [" · ", make("bdi", {}, ...brief(row.reason, 200))]),
-    make("div", { class: "tokens", dir: "auto", tabindex: 0, role: "region", "aria-label": "text" }, ...markedText(texts[i], marks[i], i ? "ins" : "del")));
+    make("p", { class: "reason" }, "gold ", make("bdi", { class: "answer" }, ...brief(part.answer ?? "–", 60)), !row.reason ? "" : [" · ", make("bdi", {}, ...brief(row.reason, 200))]),
+    make("div", { class: "tokens", dir: "auto", tabindex: 0, role: "region", "aria-label": `text of ${row.rollout ?? row.trajectory}` }, ...markedText(texts[i], marks[i], i ? "ins" : "del")));
   return [
     make("div", { class: "compare-head" },
       make("h2", {}, "Compared word by word"), make("span", { class: "soft" }, `${Math.round((100 * same) / total)}% of the words are the same`),

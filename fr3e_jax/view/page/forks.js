@@ -66,11 +66,11 @@ function continuation(row, { part, base }) {
         make("span", { class: "name" }, name), " ",
         verdict(row.right), make("span", { class: "figures" }, ` reward ${number(row.reward)}`, row.advantage === null ? "" : ` · A ${row.advantage > 0 ? "+" : ""}${fixed(row.advantage)}`, ` · ${plural(row.tokens, "token")}`),
         row.stopped ? null : make("span", { class: "warn" }, " cut off"),
-        make("span", { class: "judged" }, row.extracted == null ? "" : [" ", make("bdi", { class: "answer" }, ...brief(row.extracted, 40))]),
+        make("span", { class: "judged" }, !row.extracted ? "" : [" ", make("bdi", { class: "answer" }, ...brief(row.extracted, 40))]),
         open ? null : make("span", { class: "preview" }, make("bdi", {}, ...brief(row.text, 110))))),
     open
       ? make("div", { class: "unfolded" },
-          make("p", { class: "reason" }, "gold ", make("bdi", { class: "answer" }, ...brief(part.answer ?? "–", 60)), row.reason == null ? "" : [" · ", make("bdi", {}, ...brief(row.reason, 300))]),
+          make("p", { class: "reason" }, "gold ", make("bdi", { class: "answer" }, ...brief(part.answer ?? "–", 60)), !row.reason ? "" : [" · ", make("bdi", {}, ...brief(row.reason, 300))]),
           prefixEnd(row, base),
           tokenBox(row, `Continuation ${name}`))
       : null);

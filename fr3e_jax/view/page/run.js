@@ -9,12 +9,14 @@ const GROUPS = [
     { title: "Cut by the length limit", of: ["response/cut", "response/continuation_cut", "eval/cut"], percent: true },
   ]],
   ["Exploration", [
-    { title: "Entropy, nats", of: ["entropy/mean", "entropy/positions", "update/entropy"] },
+    { title: "Entropy, nats", of: ["entropy/mean", "entropy/positions", "entropy/elsewhere", "update/entropy"] },
     { title: "States", of: ["states/accepted", "states/rejected", "states/all_wrong", "states/all_right", "states/identical"] },
     { title: "V over states", quantiles: "value", least: 0 },
-    { title: "V, mean", of: ["value/mean", "value/accepted_mean"] },
+    { title: "V, mean", of: ["value/mean", "value/accepted_mean", "value/accepted_std"] },
     { title: "Advantage over accepted rollouts", quantiles: "advantage" },
     { title: "Advantage of accepted states", of: ["advantage/accepted_mean", "advantage/accepted_std"] },
+    { title: "Forks whose continuations disagree", of: ["forks/disagree"], percent: true },
+    { title: "Distance and depth of positions", of: ["positions/distance", "states/depth"] },
     { title: "Modulation alpha, mean", of: ["modulation/mean"] },
   ]],
   ["Update", [
@@ -27,12 +29,14 @@ const GROUPS = [
     { title: "Learning rate", of: ["update/learning_rate"] },
   ]],
   ["Cost", [
-    { title: "Seconds a stage", prefix: "time/" },
+    { title: "Seconds a stage", prefix: "time/", but: "time/share_" },
+    { title: "Waiting, share of the step", prefix: "time/share_", percent: true },
     { title: "FLOPs a stage", prefix: "flops/", but: "flops/utilisation_" },
     { title: "Utilisation", prefix: "flops/utilisation_", percent: true },
     { title: "Occupancy of rows", of: ["rows/occupancy"], percent: true },
     { title: "Tokens a step", of: ["tokens/generated", "tokens/trained", "tokens/reused"] },
-    { title: "Memory", prefix: "memory/" },
+    { title: "Tokens an accepted state", of: ["tokens/per_accepted"] },
+    { title: "Memory, GiB", prefix: "memory/" },
   ]],
 ];
 let lookedAt = null; // x under the cursor

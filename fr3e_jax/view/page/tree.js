@@ -121,8 +121,8 @@ function questionCard({ part, base, trajectory, run, step }) {
       pair("gold answer", make("bdi", { class: "answer" }, ...brief(part.answer ?? "–", 200))),
       base ? pair(`r${trajectory}`, [verdict(base.right), base.stopped ? null : make("span", { class: "warn" }, " cut off")]) : null,
       base ? pair("reward", number(base.reward)) : null,
-      base?.extracted != null ? pair("judged", make("bdi", { class: "answer" }, ...brief(base.extracted, 120))) : null,
-      base?.reason != null ? pair("reason", make("bdi", {}, ...brief(base.reason, 200))) : null,
+      base?.extracted ? pair("judged", make("bdi", { class: "answer" }, ...brief(base.extracted, 120))) : null,
+      base?.reason ? pair("reason", make("bdi", {}, ...brief(base.reason, 200))) : null,
       pair("query", `${part.query}${part.round ? `, round ${part.round}` : ""}`)),
     make("nav", { class: "tabs", "aria-label": "Base trajectories" }, tabs),
   ];
