@@ -22,7 +22,7 @@ from fr3e_jax.view.document import page_script
 from fr3e_jax.view.packing import NO_NUMBER, pack, thousandths
 from fr3e_jax.view.parts import PageParts, widths
 from fr3e_jax.view.rollouts import quantiles_of, read_step
-from fr3e_jax.view.runs import metric_columns, read_run, run_names
+from fr3e_jax.view.runs import ShownRun, held_out_size, metric_columns, read_run, run_names
 from fr3e_jax.view.server import PageServer
 
 
@@ -208,6 +208,21 @@ def test_a_run_without_rollouts_has_charts_and_says_what_keeps_them(tmp_path):
 def test_metrics_that_are_no_numbers_are_left_out():
     lines = [{"step": 1, "a": float("nan"), "b": 1 / 3, "c": True, "alarms": {"x": "y"}}, {"step": 2, "b": 7}]
     assert metric_columns(lines) == {"step": [1, 2], "b": [0.333333, 7]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"data.held_out": 64, "data.source": "math"}, 64),
+        ({"data.held_out": None, "data.source": "carry_addition"}, 256),
+        ({"data.held_out": None, "data.source": [{"name": "gym:countdown"}]}, 256),
+        ({"data.held_out": None, "data.source": [{"name": "gym:countdown"}, {"name": "math"}]}, None),
+        ({"data.held_out": None, "data.source": "carry_addition", "data.held_out_source": "aime24"}, None),
+        ({}, None),
+    ],
+)
+def test_an_interval_needs_a_known_number_of_problems(settings, size):
+    assert held_out_size(ShownRun(epath.Path("run"), "run", settings, {}, [])) == size
 
 
 def test_runs_are_named_by_what_tells_them_apart():

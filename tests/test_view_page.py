@@ -197,7 +197,7 @@ def test_hostile_texts_are_shown_and_do_nothing(browser, page_file):
         assert not page.locator("main img, main script").count()
         page.locator(".tab").first.click()
         expect(page.locator(".tab[aria-current]")).to_contain_text("r0")
-        tokens = page.locator("#base .t").all_text_contents()
+        tokens = page.locator("#base .tokens .t").all_text_contents()
         assert "".join(tokens).replace("·", "") == HOSTILE[0]
         question = text(page, ".asked-whole")
         assert "U+202E" in question and "U+200B" in question and "U+0000" in question

@@ -9,6 +9,7 @@ import yaml
 from etils import epath
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.problems.corpus import ADDITIONS, GENERATED
 from fr3e_jax.run.reporter import METRICS_FILE, read_metrics
 from fr3e_jax.run.run_dir import LostSettingsError, flatten, read_settings
 from fr3e_jax.run.storage import location
@@ -93,8 +94,16 @@ def alarms_of(lines: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
 
 def held_out_size(run: ShownRun) -> int | None:
     """Count the problems behind `eval/accuracy`, as far as the settings say; None where they do not."""
-    held = run.settings.get("data.held_out")
-    return held if isinstance(held, int) and not isinstance(held, bool) and held > 0 else None
+    held, sources = run.settings.get("data.held_out"), run.settings.get("data.source")
+    if isinstance(held, int):
+        return held
+    names = (
+        [one.get("name") for one in sources if isinstance(one, dict)]
+        if isinstance(sources, list)
+        else [sources]
+    )
+    generated = all(name in ADDITIONS or str(name).startswith("gym:") for name in names)
+    return GENERATED if names and generated and not run.settings.get("data.held_out_source") else None
 
 
 def shown_settings(run: ShownRun) -> dict[str, str]:
