@@ -158,7 +158,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     checkpoints = Checkpoints(directory, keep, keep_every, dump(config), recorder.settle)
     started -= progress.seconds
 
-    with open_reporter(directory, config.steps, progress.step) as reporter:
+    with open_reporter(directory, config.steps, progress.step, config.alarms) as reporter:
         reporter.say(
             f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
             f"{dict(hosts.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
@@ -184,7 +184,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                 reporter.step(
                     {"step": 0} | evaluate_held_out(config, parts, state.params, 0) | {"tokens/total": 0}
                 )
-            ended = shared_reason(config.end, reporter.accuracies, progress, hosts)
+            ended = shared_reason(config, reporter, progress, hosts)
             while progress.unreported is not None or not (ended or is_last(config, parts, progress)):
                 if progress.unreported is None:
                     checkpoints.check()
@@ -198,7 +198,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                     progress = dataclasses.replace(progress, unreported=unreported)
                 else:
                     metrics, sample = progress.unreported["metrics"], progress.unreported["sample"]
-                spent = shared_reason(config.end, reporter.accuracies, progress, hosts)
+                spent = shared_reason(config, reporter, progress, hosts, metrics)
                 every, last = config.evaluate.every, bool(spent) or is_last(config, parts, progress)
                 if last or (every and progress.step % every == 0):
                     metrics |= evaluate_held_out(config, parts, state.params, progress.step)
@@ -206,7 +206,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
                 progress = dataclasses.replace(progress, unreported=None, seconds=seconds)
                 metrics |= utilisation(metrics, hosts.mesh.devices.flat)
                 reporter.step(metrics, sample)
-                ended = shared_reason(config.end, reporter.accuracies, progress, hosts)
+                ended = shared_reason(config, reporter, progress, hosts)
                 if progress.skipped >= config.optimizer.max_skipped:
                     # Counted from 0 when it is resumed: whoever starts it again wants it to try on.
                     checkpoints.save_last(state, carried, dataclasses.replace(progress, skipped=0))

@@ -281,7 +281,8 @@ def test_an_empty_name_is_refused(flag, capsys):
 def another(kind, value):
     """A valid value of the type, other than `value`."""
     if get_origin(kind) is list:
-        return [*value, "'x' # [y]\n"]
+        choices = get_args(get_args(kind)[0])
+        return [*value, *(choices or ("'x' # [y]\n",))]
     kind_of_one = next((part for part in get_args(kind) if part is not type(None)), kind)
     base = without_limits(kind)[0] if without_limits(kind)[1] else without_limits(kind_of_one)[0]
     base = kind if get_origin(kind) is Literal else base

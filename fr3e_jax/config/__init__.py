@@ -1,5 +1,6 @@
 """The configuration of a run: its options, what each takes, what cannot stand together, and its files."""
 
+from fr3e_jax.config.alarms import AlarmsConfig
 from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.consistency import check, resolve, rows_of_state, rule_needs, updates_of, without_effect
 from fr3e_jax.config.files import find_config
@@ -28,6 +29,7 @@ from fr3e_jax.config.written import as_written, dump
 __all__ = [
     "PACKAGE",
     "QUICKSTART_MODEL",
+    "AlarmsConfig",
     "BadRows",
     "CheckpointConfig",
     "Config",

@@ -172,6 +172,8 @@ def described(kind: Any) -> str:
     if is_union(kind):
         return " or ".join(described(part) for part in parts)
     if get_origin(kind) is list:
+        if get_origin(parts[0]) is Literal:
+            return f"a list of these: {', '.join(map(str, get_args(parts[0])))}"
         return "a list of mappings" if dataclasses.is_dataclass(parts[0]) else "a list"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     words |= {types.NoneType: "null"}

@@ -53,6 +53,7 @@ def check(config: Config, row_parts: int, context: int) -> None:
     check_rollouts(config, context)
     check_credit(config)
     check_updates(config)
+    check_alarms(config)
     if not config.reward.answer + config.reward.format > 0:
         raise ConfigError("reward.answer and reward.format are 0; one of them must be above 0")
     if config.evaluate.samples > 1 and not config.evaluate.temperature:
@@ -185,6 +186,20 @@ def check_updates(config: Config) -> None:
             "x optimizer.minibatches) to decay over; lower it, raise steps, or use --optimizer.schedule "
             "constant"
         )
+
+
+def check_alarms(config: Config) -> None:
+    """Refuse to end a run by an alarm that is off.
+
+    Raises:
+      ConfigError: with one line that says what to change.
+    """
+    for name in config.alarms.stop:
+        if getattr(config.alarms, name) is None:
+            raise ConfigError(
+                f"alarms.stop names {name}, and alarms.{name} is null, so that it never goes off; set it, or "
+                f"take {name} out of alarms.stop"
+            )
 
 
 def without_effect(config: Config) -> list[str]:

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from fr3e_jax.config.alarms import AlarmsConfig
 from fr3e_jax.config.stages import CreditConfig, ExploreConfig, LossConfig, OptimizerConfig, RolloutConfig
 from fr3e_jax.config.values import (
     Bounds,
@@ -267,6 +268,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     end: EndConfig = dataclasses.field(default_factory=EndConfig)
+    alarms: AlarmsConfig = dataclasses.field(default_factory=AlarmsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -1,9 +1,14 @@
-"""The rules by which a run ends before its last step: an accuracy that is reached, a budget that is spent."""
+"""The rules by which a run ends before its last step: an accuracy that is reached, a budget that is spent, an
+alarm that goes off.
+"""
 
 from collections.abc import Mapping
+from typing import Any
 
-from fr3e_jax.config import EndConfig
+from fr3e_jax.config import Config, EndConfig
 from fr3e_jax.parallel.hosts import Hosts, is_first
+from fr3e_jax.run.alarms import alarm_to_end
+from fr3e_jax.run.reporter import Reporter, Silent
 from fr3e_jax.run.saved import Progress
 
 
@@ -26,10 +31,27 @@ def reason_to_end(end: EndConfig, accuracies: Mapping[int, float], progress: Pro
     return ""
 
 
-def shared_reason(end: EndConfig, accuracies: Mapping[int, float], progress: Progress, hosts: Hosts) -> str:
-    """Say which rule ends a run here, the same on every host: what the first one finds."""
-    if end == EndConfig(evaluations=end.evaluations):
+def shared_reason(
+    config: Config,
+    reporter: Reporter | Silent,
+    progress: Progress,
+    hosts: Hosts,
+    following: Mapping[str, Any] | None = None,
+) -> str:
+    """Say which rule ends a run here, the same on every host: what the first one finds.
+
+    Args:
+      config: with the rules.
+      reporter: has reported all steps up to here, but for `following`.
+      progress: up to here.
+      hosts: all processes.
+      following: metrics of a step that is reported next; None where all are reported.
+    """
+    if config.end == EndConfig(evaluations=config.end.evaluations) and not config.alarms.stop:
         return ""
-    return hosts.said(
-        reason_to_end(end, accuracies, progress) if is_first() else "", "whether the run is decided"
-    )
+    reason = ""
+    if is_first():
+        lines = reporter.lines if following is None else [*reporter.lines, following]
+        reason = reason_to_end(config.end, reporter.accuracies, progress)
+        reason = reason or alarm_to_end(config.alarms, lines)
+    return hosts.said(reason, "whether the run is decided")

@@ -18,9 +18,11 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from fr3e_jax.config import AlarmsConfig
 from fr3e_jax.parallel.hosts import is_first
 from fr3e_jax.parallel.waiting import waiting
 from fr3e_jax.progress import bars
+from fr3e_jax.run.alarms import alarm_news, alarms_on
 from fr3e_jax.run.jsonl import Lines, LineWriter, read_lines, to_line
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.run.storage import StorageError, in_bucket, upload, write_atomically, writing
@@ -108,17 +110,22 @@ class LogFile(logging.FileHandler):
         raise
 
 
-def open_reporter(directory: epath.PathLike, total: int, start: int) -> "Reporter | Silent":
+def open_reporter(
+    directory: epath.PathLike, total: int, start: int, alarms: AlarmsConfig
+) -> "Reporter | Silent":
     """Open what reports a run at step `start` of `total`: in the first process; in others it is silent."""
     directory = epath.Path(directory)
-    return Reporter(directory, total, start) if is_first() else Silent(directory, start)
+    return Reporter(directory, total, start, alarms) if is_first() else Silent(directory, start)
 
 
 class Silent:
     """Reports nothing, where another process reports the run.
 
-    accuracies: step -> held-out accuracy, as `Reporter` has it.
+    accuracies: step -> held-out accuracy, as `Reporter` has it. lines: empty, since the first
+    process alone decides by them.
     """
+
+    lines: tuple[Mapping[str, Any], ...] = ()
 
     def __init__(self, directory: epath.Path, start: int) -> None:
         earlier = read_metrics(directory) if start else []
@@ -149,11 +156,20 @@ class Reporter:
     every step, since nothing can be appended to in a bucket.
 
     accuracies: step -> held-out accuracy, of all steps of this run, those before it was resumed included.
+    lines: metrics of all these steps, as they are written.
     within_step: shows the progress of the step that is being made.
     """
 
-    def __init__(self, directory: epath.Path, total: int, start: int) -> None:
+    def __init__(
+        self, directory: epath.Path, total: int, start: int, alarms: AlarmsConfig | None = None
+    ) -> None:
         """Open the files of `directory` at step `start`.
+
+        Args:
+          directory: of the run.
+          total: steps of the run.
+          start: the step that it goes on from.
+          alarms: thresholds of the signs that it goes wrong; by default those of `AlarmsConfig`.
 
         Raises:
           StorageError: they cannot be written.
@@ -168,7 +184,9 @@ class Reporter:
             if in_bucket(directory) and (directory / LOG_FILE).exists():
                 (self.folder / LOG_FILE).write_bytes((directory / LOG_FILE).read_bytes())
             handler = LogFile(self.folder / LOG_FILE, encoding="utf-8")
-        self.accuracies = accuracies_of(read_metrics(self.folder))
+        self.alarms = alarms or AlarmsConfig()
+        self.lines: list[Mapping[str, Any]] = list(read_metrics(self.folder))
+        self.accuracies = accuracies_of(self.lines)
         self.log = logging.getLogger(f"fr3e_jax.{directory}")
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
@@ -229,13 +247,20 @@ class Reporter:
         self.progress.update(self.bar, description=doing or "training")
 
     def step(self, metrics: Mapping[str, Any], sample: Mapping[str, Any] | None = None) -> None:
-        """Write the metrics of a step and a state to read, and show the step's line."""
+        """Write the metrics of a step with its alarms, and a state to read; show the step's line."""
+        before: Mapping[str, Any] = self.lines[-1] if self.lines else {}
+        if alarms := alarms_on(self.alarms, [*self.lines, metrics]):
+            metrics = {**metrics, "alarms": alarms}
+        self.lines.append(metrics)
         with writing(self.directory):
             if sample is not None:
                 self.samples_file.write([{"step": metrics["step"], **sample}])
             self.metrics_file.write([metrics])
         self.accuracies |= accuracies_of([metrics])
-        self.say(step_line(metrics))
+        self.say(step_line(metrics, before))
+        for name, sentence in alarms.items():
+            if name not in before.get("alarms", {}):
+                self.say(f"alarm {name}: {sentence}")
         self.progress.update(self.bar, completed=metrics["step"])
         self.publish()
 
@@ -253,8 +278,13 @@ class Reporter:
             write_atomically(self.directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
-def step_line(metrics: Mapping[str, Any]) -> str:
-    """Describe a step in one line for people."""
+def step_line(metrics: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
+    """Describe a step in one line for people.
+
+    Args:
+      metrics: of the step.
+      before: of the step before it, whose alarms are not said again.
+    """
     parts = [f"step {metrics['step']:>4}"]
     if "entropy/mean" in metrics:
         if "reward/root_mean" in metrics:  # unless explore.keep has kept nothing
@@ -280,4 +310,5 @@ def step_line(metrics: Mapping[str, Any]) -> str:
         parts.append(f"{metrics['time/step']:.1f} s ({stages})")
     if "eval/accuracy" in metrics:
         parts.append(f"held-out accuracy {metrics['eval/accuracy']:.1%}")
+    parts += alarm_news(before or {}, metrics)
     return " | ".join(parts)

@@ -32,6 +32,7 @@ RESUMABLE = {
     "compilation_cache",
     "evaluate",
     "end",
+    "alarms",
     "checkpoint",
     "record",
     "mesh",
@@ -122,7 +123,9 @@ def completed(config: Config) -> dict[str, Any] | None:
     try:
         held = read_settings(directory)
         summary = json.loads((directory / SUMMARY_FILE).read_text())
-        decided = bool(summary.get("ended")) and held.get("end") == as_written(config)["end"]
+        now = as_written(config)
+        same_rules = all(held.get(name, now[name]) == now[name] for name in ("end", "alarms"))
+        decided = bool(summary.get("ended")) and same_rules
         done = decided or summary["steps"] >= config.steps
         same_type = held["model"]["export_dtype"] == config.model.export_dtype
     except (LostSettingsError, OSError, ValueError, KeyError, TypeError):
@@ -143,7 +146,8 @@ def describe_completed(summary: dict[str, Any], config: Config) -> list[str]:
         f"held-out accuracy {accuracies[0]} -> {accuracies[1]}; model: {config.run_dir}/{FINAL_MODEL}",
     ]
     if ended := summary.get("ended"):
-        lines.append(f"it ended before its last step, since {ended}; other rules of `end` go on from there")
+        others = "other rules of `end`, or other `alarms`, go on from there"
+        lines.append(f"it ended before its last step, since {ended}; {others}")
     elif steps > config.steps:
         lines.append(
             f"--steps {config.steps} asks for fewer steps than it has; python -m fr3e_jax.export --run "

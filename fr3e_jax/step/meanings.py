@@ -23,6 +23,11 @@ class Meaning(NamedTuple):
 
 
 OTHERS: dict[str, Meaning] = {
+    "alarms": Meaning(
+        "alarms that are on: name -> what it means and what to try, a sentence; left out without any",
+        "text",
+        "the last alarms.window steps",
+    ),
     "step": Meaning("number of the step; 0 is the model before training", "count", RUN),
     "rounds": Meaning("rounds of queries that were sampled", "count", STEP),
     "reward/timed_out": Meaning(
@@ -41,6 +46,8 @@ OTHERS: dict[str, Meaning] = {
     ),
     "questions/retired": Meaning("questions that data.retire_above asks no more", "count", RUN),
     "questions/rate": Meaning("remembered success rate", "share", "questions that were asked"),
+    "sources/asked/NAME": Meaning("queries of a source, where there are several sources", "count", STEP),
+    "sources/accepted/NAME": Meaning("states of it that are trained on", "count", STEP),
     "states/missing": Meaning(
         "states that the batch lacks, where credit.short_batch is use",
         "count",
@@ -226,6 +233,8 @@ def meaning_of(name: str) -> Meaning | None:
         "time/": "time/STAGE",
         "flops/utilisation_": "flops/utilisation_STAGE",
         "reward/part/": "reward/part/NAME",
+        "sources/asked/": "sources/asked/NAME",
+        "sources/accepted/": "sources/accepted/NAME",
     }
     for prefix, entry in general.items():
         if name.startswith(prefix) and name not in known:

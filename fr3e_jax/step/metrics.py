@@ -239,7 +239,9 @@ def summarize_step(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
     for name in dict.fromkeys(name for r in rounds for name in r):
         values = [r[name] for r in rounds if name in r]
         counted = (
-            METRICS[name].counted if name in METRICS else name.startswith(("tokens/", "rows/", "flops/"))
+            METRICS[name].counted
+            if name in METRICS
+            else name.startswith(("tokens/", "rows/", "flops/", "sources/"))
         )
         metrics[name] = sum(values) if counted else float(np.mean(values))
     reduce = {"ratio_max": np.max, "ratio_min": np.min, "abs_log_ratio_max": np.max}

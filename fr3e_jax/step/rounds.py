@@ -43,6 +43,7 @@ from fr3e_jax.step.measured import Measured, success_rates
 from fr3e_jax.step.metrics import Metrics, cost_metrics, measure
 from fr3e_jax.step.pilots import Judged, sample_pilots
 from fr3e_jax.step.record import ForRecord, Recorder, position_statistic
+from fr3e_jax.step.sources import source_metrics
 from fr3e_jax.step.stages import (
     Draws,
     assign_credit,
@@ -210,6 +211,8 @@ def close_round(
     metrics = measure(measured) | cost_metrics(opened.costs)
     if opened.base_reward is not None:
         metrics |= decision_metrics(base, states, opened.problems, parts.text.decode)
+    if len(parts.corpus.tasks) > 1:
+        metrics |= source_metrics(opened.problems, credit.accepted, states.query)
     return gathered, metrics, excerpt, success_rates(measured)
 
 
