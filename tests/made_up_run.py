@@ -147,6 +147,25 @@ def question_rows(rng, step, query, success, trajectories=4, positions=3, rollou
     return rows
 
 
+def long_rows(rng, step, questions, rollouts, tokens):
+    """Rows of questions with many long partial rollouts of one state each, of words that mean nothing."""
+    words = np.array([f" {''.join(rng.choice(list('abcdefghijklmnop'), 5))}" for _ in range(2000)])
+    lengths, rows = np.char.str_len(words), []
+    for query in range(questions):
+        shared = {"step": step, "round": 0, "query": query, "question": f"Question {query}", "answer": "7"}
+        shared |= {"source": "long", "query_token": [1], "trajectory": 0, "kept": True, "stopped": True}
+        for m in range(-1, rollouts):
+            drawn = rng.integers(0, len(words), tokens)
+            entropy = rng.exponential(0.4, tokens).astype(np.float32)
+            rows.append({**shared, "kind": "base" if m < 0 else "partial"} | judged(m % 2, "7"))
+            rows[-1] |= {"token": drawn, "logprob": -entropy, "entropy": entropy}
+            rows[-1] |= {"text": "".join(words[drawn]), "ends": np.cumsum(lengths[drawn])}
+            if m >= 0:
+                rows[-1] |= {"state": 0, "position": 0, "rollout": m, "value": 0.5, "alpha": 1.0}
+                rows[-1] |= {"advantage": m % 2 - 0.5, "accepted": True}
+    return rows
+
+
 def with_hostile_texts(rng, rows):
     """Put hostile texts into the first rows of each kind, into the question, the answer and the reason."""
     for row in rows:

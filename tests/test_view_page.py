@@ -1,12 +1,18 @@
 """The page of runs in a real browser: every view, by mouse and by key, with texts that want to break it."""
 
 import re
+import threading
+import time
 
+import numpy as np
 import pytest
 from browser import chromium, expect, needs_browser, tab_of
-from made_up_run import HOSTILE, made_up_run
+from made_up_run import HOSTILE, long_rows, made_up_run, question_rows, write_rollouts
 
 from fr3e_jax.view.command import ViewOptions, view
+from fr3e_jax.view.parts import PageParts
+from fr3e_jax.view.runs import read_run
+from fr3e_jax.view.server import PageServer
 
 pytestmark = needs_browser
 RUN, TREE, FIND = ".run-view .plot canvas", "#reading", "#found"
@@ -185,6 +191,37 @@ def test_find_narrows_down_by_what_is_asked(browser, page_file):
         assert "no: all" not in text(page, ".fork-head")
 
 
+def test_parts_beside_the_page_are_loaded_when_they_are_looked_at(browser, tmp_path):
+    run = made_up_run(tmp_path / "run", steps=2, kept=None, questions=2)
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html"), page_mb=0.1), print, print)
+    address = (tmp_path / "page.html").as_uri()
+    with tab_of(browser) as tab:
+        loaded = []
+        tab.page.on("request", lambda request: loaded.append(request.url.removeprefix(f"{address}.parts/")))
+        page = tab.open(f"{address}#view=tree&step=1&query=1", ".fork")
+        assert [name for name in loaded if name.endswith(".js")] == ["0/1/index.js", "0/1/1.js"]
+        page = tab.open(f"{address}#view=find&text=boxes", "#results > li >> nth=3")
+        assert page.locator("#found").inner_text() == "4 questions"
+
+
+def test_a_served_page_shows_what_a_run_has_by_now(browser, tmp_path):
+    run = made_up_run(tmp_path / "run", steps=2, kept=(1,), questions=1)
+    server = PageServer(0, lambda: PageParts([read_run(str(run), "run")]), "run")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        with tab_of(browser) as tab:
+            page = tab.open(f"{server.address}#view=tree", ".fork")
+            assert page.locator("[data-focus='tree step'] option").all_inner_texts() == ["1"]
+            write_rollouts(run, 2, question_rows(np.random.default_rng(0), 2, 5, 0.5))
+            page = tab.open(f"{server.address}#view=tree&step=2&query=5", ".fork")
+            assert page.locator("[data-focus='tree step'] option").all_inner_texts() == ["1", "2"]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 def test_hostile_texts_are_shown_and_do_nothing(browser, page_file):
     with tab_of(browser) as tab:
         page = tab.open(f"{page_file}#view=tree&step=6&query=15", TREE)
@@ -204,6 +241,29 @@ def test_hostile_texts_are_shown_and_do_nothing(browser, page_file):
         assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\ufeff\x00-\x08]", page.inner_text("main"))
         wide = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert wide[0] <= wide[1]
+
+
+@pytest.mark.slow
+def test_a_thousand_rollouts_of_3000_tokens_open_in_two_seconds(browser, tmp_path):
+    """And none of the keys takes long."""
+    run = made_up_run(tmp_path / "run", steps=2)
+    write_rollouts(run, 2, long_rows(np.random.default_rng(0), 2, questions=10, rollouts=99, tokens=3000))
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html")), print, print)
+    address = (tmp_path / "page.html").as_uri()
+    with tab_of(browser) as tab:
+        start = time.monotonic()
+        page = tab.open(f"{address}#view=tree&step=2&query=4", "#base .t >> nth=2999")
+        opened = time.monotonic() - start
+        assert page.locator(".continuation").count() == 99
+        slowest = 0.0
+        for key, ready in (("j", '[data-focus="question 5"][aria-current]'), ("c", "#base .by-logprob")):
+            start = time.monotonic()
+            page.keyboard.press(key)
+            page.wait_for_selector(ready)
+            slowest = max(slowest, time.monotonic() - start)
+        page.locator(".unfold").first.click()
+        page.wait_for_selector(".unfolded .t >> nth=2999")
+        assert opened < 2 and slowest < 1, (opened, slowest)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
