@@ -38,7 +38,7 @@ def measure_recording(
     Raises:
       ConfigError: none of the steps is recorded.
     """
-    settings, _ = parse(Config, "train", config, [f"--config={config}"])
+    settings, _ = parse(Config, "train", config, [f"--config={config}"], lambda line: None)
     lines = recorded_steps(resolve(settings), steps)
     if not lines:
         raise ConfigError(f"{config}: no rollouts are recorded in {steps} steps; set record.every to 1")
