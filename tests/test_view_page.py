@@ -266,7 +266,7 @@ def test_a_thousand_rollouts_of_3000_tokens_open_in_two_seconds(browser, tmp_pat
         assert opened < 2 and slowest < 1, (opened, slowest)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_labels_contrast_and_order_are_as_they_should_be(browser, page_file, theme):
     """What axe-core finds, in every view."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
