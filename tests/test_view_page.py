@@ -243,6 +243,50 @@ def test_hostile_texts_are_shown_and_do_nothing(browser, page_file):
         assert wide[0] <= wide[1]
 
 
+def test_an_address_that_says_nonsense_shows_something(browser, page_file):
+    words = (
+        "run=-3&step=x&query=%22%5D&trajectory=9&state=-1&colour=%3Cb%3E&token=b0:%22%5D&open=,,&compare=z"
+    )
+    with tab_of(browser) as tab:
+        assert "gold answer" in tab.open(f"{page_file}#view=tree&{words}", ".fork").inner_text("main")
+        tab.open(f"{page_file}#view=__proto__&x=constructor&hidden=-1.x", RUN)
+        tab.open(f"{page_file}#view=find&least=x&from=-&where=1", "#results > li")
+
+
+def test_a_megabyte_without_a_space_does_no_harm(browser, tmp_path):
+    run = made_up_run(tmp_path / "run", steps=1)
+    rows = question_rows(np.random.default_rng(0), 1, 0, 0.5)
+    rows[0] |= {"text": "a" * 1_000_000, "ends": [1_000_000] * len(rows[0]["token"])}
+    many = rows[1]
+    many |= {"text": "b" * 20_000, "ends": list(range(1, 20_001)), "token": [5] * 20_000}
+    many |= {"logprob": [-0.5] * 20_000, "entropy": [0.5] * 20_000}
+    write_rollouts(run, 1, rows)
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html")), print, print)
+    address = f"{(tmp_path / 'page.html').as_uri()}#view=tree&trajectory="
+    with tab_of(browser) as tab:
+        page = tab.open(f"{address}0", ".fork")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page = tab.open(f"{address}1", ".more")
+        assert page.locator("#base .tokens .t").count() == 12_000
+        page.locator("#base .tokens").focus()
+        page.keyboard.press("End")
+        assert page.locator(".t.at").get_attribute("data-i") == "19999"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_forks_are_reached_from_within_the_text(browser, page_file):
+    with tab_of(browser) as tab:
+        page = tab.open(f"{page_file}#view=tree&step=6&query=16&trajectory=0", ".fork")
+        page.locator("#base .tokens").focus()
+        stops = []
+        for key in ("}", "}", "}", "{"):
+            page.keyboard.press(key)
+            stops.append(page.locator(".t.at").get_attribute("data-i"))
+        behind = "e => [...e.querySelectorAll('.chips')].map(chip => chip.nextSibling.dataset.i)"
+        places = page.locator("#base .tokens").evaluate(behind)
+        assert stops == [*places[:3], places[1]]
+
+
 @pytest.mark.slow
 def test_a_thousand_rollouts_of_3000_tokens_open_in_two_seconds(browser, tmp_path):
     """And none of the keys takes long."""

@@ -76,7 +76,10 @@ function tokenBox(row, label, before, stops) {
     box.append(...nodes);
   }
   fill();
-  const spanOf = (i) => box.querySelector(`[data-i="${i}"]`);
+  const spanOf = (i) => {
+    while (i >= shown && i < row.tokens) fill();
+    return box.querySelector(`[data-i="${Number(i)}"]`);
+  };
   const choose = (i, spoken) => {
     const span = spanOf(i);
     if (!span) return;
@@ -105,9 +108,8 @@ function tokenBox(row, label, before, stops) {
     event.preventDefault();
     choose(Math.max(0, Math.min(row.tokens - 1, next)), true);
   });
-  box.choose = choose;
   const [key, at] = place.token.split(":");
-  if (key === row.key) spanOf(at)?.classList.add("at");
+  if (key === row.key) spanOf(Number(at))?.classList.add("at");
   return box;
 }
 
