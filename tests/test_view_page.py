@@ -1,5 +1,6 @@
 """The page of runs in a real browser: every view, by mouse and by key, with texts that want to break it."""
 
+import json
 import re
 import threading
 import time
@@ -57,6 +58,21 @@ def test_the_run_shows_numbers_of_all_runs_and_their_alarms(browser, page_file):
             page.get_by_role("button", name=axis, exact=True).click()
             page.wait_for_selector(RUN)
             assert page.get_by_role("button", name=axis, exact=True).get_attribute("aria-pressed") == "true"
+
+
+def test_an_alarm_is_marked_where_it_goes_off(browser, tmp_path):
+    """Not at each step at which it is still on."""
+    run = made_up_run(tmp_path / "run", steps=9)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["alarms"] = {"drift": "A sentence."} if line["step"] in (3, 4, 5, 8, 9) else {}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html")), print, print)
+    with tab_of(browser) as tab:
+        page = tab.open((tmp_path / "page.html").as_uri(), RUN)
+        label = page.locator(".plot").first.get_attribute("aria-label")
+        assert "Alarms: drift at 3, drift at 8." in label
+        assert "5 steps, 3 to 9" in text(page, ".alarms")
 
 
 def test_a_chart_is_read_by_key_and_leads_to_its_step(browser, page_file):

@@ -71,7 +71,8 @@ function describeChart(spec, show) {
     const known = one.y.filter((value) => value !== null && value !== undefined);
     return `${one.label} from ${show(known[0])} to ${show(known.at(-1))}, least ${show(least(known))}, most ${show(most(known))}`;
   });
-  return `Chart: ${spec.title}. ${lines.join("; ")}. Left and right arrow keys read its values.`;
+  const alarms = (spec.marks ?? []).map(({ x, label }) => `${label} at ${compact(x)}`);
+  return `Chart: ${spec.title}. ${lines.join("; ")}. ${alarms.length ? `Alarms: ${alarms.join(", ")}. ` : ""}Left and right arrow keys read its values.`;
 }
 
 function least(values) {

@@ -160,10 +160,13 @@ function intervals(shares, count) {
   return [ends.map(([low]) => low), ends.map(([, high]) => high)];
 }
 
+/** Where alarms went off: not the steps after it, at which they are still on. */
 function marksOf(shown) {
   return shown.flatMap((run) => {
-    const xs = xOf(run);
-    return run.alarms.map(([step, name]) => ({ x: xs[run.columns.step.indexOf(step)], label: name })).filter(({ x }) => Number.isFinite(x));
+    const xs = xOf(run), on = new Set(run.alarms.map(([step, name]) => `${step} ${name}`));
+    return run.alarms.map(([step, name]) => [run.columns.step.indexOf(step), name])
+      .filter(([i, name]) => Number.isFinite(xs[i]) && !on.has(`${run.columns.step[i - 1]} ${name}`))
+      .map(([i, name]) => ({ x: xs[i], label: name.replaceAll("_", " ") }));
   });
 }
 
