@@ -207,6 +207,7 @@ def test_find_narrows_down_by_what_is_asked(browser, page_file):
         assert "no: all" not in text(page, ".fork-head")
 
 
+@pytest.mark.slow
 def test_parts_beside_the_page_are_loaded_when_they_are_looked_at(browser, tmp_path):
     run = made_up_run(tmp_path / "run", steps=2, kept=None, questions=2)
     view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html"), page_mb=0.1), print, print)
@@ -220,6 +221,7 @@ def test_parts_beside_the_page_are_loaded_when_they_are_looked_at(browser, tmp_p
         assert page.locator("#found").inner_text() == "4 questions"
 
 
+@pytest.mark.slow
 def test_a_served_page_shows_what_a_run_has_by_now(browser, tmp_path):
     run = made_up_run(tmp_path / "run", steps=2, kept=(1,), questions=1)
     server = PageServer(0, lambda: PageParts([read_run(str(run), "run")]), "run")
@@ -269,6 +271,7 @@ def test_an_address_that_says_nonsense_shows_something(browser, page_file):
         tab.open(f"{page_file}#view=find&least=x&from=-&where=1", "#results > li")
 
 
+@pytest.mark.slow
 def test_a_megabyte_without_a_space_does_no_harm(browser, tmp_path):
     run = made_up_run(tmp_path / "run", steps=1)
     rows = question_rows(np.random.default_rng(0), 1, 0, 0.5)
@@ -326,7 +329,8 @@ def test_a_thousand_rollouts_of_3000_tokens_open_in_two_seconds(browser, tmp_pat
         assert opened < 2 and slowest < 1, (opened, slowest)
 
 
-@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["light", "dark"])
 def test_labels_contrast_and_order_are_as_they_should_be(browser, page_file, theme):
     """What axe-core finds, in every view."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()

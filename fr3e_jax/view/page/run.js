@@ -39,6 +39,7 @@ const GROUPS = [
     { title: "Memory, GiB", prefix: "memory/" },
   ]],
 ];
+const DASHES = [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 3], [4, 6]]; // of the numbers of a run among several
 let lookedAt = null; // x under the cursor
 
 /** Draws the view. */
@@ -125,7 +126,7 @@ function specOf(spec, all, shown, named) {
         if (!run.columns[name]) continue;
         const label = names.length > 1 || !several ? shortName(name, names, spec) : "";
         const bands = spec.interval && run.held_out ? [intervals(run.columns[name], run.held_out)] : [];
-        const dash = several ? [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3]][i % 5] : null;
+        const dash = several ? DASHES[i % DASHES.length] : null;
         series.push(line([several ? run.name : "", label].filter(Boolean).join(" · "), colourOf(run, i), dash, xOf(run), run.columns[name], bands));
       }
     });
