@@ -1,5 +1,6 @@
 """The page of runs in a real browser: every view, by mouse and by key, with texts that want to break it."""
 
+import json
 import re
 import threading
 import time
@@ -57,6 +58,21 @@ def test_the_run_shows_numbers_of_all_runs_and_their_alarms(browser, page_file):
             page.get_by_role("button", name=axis, exact=True).click()
             page.wait_for_selector(RUN)
             assert page.get_by_role("button", name=axis, exact=True).get_attribute("aria-pressed") == "true"
+
+
+def test_an_alarm_is_marked_where_it_goes_off(browser, tmp_path):
+    """Not at each step at which it is still on."""
+    run = made_up_run(tmp_path / "run", steps=9)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["alarms"] = {"drift": "A sentence."} if line["step"] in (3, 4, 5, 8, 9) else {}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html")), print, print)
+    with tab_of(browser) as tab:
+        page = tab.open((tmp_path / "page.html").as_uri(), RUN)
+        label = page.locator(".plot").first.get_attribute("aria-label")
+        assert "Alarms: drift at 3, drift at 8." in label
+        assert "5 steps, 3 to 9" in text(page, ".alarms")
 
 
 def test_a_chart_is_read_by_key_and_leads_to_its_step(browser, page_file):
@@ -191,6 +207,7 @@ def test_find_narrows_down_by_what_is_asked(browser, page_file):
         assert "no: all" not in text(page, ".fork-head")
 
 
+@pytest.mark.slow
 def test_parts_beside_the_page_are_loaded_when_they_are_looked_at(browser, tmp_path):
     run = made_up_run(tmp_path / "run", steps=2, kept=None, questions=2)
     view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html"), page_mb=0.1), print, print)
@@ -204,6 +221,7 @@ def test_parts_beside_the_page_are_loaded_when_they_are_looked_at(browser, tmp_p
         assert page.locator("#found").inner_text() == "4 questions"
 
 
+@pytest.mark.slow
 def test_a_served_page_shows_what_a_run_has_by_now(browser, tmp_path):
     run = made_up_run(tmp_path / "run", steps=2, kept=(1,), questions=1)
     server = PageServer(0, lambda: PageParts([read_run(str(run), "run")]), "run")
@@ -243,6 +261,51 @@ def test_hostile_texts_are_shown_and_do_nothing(browser, page_file):
         assert wide[0] <= wide[1]
 
 
+def test_an_address_that_says_nonsense_shows_something(browser, page_file):
+    words = (
+        "run=-3&step=x&query=%22%5D&trajectory=9&state=-1&colour=%3Cb%3E&token=b0:%22%5D&open=,,&compare=z"
+    )
+    with tab_of(browser) as tab:
+        assert "gold answer" in tab.open(f"{page_file}#view=tree&{words}", ".fork").inner_text("main")
+        tab.open(f"{page_file}#view=__proto__&x=constructor&hidden=-1.x", RUN)
+        tab.open(f"{page_file}#view=find&least=x&from=-&where=1", "#results > li")
+
+
+@pytest.mark.slow
+def test_a_megabyte_without_a_space_does_no_harm(browser, tmp_path):
+    run = made_up_run(tmp_path / "run", steps=1)
+    rows = question_rows(np.random.default_rng(0), 1, 0, 0.5)
+    rows[0] |= {"text": "a" * 1_000_000, "ends": [1_000_000] * len(rows[0]["token"])}
+    many = rows[1]
+    many |= {"text": "b" * 20_000, "ends": list(range(1, 20_001)), "token": [5] * 20_000}
+    many |= {"logprob": [-0.5] * 20_000, "entropy": [0.5] * 20_000}
+    write_rollouts(run, 1, rows)
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html")), print, print)
+    address = f"{(tmp_path / 'page.html').as_uri()}#view=tree&trajectory="
+    with tab_of(browser) as tab:
+        page = tab.open(f"{address}0", ".fork")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page = tab.open(f"{address}1", ".more")
+        assert page.locator("#base .tokens .t").count() == 12_000
+        page.locator("#base .tokens").focus()
+        page.keyboard.press("End")
+        assert page.locator(".t.at").get_attribute("data-i") == "19999"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_forks_are_reached_from_within_the_text(browser, page_file):
+    with tab_of(browser) as tab:
+        page = tab.open(f"{page_file}#view=tree&step=6&query=16&trajectory=0", ".fork")
+        page.locator("#base .tokens").focus()
+        stops = []
+        for key in ("}", "}", "}", "{"):
+            page.keyboard.press(key)
+            stops.append(page.locator(".t.at").get_attribute("data-i"))
+        behind = "e => [...e.querySelectorAll('.chips')].map(chip => chip.nextSibling.dataset.i)"
+        places = page.locator("#base .tokens").evaluate(behind)
+        assert stops == [*places[:3], places[1]]
+
+
 @pytest.mark.slow
 def test_a_thousand_rollouts_of_3000_tokens_open_in_two_seconds(browser, tmp_path):
     """And none of the keys takes long."""
@@ -266,6 +329,7 @@ def test_a_thousand_rollouts_of_3000_tokens_open_in_two_seconds(browser, tmp_pat
         assert opened < 2 and slowest < 1, (opened, slowest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_labels_contrast_and_order_are_as_they_should_be(browser, page_file, theme):
     """What axe-core finds, in every view."""

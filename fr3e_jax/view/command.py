@@ -32,7 +32,7 @@ class ViewOptions:
     """Serve the page on this machine instead of writing it; it shows each run as it is when it is opened."""
     port: Port = 8421
     """Where --serve listens, on 127.0.0.1 alone; 0 for a free port."""
-    page_mb: PositiveNumber = 200.0
+    page_mb: PositiveNumber = 64.0
     """Largest page that is one file; of a larger one the rollouts lie in a folder beside it."""
 
 

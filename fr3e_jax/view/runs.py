@@ -15,7 +15,7 @@ from fr3e_jax.run.run_dir import LostSettingsError, flatten, read_settings
 from fr3e_jax.run.storage import location
 from fr3e_jax.step.meanings import meaning_of
 
-ALARMS = "alarms"
+ALARMS_KEY = "alarms"
 """Key of a step's metrics: name of an alarm -> what it means and what to try."""
 
 
@@ -68,7 +68,7 @@ def run_names(paths: Iterable[str]) -> list[str]:
 
 def metric_columns(lines: list[dict[str, Any]]) -> dict[str, list[float | int | None]]:
     """Turn lines of metrics into columns of finite numbers, rounded to 6 digits; all else is None."""
-    names = dict.fromkeys(name for line in lines for name in line if name != ALARMS)
+    names = dict.fromkeys(name for line in lines for name in line if name != ALARMS_KEY)
     columns = {name: [finite(line.get(name)) for line in lines] for name in names}
     return {name: column for name, column in columns.items() if any(x is not None for x in column)}
 
@@ -86,7 +86,7 @@ def alarms_of(lines: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
     """Collect the alarms of all steps, in their order."""
     found = []
     for line in lines:
-        alarms = line.get(ALARMS)
+        alarms = line.get(ALARMS_KEY)
         if isinstance(alarms, Mapping):
             found += [(line["step"], str(name), str(sentence)) for name, sentence in alarms.items()]
     return found

@@ -2,6 +2,7 @@
 
 const CHART_HEIGHT = 170;
 const SERIES_COLOURS = 6;
+const MARKED_POINTS = 16; // a line of so few values has its points marked
 const charts = new Set(); // that are on the page
 let zooming = false;
 
@@ -70,7 +71,8 @@ function describeChart(spec, show) {
     const known = one.y.filter((value) => value !== null && value !== undefined);
     return `${one.label} from ${show(known[0])} to ${show(known.at(-1))}, least ${show(least(known))}, most ${show(most(known))}`;
   });
-  return `Chart: ${spec.title}. ${lines.join("; ")}. Left and right arrow keys read its values.`;
+  const alarms = (spec.marks ?? []).map(({ x, label }) => `${label} at ${compact(x)}`);
+  return `Chart: ${spec.title}. ${lines.join("; ")}. ${alarms.length ? `Alarms: ${alarms.join(", ")}. ` : ""}Left and right arrow keys read its values.`;
 }
 
 function least(values) {
@@ -86,7 +88,7 @@ function mountChart(canvas, spec, data, columns, { read, look, open, show, value
   const axis = { stroke: ink, font: "11px system-ui, sans-serif", grid: { stroke: line, width: 1 }, ticks: { show: false } };
   const series = [{}], bands = [];
   spec.series.forEach((one, i) => {
-    series.push({ stroke: one.colour, width: 1.6, dash: one.dash, spanGaps: true, points: { show: one.y.filter((v) => v !== null).length < 25, size: 4, fill: one.colour } });
+    series.push({ stroke: one.colour, width: 1.6, dash: one.dash, spanGaps: true, points: { show: one.y.filter((v) => v !== null).length <= MARKED_POINTS, size: 4, fill: one.colour } });
     (one.bands ?? []).forEach((_, b) => {
       const low = columns[i] + 1 + 2 * b;
       for (let k = 0; k < 2; k++) series.push({ stroke: "transparent", width: 0, spanGaps: true, points: { show: false } });
@@ -122,7 +124,7 @@ function mountChart(canvas, spec, data, columns, { read, look, open, show, value
     if (event.key === "Enter") open(data[0][at]);
     if (next === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    chart.setCursor({ left: chart.valToPos(data[0][next], "x"), top: 20 });
+    for (const one of charts) one.setCursor({ left: one.valToPos(data[0][next], "x"), top: 20 }, true, false);
     announce(`${spec.title} at ${compact(data[0][next])}: ${spec.series.map((one, i) => `${one.label} ${show(valueAt(i, next))}`).join(", ")}`);
   });
   const resized = new ResizeObserver(() => canvas.clientWidth && chart.setSize({ width: canvas.clientWidth, height: CHART_HEIGHT }));

@@ -37,6 +37,7 @@ function findForm(all) {
 async function startSearch(signature, all) {
   const own = (search = { signature, results: [], done: false, looked: 0, failed: 0 });
   const wanted = { ...place, text: place.text.toLowerCase() };
+  for (const name of ["from", "to", "least", "most"]) if (!Number.isFinite(Number(wanted[name]))) wanted[name] = "";
   const steps = all.runs.flatMap((run, i) => run.kept.map((step) => [i, step]))
     .filter(([, step]) => (wanted.from === "" || step >= Number(wanted.from)) && (wanted.to === "" || step <= Number(wanted.to)))
     .sort((a, b) => b[1] - a[1] || a[0] - b[0]);

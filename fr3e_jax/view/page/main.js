@@ -53,7 +53,6 @@ function showHelp() {
 drawPage = () => {
   drawBar();
   if (!whole) return;
-  if (!VIEWS[place.view]) place.view = "run";
   if (place.view !== "run") endCharts();
   document.title = `${VIEWS[place.view]} · ${whole.runs.map((run) => run.name).join(", ")}`;
   ({ run: drawRun, tree: drawTree, find: drawFind })[place.view](main, whole);

@@ -39,6 +39,7 @@ const GROUPS = [
     { title: "Memory, GiB", prefix: "memory/" },
   ]],
 ];
+const DASHES = [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 3], [4, 6]]; // of the numbers of a run among several
 let lookedAt = null; // x under the cursor
 
 /** Draws the view. */
@@ -125,7 +126,7 @@ function specOf(spec, all, shown, named) {
         if (!run.columns[name]) continue;
         const label = names.length > 1 || !several ? shortName(name, names, spec) : "";
         const bands = spec.interval && run.held_out ? [intervals(run.columns[name], run.held_out)] : [];
-        const dash = several ? [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3]][i % 5] : null;
+        const dash = several ? DASHES[i % DASHES.length] : null;
         series.push(line([several ? run.name : "", label].filter(Boolean).join(" · "), colourOf(run, i), dash, xOf(run), run.columns[name], bands));
       }
     });
@@ -160,10 +161,13 @@ function intervals(shares, count) {
   return [ends.map(([low]) => low), ends.map(([, high]) => high)];
 }
 
+/** Where alarms went off: not the steps after it, at which they are still on. */
 function marksOf(shown) {
   return shown.flatMap((run) => {
-    const xs = xOf(run);
-    return run.alarms.map(([step, name]) => ({ x: xs[run.columns.step.indexOf(step)], label: name })).filter(({ x }) => Number.isFinite(x));
+    const xs = xOf(run), on = new Set(run.alarms.map(([step, name]) => `${step} ${name}`));
+    return run.alarms.map(([step, name]) => [run.columns.step.indexOf(step), name])
+      .filter(([i, name]) => Number.isFinite(xs[i]) && !on.has(`${run.columns.step[i - 1]} ${name}`))
+      .map(([i, name]) => ({ x: xs[i], label: name.replaceAll("_", " ") }));
   });
 }
 

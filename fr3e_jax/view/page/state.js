@@ -5,6 +5,10 @@ const DEFAULTS = {
   run: "0", step: "", query: "", round: "", trajectory: "", state: "", colour: "entropy", open: "", compare: "", token: "",
   text: "", where: "anywhere", from: "", to: "", source: "", least: "", most: "", kind: "", right: "", split: "",
 };
+const KNOWN = {
+  view: ["run", "tree", "find"], x: ["step", "tokens", "flops", "seconds"],
+  colour: ["entropy", "logprob", "advantage", "trained", "none"], where: ["anywhere", "question", "response"],
+};
 const OWN_QUESTION = ["trajectory", "state", "open", "compare", "token"]; // what another question begins without
 let place = readPlace();
 let drawPage = () => {};
@@ -13,6 +17,7 @@ function readPlace() {
   const given = new URLSearchParams(location.hash.slice(1));
   const found = { ...DEFAULTS };
   for (const name of Object.keys(DEFAULTS)) if (given.has(name)) found[name] = given.get(name);
+  for (const [name, known] of Object.entries(KNOWN)) if (!known.includes(found[name])) found[name] = DEFAULTS[name];
   return found;
 }
 

@@ -6,7 +6,7 @@ const COLOURS = {
 const COLOUR_HELP = {
   entropy: "how unsure the model was before each token: 0 to 2.5 nats and more",
   logprob: "how unlikely each token was that was drawn: 0 to −5 nats and less",
-  advantage: "the response's advantage: blue above 0, orange below",
+  advantage: "the response's advantage: blue above 0, orange below; a base trajectory that is only branched from has none",
   trained: "tokens that carry loss",
   none: "no colour",
 };
@@ -45,12 +45,13 @@ function tokenBox(row, label, before, stops) {
     class: `tokens by-${place.colour}`, dir: "auto", tabindex: 0, role: "group", "aria-label": `${label}: arrow keys move over its ${plural(row.tokens, "token")}`,
     "data-focus": `tokens ${row.key}`,
   });
-  const more = make("button", { type: "button", class: "more", onclick: () => fill(true) });
-  let shown = 0, characters = 0;
-  function fill(all) {
+  const more = make("button", { type: "button", class: "more", onclick: () => fill() });
+  let shown = 0;
+  function fill() {
     more.remove();
-    const nodes = [];
-    while (shown < row.tokens && (all || (shown < TOKENS_AT_ONCE && characters < CHARACTERS_AT_ONCE))) {
+    const nodes = [], most = shown + TOKENS_AT_ONCE;
+    let characters = 0;
+    while (shown < row.tokens && shown < most && characters < CHARACTERS_AT_ONCE) {
       const chip = before?.(shown);
       if (chip) nodes.push(chip);
       const text = tokenText(row, shown);
@@ -60,12 +61,12 @@ function tokenBox(row, label, before, stops) {
       if (text === "") {
         span.className += " empty";
         span.append("·");
-      } else if (text.length > CHARACTERS_AT_ONCE && !all) span.append(...visible(text.slice(0, CHARACTERS_AT_ONCE)), "…");
+      } else if (text.length > CHARACTERS_AT_ONCE) span.append(...visible(text.slice(0, CHARACTERS_AT_ONCE)), "…");
       else span.append(...visible(text.replaceAll("\n", "\u21b5\n")));
       nodes.push(span);
     }
     if (shown < row.tokens) {
-      more.textContent = `show ${plural(row.tokens - shown, "more token")}`;
+      more.textContent = `show more: ${plural(row.tokens - shown, "token")} left`;
       nodes.push(more);
     } else {
       const rest = row.text.slice(startsOf(row)[row.tokens]);
@@ -74,8 +75,11 @@ function tokenBox(row, label, before, stops) {
     }
     box.append(...nodes);
   }
-  fill(false);
-  const spanOf = (i) => box.querySelector(`[data-i="${i}"]`);
+  fill();
+  const spanOf = (i) => {
+    while (i >= shown && i < row.tokens) fill();
+    return box.querySelector(`[data-i="${Number(i)}"]`);
+  };
   const choose = (i, spoken) => {
     const span = spanOf(i);
     if (!span) return;
@@ -104,9 +108,8 @@ function tokenBox(row, label, before, stops) {
     event.preventDefault();
     choose(Math.max(0, Math.min(row.tokens - 1, next)), true);
   });
-  box.choose = choose;
   const [key, at] = place.token.split(":");
-  if (key === row.key) spanOf(at)?.classList.add("at");
+  if (key === row.key) spanOf(Number(at))?.classList.add("at");
   return box;
 }
 

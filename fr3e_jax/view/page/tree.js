@@ -6,7 +6,7 @@ let treeRequest = 0;
 /** Draws the view; what is not unpacked yet is waited for. */
 async function drawTree(main, all) {
   const request = ++treeRequest;
-  const run = Math.min(Number(place.run) || 0, all.runs.length - 1);
+  const run = Math.max(0, Math.min(Math.trunc(Number(place.run)) || 0, all.runs.length - 1));
   const { kept } = all.runs[run];
   if (!kept.length) {
     redraw(main, `tree none ${run}`, () => [treeHead(all, run, null, null),
