@@ -42,6 +42,7 @@ from fr3e_jax.run.interruption import Interrupted, Interruption
 from fr3e_jax.run.lock import Lock
 from fr3e_jax.run.reporter import Reporter, Silent, open_reporter
 from fr3e_jax.run.resume import Resumed, resume, set_aside
+from fr3e_jax.run.rollout_files import ROLLOUTS
 from fr3e_jax.run.run_dir import (
     begun_anew,
     changes,
@@ -56,6 +57,7 @@ from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writ
 from fr3e_jax.run.trackers import require_trackers
 from fr3e_jax.step.batch import SamplingError
 from fr3e_jax.step.metrics import Metrics
+from fr3e_jax.step.record import open_recorder
 from fr3e_jax.step.stages import draws_of
 from fr3e_jax.step.update import SkippedError, train_step
 
@@ -150,7 +152,12 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     hosts.meet("the run directory is there")
     lock.take(directory)
     keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-    checkpoints = Checkpoints(directory, keep, keep_every, dump(config))
+    recorder = stack.enter_context(
+        open_recorder(
+            config.record, directory, progress.step, hosts, parts.text, lambda line: reporter.say(line)
+        )
+    )
+    checkpoints = Checkpoints(directory, keep, keep_every, dump(config), recorder.settle)
     started -= progress.seconds
 
     with open_reporter(directory, config, progress.step) as reporter:
@@ -183,10 +190,11 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             while progress.unreported is not None or not (ended or is_last(config, parts, progress)):
                 if progress.unreported is None:
                     checkpoints.check()
+                    recorder.check()
                     lock.check()
                     with waiting(f"step {progress.step + 1}"):
                         state, carried, progress, metrics, sample = train_step(
-                            config, parts, reference, state, carried, progress, reporter.within_step
+                            config, parts, reference, state, carried, progress, reporter.within_step, recorder
                         )
                     unreported = {"metrics": metrics, "sample": sample}
                     progress = dataclasses.replace(progress, unreported=unreported)
@@ -308,6 +316,7 @@ def finish(
             "checkpoints": str(directory / "checkpoints"),
             "metrics": str(directory / "metrics.jsonl"),
             "rollouts to read": str(directory / "samples.jsonl"),
+            "every rollout": str(directory / ROLLOUTS),
             "log": str(directory / "log.txt"),
         },
     )

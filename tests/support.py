@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -73,9 +74,9 @@ SMALL = [
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
-    """Metrics of a run without what depends on the clock."""
+    """Metrics of a run without what depends on the clock and the machine."""
     lines = read_metrics(directory)
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
 
 
 def tiny_params(config: Qwen2Config = TINY, scale: float = 4.0) -> Params:
@@ -192,6 +193,17 @@ def call(module: str, *arguments: str) -> subprocess.CompletedProcess:
         for name, value in settings.items():
             jax.config.update(name, value)
     return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), error.getvalue())
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """No file grows beyond so many bytes, as `ulimit -f` has it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def free_port() -> int:

@@ -104,6 +104,8 @@ def test_a_run_killed_on_one_machine_goes_on_on_another(killed, bucket_run, whol
 def test_a_bucket_holds_what_a_directory_holds(bucket_run, whole_run):
     (_, files, _), (directory, _) = bucket_run, whole_run
     assert {name.split("/")[0] for name in files} == {each.name for each in directory.iterdir()}
+    rollouts = {each.name: each.read_bytes() for each in (directory / "rollouts").iterdir()}
+    assert {n.removeprefix("rollouts/"): x for n, x in files.items() if n.startswith("rollouts/")} == rollouts
     model = {each.name: each.read_bytes() for each in (directory / "model").iterdir()}
     assert {n.removeprefix("model/"): x for n, x in files.items() if n.startswith("model/")} == model
     ours, theirs = (

@@ -107,6 +107,7 @@ def test_what_can_run_is_not_refused():
         ({"rollout__max_prompt": 9}, ["rollout.max_prompt 9", "rollout.max_response 40", "48"]),
         ({"rollout__queries": 12}, ["rollout.queries", "12", "8"]),
         ({"evaluate__rows": 12}, ["evaluate.rows", "12", "8"]),
+        ({"evaluate__samples": 4}, ["evaluate.samples is 4", "evaluate.temperature 0"]),
         ({"optimizer__minibatches": 3}, ["optimizer.batch_states 16", "optimizer.minibatches 3"]),
         # 5 steps x 2 minibatches are all warm-up.
         (

@@ -36,7 +36,7 @@ from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.resume import refuse_other_questions
 from fr3e_jax.run.saved import DamagedError, Progress
 from fr3e_jax.run.step_progress import StepProgress
-from fr3e_jax.step.metrics import Measured, success_rates
+from fr3e_jax.step.measured import Measured, success_rates
 from fr3e_jax.step.update import train_step
 from fr3e_jax.train import is_last
 from fr3e_jax.types import Problem, Rollouts, States

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 import shutil
 import subprocess
 import time
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from support import SMALL, command, metrics, placement, run
+from support import SMALL, command, files_of_at_most, metrics, placement, run
 
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState
@@ -19,17 +18,6 @@ from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.reporter import Reporter, read_metrics
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """No file grows beyond so many bytes, as `ulimit -f` has it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

@@ -157,6 +157,7 @@ def texts_on(mesh):
     from fr3e_jax.problems.stream import QueryStream
     from fr3e_jax.rewards.pool import ScoringPool
     from fr3e_jax.rewards.verify import Verifier
+    from fr3e_jax.step.record import Recorder
     from fr3e_jax.types import Rollouts, States
 
     text, pool, read, scored = load_text(QUICKSTART_MODEL, "plain"), ScoringPool(["carry_addition"]), [], []
@@ -177,7 +178,10 @@ def texts_on(mesh):
     scored.clear()
     verifier = Verifier(text, here, pool)
     queries = QueryStream(None, text, 8, here).encode(problems, 40)
-    rewards = verifier.base(base, problems)()
+    own = {}
+    rewards = verifier.base(base, problems, own)()
+    recorder = Recorder(None, 1, here)
+    notes = {str(place): list(note) for place, note in sorted(recorder.gathered(own).items())}
     prefix_length = np.zeros((8, 2), np.int32)
     valid = np.array([[True, i % 3 > 0] for i in range(8)])
     states = States(np.arange(8, dtype=np.int32), np.zeros(8, np.int32), token[:, 0], prefix_length, valid)
@@ -188,6 +192,8 @@ def texts_on(mesh):
         "queries": [np.asarray(x).tolist() for x in (queries.token, queries.length, queries.index)],
         "rewards": rewards.tolist(),
         "whole": whole.tolist(),
+        "notes": notes,
+        "own_notes": len(own),
     }
 
 
@@ -198,9 +204,10 @@ def test_each_process_reads_and_verifies_its_own_rows_and_knows_all(tmp_path):
         alone = texts_on(mesh_of(*sizes))
         assert np.sum(alone["rewards"]) >= 4
         assert alone["queries"][2] == list(range(40, 48))  # places in the stream, which randomness follows
-        for name in ("queries", "rewards", "whole"):
+        for name in ("queries", "rewards", "whole", "notes"):
             assert each[0][name] == each[1][name] == alone[name], sizes
-        for name in ("read", "scored"):
+        assert alone["own_notes"] == 48 and all(note[1] for note in alone["notes"].values())
+        for name in ("read", "scored", "own_notes"):
             counts = [process[name] for process in each]
             assert sum(counts) == alone[name], sizes
             if sizes != (1, 1, 8):  # there every row is held by both, and one of them answers for it

@@ -49,9 +49,7 @@ LOSSES = [
     ("first_return", 0, signal.SIGKILL),
     ("update", 1, signal.SIGKILL),
     ("a save", 0, signal.SIGKILL),
-    ("an evaluation", 1, signal.SIGKILL),
-    ("update", 0, signal.SIGSTOP),
-    ("first_return", 1, signal.SIGSTOP),
+    ("an evaluation", 1, signal.SIGSTOP),
 ]
 
 

@@ -104,7 +104,7 @@ def test_the_caller_goes_on_while_answers_are_judged(pool, scorer):
     started = time.monotonic()
     judging = pool.begin(own(scorer, "hang"))
     assert time.monotonic() - started < 0.5
-    assert judging.result() == [Verdict(False, "")]
+    assert judging.result() == [Verdict(False, "", reason="the scorer ran out of time")]
 
 
 def test_what_is_asked_twice_is_judged_once_in_a_process_without_jax(pool, scorer, tmp_path):

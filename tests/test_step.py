@@ -77,7 +77,7 @@ def round_by(small_run, **explore):
     config = changed(config, **{f"explore__{name}": value for name, value in explore.items()})
     watch = Stopwatch()
     with jax.transfer_guard("disallow"):
-        opened = open_round(config, parts, params, 1, 0, watch)
+        opened = open_round(config, parts, params, 1, 0, watch, recorded=True)
         accepted, metrics, _, _ = close_round(config, parts, opened, watch)
     return opened, accepted, metrics, watch.seconds
 
@@ -91,6 +91,13 @@ def slow_but(*names, of):
 def test_every_rule_of_positions_finds_states_that_carry_a_gradient(small_run, rule):
     opened, accepted, metrics, seconds = round_by(small_run, rule=rule, min_gap=3)
     assert groups.count(accepted) > 0 and metrics["states/accepted"] > 0
+    # What the rule saw is recorded of the positions, and of nothing else.
+    statistic, positions = opened.for_record.statistic, opened.states.prefix_length[:, 1:]
+    assert (np.isfinite(statistic) == opened.states.valid[:, 1:]).all()
+    if rule in ("entropy", "surprisal"):
+        seen = opened.base.entropy if rule == "entropy" else -opened.base.logprob
+        seen = np.take_along_axis(seen[opened.states.query, opened.states.base], positions, axis=1)
+        np.testing.assert_array_equal(statistic[opened.states.valid[:, 1:]], seen[opened.states.valid[:, 1:]])
     gaps = np.diff(opened.states.prefix_length[:, 1:], axis=1)[opened.states.valid[:, 2:]]
     assert gaps.size and gaps.min() >= 3
     asks = rule not in ("entropy", "surprisal", "random", "uniform")

@@ -93,12 +93,23 @@ def test_a_run_ends_when_an_accuracy_is_reached_in_a_row_or_a_budget_is_spent():
     assert reason_to_end(EndConfig(flops=5e9), once, progress) == "end.flops 5e+09 are spent"
 
 
+FEW = """
+settings:
+  steps: 2
+  data: {held_out: 32}
+  rollout: {queries: 8}
+  explore: {positions: 2, rollouts: 4}
+  optimizer: {batch_states: 8}
+  evaluate: {rows: 32}
+"""
+
+
 @pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_draws_the_same_report_again_and_is_verified(tmp_path):
-    """The shipped one with two steps, by the real train command."""
+    """The shipped one with two small steps, by the real train command."""
     out, study = tmp_path / "out", tmp_path / "short.yaml"
     shipped = REPOSITORY / "configs" / "studies" / "quickstart.yaml"
-    study.write_text(f"base: {shipped}\nsettings: {{steps: 2}}\n")
+    study.write_text(f"base: {shipped}\n{FEW}")
     with subprocess.Popen(**start_of("study", study, "--out", out)) as killed:
         deadline = time.monotonic() + 300
         while not list(out.glob("runs/*/*/*/*/checkpoints/*")) and time.monotonic() < deadline:

@@ -28,6 +28,7 @@ from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.rewards.rules import scorer_of
 from fr3e_jax.run.lock_file import LOCK_FILE
 from fr3e_jax.run.reporter import read_metrics
+from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.run_dir import (
     begun_anew,
     completed,
@@ -93,6 +94,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_as_if_nothing_had_happened
     assert f"left by train, process {process.pid} on " in again.stdout and "taken over" in again.stdout
     assert not (directory / LOCK_FILE).exists()
     assert metrics(directory) == metrics(whole_run[0])
+    assert read_rollouts(directory).equals(read_rollouts(whole_run[0]))
     ours, theirs = ((d / "model" / "model.safetensors").read_bytes() for d in (directory, whole_run[0]))
     assert ours == theirs
 
@@ -208,6 +210,21 @@ def test_the_exported_model_says_the_same_in_transformers(whole_run):
         assert set(padding) <= {model.generation_config.pad_token_id}
         right += scorer_of(problem.scorer)(text.decode([theirs])[0], problem.answer, None).right
     assert right / 32 == metrics(whole_run[0])[-1]["eval/accuracy"]
+
+
+@pytest.mark.slow
+def test_sampled_evaluations_measure_the_success_rate_that_first_return_does(tmp_path):
+    """Before the first update both ask the same policy, of problems of one distribution."""
+    flags = ["--evaluate.temperature=1", "--evaluate.samples=16"]
+    done = call("train", *SMALL, *flags, "--steps=1", "--evaluate.every=0", "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    before, after = metrics(tmp_path / "run")
+    answers = 32 * 16
+    right = before["eval/accuracy"] * answers
+    assert right == pytest.approx(round(right)) and right % 16  # answers to a problem differ
+    share = after["reward/base_mean"]  # of 8 questions; what differs between questions counts
+    assert abs(before["eval/accuracy"] - share) < 4 * np.sqrt(share * (1 - share) * (1 / 32 + 1 / 8))
+    assert before["eval/accuracy"] != after["eval/accuracy"]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import jsonargparse
 
 from fr3e_jax.bench.adaptive import measure_adaptive
 from fr3e_jax.bench.load import measure_loading
+from fr3e_jax.bench.record import measure_recording
 from fr3e_jax.bench.rollout import rollout
 from fr3e_jax.bench.score import measure_scoring
 from fr3e_jax.bench.update import update
@@ -24,6 +25,7 @@ from fr3e_jax.parallel.mesh import PlacementError
 BENCHMARK_FUNCTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "adaptive": measure_adaptive,
     "load": measure_loading,
+    "record": measure_recording,
     "rollout": rollout,
     "score": measure_scoring,
     "update": update,

@@ -207,6 +207,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecordConfig:
+    """The rollouts that a run keeps in its folder rollouts, a file a step (fr3e_jax/run/README.md)."""
+
+    every: NonNegativeInt = 1
+    """Steps between those whose rollouts are kept, all of them; 0 keeps none."""
+    max_gb: PositiveNumber = 20.0
+    """Most that these files may take, GiB. When they take more, some are deleted until they take nine tenths:
+    of older steps more than of newer ones, and the last one stays. The log says which."""
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """The device mesh; the product is the number of devices, and -1 means all that are left."""
 
@@ -261,5 +272,6 @@ class Config:
     alarms: AlarmsConfig = dataclasses.field(default_factory=AlarmsConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

@@ -22,6 +22,7 @@ from orbax.checkpoint import multihost
 
 from fr3e_jax.config import ConfigError, DistributedConfig
 from fr3e_jax.parallel.mesh import MESH_AXES
+from fr3e_jax.parallel.sizes import next_power_of_two
 from fr3e_jax.parallel.waiting import HERE, HostError, rank, reporting_losses, waiting
 
 INITIALIZE = "FR3E_DISTRIBUTED"
@@ -149,6 +150,23 @@ class Hosts:
         own[jax.process_index(), : len(raw)] = list(raw)
         rows = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self.add_up(own, where)]
         return next(filter(None, rows), "")
+
+    def gather_bytes(self, data: bytes, where: str) -> list[bytes]:
+        """Share bytes of any length: all processes return those of each process, in their order.
+
+        Raises:
+          HostError: not all of them came in time.
+        """
+        if jax.process_count() == 1:
+            return [data]
+        lengths = np.zeros(jax.process_count(), np.int32)
+        lengths[jax.process_index()] = len(data)
+        lengths = self.add_up(lengths, where)
+        padded = np.zeros(next_power_of_two(int(lengths.max())), np.uint8)  # a program for each length
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        with waiting(where):
+            rows = np.asarray(multihost_utils.process_allgather(padded))
+        return [row[:length].tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
 
     def require_same(self, number: int, what: str) -> None:
         """Refuse what is not the same on every host.

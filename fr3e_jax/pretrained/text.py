@@ -80,6 +80,15 @@ class Text:
         """The bytes that each id adds to a text, by id."""
         return token_bytes(self.tokenizer)
 
+    @functools.cached_property
+    def spoken(self) -> list[bytes]:
+        """The bytes that each id adds to the text of an answer, by id: none of control tokens."""
+        pieces = list(self.pieces)
+        for number, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special:
+                pieces[number] = b""
+        return pieces
+
     def sentence_starts(self, token: Any, length: Any) -> Bool[np.ndarray, "N S"]:
         """Mark the tokens that sentences, lines and steps of responses begin with.
 

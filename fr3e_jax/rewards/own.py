@@ -19,6 +19,7 @@ from fr3e_jax.rewards.verdict import Facts, GroupScorer, Scorer, ScorerError, Ve
 GROUP = "fr3e_jax.tasks"
 ROW = "row"  # the parameter of score and score_group that takes the whole row of the problem
 TOTAL = "score"  # the named part that is the score itself, where there is one
+REASON = "reason"  # the named part that is a text: why the score is what it is
 ROUNDING = 1e-6  # by which a sum of parts may be outside of [0, 1]
 EXPECTED = (
     "return True, False, a number in [0, 1], or named parts such as {'answer': 0.8, 'form': 0.2}, whose sum "
@@ -160,8 +161,11 @@ def verdict(value: Any, response: str, returned: str) -> Verdict:
       ScorerError: it is no score.
     """
     parts: tuple[tuple[str, float], ...] = ()
+    reason = ""
     total = finite_number(value)
     if isinstance(value, dict):
+        if isinstance(value.get(REASON), str):
+            reason, value = value[REASON], {name: part for name, part in value.items() if name != REASON}
         numbers = {name: finite_number(part) for name, part in value.items()}
         if not numbers or any(part is None or not isinstance(name, str) for name, part in numbers.items()):
             raise ScorerError(f"{returned}; {EXPECTED}")
@@ -169,7 +173,7 @@ def verdict(value: Any, response: str, returned: str) -> Verdict:
         total = dict(parts).get(TOTAL, math.fsum(part for _, part in parts))
     if total is None or not -ROUNDING <= total <= 1 + ROUNDING:
         raise ScorerError(f"{returned}; {EXPECTED}")
-    return Verdict(min(max(total, 0.0), 1.0), response, parts)
+    return Verdict(min(max(total, 0.0), 1.0), response, parts, reason)
 
 
 def finite_number(value: Any) -> float | None:

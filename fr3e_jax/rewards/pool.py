@@ -32,6 +32,10 @@ PIECE = 16  # answers that a worker takes at a time
 PIECES = 512  # after which a worker is replaced, whatever it has gathered
 RENEWED = 5  # times in a row that all workers may end before one has judged anything
 DEATH_SIGNAL = 1  # of Linux's prctl
+# Reasons of verdicts that no scorer gave.
+OUT_OF_TIME = "the scorer ran out of time"
+OUT_OF_MEMORY = "the scorer ran out of memory, or nested too deeply"
+WORKER_ENDED = "the process that judged it ended"
 
 
 class Asked(NamedTuple):
@@ -42,10 +46,10 @@ class Asked(NamedTuple):
     answer: str
     facts: Facts
 
-    @property
-    def wrong(self) -> "Verdicts":
+    def wrong(self, reason: str) -> "Verdicts":
         """The verdict without one of the scorer's: that the answer, or each of the group, is wrong."""
-        return WRONG if isinstance(self.response, str) else (WRONG,) * len(self.response)
+        verdict = WRONG._replace(reason=reason)
+        return verdict if isinstance(self.response, str) else (verdict,) * len(self.response)
 
 
 Verdicts = Verdict | tuple[Verdict, ...]
@@ -63,7 +67,7 @@ def judge_piece(piece: Sequence[Asked]) -> list[Verdicts]:
         try:
             verdicts.append(scorer(asked.response, asked.answer, asked.facts))
         except (MemoryError, RecursionError):
-            verdicts.append(asked.wrong)
+            verdicts.append(asked.wrong(OUT_OF_MEMORY))
     return verdicts
 
 
@@ -220,9 +224,10 @@ class Judging:
                 self.pool.renewed = 0
             except BrokenProcessPool:
                 self.pieces.append((numbers, piece, self.pool.send(piece)))
-            except (TimeoutError, ProcessExpired):
+            except (TimeoutError, ProcessExpired) as error:
                 if len(piece) == 1:
-                    self.verdicts[numbers[0]] = wrong = piece[0].wrong
+                    reason = OUT_OF_TIME if isinstance(error, TimeoutError) else WORKER_ENDED
+                    self.verdicts[numbers[0]] = wrong = piece[0].wrong(reason)
                     self.pool.timed_out += 1 if isinstance(wrong, Verdict) else len(wrong)
                     continue
                 alone = [([n], [a], self.pool.send([a])) for n, a in zip(numbers, piece, strict=True)]

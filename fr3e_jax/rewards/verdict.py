@@ -10,12 +10,14 @@ class Verdict(NamedTuple):
     """The judgement of one answer.
 
     score: in [0, 1]; True and False are 1 and 0. extracted: the part of the response that was judged, or an
-    empty text. parts: (name, number) of what a user's own scorer reports beside the score.
+    empty text. parts: (name, number) of what a user's own scorer reports beside the score. reason: why the
+    score is what it is, for people, or an empty text.
     """
 
     score: float
     extracted: str
     parts: tuple[tuple[str, float], ...] = ()
+    reason: str = ""
 
     @property
     def right(self) -> bool:

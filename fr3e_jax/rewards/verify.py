@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,48 @@ from fr3e_jax.types import Problem, Rollouts, States
 
 Rewards = Callable[[], np.ndarray]
 """Waits for the verdicts, and returns the rewards that they give."""
+
+MOST_EXTRACTED = 1000  # characters of the part of a response that was judged
+
+
+class Note(NamedTuple):
+    """What a verdict says beside the score, for people.
+
+    reason: why the score is what it is; the named parts where the scorer gives no reason. extracted: the part
+    of the response that was judged, its first characters where it is long.
+    """
+
+    reason: str
+    extracted: str
+
+
+Notes = dict[int, Note]
+"""Place of an answer in the flattened array of rewards -> the note on it, of the answers of this process."""
+
+
+def notes_on(
+    answers: int, counted: Sequence[int], answered: Sequence[Verdict], formed: Sequence[Verdict]
+) -> list[Note]:
+    """Write the notes on answers.
+
+    Args:
+      answers: how many there are.
+      counted: numbers of those that were judged; the length limit cut off the others.
+      answered: verdicts on what they answer; () where no reward depends on it.
+      formed: verdicts on their form; () likewise.
+    """
+    notes = [Note("cut off by the length limit", "")] * answers
+    for n, i in enumerate(counted):
+        reasons, extracted = [], ""
+        if answered:
+            verdict = answered[n]
+            extracted = verdict.extracted[:MOST_EXTRACTED]
+            parts = ", ".join(f"{name} {part:g}" for name, part in verdict.parts)
+            reasons = [reason for reason in (verdict.reason, parts) if reason]
+        if formed and not formed[n].right:
+            reasons.append(formed[n].reason or "not of the form reward.pattern")
+        notes[i] = Note("; ".join(reasons), extracted)
+    return notes
 
 
 class PartMeans:
@@ -109,6 +151,7 @@ class Verifier:
         stopped: Sequence[bool],
         problems: Sequence[Problem],
         groups: Sequence[int] | None = None,
+        noted: Callable[[list[Note]], Any] | None = None,
     ) -> Rewards:
         """Start to find the rewards of whole answers.
 
@@ -117,6 +160,7 @@ class Verifier:
           stopped: whether each came to an end.
           problems: which problem each is an answer to.
           groups: number of the group that each belongs to, as for `begin`.
+          noted: takes the notes on all answers, in their order, once they are judged; None: nobody asks.
 
         Returns:
           A function that waits for them, float32 [len(answers)], in [0, 1].
@@ -138,22 +182,26 @@ class Verifier:
 
         def result() -> np.ndarray:
             total = np.zeros(len(texts), np.float32)
-            for weight, verdicts in ((config.answer, answered()), (config.format, formed())):
+            judged = answered(), formed()
+            for weight, verdicts in zip((config.answer, config.format), judged, strict=True):
                 if verdicts:
                     total[counted] += weight * np.array([verdict.score for verdict in verdicts], np.float32)
                 self.parts.add(verdicts)
+            if noted is not None:
+                noted(notes_on(len(texts), counted, *judged))
             if config.cut == "shaped":
                 total *= length_factor(length, self.max_response, config.cut_slope)
             return total / np.float32(config.answer + config.format)
 
         return result
 
-    def base(self, rollouts: Rollouts, problems: Sequence[Problem]) -> Rewards:
+    def base(self, rollouts: Rollouts, problems: Sequence[Problem], notes: Notes | None = None) -> Rewards:
         """Start to find the rewards of answers that were sampled from the query alone; a query's are a group.
 
         Args:
           rollouts: on the host, [B, R, S] leaves.
           problems: B of them.
+          notes: takes the notes on the answers of this process, by their place in [B, R]; None: nobody asks.
 
         Returns:
           A function that waits for them, float32 [B, R].
@@ -163,7 +211,9 @@ class Verifier:
         answers = [rollouts.token[i, j, : rollouts.length[i, j]] for i in here for j in range(r)]
         own = [problem for problem in (problems[i] for i in here) for _ in range(r)]
         groups = [i for i in here for _ in range(r)]
-        wait = self.rewards(answers, rollouts.stopped[here].reshape(-1), own, groups)
+        places = [i * r + j for i in here for j in range(r)]
+        stopped = rollouts.stopped[here].reshape(-1)
+        wait = self.rewards(answers, stopped, own, groups, noting(notes, places))
 
         def result() -> np.ndarray:
             reward = np.zeros((b, r), np.float32)
@@ -172,7 +222,13 @@ class Verifier:
 
         return result
 
-    def whole(self, states: States, rollouts: Rollouts, problems: Sequence[Problem]) -> Rewards:
+    def whole(
+        self,
+        states: States,
+        rollouts: Rollouts,
+        problems: Sequence[Problem],
+        notes: Notes | None = None,
+    ) -> Rewards:
         """Start to find the rewards of the whole answers that partial rollouts complete, with their prefixes.
 
         The answers of a state are a group.
@@ -181,6 +237,8 @@ class Verifier:
           states: on the host.
           rollouts: on the host, [N, J x M, S] leaves, state-major.
           problems: of the round's queries.
+          notes: takes the notes on the answers of this process, by their place in [N, J, M]; None: nobody
+            asks.
 
         Returns:
           A function that waits for them, float32 [N, J, M], 0 where no rollout was drawn.
@@ -193,7 +251,9 @@ class Verifier:
         stopped = rollouts.stopped.reshape(n, j, m)[mine]
         own = {query: problems[query] for query in sorted({int(states.query[a]) for a, _, _ in where})}
         asked = [own[int(states.query[a])] for a, _, _ in where]
-        wait = self.rewards(answers, stopped, asked, [a * j + b for a, b, _ in where])
+        places = np.flatnonzero(mine).tolist()
+        groups = [a * j + b for a, b, _ in where]
+        wait = self.rewards(answers, stopped, asked, groups, noting(notes, places))
 
         def result() -> np.ndarray:
             reward = np.zeros((n, j, m), np.float32)
@@ -246,6 +306,13 @@ class Verifier:
             "rewards": [float(reward[n, j, m]) for m in picks],
             "value": float(rewards.mean()),
         }
+
+
+def noting(notes: Notes | None, places: Sequence[int]) -> Callable[[list[Note]], Any] | None:
+    """Make what puts notes on answers to their places; None where nobody asks for them."""
+    if notes is None:
+        return None
+    return lambda found: notes.update(zip(places, found, strict=True))
 
 
 def grouped(problems: Sequence[Problem], groups: Sequence[int] | None) -> list[list[int]]:

@@ -82,7 +82,7 @@ def wasted_sampling(lines: MetricLines, threshold: float, window: int) -> AlarmF
         "advice": "questions are too easy: take harder ones, or set data.retire_above"
         if right.sum() > wrong.sum()
         else "questions are too hard: take easier ones, a stronger model, or data.sample_by difficulty, and "
-        "read in samples.jsonl whether right answers are scored as such",
+        "read in rollouts/ whether right answers are scored as such",
     }
 
 
@@ -282,8 +282,8 @@ ALARMS: dict[str, Alarm] = {
     "spike": Alarm(
         update_spikes,
         "updates are far from what is usual ({spikes}; in brackets the median before); lower "
-        "optimizer.learning_rate or optimizer.max_grad_norm, set loss.dual_clip, and read the states of "
-        "these steps in samples.jsonl",
+        "optimizer.learning_rate or optimizer.max_grad_norm, set loss.dual_clip, and read what was "
+        "trained on in rollouts/",
     ),
     "timeouts": Alarm(
         scorer_timeouts,
@@ -300,7 +300,7 @@ ALARMS: dict[str, Alarm] = {
         gamed_scorer,
         "the held-out accuracy fell from {best:.1%} (evaluations of steps {of}) to {accuracy:.1%} while the "
         "reward rose from {reward_before:.2f} to {reward:.2f}, so that answers may please the scorer and be "
-        "wrong; read those with reward 1 in samples.jsonl from step {first} to {last}, and go on from an "
+        "wrong; read those with reward 1 of steps {first} to {last} in rollouts/, and go on from an "
         "earlier checkpoint with a stricter scorer, more questions or loss.kl_coefficient",
     ),
 }

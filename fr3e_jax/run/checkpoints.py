@@ -5,6 +5,7 @@ leaves the last whole one. `saved` reads one, and `resume` chooses which.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ class Checkpoints:
         keep: int | None,
         keep_every: int = 0,
         settings: str | None = None,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the checkpoints of a run.
 
@@ -41,12 +43,13 @@ class Checkpoints:
             directory is made.
           keep_every: checkpoints of steps that this divides are kept too; 0 keeps none of them.
           settings: text of the run's config.yaml, which is saved in each checkpoint.
+          before: called before each save, which must not be ahead of what it writes.
 
         Raises:
           StorageError: the directory cannot be made.
         """
         quiet_orbax()
-        self.settings = settings
+        self.settings, self.before = settings, before
         place = absolute(directory) / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -81,6 +84,7 @@ class Checkpoints:
         """
         if self.latest() == progress.step:
             return  # saved already by a run that was stopped in the evaluation after this step
+        self.before()
         items = {
             "params": as_leaves(state.params),
             "optimizer": as_leaves(state.optimizer),

@@ -30,6 +30,7 @@ from fr3e_jax.run.trackers import Tracker, close_trackers, open_trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 SUMMARY_FILE, LOG_FILE = "summary.json", "log.txt"
+NO_STAGES = ("time/step", "time/evaluate", "time/share_")
 
 
 class Stopwatch:
@@ -318,7 +319,7 @@ def step_line(metrics: Mapping[str, Any], before: Mapping[str, Any] | None = Non
         stages = " ".join(
             f"{name.removeprefix('time/')} {value:.1f}"
             for name, value in metrics.items()
-            if name.startswith("time/") and name not in ("time/step", "time/evaluate")
+            if name.startswith("time/") and not name.startswith(NO_STAGES)
         )
         parts.append(f"{metrics['time/step']:.1f} s ({stages})")
     if "eval/accuracy" in metrics:

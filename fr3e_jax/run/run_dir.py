@@ -35,6 +35,7 @@ RESUMABLE = {
     "alarms",
     "report",
     "checkpoint",
+    "record",
     "mesh",
     "distributed",
     "model.export_dtype",

@@ -19,6 +19,7 @@ from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.diagnosis import no_signal
 from fr3e_jax.step.metrics import Metrics
+from fr3e_jax.step.record import Recorder
 from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.types import StateGroups
 
@@ -53,6 +54,7 @@ def fill_batch(
     progress: Progress,
     shown: StepProgress,
     watch: Stopwatch,
+    recorder: Recorder | None = None,
 ) -> SampledBatch:
     """Stages 1 to 9, round after round, until the batch is full.
 
@@ -63,12 +65,15 @@ def fill_batch(
     rounds: list[Metrics] = []
     visits: list[tuple[np.ndarray, np.ndarray]] = []
     excerpt, waiting, params, ahead = None, carried, None, None
+    recorder = None if recorder is None else recorder.begin(step)
     shown.begin(step, groups.count(carried), wanted)
     while groups.count(waiting) < wanted:
         if len(rounds) == most:
             if may_be_short(config, groups.count(waiting), progress.empty_steps):
                 break
             late = count_timed_out(parts.verifier, timed_out)
+            if recorder is not None:
+                recorder.end()
             raise SamplingError(
                 f"step {step}: {most} rounds gave {groups.count(waiting)} of {wanted} states that carry a "
                 f"gradient{after_others(progress.empty_steps)}. {no_signal(config, rounds, late)}"
@@ -76,17 +81,21 @@ def fill_batch(
         if params is None:
             params = parts.policy.sampling_params(state.params)
         shown.round(len(rounds) + 1, most)
-        opened = ahead or open_round(config, parts, params, step, position, watch, progress.rates)
+        how = watch, progress.rates, recorder is not None
+        opened = ahead or open_round(config, parts, params, step, position, *how)
         ahead, position = None, opened.following
         if groups.count(waiting) + opened.most < wanted and len(rounds) + 1 < most:
             # There will be another round, whatever the verdicts on this one.
-            ahead = open_round(config, parts, params, step, position, watch, progress.rates)
-        accepted, round_metrics, excerpt, success = close_round(config, parts, opened, watch)
+            ahead = open_round(config, parts, params, step, position, *how)
+        accepted, round_metrics, excerpt, success = close_round(config, parts, opened, watch, recorder)
         visits.append((opened.queries.index, success))
         waiting = groups.concatenate(waiting, accepted)
         rounds.append(round_metrics)
         shown.states(groups.count(waiting))
     shown.end()
+    if recorder is not None:
+        with watch.stage("record"):
+            recorder.end()
 
     metrics: Metrics = {"rounds": len(rounds)}
     if rounds:

@@ -27,7 +27,7 @@ def decision_metrics(
     Args:
       base: base trajectories, leaves [B, R, S], on the host.
       states: of the kept trajectories, on the host.
-      problems: of the B queries by their rows.
+      problems: of the B queries, each read by its row.
       decode: gives the texts of rows of tokens.
 
     Returns:

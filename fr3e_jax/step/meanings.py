@@ -63,6 +63,12 @@ OTHERS: dict[str, Meaning] = {
         STEP,
     ),
     "tokens/trained": Meaning("tokens that carry loss, over all epochs", "tokens", STEP),
+    "tokens/per_accepted": Meaning(
+        "tokens that were drawn for each accepted state",
+        "tokens",
+        STEP,
+        "a rise: few states carry a gradient",
+    ),
     "tokens/total": Meaning("tokens that were drawn", "tokens", RUN),
     "rows/decoded": Meaning("batch rows that were decoded, one a token, idle ones too", "tokens", STEP),
     "rows/occupancy": Meaning(
@@ -93,9 +99,31 @@ OTHERS: dict[str, Meaning] = {
     ),
     "time/STAGE": Meaning(
         "of a stage: tokenize, first_return, verify, positions (where explore.rule measures something), "
-        "pilots (of mutual_information), explore, mismatch, update, and step for all",
+        "pilots (of mutual_information), explore, record (what the step spends on keeping its rollouts), "
+        "mismatch, update, and step for all",
         "seconds",
         STEP,
+    ),
+    "time/share_verify": Meaning(
+        "share of the step's time that waited for verdicts, beyond what was judged beside sampling",
+        "share",
+        STEP,
+        "much: raise scoring.workers, or lower scoring.time_limit",
+    ),
+    "time/share_idle": Meaning(
+        "share of the step's time in no stage of the devices, which waited for the host",
+        "share",
+        STEP,
+        "much above time/share_verify: tokenizing, copies, or what else the host does",
+    ),
+    "memory/host": Meaning(
+        "memory that the first process holds at the end of the step", "GiB", "the process", "should not grow"
+    ),
+    "memory/device": Meaning(
+        "most memory that a device of the first process has held, where the device tells",
+        "GiB",
+        RUN,
+        "near what the device has: lower optimizer.micro_tokens or rollout.queries",
     ),
     "time/evaluate": Meaning("of the evaluation after the step", "seconds", STEP),
     "update/loss": Meaning("the loss", "", UPDATES),

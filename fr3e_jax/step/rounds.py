@@ -39,8 +39,10 @@ from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.decisions import decision_metrics
-from fr3e_jax.step.metrics import Measured, Metrics, cost_metrics, measure, success_rates
+from fr3e_jax.step.measured import Measured, success_rates
+from fr3e_jax.step.metrics import Metrics, cost_metrics, measure
 from fr3e_jax.step.pilots import Judged, sample_pilots
+from fr3e_jax.step.record import ForRecord, Recorder, position_statistic
 from fr3e_jax.step.sources import source_metrics
 from fr3e_jax.step.stages import (
     Draws,
@@ -71,6 +73,8 @@ class Round:
     """Position in the stream behind the round's queries."""
     counted: Bool[np.ndarray, "N J M"] | None = None
     """Which of the rollouts count; None: all. Others were never drawn, or their rewards are not known."""
+    for_record: ForRecord | None = None
+    """What the record of the round needs beside; None where it is not recorded."""
 
     @property
     def most(self) -> int:
@@ -86,6 +90,7 @@ def open_round(
     position: int,
     watch: Stopwatch,
     rates: SuccessRates | None = None,
+    recorded: bool = False,
 ) -> Round:
     """Stages 1 to 7, and the beginning of 8: answers are judged while the caller goes on.
 
@@ -98,12 +103,15 @@ def open_round(
       position: in the stream, from which the round takes its queries.
       watch: takes the time of each stage.
       rates: of questions, by which the stream passes over some.
+      recorded: whether its rollouts are kept.
 
     Raises:
       NotFiniteError: tokens were drawn from logits that are not finite.
     """
     engine, verifier, model = parts.engine, parts.verifier, parts.policy.model.config
     draws, place = draws_of(config.seed, step, engine.placement), engine.placement.place_rows
+    kept_for = ForRecord() if recorded else None
+    base_notes, notes = (None, None) if kept_for is None else (kept_for.base_notes, kept_for.notes)
     with watch.stage("tokenize"):
         queries, problems, following = parts.stream.take(position, config.rollout.queries, rates)
     placed = place(queries)
@@ -113,10 +121,12 @@ def open_round(
     require_finite(base, f"step {step}, base trajectories")
     costs = {"first_return": rollout_cost(model, queries, base, int(row_steps))}
     with watch.stage("verify"):
-        base_rewards = verifier.base(base, problems)
+        base_rewards = verifier.base(base, problems, base_notes)
         base = parts.text.trimmed(base)
     if caches is None:
-        return Round(queries, problems, base, None, roots(base), base, base_rewards, costs, following)
+        return Round(
+            queries, problems, base, None, roots(base), base, base_rewards, costs, following, None, kept_for
+        )
     with watch.stage("verify"):
         base_reward = base_rewards()
     index, placed_reward, counted = place((queries.index, base_reward, uncut(config, base)))
@@ -140,16 +150,22 @@ def open_round(
     require_finite(rollouts, f"step {step}, partial rollouts")
     costs["explore"] = rollout_cost(model, queries, rollouts, int(row_steps), states)
     with watch.stage("verify"):
-        rewards = verifier.whole(states, rollouts, problems)
+        rewards = verifier.whole(states, rollouts, problems, notes)
         rollouts = parts.text.trimmed(rollouts, states)
     counted = None if states.rollouts is None else states.drawn(config.explore.rollouts)
-    return Round(queries, problems, base, base_reward, states, rollouts, rewards, costs, following, counted)
+    if kept_for is not None:
+        found = states, placed_states, value, measures
+        kept_for.statistic = position_statistic(
+            config.explore, engine.placement, draws, queries, base, sampled, *found
+        )
+    known = queries, problems, base, base_reward, states, rollouts, rewards, costs, following
+    return Round(*known, counted, kept_for)
 
 
 def close_round(
-    config: Config, parts: Parts, opened: Round, watch: Stopwatch
+    config: Config, parts: Parts, opened: Round, watch: Stopwatch, recorder: Recorder | None = None
 ) -> tuple[StateGroups, Metrics, dict[str, Any] | None, Float32[np.ndarray, " B"]]:
-    """The end of stage 8, and 9.
+    """The end of stage 8, and 9; a recorder gets the round if it was opened to be recorded.
 
     Returns:
       (accepted states, metrics, a state with two of its continuations for people to read, the share of right
@@ -188,6 +204,9 @@ def close_round(
         trained=credit.trained,
         gathered=gathered,
     )
+    if recorder is not None and opened.for_record is not None:
+        with watch.stage("record"):
+            recorder.add(queries, opened.problems, measured, opened.for_record)
     excerpt = parts.verifier.excerpt(credit.accepted, states, rollouts, reward, opened.problems, counted)
     metrics = measure(measured) | cost_metrics(opened.costs)
     if opened.base_reward is not None:

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float32, Int32, Key
 from fr3e_jax.algorithm.amounts import LEAST_POSITIONS, LEAST_ROLLOUTS, adapted_amount
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.keep import keep_trajectories
-from fr3e_jax.algorithm.positions import positions_of
+from fr3e_jax.algorithm.positions import POSITION_RULES, positions_of
 from fr3e_jax.algorithm.reject import accept_states, trained_rows
+from fr3e_jax.algorithm.rules import function_of
 from fr3e_jax.algorithm.states import states_of
 from fr3e_jax.algorithm.trajectories import Measures, Trajectories
 from fr3e_jax.config import CreditConfig, ExploreConfig, with_functions
@@ -202,6 +203,34 @@ def compiled_states(
         all have as many.
       measures: of the N trajectories, what the rule needs.
     """
+    placement = Placement(mesh)
+    response, trajectories = trajectories_of(
+        rules, mesh, draws, base, length, index, query, trajectory, value, measures
+    )
+    rollouts = None if value is None else adapted_amount(rules.rollouts, value, LEAST_ROLLOUTS)
+    position, valid = positions_of(rules.rule, trajectories)
+    prefix_length, valid = states_of(position, valid)
+    states = States(query, trajectory, response, prefix_length, valid & real[:, None], rollouts)
+    return jax.tree.map(lambda x: placement.shard(x, "batch"), states)
+
+
+def trajectories_of(
+    rules: ExploreConfig,
+    mesh: Mesh,
+    draws: Draws,
+    base: Rollouts,
+    length: Array,
+    index: Array,
+    query: Array,
+    trajectory: Array,
+    value: Array | None,
+    measures: Measures | None,
+) -> tuple[Array, Trajectories]:
+    """Lay kept trajectories out as a position rule sees them; the arguments are those of `compiled_states`.
+
+    Returns:
+      (ids of each, int32 [N, S], what a rule sees of them).
+    """
     placement, parts = Placement(mesh), row_parts(mesh)
     per_part = length.shape[0] // parts
 
@@ -221,10 +250,7 @@ def compiled_states(
     )
     # Branch numbers from 1: 0 chose the trajectories.
     keys = jax.vmap(row_key, (None, None, 0, 0))(draws.choices, draws.step, index, 1 + trajectory)
-    wanted = rollouts = None
-    if value is not None:
-        wanted = adapted_amount(rules.positions, value, LEAST_POSITIONS)
-        rollouts = adapted_amount(rules.rollouts, value, LEAST_ROLLOUTS)
+    wanted = None if value is None else adapted_amount(rules.positions, value, LEAST_POSITIONS)
     trajectories = Trajectories(
         entropy=entropy,
         logprob=logprob,
@@ -235,10 +261,17 @@ def compiled_states(
         wanted=wanted,
         measures=measures or Measures(),
     )
-    position, valid = positions_of(rules.rule, trajectories)
-    prefix_length, valid = states_of(position, valid)
-    states = States(query, trajectory, response, prefix_length, valid & real[:, None], rollouts)
-    return jax.tree.map(lambda x: placement.shard(x, "batch"), states)
+    return response, trajectories
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "mesh"))
+def compiled_scores(
+    rules: ExploreConfig, mesh: Mesh, position: Int32[AnyArray, "N K"], *arguments: Any
+) -> Float32[Array, "N K"]:
+    """Score the tokens at positions by the rule that chose them; the others are as for `trajectories_of`."""
+    _, trajectories = trajectories_of(rules, mesh, *arguments)
+    score = function_of(POSITION_RULES, rules.rule)(trajectories)
+    return Placement(mesh).shard(jnp.take_along_axis(score, position, axis=1), "batch")
 
 
 @pytree

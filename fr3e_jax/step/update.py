@@ -21,7 +21,9 @@ from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.batch import fill_batch
+from fr3e_jax.step.machine import memory_metrics, waiting_metrics
 from fr3e_jax.step.metrics import Metrics, summarize_step
+from fr3e_jax.step.record import Recorder
 from fr3e_jax.step.weigh import weigh
 from fr3e_jax.types import StateGroups
 
@@ -38,6 +40,7 @@ def train_step(
     carried: StateGroups,
     progress: Progress,
     shown: StepProgress,
+    recorder: Recorder | None = None,
 ) -> tuple[TrainState, StateGroups, Progress, Metrics, dict[str, Any] | None]:
     """Rounds until the batch is full, then the update.
 
@@ -49,6 +52,7 @@ def train_step(
       carried: accepted states that the step before left over.
       progress: up to the step before.
       shown: tells people how far the step is.
+      recorder: keeps the rollouts; None keeps none.
 
     Returns:
       (state, carried and progress after this step, its metrics, a state for people to read).
@@ -58,10 +62,11 @@ def train_step(
         let the step use what there is.
       NotFiniteError: tokens were drawn from logits that are not finite.
       Interrupted: the run is asked to stop, and `state` is untouched.
+      StorageError: rollouts of the step before could not be written.
     """
     watch, started, wanted = Stopwatch(), time.perf_counter(), config.optimizer.batch_states
     step, bonus = progress.step + 1, bonus_of(config.loss, progress)
-    sampled = fill_batch(config, parts, state, carried, progress, shown, watch)
+    sampled = fill_batch(config, parts, state, carried, progress, shown, watch, recorder)
     parts.engine.between()  # for the last time while there is a state to save: updates replace it
     batch, carried = groups.split(sampled.states, wanted)
     batch, weighing = weigh(config, parts, state, batch, watch)
@@ -77,7 +82,11 @@ def train_step(
         metrics["states/missing"] = wanted - groups.count(batch)
     if bonus is not None:
         metrics["update/entropy_coefficient"] = bonus
-    metrics |= watch.metrics() | {"time/step": round(time.perf_counter() - started, 4)}
+    if metrics.get("states/accepted"):
+        metrics["tokens/per_accepted"] = metrics["tokens/generated"] / metrics["states/accepted"]
+    seconds = time.perf_counter() - started
+    metrics |= watch.metrics() | waiting_metrics(watch.seconds, seconds) | memory_metrics()
+    metrics["time/step"] = round(seconds, 4)
     progress = dataclasses.replace(
         progress,
         step=step,

@@ -122,12 +122,21 @@ def draw_curves(figure_class: Any, analysis: Analysis, axis: str, seed: int) -> 
                     grid[shown], low[shown], high[shown], color=f"C{number % 10}", alpha=0.2, lw=0
                 )
         panel.set(title=task, xlabel=AXIS_LABELS[axis])
+        shorten(panel)
     panels[0].set(ylabel="held-out accuracy", ylim=(0, 1.02))
     panels[-1].legend(frameon=False)
     figure.suptitle(
         f"{analysis.header.study}: interquartile mean of {analysis.seeds()}, 95% intervals", fontsize=9
     )
     return figure
+
+
+def shorten(panel: Any) -> None:
+    """Write large numbers under a panel as 200k or 1.5M."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(5))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def draw_arms(figure_class: Any, analysis: Analysis) -> Any:

@@ -18,6 +18,7 @@ WITHOUT_INFLUENCE = (
     "compilation_cache",
     "checkpoint",
     "distributed",
+    "record",
     "scoring.workers",
     "model.export_dtype",
 )
