@@ -15,7 +15,7 @@ from support import changed
 from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.run import trackers
 from fr3e_jax.run.reporter import Reporter, open_reporter, read_metrics
-from fr3e_jax.run.tracker_process import COLUMNS, OPENERS, numbers_of, pass_to, rows_of
+from fr3e_jax.run.tracker_process import SAMPLE_COLUMNS, OPENERS, numbers_of, pass_to, rows_of
 from fr3e_jax.run.trackers import Tracker, require_trackers, run_identity
 
 SAMPLE = {
@@ -165,13 +165,13 @@ def test_a_full_queue_never_holds_up_a_step(tmp_path):
 
 def test_columns_have_one_type_and_what_is_no_finite_number_is_no_metric():
     assert rows_of(3, SAMPLE) == ROWS and rows_of(3, None) == []
-    assert all([type(x) for x in row] == list(COLUMNS.values()) for row in rows_of(3, SAMPLE))
+    assert all([type(x) for x in row] == list(SAMPLE_COLUMNS.values()) for row in rows_of(3, SAMPLE))
     metrics = {"step": 3, "a": 1, "b": 0.5, "alarms": {"cut": "text"}, "c": float("nan"), "d": float("inf")}
     assert numbers_of(metrics) == {"a": 1, "b": 0.5}
 
 
 def test_a_tracker_without_its_package_is_refused(monkeypatch):
-    monkeypatch.setitem(trackers.MODULES, "trackio", "no_such_package")
+    monkeypatch.setitem(trackers.TRACKER_PACKAGES, "trackio", "no_such_package")
     with pytest.raises(ConfigError, match=r"pip install 'fr3e_jax\[trackio\]' brings it"):
         require_trackers(config_of("trackio").report)
     require_trackers(config_of().report)
@@ -198,9 +198,9 @@ def test_trackio_is_given_the_names_and_the_id(monkeypatch):
     package.finish = lambda: calls.append("finish")
     monkeypatch.setitem(sys.modules, "trackio", package)
     pass_to("trackio", iter([settings("here", 3), *messages(3)]))
-    values = {"reward/base_mean": 0.75, "rollouts": (list(COLUMNS), ROWS)}
+    values = {"reward/base_mean": 0.75, "rollouts": (list(SAMPLE_COLUMNS), ROWS)}
     assert calls == [("init", "n-0a1b", "allow"), (3, values), "finish"]
-    assert OPENERS.keys() == trackers.MODULES.keys()
+    assert OPENERS.keys() == trackers.TRACKER_PACKAGES.keys()
 
 
 def test_tensorboard_has_the_numbers_and_a_text_and_drops_steps_that_are_made_again(tmp_path):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-COLUMNS: dict[str, type] = {
+SAMPLE_COLUMNS: dict[str, type] = {
     "step": int,
     "question": str,
     "answer": str,
@@ -24,7 +24,7 @@ COLUMNS: dict[str, type] = {
 }
 """The columns of a table of sampled rollouts, a row a continuation, and the one type that each has."""
 
-Rows = list[list[Any]]
+SampleRows = list[list[Any]]
 
 
 class Opened(NamedTuple):
@@ -34,7 +34,7 @@ class Opened(NamedTuple):
     sends what is left.
     """
 
-    log: Callable[[int, Mapping[str, float], Rows], None]
+    log: Callable[[int, Mapping[str, float], SampleRows], None]
     close: Callable[[], None]
 
 
@@ -45,11 +45,11 @@ def open_tensorboard(settings: Mapping[str, Any]) -> Opened:
     place = f"{settings['directory'].rstrip('/')}/tensorboard"
     writer = SummaryWriter(place, purge_step=settings["first_step"])
 
-    def log(step: int, numbers: Mapping[str, float], rows: Rows) -> None:
+    def log(step: int, numbers: Mapping[str, float], rows: SampleRows) -> None:
         for name, number in numbers.items():
             writer.add_scalar(name, number, step)
         if rows:
-            writer.add_text("rollouts", markdown(list(COLUMNS), rows), step)
+            writer.add_text("rollouts", markdown_table(list(SAMPLE_COLUMNS), rows), step)
         writer.flush()
 
     return Opened(log, writer.close)
@@ -69,8 +69,8 @@ def open_wandb(settings: Mapping[str, Any]) -> Opened:
         config=settings["config"],
     )
 
-    def log(step: int, numbers: Mapping[str, float], rows: Rows) -> None:
-        table = {"rollouts": wandb.Table(columns=list(COLUMNS), data=rows)} if rows else {}
+    def log(step: int, numbers: Mapping[str, float], rows: SampleRows) -> None:
+        table = {"rollouts": wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)} if rows else {}
         run.log({**numbers, **table}, step=step)
 
     return Opened(log, run.finish)
@@ -88,8 +88,8 @@ def open_trackio(settings: Mapping[str, Any]) -> Opened:
         embed=False,
     )
 
-    def log(step: int, numbers: Mapping[str, float], rows: Rows) -> None:
-        table = {"rollouts": trackio.Table(columns=list(COLUMNS), data=rows)} if rows else {}
+    def log(step: int, numbers: Mapping[str, float], rows: SampleRows) -> None:
+        table = {"rollouts": trackio.Table(columns=list(SAMPLE_COLUMNS), data=rows)} if rows else {}
         trackio.log({**numbers, **table}, step=step)
 
     return Opened(log, trackio.finish)
@@ -111,14 +111,14 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def rows_of(step: int, sample: Mapping[str, Any] | None) -> Rows:
-    """A row for each continuation of a state, of the types of `COLUMNS`."""
+def rows_of(step: int, sample: Mapping[str, Any] | None) -> SampleRows:
+    """A row for each continuation of a state, of the types of `SAMPLE_COLUMNS`."""
     if sample is None:
         return []
     rows = []
     for continuation, reward in zip(sample["continuations"], sample["rewards"], strict=True):
         known = {**sample, "step": step, "continuation": continuation, "reward": reward}
-        rows.append([as_column(kind, known.get(name, kind())) for name, kind in COLUMNS.items()])
+        rows.append([as_column(kind, known.get(name, kind())) for name, kind in SAMPLE_COLUMNS.items()])
     return rows
 
 
@@ -127,7 +127,7 @@ def as_column(kind: type, value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else kind(value)
 
 
-def markdown(columns: Sequence[str], rows: Rows) -> str:
+def markdown_table(columns: Sequence[str], rows: SampleRows) -> str:
     """A table in Markdown, of which texts stay text: as code, in one line."""
 
     def cell(value: Any) -> str:

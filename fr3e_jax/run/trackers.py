@@ -25,7 +25,7 @@ from etils import epath
 from fr3e_jax.config import Config, ConfigError, ReportConfig, as_written
 from fr3e_jax.run.storage import in_bucket, write_atomically
 
-MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+TRACKER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 WAITING_MESSAGES = 1000  # steps that a tracker may be behind
 CLOSING_SECONDS = 30.0  # that all trackers together may take at the end of a run, to send what they hold
 IDENTITY_FILE = "report.json"
@@ -38,9 +38,9 @@ def require_trackers(report: ReportConfig) -> None:
       ConfigError: with the command that installs one.
     """
     for name in report.to:
-        if importlib.util.find_spec(MODULES[name]) is None:
+        if importlib.util.find_spec(TRACKER_PACKAGES[name]) is None:
             raise ConfigError(
-                f"report.to names {name}, and the package {MODULES[name]} is not installed; "
+                f"report.to names {name}, and the package {TRACKER_PACKAGES[name]} is not installed; "
                 f"pip install 'fr3e_jax[{name}]' brings it"
             )
 
