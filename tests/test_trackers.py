@@ -15,7 +15,7 @@ from support import changed
 from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.run import trackers
 from fr3e_jax.run.reporter import Reporter, open_reporter, read_metrics
-from fr3e_jax.run.tracker_process import SAMPLE_COLUMNS, OPENERS, numbers_of, pass_to, rows_of
+from fr3e_jax.run.tracker_process import OPENERS, SAMPLE_COLUMNS, numbers_of, pass_to, rows_of
 from fr3e_jax.run.trackers import Tracker, require_trackers, run_identity
 
 SAMPLE = {
