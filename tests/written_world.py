@@ -199,7 +199,7 @@ def written_run(**settings):
         text=text,
         engine=WrittenEngine(graph_of(TINY), ON_MESH, S, end_tokens=()),
         learner=None,
-        corpus=None,
+        corpus=SimpleNamespace(tasks=["one"]),
         stream=SimpleNamespace(take=take, difficulty=None),
         verifier=Verifier(text, hosts, SimpleNamespace(begin=begin, timed_out=0)),
     )

@@ -22,10 +22,8 @@ MetricLines = Sequence[Mapping[str, Any]]
 LOW_ENTROPY = 0.1  # nats a token; above it the rollouts of a state differ, however far it has fallen
 EVALUATIONS = 3  # whose mean accuracy is compared
 NOISE = 4  # standard errors that a change must have
-ASKED_OF, ACCEPTED_OF = (
-    "sources/asked/",
-    "sources/accepted/",
-)  # metrics of each of several sources  # metrics of each source, where there are several
+# Metrics of each source, where there are several.
+ASKED_OF, ACCEPTED_OF = "sources/asked/", "sources/accepted/"
 CLIPPED = 1.0  # gradient norm below which the usual optimizer.max_grad_norm changes nothing
 
 
