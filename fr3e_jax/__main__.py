@@ -17,11 +17,16 @@ COMMANDS = {
     "export": "write the model of a checkpoint as a Hugging Face directory",
     "plan": "say what a run takes on given devices, before it is started there",
     "study": "run arms x tasks x seeds, and say with intervals which arm is better",
+    "view": "show runs on a page: their numbers, and every rollout that was kept",
     "bench": "measure rollouts, updates, scorers and loading on this machine",
 }
 """Name -> what it does. The command is the module `fr3e_jax.NAME`, or a package's `__main__`."""
 
-MODULES = {"bench": "fr3e_jax.bench.__main__", "study": "fr3e_jax.study.__main__"}
+MODULES = {
+    "bench": "fr3e_jax.bench.__main__",
+    "study": "fr3e_jax.study.__main__",
+    "view": "fr3e_jax.view.__main__",
+}
 
 
 def usage() -> str:

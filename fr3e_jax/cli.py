@@ -37,6 +37,7 @@ SMALLER = {
     "export": "max_file_gb, or take more devices (--mesh.fsdp)",
     "study": "jobs, or rollout.queries and explore.rollouts in the study",
     "plan": "rollout.queries, explore.rollouts or optimizer.micro_tokens",
+    "view": "the number of runs; with --serve one question at a time is read",
     "bench": "repeats, or the number of measurements (--only)",
 }
 """What to lower where the memory does not suffice, for each command."""

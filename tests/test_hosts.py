@@ -13,11 +13,14 @@ from support import SMALL, call, ends_of, mesh_of, metrics, run, start_pair, two
 from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.parallel import hosts
 from fr3e_jax.run.reporter import read_metrics
+from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.run_dir import refuse_other_settings
 
 # Of a mesh, so equal on equal ones: rows are padded, and trees cut into pieces with trunks of their own.
 LAYOUT = {"rows/decoded", "rows/occupancy", "tokens/trained", "flops/update", "update/padding"}
 RARELY = [*SMALL, "--checkpoint.every=4"]
+# Of rollouts what does not depend on the order of sums.
+EXACT = "step round query question kind trajectory state position token text reason extracted reward".split()
 
 
 def assert_close(ours, theirs, but=()):
@@ -90,6 +93,8 @@ def test_logs_metrics_and_export_are_written_once(two, one_process):
     sampled = [line["step"] for line in read_metrics(one_process, "samples.jsonl")]
     assert sampled[0] == 1 and len(sampled) > 1  # not all: a step that carried states fill samples nothing
     assert [line["step"] for line in read_metrics(directory, "samples.jsonl")] == sampled
+    kept, alone = (read_rollouts(run).select(EXACT) for run in (directory, one_process))
+    assert kept.equals(alone)  # with the verdicts of both processes
     assert (directory / "log.txt").read_text().count("steps: 4 in") == 1
     assert (directory / "model" / "model.safetensors").is_file()
 

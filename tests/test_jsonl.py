@@ -71,3 +71,8 @@ def test_metrics_are_reopened_at_a_step_with_what_is_lost_told(tmp_path):
         ": line 4 is damaged, and skipped",
         " has no line of step 1",
     ]
+
+
+def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]

@@ -87,12 +87,17 @@ def test_a_score_is_a_truth_value_a_number_or_named_parts(task, value, score, pa
     assert type(verdict.score) is float and verdict.right == (score == 1.0)
 
 
+def test_a_text_under_reason_is_no_part_of_the_score(task):
+    verdict = verdict_of(task("def score(response, answer): return {'a': 0.5, 'reason': 'half'}"), "mine")
+    assert (verdict.score, verdict.parts, verdict.reason) == (0.5, (("a", 0.5),), "half")
+
+
 @pytest.mark.parametrize(
     "value",
     [
         *("None", "math.nan", "math.inf", "1.5", "-0.5", "'0.5'", "[1]", "(1, 0)", "numpy.ones(2)", "{}"),
         *("{'a': None}", "{'a': math.nan}", "{'a': 0.8, 'b': 0.8}", "{'a': -1}", "{1: 1}", "{'a': '1'}"),
-        *("{'score': 1.5}", "{'score': None, 'a': 1}", "object()"),
+        *("{'score': 1.5}", "{'score': None, 'a': 1}", "object()", "{'reason': 'none'}"),
     ],
 )
 def test_anything_else_is_an_error_that_says_what_to_return(task, value):

@@ -15,6 +15,7 @@ from fr3e_jax.bench.__main__ import BENCHMARK_FUNCTIONS
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, SFTConfig
 from fr3e_jax.study.command import StudyOptions, with_named_file
+from fr3e_jax.view.command import ViewOptions, with_named_runs
 
 FRONT = REPOSITORY / "README.md"
 PAGES = [
@@ -30,6 +31,7 @@ COMMANDS = {
     "generate": (generate.GenerateConfig, None),
     "export": (export.ExportConfig, None),
     "study": (StudyOptions, None),
+    "view": (ViewOptions, None),
 }
 MEASUREMENTS = {"rollout": rollout.ROLLOUT_MEASUREMENTS, "update": update.UPDATE_MEASUREMENTS}
 
@@ -110,6 +112,8 @@ def test_commands_that_are_shown_parse(page):
                 check_benchmark(*arguments)
         elif name == "study":
             parse(*COMMANDS[name][:1], name, None, with_named_file(arguments))
+        elif name == "view":
+            parse(*COMMANDS[name][:1], name, None, with_named_runs(arguments))
         elif "--help" in arguments:
             with pytest.raises(SystemExit, match=r"^0$"):
                 parse(COMMANDS[name][0], name, COMMANDS[name][1], arguments)

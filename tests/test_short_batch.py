@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import SMALL, call
 from written_world import B, M, P, S, one_step, round_at, written_run
 
 from fr3e_jax.algorithm.entropy_target import adapted_coefficient
 from fr3e_jax.config import CreditConfig, LossConfig, OptimizerConfig
 from fr3e_jax.learner import groups
 from fr3e_jax.run.jsonl import to_line
+from fr3e_jax.run.lock_file import LOCK_FILE
 from fr3e_jax.run.reporter import step_line
+from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.saved import DamagedError, Progress, Record, parse_progress, parse_record
 from fr3e_jax.step.batch import SamplingError
 from fr3e_jax.step.update import minibatches_of
@@ -156,3 +159,16 @@ def test_the_weight_is_in_the_record_of_a_checkpoint_to_the_last_bit_and_may_be_
             parse_progress({**earlier, "entropy_coefficient": bad})
     with pytest.raises(DamagedError, match="the seconds"):
         parse_progress({**earlier, "seconds": None})
+
+
+@pytest.mark.slow
+def test_a_task_that_is_too_easy_ends_with_what_to_change(tmp_path):
+    """Queries of one digit have no carries to forget: no state ever carries a gradient."""
+    flags = ["--data.min_digits=1", "--data.max_digits=1", "--data.held_out=8", "--credit.max_rounds=2"]
+    ended = call("train", *SMALL, *flags, "--optimizer.batch_states=64", "--run_dir", tmp_path / "run")
+    assert ended.returncode == 1
+    assert "2 rounds gave" in ended.stderr and "max_rounds" in ended.stderr
+    assert "No step is saved in" in ended.stderr
+    kept = read_rollouts(tmp_path / "run", 1).to_pylist()  # to see what was wrong
+    assert {row["round"] for row in kept} == {0, 1} and {row["rejected"] for row in kept} >= {"all wrong"}
+    assert not (tmp_path / "run" / LOCK_FILE).exists()

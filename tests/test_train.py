@@ -27,7 +27,6 @@ from fr3e_jax.problems.additions import make_addition
 from fr3e_jax.problems.stream import QueryStream
 from fr3e_jax.rewards.rules import scorer_of
 from fr3e_jax.run.lock_file import LOCK_FILE
-from fr3e_jax.run.reporter import read_metrics
 from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.run_dir import (
     begun_anew,
@@ -302,22 +301,6 @@ def test_impossible_settings_are_one_line_and_exit_code_2(tmp_path, flags, messa
     assert refused.returncode == 2
     assert message in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_task_that_is_too_easy_ends_with_what_to_change(tmp_path):
-    """Queries of one digit have no carries to forget: no state ever carries a gradient."""
-    flags = ["--data.min_digits=1", "--data.max_digits=1", "--data.held_out=8", "--credit.max_rounds=2"]
-    ended = call("train", *SMALL, *flags, "--optimizer.batch_states=64", "--run_dir", tmp_path / "run")
-    assert ended.returncode == 1
-    assert "2 rounds gave" in ended.stderr and "max_rounds" in ended.stderr
-    assert "No step is saved in" in ended.stderr
-    assert not (tmp_path / "run" / LOCK_FILE).exists()
-
-
-def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
-    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
 
 
 def test_a_run_whose_rate_decays_is_not_resumed_with_more_steps(tmp_path):

@@ -259,15 +259,25 @@ class RolloutFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / file_of(step), content)
             self.sizes[step] = len(content)
+            aside = self.folder / ASIDE / file_of(step)
+            if self.aside.get(step) == len(content) and aside.read_bytes() == content:
+                self.remove_aside([step])
             self.thin()
+
+    def remove_aside(self, steps: Sequence[int]) -> None:
+        """Delete files that were set aside, and their folder where nothing is left in it."""
+        for step in steps:
+            (self.folder / ASIDE / file_of(step)).unlink(missing_ok=True)
+            del self.aside[step]
+        if not self.aside and (self.folder / ASIDE).exists() and not any((self.folder / ASIDE).iterdir()):
+            (self.folder / ASIDE).rmtree()
 
     def thin(self) -> None:
         """Delete files where all take more than they may: what was set aside first, then `to_thin`."""
         limit = f"as record.max_gb {self.max_gb:g} asks"
         if self.aside and sum(self.sizes.values()) + sum(self.aside.values()) > self.most:
-            (self.folder / ASIDE).rmtree()
+            self.remove_aside(list(self.aside))
             self.messages.append(f"the rollouts that were set aside are deleted, {limit}")
-            self.aside = {}
         if steps := to_thin(self.sizes, self.most):
             for step in steps:
                 (self.folder / file_of(step)).unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+"""What the command does: read runs, and write their page or serve it."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from fr3e_jax.config import ConfigError
+from fr3e_jax.config.values import Bounds, Name, PositiveNumber
+from fr3e_jax.run.storage import in_bucket, writing
+from fr3e_jax.view.document import BESIDE, WITHIN, make_document, part_script
+from fr3e_jax.view.parts import RUNS_PART, PageParts
+from fr3e_jax.view.runs import read_run, run_names
+from fr3e_jax.view.server import PageServer
+
+Port = Annotated[int, Bounds(least=0, most=65535)]
+"""A port of TCP; 0 for a free one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewOptions:
+    """Show runs on a page: charts over steps, the tree of each question, and a search over all rollouts."""
+
+    runs: list[Name] = dataclasses.field(default_factory=list)
+    """Run directories, here or gs://BUCKET/PATH; may stand first without `--runs`. Several are compared."""
+    out: Name | None = None
+    """The page to write; by default view.html in the first run, or here where that is in a bucket."""
+    serve: bool = False
+    """Serve the page on this machine instead of writing it; it shows each run as it is when it is opened."""
+    port: Port = 8421
+    """Where --serve listens, on 127.0.0.1 alone; 0 for a free port."""
+    page_mb: PositiveNumber = 200.0
+    """Largest page that is one file; of a larger one the rollouts lie in a folder beside it."""
+
+
+def with_named_runs(argv: Sequence[str]) -> list[str]:
+    """Arguments with `--runs` before run directories that stand first."""
+    count = next((i for i, one in enumerate(argv) if one.startswith("-")), len(argv))
+    return ["--runs", json.dumps(list(argv[:count])), *argv[count:]] if count else list(argv)
+
+
+def view(options: ViewOptions, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
+    """Write or serve the page.
+
+    Args:
+      say: shows a line of results. warn: shows a line of what is missing.
+
+    Raises:
+      ConfigError: a run or an option is mistaken.
+      StorageError: the page cannot be written.
+    """
+    if not options.runs:
+        raise ConfigError("name a run directory, such as runs/quickstart-20260101-120000")
+    if options.serve and options.out is not None:
+        raise ConfigError("--out writes a page and --serve serves it; choose one")
+    names = run_names(options.runs)
+    title = ", ".join(names)
+
+    def read() -> PageParts:
+        return PageParts([read_run(path, name) for path, name in zip(options.runs, names, strict=True)])
+
+    if options.serve:
+        serve_page(PageServer(options.port, read, title), say, warn)
+        return
+    parts, page = read(), page_of(options)
+    for line in messages_on(parts):
+        warn(line)
+    say(f"page: {write_page(parts, page, title, options.page_mb)}")
+
+
+def messages_on(parts: PageParts) -> list[str]:
+    """List, for people, what of the runs is not on the page."""
+    none = [
+        f"{run.place} keeps no rollouts, and its page has charts alone; a run with --record.every 1 keeps "
+        "those of every step"
+        for run, steps in zip(parts.runs, parts.steps, strict=True)
+        if not steps
+    ]
+    return [*parts.warnings, *none]
+
+
+def page_of(options: ViewOptions) -> Path:
+    """Tell where the page is written.
+
+    Raises:
+      ConfigError: in a bucket, or where no file can be.
+    """
+    first = options.runs[0]
+    out = options.out or ("view.html" if in_bucket(first) else str(Path(first, "view.html")))
+    if in_bucket(out):
+        raise ConfigError(f"out {out} is in a bucket; write to a file here")
+    if Path(out).is_dir():
+        raise ConfigError(f"out {out} is a directory; name a file, such as {out.rstrip('/')}/view.html")
+    if not Path(out).parent.is_dir():
+        raise ConfigError(f"out {out} is in a directory that is not there; make it, or name another file")
+    return Path(out)
+
+
+def write_page(parts: PageParts, page: Path, title: str, page_mb: float) -> str:
+    """Write the page: one file if it is small enough, else with a folder of parts beside it.
+
+    Returns:
+      What was written, for people.
+
+    Raises:
+      StorageError: the disk is full.
+    """
+    beside = page.with_name(f"{page.name}.parts")
+    runs = (RUNS_PART, parts.pack_runs())
+    with writing(page):
+        try:
+            replace_file(page, up_to(make_document(title, WITHIN, "", all_parts(parts, runs)), page_mb))
+        except TooLargeError:
+            shutil.rmtree(beside, ignore_errors=True)
+            for name, part in all_parts(parts):
+                file = beside / f"{name}.js"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(part_script(name, part), encoding="utf-8")
+            replace_file(page, make_document(title, BESIDE, beside.name, [runs]))
+            return f"{page}, with its rollouts in {beside}"
+    shutil.rmtree(beside, ignore_errors=True)  # of an earlier page
+    return str(page)
+
+
+def all_parts(parts: PageParts, *first: tuple[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """Go through parts: those that are given, then all of the runs; what is damaged by now is left out."""
+    yield from first
+    for name in parts.names():
+        part = parts.part(name)
+        if part is not None:
+            yield name, part
+
+
+class TooLargeError(Exception):
+    """A page is larger than it may be."""
+
+
+def up_to(pieces: Iterable[str], most_mb: float) -> Iterator[str]:
+    """Pass pieces of text on.
+
+    Raises:
+      TooLargeError: together they have more characters than `most_mb` million.
+    """
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > most_mb * 1e6:
+            raise TooLargeError
+        yield piece
+
+
+def replace_file(file: Path, pieces: Iterable[str]) -> None:
+    """Write a file piece by piece beside its place, and move it there when it is whole."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as opened:
+            opened.writelines(pieces)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def serve_page(server: PageServer, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C."""
+    for line in messages_on(server.parts):
+        warn(line)
+    say(f"{server.address} (Ctrl-C ends it)")
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

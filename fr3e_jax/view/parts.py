@@ -1,0 +1,170 @@
+"""The parts of a page: what all runs are, an index of each step that is kept, and each of its questions.
+
+A part has a name: `runs`, `RUN/STEP/index`, or `RUN/STEP/QUESTION`. RUN counts the runs of the page from 0,
+and QUESTION the questions of the step.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from fr3e_jax.view.packing import cut_short, pack, thousandths
+from fr3e_jax.view.rollouts import (
+    RESPONSE_COLUMNS,
+    DamagedRolloutsError,
+    StepRollouts,
+    disagree,
+    read_quantiles,
+    read_step,
+    rows_by_state,
+    steps_kept,
+)
+from fr3e_jax.view.runs import ShownRun, held_out_size, meanings_for, shown_settings
+
+RUNS_PART = "runs"
+PART_NAME = re.compile(r"(\d+)/(\d+)/(index|\d+)")
+INDEX_COLUMNS = (
+    "kind trajectory state rollout reward right stopped value advantage accepted kept tokens"
+).split()
+"""Columns of each response that questions are found by."""
+LONGEST_IN_INDEX = 240  # characters of a question or an answer
+
+
+class PageParts:
+    """The parts of the runs of a page. What is damaged is left out, and said in `warnings`."""
+
+    def __init__(self, runs: Sequence[ShownRun]) -> None:
+        self.runs = runs
+        self.steps: list[dict[int, epath.Path]] = []
+        self.warnings: list[str] = []
+        self.quantiles: list[dict[int, dict[str, list[float]]]] = []
+        for run in runs:
+            kept, quantiles = {}, {}
+            for step, file in steps_kept(run.place).items():
+                try:
+                    quantiles[step] = read_quantiles(file)
+                except DamagedRolloutsError as error:
+                    self.warnings.append(f"warning: {error}, and is left out")
+                else:
+                    kept[step] = file
+            self.steps.append(kept)
+            self.quantiles.append(quantiles)
+
+    def names(self) -> Iterator[str]:
+        """Name all parts but that of the runs."""
+        for number, steps in enumerate(self.steps):
+            for step, file in steps.items():
+                yield f"{number}/{step}/index"
+                yield from (f"{number}/{step}/{i}" for i in range(len(read_step(file).first)))
+
+    def part(self, name: str) -> bytes | None:
+        """Pack a part; None where there is none of that name."""
+        if name == RUNS_PART:
+            return self.pack_runs()
+        parsed = PART_NAME.fullmatch(name)
+        if parsed is None or int(parsed[1]) >= len(self.steps):
+            return None
+        file = self.steps[int(parsed[1])].get(int(parsed[2]))
+        if file is None:
+            return None
+        step = read_step(file)
+        if parsed[3] == "index":
+            return pack_index(step)
+        return pack_question(step, int(parsed[3])) if int(parsed[3]) < len(step.first) else None
+
+    def pack_runs(self) -> bytes:
+        """Pack settings, metrics and alarms of all runs, and which steps are kept."""
+        runs = [
+            {
+                "name": run.name,
+                "place": str(run.place),
+                "settings": shown_settings(run),
+                "columns": run.columns,
+                "alarms": run.alarms,
+                "held_out": held_out_size(run),
+                "kept": list(steps),
+                "quantiles": [[step, found] for step, found in quantiles.items()],
+            }
+            for run, steps, quantiles in zip(self.runs, self.steps, self.quantiles, strict=True)
+        ]
+        return pack({"runs": runs, "meanings": meanings_for(self.runs)})
+
+
+def pack_index(step: StepRollouts) -> bytes:
+    """Pack what questions and responses of a step are found by, without texts of responses."""
+    states = rows_by_state(step)
+    questions = []
+    for number, (first, count) in enumerate(zip(step.first, step.count, strict=True)):
+        own = {key: rows for key, rows in states.items() if key[0] == number}
+        questions.append(
+            {
+                "query": step.columns["query"][first],
+                "round": step.columns["round"][first],
+                "question": cut_short(step.columns["question"][first] or "", LONGEST_IN_INDEX),
+                "answer": cut_short(step.columns["answer"][first] or "", LONGEST_IN_INDEX),
+                "source": step.columns["source"][first] or "",
+                "first": first,
+                "count": count,
+                "split": [
+                    [trajectory, state]
+                    for (_, trajectory, state), rows in own.items()
+                    if disagree(step, rows)
+                ],
+            }
+        )
+    return pack({"questions": questions, "rows": {name: step.columns[name] for name in INDEX_COLUMNS}})
+
+
+def pack_question(step: StepRollouts, number: int) -> bytes:
+    """Pack a question with its responses, and the numbers of all their tokens."""
+    first, rows = step.first[number], range(step.first[number], step.first[number] + step.count[number])
+    columns = step.columns
+    head: dict[str, Any] = {
+        name: columns[name][first] for name in ("query", "round", "question", "answer", "source")
+    }
+    head["query_tokens"] = columns["query_tokens"][first]
+    head["rows"] = [{name: columns[name][i] for name in (*RESPONSE_COLUMNS, "tokens")} for i in rows]
+    token, logprob, entropy, width = [], [], [], []
+    for i, tokens in zip(rows, step.tokens_of(number), strict=True):
+        count = columns["tokens"][i]
+        token.append(tokens["token"].astype(np.int32))
+        logprob.append(thousandths(of_length(tokens.get("logprob"), count)))
+        entropy.append(thousandths(of_length(tokens.get("entropy"), count)))
+        width.append(widths(columns["text"][i] or "", tokens.get("ends"), count))
+    arrays = {"token": token, "logprob": logprob, "entropy": entropy, "width": width}
+    dtypes = {"token": np.int32, "logprob": np.uint16, "entropy": np.uint16, "width": np.uint32}
+    joined = {
+        name: np.concatenate([np.zeros(0, dtypes[name]), *some]).astype(dtypes[name])
+        for name, some in arrays.items()
+    }
+    return pack(head, joined)
+
+
+def of_length(values: np.ndarray | None, count: int) -> np.ndarray:
+    """Cut or fill the numbers of a response's tokens with nan, so that there is one a token."""
+    filled = np.full(count, np.nan, np.float32)
+    if values is not None:
+        filled[: len(values)] = np.asarray(values, np.float32)[:count]
+    return filled
+
+
+def widths(text: str, ends: np.ndarray | None, count: int) -> np.ndarray:
+    """Count the UTF-16 units of each token's part of a text, as JavaScript counts.
+
+    Args:
+      text: of a response.
+      ends: characters up to the end of each token; what lies outside of the text or goes back is put right.
+      count: of tokens.
+    """
+    known = np.full(count, len(text), np.int64)
+    if ends is None:
+        known[:] = 0
+    else:
+        known[: len(ends)] = np.asarray(ends, np.float64)[:count]
+    known = np.maximum.accumulate(np.clip(known, 0, len(text))) if count else known
+    code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    units = np.concatenate([[0], np.cumsum(1 + (code_points > 0xFFFF))])
+    return np.diff(units[known], prepend=0).astype(np.uint32)
