@@ -242,7 +242,7 @@ class Alarm:
     sentence: str
 
 
-ALARMS: dict[str, Alarm] = {
+ALARM_TABLE: dict[str, Alarm] = {
     "entropy": Alarm(
         entropy_collapse,
         "the entropy has collapsed from {before:.3g} to {now:.3g} nats a token at a reward of {reward:.2f}, "
@@ -308,7 +308,7 @@ ALARMS: dict[str, Alarm] = {
 def alarms_on(config: AlarmsConfig, lines: MetricLines) -> dict[str, str]:
     """The alarms that are on behind the last of the lines: name -> its sentence."""
     sentences = {}
-    for name, alarm in ALARMS.items():
+    for name, alarm in ALARM_TABLE.items():
         threshold = getattr(config, name)
         facts = None if threshold is None else alarm.function(lines, threshold, config.window)
         if facts is not None:
