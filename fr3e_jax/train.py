@@ -54,6 +54,7 @@ from fr3e_jax.run.run_dir import (
 )
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.storage import StorageError, in_bucket, location, upload, writing
+from fr3e_jax.run.trackers import require_trackers
 from fr3e_jax.step.batch import SamplingError
 from fr3e_jax.step.metrics import Metrics
 from fr3e_jax.step.record import open_recorder
@@ -93,6 +94,7 @@ def train(config: Config, name: str) -> dict[str, Any] | None:
       What summary.json says; None if the run was asked to stop before its end.
     """
     refuse_other_settings(resolve(config))  # before anything is written
+    require_trackers(config.report)
     hosts = Hosts(mesh_of(config.mesh), config.distributed.timeout)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(Lock("train", hosts))
@@ -158,7 +160,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     checkpoints = Checkpoints(directory, keep, keep_every, dump(config), recorder.settle)
     started -= progress.seconds
 
-    with open_reporter(directory, config.steps, progress.step, config.alarms) as reporter:
+    with open_reporter(directory, config, progress.step) as reporter:
         reporter.say(
             f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
             f"{dict(hosts.mesh.shape)} on {jax.default_backend()} | run directory {directory}"

@@ -13,7 +13,7 @@ from support import SMALL, call, changed
 from fr3e_jax.cli import parse
 from fr3e_jax.config import AlarmsConfig, Config, ConfigError, check
 from fr3e_jax.config.alarms import AlarmName
-from fr3e_jax.run.alarms import ALARMS, alarm_news, alarm_to_end, alarms_on
+from fr3e_jax.run.alarms import ALARM_TABLE, alarm_news, alarm_to_end, alarms_on
 from fr3e_jax.run.ending import shared_reason
 from fr3e_jax.run.reporter import Reporter, read_metrics, step_line
 from fr3e_jax.run.saved import Progress
@@ -115,7 +115,7 @@ TRIPPED = {
 
 def test_every_alarm_has_a_threshold_of_its_name_and_a_history_that_trips_it():
     thresholds = {field.name for field in dataclasses.fields(AlarmsConfig)} - {"window", "stop"}
-    assert list(ALARMS) == list(TRIPPED) == list(get_args(AlarmName)) and set(ALARMS) == thresholds
+    assert list(ALARM_TABLE) == list(TRIPPED) == list(get_args(AlarmName)) and set(ALARM_TABLE) == thresholds
 
 
 def test_a_made_up_run_that_learns_trips_none():

@@ -4,6 +4,7 @@ from fr3e_jax.config.alarms import AlarmsConfig
 from fr3e_jax.config.checks import check_options
 from fr3e_jax.config.consistency import check, resolve, rows_of_state, rule_needs, updates_of, without_effect
 from fr3e_jax.config.files import find_config
+from fr3e_jax.config.report import ReportConfig
 from fr3e_jax.config.sections import (
     PACKAGE,
     QUICKSTART_MODEL,
@@ -46,6 +47,7 @@ __all__ = [
     "OptimizerConfig",
     "OptionError",
     "RecordConfig",
+    "ReportConfig",
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",

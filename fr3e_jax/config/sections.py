@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fr3e_jax.config.alarms import AlarmsConfig
+from fr3e_jax.config.report import ReportConfig
 from fr3e_jax.config.stages import CreditConfig, ExploreConfig, LossConfig, OptimizerConfig, RolloutConfig
 from fr3e_jax.config.values import (
     Bounds,
@@ -269,6 +270,7 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     end: EndConfig = dataclasses.field(default_factory=EndConfig)
     alarms: AlarmsConfig = dataclasses.field(default_factory=AlarmsConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

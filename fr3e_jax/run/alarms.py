@@ -80,7 +80,7 @@ def wasted_sampling(lines: MetricLines, threshold: float, window: int) -> AlarmF
         "advice": "questions are too easy: take harder ones, or set data.retire_above"
         if right.sum() > wrong.sum()
         else "questions are too hard: take easier ones, a stronger model, or data.sample_by difficulty, and "
-        "read in samples.jsonl whether right answers are scored as such",
+        "read in rollouts/ whether right answers are scored as such",
     }
 
 
@@ -242,7 +242,7 @@ class Alarm:
     sentence: str
 
 
-ALARMS: dict[str, Alarm] = {
+ALARM_TABLE: dict[str, Alarm] = {
     "entropy": Alarm(
         entropy_collapse,
         "the entropy has collapsed from {before:.3g} to {now:.3g} nats a token at a reward of {reward:.2f}, "
@@ -280,8 +280,8 @@ ALARMS: dict[str, Alarm] = {
     "spike": Alarm(
         update_spikes,
         "updates are far from what is usual ({spikes}; in brackets the median before); lower "
-        "optimizer.learning_rate or optimizer.max_grad_norm, set loss.dual_clip, and read the states of "
-        "these steps in samples.jsonl",
+        "optimizer.learning_rate or optimizer.max_grad_norm, set loss.dual_clip, and read what was "
+        "trained on in rollouts/",
     ),
     "timeouts": Alarm(
         scorer_timeouts,
@@ -298,7 +298,7 @@ ALARMS: dict[str, Alarm] = {
         gamed_scorer,
         "the held-out accuracy fell from {best:.1%} (evaluations of steps {of}) to {accuracy:.1%} while the "
         "reward rose from {reward_before:.2f} to {reward:.2f}, so that answers may please the scorer and be "
-        "wrong; read those with reward 1 in samples.jsonl from step {first} to {last}, and go on from an "
+        "wrong; read those with reward 1 of steps {first} to {last} in rollouts/, and go on from an "
         "earlier checkpoint with a stricter scorer, more questions or loss.kl_coefficient",
     ),
 }
@@ -308,7 +308,7 @@ ALARMS: dict[str, Alarm] = {
 def alarms_on(config: AlarmsConfig, lines: MetricLines) -> dict[str, str]:
     """The alarms that are on behind the last of the lines: name -> its sentence."""
     sentences = {}
-    for name, alarm in ALARMS.items():
+    for name, alarm in ALARM_TABLE.items():
         threshold = getattr(config, name)
         facts = None if threshold is None else alarm.function(lines, threshold, config.window)
         if facts is not None:

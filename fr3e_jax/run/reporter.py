@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from fr3e_jax.config import AlarmsConfig
+from fr3e_jax.config import AlarmsConfig, Config
 from fr3e_jax.parallel.hosts import is_first
 from fr3e_jax.parallel.waiting import waiting
 from fr3e_jax.progress import bars
@@ -26,6 +26,7 @@ from fr3e_jax.run.alarms import alarm_news, alarms_on
 from fr3e_jax.run.jsonl import Lines, LineWriter, read_lines, to_line
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.run.storage import StorageError, in_bucket, upload, write_atomically, writing
+from fr3e_jax.run.trackers import Tracker, close_trackers, open_trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 SUMMARY_FILE, LOG_FILE = "summary.json", "log.txt"
@@ -110,12 +111,13 @@ class LogFile(logging.FileHandler):
         raise
 
 
-def open_reporter(
-    directory: epath.PathLike, total: int, start: int, alarms: AlarmsConfig
-) -> "Reporter | Silent":
-    """Open what reports a run at step `start` of `total`: in the first process; in others it is silent."""
+def open_reporter(directory: epath.PathLike, config: Config, start: int) -> "Reporter | Silent":
+    """Open what reports a run that goes on from step `start`; in all processes but the first it is silent."""
     directory = epath.Path(directory)
-    return Reporter(directory, total, start, alarms) if is_first() else Silent(directory, start)
+    if not is_first():
+        return Silent(directory, start)
+    trackers = open_trackers(config, directory, start)
+    return Reporter(directory, config.steps, start, config.alarms, trackers)
 
 
 class Silent:
@@ -161,7 +163,12 @@ class Reporter:
     """
 
     def __init__(
-        self, directory: epath.Path, total: int, start: int, alarms: AlarmsConfig | None = None
+        self,
+        directory: epath.Path,
+        total: int,
+        start: int,
+        alarms: AlarmsConfig | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Open the files of `directory` at step `start`.
 
@@ -170,6 +177,7 @@ class Reporter:
           total: steps of the run.
           start: the step that it goes on from.
           alarms: thresholds of the signs that it goes wrong; by default those of `AlarmsConfig`.
+          trackers: are told of each step too.
 
         Raises:
           StorageError: they cannot be written.
@@ -184,7 +192,7 @@ class Reporter:
             if in_bucket(directory) and (directory / LOG_FILE).exists():
                 (self.folder / LOG_FILE).write_bytes((directory / LOG_FILE).read_bytes())
             handler = LogFile(self.folder / LOG_FILE, encoding="utf-8")
-        self.alarms = alarms or AlarmsConfig()
+        self.alarms, self.trackers = alarms or AlarmsConfig(), trackers
         self.lines: list[Mapping[str, Any]] = list(read_metrics(self.folder))
         self.accuracies = accuracies_of(self.lines)
         self.log = logging.getLogger(f"fr3e_jax.{directory}")
@@ -219,7 +227,7 @@ class Reporter:
                 raise  # otherwise the user is told why the run ended, which may be the same full disk
 
     def close(self, error: BaseException | None) -> None:
-        """Write the error that the run ended by, if any, and close all files."""
+        """Write the error that the run ended by, if any, and close all trackers and files."""
         with contextlib.ExitStack() as stack:
             if in_bucket(self.directory):
                 stack.callback(shutil.rmtree, self.folder)
@@ -227,6 +235,8 @@ class Reporter:
             stack.callback(self.log.handlers[0].close)
             stack.callback(self.samples_file.close)
             stack.callback(self.metrics_file.close)
+            for line in close_trackers(self.trackers):
+                self.say(line)
             if error is not None:
                 self.log.error("ended by %s: %s", type(error).__name__, error)
 
@@ -261,6 +271,10 @@ class Reporter:
         for name, sentence in alarms.items():
             if name not in before.get("alarms", {}):
                 self.say(f"alarm {name}: {sentence}")
+        for tracker in self.trackers:
+            tracker.send({"metrics": metrics, "sample": sample})
+            for line in tracker.warnings():
+                self.say(line)
         self.progress.update(self.bar, completed=metrics["step"])
         self.publish()
 

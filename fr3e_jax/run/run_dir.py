@@ -33,6 +33,7 @@ RESUMABLE = {
     "evaluate",
     "end",
     "alarms",
+    "report",
     "checkpoint",
     "record",
     "mesh",
