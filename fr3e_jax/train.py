@@ -318,6 +318,7 @@ def finish(
             "rollouts to read": str(directory / "samples.jsonl"),
             "every rollout": str(directory / ROLLOUTS),
             "log": str(directory / "log.txt"),
+            "all of it on a page": f"python -m fr3e_jax.view {directory}",
         },
     )
     return summary
