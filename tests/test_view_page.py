@@ -308,7 +308,7 @@ def test_forks_are_reached_from_within_the_text(browser, page_file):
 
 @pytest.mark.slow
 def test_a_thousand_rollouts_of_3000_tokens_open(browser, tmp_path):
-    """In half a second on an idle machine, and a key takes less. The limits are those of a page that hangs."""
+    """In half a second on an idle machine, and a key takes less; the limits are of a page that hangs."""
     run = made_up_run(tmp_path / "run", steps=2)
     write_rollouts(run, 2, long_rows(np.random.default_rng(0), 2, questions=10, rollouts=99, tokens=3000))
     view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html")), print, print)
