@@ -1,13 +1,16 @@
 """Studies: what is made of their runs, when a run ends, and the whole command by real training."""
 
 import json
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from environment import REPOSITORY
+from rich.console import Console
 from support import SMALL, call, run
 from support import command as start_of
 
@@ -17,8 +20,10 @@ from fr3e_jax.run.reporter import read_metrics
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.study.analysis import analyse
 from fr3e_jax.study.results import RunResult, StudyHeader, read_results
+from fr3e_jax.study.runner import usable_cpus
 from fr3e_jax.study.scores import budget_of, chosen_rates
 from fr3e_jax.study.settings import read_study
+from fr3e_jax.study.verify import as_many_cpus
 
 # --- numbers
 
@@ -91,6 +96,22 @@ def test_a_run_ends_when_an_accuracy_is_reached_in_a_row_or_a_budget_is_spent():
     assert reason_to_end(EndConfig(tokens=1001, flops=5.1e9), once, progress) == ""
     assert reason_to_end(EndConfig(tokens=1000), once, progress) == "end.tokens 1,000 are spent"
     assert reason_to_end(EndConfig(flops=5e9), once, progress) == "end.flops 5e+09 are spent"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_a_repeated_run_gets_as_many_cpus_as_its_line_names(capsys):
+    """XLA orders its sums by their number."""
+    console, before = Console(width=200), os.sched_getaffinity(0)
+    for cpus in (1, None, len(before)):
+        with as_many_cpus(cpus, console):
+            assert usable_cpus() == (cpus or len(before))
+            seen = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
+            assert int(subprocess.check_output(seen)) == usable_cpus()  # what is started inherits it
+        assert os.sched_getaffinity(0) == before
+    assert not capsys.readouterr().out
+    with as_many_cpus(len(before) + 1, console):
+        assert usable_cpus() == len(before)
+    assert f"it had {len(before) + 1} CPUs" in capsys.readouterr().out
 
 
 FEW = """

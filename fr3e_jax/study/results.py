@@ -63,7 +63,8 @@ class RunResult:
     its accuracy, so that its curve may be taken to stay where it ended. curve: name -> number for each
     evaluation: step; tokens, FLOPs and seconds up to there, those of evaluations left out; held-out accuracy.
     metrics: name -> mean over steps. final_accuracy: None without an evaluation. tokens_to_threshold: None
-    where the accuracy was not reached.
+    where the accuracy was not reached. cpus: CPUs that it could use, by whose number XLA orders its sums on
+    CPU; None where that changed on the way.
     """
 
     study: str
@@ -81,6 +82,7 @@ class RunResult:
     metrics: dict[str, float]
     final_accuracy: float | None
     tokens_to_threshold: float | None
+    cpus: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str, bool, float, int, str]:
@@ -196,6 +198,7 @@ def result_of(
     directory: Path,
     header: StudyHeader,
     commits: str,
+    cpus: int | None = None,
     ended: str = "",
     failure: str = "",
 ) -> RunResult:
@@ -206,6 +209,7 @@ def result_of(
       directory: of the run; it need not be there.
       header: of the study, with its threshold and the metrics that are kept.
       commits: of the code that made the run.
+      cpus: that it could use; None where that changed.
       ended: the rule by which it ended before its last step; may be empty.
       failure: why it failed; empty where it is complete.
     """
@@ -244,6 +248,7 @@ def result_of(
         metrics=kept,
         final_accuracy=curve["accuracy"][-1] if curve["step"] else None,
         tokens_to_threshold=short(reached[0]) if reached[1] else None,
+        cpus=cpus,
     )
 
 

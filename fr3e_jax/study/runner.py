@@ -23,8 +23,13 @@ TRAIN = (sys.executable, "-m", "fr3e_jax.train")
 LOOK_AT_PROCESSES = 0.2  # seconds between two looks at the processes
 AGAIN = 10.0  # seconds until a run whose directory is in use is tried again
 IN_USE = "is in use by"
-COMMITS = "# made by commit "
+COMMITS, CPUS = "# made by commit ", "# usable CPUs: "  # comments of a settings file
 PATIENCE = 60.0  # seconds that a process has to save after it is asked to stop
+
+
+def usable_cpus() -> int:
+    """Count the CPUs that this process, and those that it starts, may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass
@@ -66,7 +71,8 @@ class Runner:
         if summary is None:
             return None
         header, directory = self.headers[run.study], self.runs / run.place
-        return result_of(run, directory, header, self.commits(run), ended=str(summary.get("ended", "")))
+        made = self.commits(run), self.cpus(run)
+        return result_of(run, directory, header, *made, ended=str(summary.get("ended", "")))
 
     def run_all(self, wanted: Sequence[StudyRun]) -> None:
         """Run runs to their ends; those that fail are recorded with the reason, and the others go on.
@@ -116,7 +122,9 @@ class Runner:
         commits = " ".join(made_by if self.commit in made_by else [*made_by, self.commit])
         try:
             settings.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(settings, f"{COMMITS}{commits}\n{dump(run.config)}")
+            numbers = sorted({*self.numbers_of_cpus(run), usable_cpus()})
+            first = f"{COMMITS}{commits}\n{CPUS}{' '.join(map(str, numbers))}\n"
+            write_atomically(settings, first + dump(run.config))
             with errors.open("wb") as error_file:
                 process = subprocess.Popen(
                     [*TRAIN, "--config", str(settings), "--run_dir", str(self.runs / run.place)],
@@ -134,7 +142,8 @@ class Runner:
         if (result := self.held(one.run)) is not None:
             return result
         directory, header = self.runs / one.run.place, self.headers[one.run.study]
-        return result_of(one.run, directory, header, self.commits(one.run), failure=self.failure(one))
+        made = self.commits(one.run), self.cpus(one.run)
+        return result_of(one.run, directory, header, *made, failure=self.failure(one))
 
     def failure(self, one: Started) -> str:
         """Why a process did not bring its run to the end: its last line of errors."""
@@ -160,11 +169,22 @@ class Runner:
 
     def commits(self, run: StudyRun) -> str:
         """The commits of the code that made a run, as its settings file has them; empty before it starts."""
+        return self.noted(run, COMMITS)
+
+    def cpus(self, run: StudyRun) -> int | None:
+        """How many CPUs a run could use; None where that changed, and before it starts."""
+        numbers = self.numbers_of_cpus(run)
+        return numbers[0] if len(numbers) == 1 else None
+
+    def numbers_of_cpus(self, run: StudyRun) -> list[int]:
+        """All numbers of CPUs that a run could use, as its settings file has them."""
+        return [int(number) for number in self.noted(run, CPUS).split()]
+
+    def noted(self, run: StudyRun, beginning: str) -> str:
+        """What a comment of a run's settings file says behind its beginning; empty where there is none."""
         file = self.beside(run, ".yaml")
-        if not file.exists():
-            return ""
-        first = file.read_text(encoding="utf-8").partition("\n")[0]
-        return first.removeprefix(COMMITS) if first.startswith(COMMITS) else ""
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return next((line.removeprefix(beginning) for line in lines if line.startswith(beginning)), "")
 
     def beside(self, run: StudyRun, ending: str) -> Path:
         """A file beside a run's directory, of its name."""

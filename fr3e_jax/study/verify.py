@@ -1,10 +1,13 @@
 """A run of each study again, to be compared with its line in the results."""
 
+import contextlib
 import dataclasses
 import functools
+import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from flax import traverse_util
@@ -12,7 +15,7 @@ from rich.console import Console
 
 from fr3e_jax.config import ConfigError
 from fr3e_jax.study.results import Results, RunResult, StudyHeader
-from fr3e_jax.study.runner import Runner
+from fr3e_jax.study.runner import Runner, usable_cpus
 from fr3e_jax.study.runs import StudyRun, with_seed
 from fr3e_jax.study.settings import training_config
 
@@ -48,7 +51,8 @@ def verify(results: Results, names: list[str], out: Path, seed: int, console: Co
         take = functools.partial(take_result, again)
         runner = Runner(folder, results.studies, 1, take, console.print)
         try:
-            runner.run_all([run])
+            with as_many_cpus(expected.cpus, console):
+                runner.run_all([run])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         differ = differences_between(expected, again[0])
@@ -56,6 +60,29 @@ def verify(results: Results, names: list[str], out: Path, seed: int, console: Co
         for line in differ or [f"as in its line: {len(again[0].curve['step'])} evaluations agree"]:
             console.print(f"{run.label}: {line}", markup=False)
     return 1 if failures else 0
+
+
+@contextlib.contextmanager
+def as_many_cpus(cpus: int | None, console: Console) -> Iterator[None]:
+    """Let processes use as many CPUs as a run had, since XLA orders its sums by their number.
+
+    Args:
+      cpus: that the run could use; None: it is not known.
+      console: where people read, if there are too few.
+    """
+    if cpus is None or cpus == usable_cpus():
+        yield
+        return
+    if cpus > usable_cpus() or not hasattr(os, "sched_setaffinity"):
+        console.print(f"it had {cpus} CPUs, and here are {usable_cpus()}: rounding may differ", markup=False)
+        yield
+        return
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(all_of_them)[-cpus:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_of_them)
 
 
 def take_result(taken: list[RunResult], run: StudyRun, result: RunResult, seconds: float) -> None:
