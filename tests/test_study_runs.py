@@ -19,7 +19,7 @@ from fr3e_jax.run.ending import reason_to_end
 from fr3e_jax.run.reporter import read_metrics
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.study.analysis import analyse
-from fr3e_jax.study.results import RunResult, StudyHeader, read_results
+from fr3e_jax.study.results import RunResult, StudyHeader, header_of, read_results
 from fr3e_jax.study.runner import usable_cpus
 from fr3e_jax.study.scores import budget_of, chosen_rates
 from fr3e_jax.study.settings import read_study
@@ -169,3 +169,15 @@ def test_shipped_studies_are_whole():
     for path in (path for path in files if path.stem != "base"):
         named = read_study(str(path), path.stem)
         assert len(named.study.arms) > 1 and named.study.expected, Path(path).name
+
+
+def test_shipped_results_are_of_the_shipped_studies_and_whole():
+    """A study that is changed has to be run again, and its results are replaced."""
+    results = read_results([REPOSITORY / "fr3e_jax" / "study" / "findings" / "results.jsonl"], pytest.fail)
+    assert results.studies
+    for name, header in results.studies.items():
+        assert header == header_of(read_study(f"configs/studies/{name}.yaml", name)), name
+        complete = [run for run in results.of(name) if run.complete]
+        runs = len(header.tasks) * len(header.arms)
+        assert sum(not run.sweep for run in complete) == runs * len(header.seeds), name
+        assert sum(run.sweep for run in complete) == runs * len(header.rates) * len(header.sweep_seeds), name
