@@ -67,8 +67,8 @@ def test_positions_of_mutual_information_are_those_that_decided_the_rewards_of_p
     """All pilots are right, but for those of the likeliest token at one candidate of each trajectory."""
     judge, asked = Verifier.whole, []
 
-    def judged(self, states, rollouts, problems):
-        reward = judge(self, states, rollouts, problems)()
+    def judged(self, states, rollouts, problems, notes=None):
+        reward = judge(self, states, rollouts, problems, notes)()
         if states.valid.shape[1] == 4:  # candidates, four for each position
             asked.append((states, rollouts))
             told = np.arange(reward.shape[0]) % states.valid.sum(axis=1).clip(1)
