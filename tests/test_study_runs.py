@@ -1,5 +1,6 @@
 """Studies: what is made of their runs, when a run ends, and the whole command by real training."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -181,3 +182,12 @@ def test_shipped_results_are_of_the_shipped_studies_and_whole():
         runs = len(header.tasks) * len(header.arms)
         assert sum(not run.sweep for run in complete) == runs * len(header.seeds), name
         assert sum(run.sweep for run in complete) == runs * len(header.rates) * len(header.sweep_seeds), name
+
+
+def test_measurements_of_earlier_settings_are_left_out():
+    results = read_results([REPOSITORY / "fr3e_jax" / "study" / "findings" / "results.jsonl"], pytest.fail)
+    header = results.studies["rollouts"]
+    assert len(results.values_of("rollouts")) == len(header.sizes) * len(header.seeds) * len(header.tasks)
+    changed = {at: options | {"explore.min_gap": 2} for at, options in header.settings.items()}
+    results.studies["rollouts"] = dataclasses.replace(header, settings=changed)
+    assert results.values_of("rollouts") == []

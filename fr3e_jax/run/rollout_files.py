@@ -81,7 +81,7 @@ RolloutRows = dict[str, Any]
 
 
 def file_of(step: int) -> str:
-    """Name the file of a step."""
+    """The name of the parquet file that holds the rollouts of a step."""
     return f"step-{step:06}.parquet"
 
 
@@ -305,7 +305,7 @@ class RolloutFiles:
             self.pending.pop(0).result()
 
     def take_messages(self) -> list[str]:
-        """Take the lines for people."""
+        """Hand over, once, the lines on files that were set aside or deleted."""
         return [self.messages.popleft() for _ in range(len(self.messages))]  # the thread may add more
 
     def close(self) -> None:

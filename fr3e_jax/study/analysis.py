@@ -75,8 +75,7 @@ class Comparison:
     """An arm against the reference at equal cost.
 
     task: that they are compared on; empty: on all together. improvement: probability that a run of the arm
-    scores higher. corrected: p-value by the number of all
-    comparisons of the study.
+    scores higher. corrected: p-value by the number of all comparisons of the study.
     """
 
     task: str

@@ -149,6 +149,7 @@ class Results:
             if self.values[key].study == study
             and self.values[key].M in header.sizes
             and self.values[key].seed in header.seeds
+            and self.values[key].settings == reference_hash(header, self.values[key])
         ]
 
 
@@ -162,6 +163,12 @@ def expected_keys(header: StudyHeader, runs: Iterable[RunResult]) -> Iterable[tu
             ours = options | {"seed": run.seed, "optimizer.learning_rate": run.learning_rate}
             if run.settings == hash_of(without_defaults(ours)):
                 yield run.key
+
+
+def reference_hash(header: StudyHeader, measured: ValuesResult) -> str:
+    """The hash of the present settings of the run whose states a measurement is of; empty without one."""
+    options = header.settings.get(f"{measured.task}/{header.reference}")
+    return "" if options is None else hash_of(without_defaults(options | {"seed": measured.seed}))
 
 
 def without_defaults(options: dict[str, Any]) -> dict[str, Any]:

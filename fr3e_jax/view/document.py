@@ -18,7 +18,7 @@ WITHIN, BESIDE, SERVED = "inline", "beside", "served"
 
 @functools.cache
 def page_file(name: str) -> str:
-    """Read a file of `page/`."""
+    """The text of a file that the browser runs or lays out, by its name in `page/`."""
     return (importlib.resources.files("fr3e_jax.view") / "page" / name).read_text(encoding="utf-8")
 
 
