@@ -51,9 +51,10 @@ def test_the_run_shows_numbers_of_all_runs_and_their_alarms(browser, page_file):
         assert "truncation" in alarms and "Raise rollout.max_response" in alarms
         assert "<b>Raise</b>" in alarms  # as it is written
         accuracy = page.locator(".chart", has_text="Held-out accuracy")
-        assert re.findall(r"\d+\.\d%", accuracy.inner_text()) == ["80.0%", "80.0%"]
+        of_160_in_200 = "80.0% (73.9% to 85.0%)"  # (p + z2/2n -+ z sqrt(pq/n + z2/4n2)) / (1 + z2/n)
+        assert accuracy.inner_text().count(of_160_in_200) == 2
         page.get_by_role("checkbox", name="second").uncheck()
-        assert re.findall(r"\d+\.\d%", accuracy.inner_text()) == ["80.0%"]
+        assert accuracy.inner_text().count(of_160_in_200) == 1
         for axis in ("tokens", "FLOPs", "seconds"):
             page.get_by_role("button", name=axis, exact=True).click()
             page.wait_for_selector(RUN)
@@ -80,7 +81,9 @@ def test_a_chart_is_read_by_key_and_leads_to_its_step(browser, page_file):
         page = tab.open(page_file, RUN)
         page.locator(".plot").first.focus()
         page.keyboard.press("Home")
-        assert page.inner_text("#live") == "Held-out accuracy at 0: first 30.0%, second 30.0%"
+        assert page.inner_text("#live") == (
+            "Held-out accuracy at 0: first 30.0% (24.1% to 36.7%), second 30.0% (24.1% to 36.7%)"
+        )
         for _ in range(3):
             page.keyboard.press("ArrowRight")
         assert page.inner_text("#live").startswith("Held-out accuracy at 3: ")
