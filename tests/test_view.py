@@ -16,13 +16,15 @@ from made_up_run import HOSTILE, SCHEMA, made_up_run, question_rows, write_rollo
 from support import call
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.evaluation.answers import Answer
+from fr3e_jax.evaluation.held_out import held_out_metrics
 from fr3e_jax.run.rollout_files import ROLLOUT_COLUMNS
 from fr3e_jax.view.command import ViewOptions, page_of, view, with_named_runs
 from fr3e_jax.view.document import page_script
 from fr3e_jax.view.packing import NO_NUMBER, pack, thousandths
 from fr3e_jax.view.parts import PageParts, widths
 from fr3e_jax.view.rollouts import quantiles_of, read_step
-from fr3e_jax.view.runs import ShownRun, held_out_size, metric_columns, read_run, run_names
+from fr3e_jax.view.runs import ShownRun, effective_answers, metric_columns, read_run, run_names
 from fr3e_jax.view.server import PageServer
 
 
@@ -88,8 +90,16 @@ def test_thousandths_keep_three_decimals_and_say_what_is_missing():
 )
 def test_widths_cut_a_text_as_javascript_counts(text, ends, parts):
     count = len(parts)
-    found = widths(text, None if ends is None else np.array(ends), count)
-    units, start = text.encode("utf-16-le"), 0
+    own = [np.nan] * count if ends is None else (ends + [np.nan] * count)[:count]
+    # Behind another text and before one without tokens, which change nothing.
+    found = widths(
+        ["\U0001f600b", text, "x"],
+        np.array([1, 2, *own]),
+        np.array([True, ends is not None, False]),
+        np.array([2, count, 0]),
+    )
+    assert found[:2].tolist() == [2, 1]
+    found, units, start = found[2:], text.encode("utf-16-le"), 0
     for width, part in zip(found.tolist(), parts, strict=True):
         assert units[2 * start : 2 * (start + width)].decode("utf-16-le") == part
         start += width
@@ -211,18 +221,28 @@ def test_metrics_that_are_no_numbers_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("settings", "size"),
+    ("verdicts", "size"),
     [
-        ({"data.held_out": 64, "data.source": "math"}, 64),
-        ({"data.held_out": None, "data.source": "carry_addition"}, 256),
-        ({"data.held_out": None, "data.source": [{"name": "gym:countdown"}]}, 256),
-        ({"data.held_out": None, "data.source": [{"name": "gym:countdown"}, {"name": "math"}]}, None),
-        ({"data.held_out": None, "data.source": "carry_addition", "data.held_out_source": "aime24"}, None),
-        ({}, None),
+        ("11 10 00 01", 6),  # p = 1/2, error^2 = 1/24: 1/4 / (1/24)
+        ("1 1 0 0", 4),  # 1/4 / (1/12) is 3, which is fewer than there are problems
+        ("111 111 000 000", 4),  # answers to a problem are all alike
+        ("10 01 10 01", 4),  # as many right answers to each: no error, which says nothing
+        ("10 10 10 11", 8),  # 15/64 / (1/64) is 15, which is more than there are answers
+        ("1101", 1),  # one problem has no error
     ],
 )
-def test_an_interval_needs_a_known_number_of_problems(settings, size):
-    assert held_out_size(ShownRun(epath.Path("run"), "run", settings, {}, [])) == size
+def test_an_interval_is_of_as_many_answers_as_are_independent(verdicts, size):
+    right = [[mark == "1" for mark in problem] for problem in verdicts.split()]
+    answers = [Answer(one, "", False, 1, "") for sample in zip(*right, strict=True) for one in sample]
+    line = {"step": 0} | held_out_metrics(answers, len(right[0]))
+    columns = metric_columns([line, {"step": 1, "reward/base_mean": 0.5}])
+    found = effective_answers(ShownRun(epath.Path("run"), "run", {}, columns, []))
+    assert found == [pytest.approx(size, rel=1e-4), None]
+
+
+def test_a_run_that_does_not_say_how_many_problems_it_judged_has_no_interval():
+    columns = metric_columns([{"step": 0, "eval/accuracy": 0.5}])
+    assert effective_answers(ShownRun(epath.Path("run"), "run", {"data.held_out": 64}, columns, [])) is None
 
 
 def test_runs_are_named_by_what_tells_them_apart():

@@ -22,7 +22,7 @@ from fr3e_jax.view.rollouts import (
     rows_by_state,
     steps_kept,
 )
-from fr3e_jax.view.runs import ShownRun, held_out_size, meanings_for, shown_settings
+from fr3e_jax.view.runs import ShownRun, effective_answers, meanings_for, shown_settings
 
 RUNS_PART = "runs"
 PART_NAME = re.compile(r"(\d+)/(\d+)/(index|\d+)")
@@ -84,7 +84,7 @@ class PageParts:
                 "settings": shown_settings(run),
                 "columns": run.columns,
                 "alarms": run.alarms,
-                "held_out": held_out_size(run),
+                "effective": effective_answers(run),
                 "kept": list(steps),
                 "quantiles": [[step, found] for step, found in quantiles.items()],
             }
@@ -127,44 +127,38 @@ def pack_question(step: StepRollouts, number: int) -> bytes:
     }
     head["query_tokens"] = columns["query_tokens"][first]
     head["rows"] = [{name: columns[name][i] for name in (*RESPONSE_COLUMNS, "tokens")} for i in rows]
-    token, logprob, entropy, width = [], [], [], []
-    for i, tokens in zip(rows, step.tokens_of(number), strict=True):
-        count = columns["tokens"][i]
-        token.append(tokens["token"].astype(np.int32))
-        logprob.append(thousandths(of_length(tokens.get("logprob"), count)))
-        entropy.append(thousandths(of_length(tokens.get("entropy"), count)))
-        width.append(widths(columns["text"][i] or "", tokens.get("ends"), count))
-    arrays = {"token": token, "logprob": logprob, "entropy": entropy, "width": width}
-    dtypes = {"token": np.int32, "logprob": np.uint16, "entropy": np.uint16, "width": np.uint32}
-    joined = {
-        name: np.concatenate([np.zeros(0, dtypes[name]), *some]).astype(dtypes[name])
-        for name, some in arrays.items()
+    texts, counts = ([columns[name][i] for i in rows] for name in ("text", "tokens"))
+    ends = step.token_numbers(number, "ends")
+    arrays = {
+        "token": step.token_numbers(number, "token")[0].astype(np.int32),
+        "logprob": thousandths(step.token_numbers(number, "logprob")[0]),
+        "entropy": thousandths(step.token_numbers(number, "entropy")[0]),
+        "width": widths([text or "" for text in texts], *ends, np.array(counts, np.int64)),
     }
-    return pack(head, joined)
+    return pack(head, arrays)
 
 
-def of_length(values: np.ndarray | None, count: int) -> np.ndarray:
-    """Cut or fill the numbers of a response's tokens with nan, so that there is one a token."""
-    filled = np.full(count, np.nan, np.float32)
-    if values is not None:
-        filled[: len(values)] = np.asarray(values, np.float32)[:count]
-    return filled
-
-
-def widths(text: str, ends: np.ndarray | None, count: int) -> np.ndarray:
-    """Count the UTF-16 units of each token's part of a text, as JavaScript counts.
+def widths(texts: Sequence[str], ends: np.ndarray, known: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Count the UTF-16 units of each token's part of its text, as JavaScript counts.
 
     Args:
-      text: of a response.
-      ends: characters up to the end of each token; what lies outside of the text or goes back is put right.
-      count: of tokens.
+      texts: of responses.
+      ends: characters up to the end of each token, those of all responses one behind the other; what lies
+        outside of the text or goes back is put right, and nan is the end of the text.
+      known: bool of each response: whether it has ends. Tokens of one without have no text.
+      counts: tokens of each response.
+
+    Returns:
+      uint32, a number for each of `ends`.
     """
-    known = np.full(count, len(text), np.int64)
-    if ends is None:
-        known[:] = 0
-    else:
-        known[: len(ends)] = np.asarray(ends, np.float64)[:count]
-    known = np.maximum.accumulate(np.clip(known, 0, len(text))) if count else known
-    code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    lengths = np.array([len(text) for text in texts], np.int64)
+    start = np.cumsum(lengths) - lengths  # of each text in all texts
+    most = np.repeat(np.where(known, lengths, 0), counts)
+    own = np.clip(np.where(np.isnan(ends), most, ends), 0, most).astype(np.int64)
+    place = np.maximum.accumulate(own + np.repeat(start, counts))  # a text begins behind the one before it
+    before = np.concatenate([place[:1], place[:-1]])
+    first = (np.cumsum(counts) - counts)[counts > 0]
+    before[first] = start[counts > 0]
+    code_points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     units = np.concatenate([[0], np.cumsum(1 + (code_points > 0xFFFF))])
-    return np.diff(units[known], prepend=0).astype(np.uint32)
+    return (units[place] - units[before]).astype(np.uint32)
