@@ -3,6 +3,7 @@
 const CHART_HEIGHT = 170;
 const SERIES_COLOURS = 6;
 const MARKED_POINTS = 16; // a line of so few values has its points marked
+const WHOLE = Array.from({ length: 24 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)); // between marks of steps
 const charts = new Set(); // that are on the page
 let zooming = false;
 
@@ -36,14 +37,15 @@ function chartFigure(spec, look, open) {
     columns.push(column);
     column += table.length - 1;
   }
-  const valueAt = (i, at) => {
-    for (let index = at ?? data[0].length - 1; index >= 0; index--) {
-      const value = data[columns[i]][index];
-      if (value !== null && value !== undefined) return value;
-    }
-    return null;
+  /** The value of a series at a place of the x axis, or the last one before it; with its interval, where it has one. */
+  const reading = (i, at) => {
+    const column = columns[i], known = (index) => data[column][index] !== null && data[column][index] !== undefined;
+    let index = at ?? data[0].length - 1;
+    while (index >= 0 && !known(index)) index--;
+    const [low, high] = spec.interval && spec.series[i].bands.length ? [data[column + 1][index] ?? null, data[column + 2][index] ?? null] : [null, null];
+    return `${show(data[column][index])}${low === null ? "" : ` (${show(low)} to ${show(high)})`}`;
   };
-  const read = (at) => readings.forEach((reading, i) => (reading.textContent = show(valueAt(i, at))));
+  const read = (at) => readings.forEach((element, i) => (element.textContent = reading(i, at)));
   read(null);
   const legend = spec.series.map((one, i) =>
     make("span", { class: "key" }, lineSample(one), ` ${one.label} `, readings[i]),
@@ -56,7 +58,7 @@ function chartFigure(spec, look, open) {
     make("figcaption", { title: spec.help ?? null }, make("h3", {}, spec.title), make("span", { class: "keys" }, legend)),
     canvas,
   );
-  figure.mount = () => mountChart(canvas, spec, data, columns, { read, look, open, show, valueAt });
+  figure.mount = () => mountChart(canvas, spec, data, columns, { read, look, open, reading });
   return figure;
 }
 
@@ -83,7 +85,7 @@ function most(values) {
   return values.reduce((a, b) => Math.max(a, b), -Infinity);
 }
 
-function mountChart(canvas, spec, data, columns, { read, look, open, show, valueAt }) {
+function mountChart(canvas, spec, data, columns, { read, look, open, reading }) {
   const ink = css("--soft"), line = css("--line"), warning = css("--warn");
   const axis = { stroke: ink, font: "11px system-ui, sans-serif", grid: { stroke: line, width: 1 }, ticks: { show: false } };
   const series = [{}], bands = [];
@@ -106,7 +108,7 @@ function mountChart(canvas, spec, data, columns, { read, look, open, show, value
       cursor: { sync: { key: "runs" }, y: false, points: { size: 6 }, drag: { x: true, y: false, dist: 5 } },
       scales: { x: { time: false }, y: { range } },
       axes: [
-        { ...axis, size: 26, values: (u, values) => values.map(compact) },
+        { ...axis, size: 26, values: (u, values) => values.map(compact), ...(place.x === "step" ? { incrs: WHOLE } : {}) },
         { ...axis, size: 50, values: (u, values) => values.map((value) => (spec.percent ? `${Number((value * 100).toPrecision(3))}%` : compact(value))) },
       ],
       series, bands,
@@ -125,7 +127,7 @@ function mountChart(canvas, spec, data, columns, { read, look, open, show, value
     if (next === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     for (const one of charts) one.setCursor({ left: one.valToPos(data[0][next], "x"), top: 20 }, true, false);
-    announce(`${spec.title} at ${compact(data[0][next])}: ${spec.series.map((one, i) => `${one.label} ${show(valueAt(i, next))}`).join(", ")}`);
+    announce(`${spec.title} at ${compact(data[0][next])}: ${spec.series.map((one, i) => `${one.label} ${reading(i, next)}`).join(", ")}`);
   });
   const resized = new ResizeObserver(() => canvas.clientWidth && chart.setSize({ width: canvas.clientWidth, height: CHART_HEIGHT }));
   resized.observe(canvas);

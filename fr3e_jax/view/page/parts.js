@@ -76,6 +76,8 @@ async function loadQuestion(run, step, place) {
   });
   part.base = part.rows.filter((row) => row.kind === "base");
   part.partial = part.rows.filter((row) => row.kind === "partial");
+  part.most = scalesOf(part);
+  for (const row of part.rows) row.most = part.most;
   part.ready = true;
   return part;
 }

@@ -140,7 +140,7 @@ function trunk({ part, base, states, state, trajectory }) {
   for (const one of forks) at.set(one.position, [...(at.get(one.position) ?? []), one]);
   const chips = (i) => at.has(i) ? make("span", { class: "chips" }, at.get(i).map((one) => forkChip(one, one === state))) : null;
   const text = tokenBox(base, `Base trajectory ${trajectory}`, chips, forks.map((one) => one.position));
-  return [forks.length > 1 ? valueStrip(base, forks, state) : null, text, colourLegend()];
+  return [forks.length > 1 ? valueStrip(base, forks, state) : null, text, colourLegend(part)];
 }
 
 function forkChip(one, chosen) {
@@ -161,10 +161,10 @@ function valueStrip(base, forks, chosen) {
       make("svg:text", { x: x(one), y: high - 2, "text-anchor": "middle" }, `S${one.state}`))));
 }
 
-function colourLegend() {
+function colourLegend(part) {
   if (place.colour === "none") return null;
   const swatches = ["entropy", "logprob"].includes(place.colour) ? Array.from({ length: LEVELS }, (_, i) => make("span", { class: `t l${i + 1}` }, " ")) : [];
-  return make("p", { class: `legend by-${place.colour}` }, swatches.length ? make("span", { class: "swatches", "aria-hidden": "true" }, swatches) : null, ` ${COLOUR_HELP[place.colour]}`);
+  return make("p", { class: `legend by-${place.colour}` }, swatches.length ? make("span", { class: "swatches", "aria-hidden": "true" }, swatches) : null, ` ${COLOUR_HELP[place.colour](part.most)}`);
 }
 
 /** Shows the token of the address again, and opens what it stands in. */
