@@ -31,6 +31,9 @@ INDEX_COLUMNS = (
 ).split()
 """Columns of each response that questions are found by."""
 LONGEST_IN_INDEX = 240  # characters of a question or an answer
+PartsOfScript = list[tuple[str, bytes]]
+"""Parts that are handed over together, where parts are apart from the page: name and packed part."""
+SMALL_STEP = 100_000  # tokens of a step whose questions are handed over with its index, about 500 kB
 
 
 class PageParts:
@@ -53,12 +56,33 @@ class PageParts:
             self.steps.append(kept)
             self.quantiles.append(quantiles)
 
-    def names(self) -> Iterator[str]:
-        """Name all parts but that of the runs."""
+    def all_scripts(self) -> Iterator[PartsOfScript]:
+        """Go through all parts but that of the runs, those of a script together.
+
+        A step whose file was deleted since, or is damaged where texts are, is left out from then on.
+        """
         for number, steps in enumerate(self.steps):
-            for step, file in steps.items():
-                yield f"{number}/{step}/index"
-                yield from (f"{number}/{step}/{i}" for i in range(len(read_step(file).first)))
+            for step in list(steps):
+                try:
+                    yield from self.scripts_of(number, step)
+                except DamagedRolloutsError as error:
+                    self.warnings.append(f"warning: {error}, and is left out")
+                    del steps[step], self.quantiles[number][step]
+
+    def scripts_of(self, number: int, step: int) -> Iterator[PartsOfScript]:
+        """Pack a step of a run: with the index of a small one all of its questions, else each apart.
+
+        Raises:
+          DamagedRolloutsError: its file cannot be read.
+        """
+        rollouts, folder = read_step(self.steps[number][step]), f"{number}/{step}"
+        index = (f"{folder}/index", pack_index(rollouts))
+        questions = ((f"{folder}/{i}", pack_question(rollouts, i)) for i in range(len(rollouts.first)))
+        if sum(rollouts.columns["tokens"]) <= SMALL_STEP:
+            yield [index, *questions]
+        else:
+            yield [index]
+            yield from ([question] for question in questions)
 
     def part(self, name: str) -> bytes | None:
         """Pack a part; None where there is none of that name."""
@@ -74,6 +98,16 @@ class PageParts:
         if parsed[3] == "index":
             return pack_index(step)
         return pack_question(step, int(parsed[3])) if int(parsed[3]) < len(step.first) else None
+
+    def script(self, name: str) -> PartsOfScript:
+        """Pack the parts of a script; none where there is no part of that name."""
+        part = self.part(name)
+        if part is None:
+            return []
+        parsed = PART_NAME.fullmatch(name)
+        if parsed is None or parsed[3] != "index":
+            return [(name, part)]
+        return next(self.scripts_of(int(parsed[1]), int(parsed[2])))
 
     def pack_runs(self) -> bytes:
         """Pack settings, metrics and alarms of all runs, and which steps are kept."""
