@@ -186,6 +186,14 @@ def test_a_large_run_lies_in_a_folder_beside_its_page(tmp_path, monkeypatch, sma
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_page_of_many_rollouts_is_said_to_be_large_before_it_is_written(tmp_path, monkeypatch):
+    run = made_up_run(tmp_path / "run", steps=1, kept=None, questions=1)
+    monkeypatch.setattr("fr3e_jax.view.command.LARGE", 1e3)
+    lines = []
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "p.html")), lines.append, lines.append)
+    assert len(lines) == 2 and "GB of rollouts" in lines[0] and "--serve" in lines[0]
+
+
 def test_a_damaged_file_is_left_out_and_said(tmp_path):
     run = made_up_run(tmp_path / "run", steps=2, kept=None, questions=1)
     file = run / "rollouts/step-000001.parquet"

@@ -1,5 +1,6 @@
 """The page of large runs and long texts in a real browser, and of runs that are served."""
 
+import json
 import threading
 import time
 
@@ -76,23 +77,42 @@ def test_a_megabyte_without_a_space_does_no_harm(browser, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_a_thousand_rollouts_of_3000_tokens_open(browser, tmp_path):
-    """In half a second on an idle machine, and a key takes less; the limits are of a page that hangs."""
+def test_a_thousand_rollouts_of_3000_tokens_open_in_under_2_seconds(browser, tmp_path):
+    """One time of five at least, on a machine that may do other work; `-s` shows the seconds."""
     run = made_up_run(tmp_path / "run", steps=2)
     write_rollouts(run, 2, long_rows(np.random.default_rng(0), 2, questions=10, rollouts=99, tokens=3000))
     view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html")), print, print)
     address = (tmp_path / "page.html").as_uri()
-    with tab_of(browser) as tab:
-        start = time.monotonic()
-        page = tab.open(f"{address}#view=tree&step=2&query=4", "#base .t >> nth=2999")
-        opened = time.monotonic() - start
-        assert page.locator(".continuation").count() == 99
-        slowest = 0.0
-        for key, ready in (("j", '[data-focus="question 5"][aria-current]'), ("c", "#base .by-logprob")):
+    for _ in range(5):
+        seconds = {}
+        with tab_of(browser) as tab:
             start = time.monotonic()
-            page.keyboard.press(key)
-            page.wait_for_selector(ready)
-            slowest = max(slowest, time.monotonic() - start)
-        page.locator(".unfold").first.click()
-        page.wait_for_selector(".unfolded .t >> nth=2999")
-        assert opened < 15 and slowest < 10, (opened, slowest)
+            page = tab.open(f"{address}#view=tree&step=2&query=4", "#base .t >> nth=2999")
+            seconds["opened"] = time.monotonic() - start
+            assert page.locator(".continuation").count() == 99
+            for key, ready in (("j", '[data-focus="question 5"][aria-current]'), ("c", "#base .by-logprob")):
+                start = time.monotonic()
+                page.keyboard.press(key)
+                page.wait_for_selector(ready)
+                seconds[key] = time.monotonic() - start
+            page.locator(".unfold").first.click()
+            page.wait_for_selector(".unfolded .t >> nth=2999")
+        print(", ".join(f"{name}: {value:.2f} s" for name, value in seconds.items()))
+        if max(seconds.values()) < 2:
+            return
+    pytest.fail(f"the page is slow: {seconds}")
+
+
+def test_a_long_run_has_lines_of_means(browser, tmp_path):
+    """Its lines would be areas that hide one another."""
+    run = made_up_run(tmp_path / "run", steps=400)
+    short = made_up_run(tmp_path / "short", steps=200)
+    for folder, said in ((run, 1), (short, 0)):
+        view(ViewOptions(runs=[str(folder)], out=str(tmp_path / "page.html")), print, print)
+        with tab_of(browser) as tab:
+            page = tab.open((tmp_path / "page.html").as_uri(), ".run-view .plot canvas")
+            assert page.get_by_text("faint: each step").count() == said
+            page.locator(".chart", has_text="Reward").locator(".plot").focus()
+            page.keyboard.press("End")  # what is read are the numbers themselves
+            number = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["reward/root_mean"]
+            assert f"root mean {number:.3g}" in page.inner_text("#live")

@@ -3,9 +3,10 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from browser import chromium, expect, needs_browser, tab_of
-from made_up_run import HOSTILE, made_up_run
+from made_up_run import HOSTILE, made_up_run, question_rows, write_rollouts
 
 from fr3e_jax.view.command import ViewOptions, view
 
@@ -263,3 +264,27 @@ def test_labels_contrast_and_order_are_as_they_should_be(browser, page_file, the
             found = axe.run(page).response["violations"]
             told = [(one["id"], one["nodes"][0]["html"][:120]) for one in found]
             assert told == [], address
+
+
+def test_a_step_opens_at_a_fork_whose_continuations_disagree(browser, tmp_path):
+    """With colours that reach to the entropies of the question."""
+    run, rows = made_up_run(tmp_path / "run", steps=1), []
+    for query in (7, 8):
+        rows += question_rows(np.random.default_rng(query), 1, query, 0.5)
+    for row in rows:
+        row |= {"reward": 0.0, "right": False, "entropy": [4.0] * len(row["token"])}
+    (odd,) = (
+        row
+        for row in rows
+        if (row["query"], row["trajectory"], row.get("state"), row.get("rollout")) == (8, 1, 2, 0)
+    )
+    odd |= {"reward": 1.0, "right": True}
+    write_rollouts(run, 1, rows)
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "page.html")), print, print)
+    with tab_of(browser) as tab:
+        page = tab.open(f"{(tmp_path / 'page.html').as_uri()}#view=tree", TREE)
+        assert "query 8" in text(page, "#question")
+        expect(page.locator(".tab[aria-current]")).to_contain_text("r1")
+        expect(page.locator("#base .fork[aria-pressed=true]")).to_contain_text("S2")
+        assert "0 to 5 nats and more" in text(page, ".legend")
+        assert "l8" in page.locator("#base .t").first.get_attribute("class")  # floor(sqrt(4/5) 8.999)

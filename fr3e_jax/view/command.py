@@ -9,14 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from rich.console import Console
+
 from fr3e_jax.config import ConfigError
 from fr3e_jax.config.values import Bounds, Name, PositiveNumber
+from fr3e_jax.progress import bars
 from fr3e_jax.run.storage import in_bucket, writing
 from fr3e_jax.view.document import BESIDE, WITHIN, make_document, parts_script
 from fr3e_jax.view.parts import RUNS_PART, PageParts, PartsOfScript
 from fr3e_jax.view.runs import read_run, run_names
 from fr3e_jax.view.server import PageServer
 
+LARGE = 2e9  # bytes of rollouts, of which a page takes minutes to write
 Port = Annotated[int, Bounds(least=0, most=65535)]
 """A port of TCP; 0 for a free one."""
 
@@ -67,7 +71,15 @@ def view(options: ViewOptions, say: Callable[[str], None], warn: Callable[[str],
         serve_page(PageServer(options.port, read, title), say, warn)
         return
     parts, page = read(), page_of(options)
-    written = write_page(parts, page, title, options.page_mb)
+    if (size := parts.rollout_bytes()) > LARGE:
+        warn(
+            f"warning: the page is of {size / 1e9:.0f} GB of rollouts and will be as large; --serve reads "
+            "only what is looked at"
+        )
+    console = Console(stderr=True)
+    with bars(console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("steps of rollouts", total=sum(map(len, parts.steps)))
+        written = write_page(parts, page, title, options.page_mb, lambda: progress.advance(bar))
     for line in messages_on(parts):
         warn(line)
     say(f"page: {written}")
@@ -101,8 +113,17 @@ def page_of(options: ViewOptions) -> Path:
     return Path(out)
 
 
-def write_page(parts: PageParts, page: Path, title: str, page_mb: float) -> str:
+def write_page(
+    parts: PageParts, page: Path, title: str, page_mb: float, step_done: Callable[[], None]
+) -> str:
     """Write the page: one file if it is small enough, else with a folder of parts beside it.
+
+    Args:
+      parts: of the page.
+      page: file to write.
+      title: names the runs.
+      page_mb: most rollouts that are in the page itself.
+      step_done: is called when a step is packed.
 
     Returns:
       What was written, for people.
@@ -111,7 +132,7 @@ def write_page(parts: PageParts, page: Path, title: str, page_mb: float) -> str:
       StorageError: the disk is full.
     """
     beside = page.with_name(f"{page.name}.parts")
-    scripts = parts.all_scripts()
+    scripts = parts.all_scripts(step_done)
     with writing(page):
         within, whole = first_of(scripts, page_mb * 1e6)
         if whole:

@@ -5,7 +5,7 @@ and QUESTION the questions of the step.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fr3e_jax.view.rollouts import (
     read_quantiles,
     read_step,
     rows_by_state,
+    size_of,
     steps_kept,
 )
 from fr3e_jax.view.runs import ShownRun, effective_answers, meanings_for, shown_settings
@@ -56,10 +57,17 @@ class PageParts:
             self.steps.append(kept)
             self.quantiles.append(quantiles)
 
-    def all_scripts(self) -> Iterator[PartsOfScript]:
+    def rollout_bytes(self) -> int:
+        """Add up the files of rollouts, bytes."""
+        return sum(size_of(file) for steps in self.steps for file in steps.values())
+
+    def all_scripts(self, step_done: Callable[[], None]) -> Iterator[PartsOfScript]:
         """Go through all parts but that of the runs, those of a script together.
 
         A step whose file was deleted since, or is damaged where texts are, is left out from then on.
+
+        Args:
+          step_done: is called when a step is packed.
         """
         for number, steps in enumerate(self.steps):
             for step in list(steps):
@@ -68,6 +76,7 @@ class PageParts:
                 except DamagedRolloutsError as error:
                     self.warnings.append(f"warning: {error}, and is left out")
                     del steps[step], self.quantiles[number][step]
+                step_done()
 
     def scripts_of(self, number: int, step: int) -> Iterator[PartsOfScript]:
         """Pack a step of a run: with the index of a small one all of its questions, else each apart.

@@ -97,6 +97,14 @@ def written_at(file: epath.Path) -> float:
         return 0.0
 
 
+def size_of(file: epath.Path) -> int:
+    """Tell how many bytes a file has; 0 where it is gone."""
+    try:
+        return file.stat().length
+    except OSError:
+        return 0
+
+
 @functools.lru_cache(maxsize=3)
 def read_rows(file: epath.Path, written: float, names: tuple[str, ...] | None) -> StepRollouts:
     """Read columns of a step; of all columns where `names` is None, with the tokens."""

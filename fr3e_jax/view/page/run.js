@@ -40,7 +40,7 @@ const GROUPS = [
     { title: "Memory, GiB", prefix: "memory/" },
   ]],
 ];
-const DASHES = [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 3], [4, 6]]; // of the numbers of a run among several
+const DASHES = [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 3], [4, 6]]; // of the numbers of a run among several; of those beyond the colours in one run
 let lookedAt = null; // x under the cursor
 
 /** Draws the view. */
@@ -127,7 +127,7 @@ function specOf(spec, all, shown, named) {
         if (!run.columns[name]) continue;
         const label = names.length > 1 || !several ? shortName(name, names, spec) : "";
         const bands = spec.interval && run.effective ? [intervals(run.columns[name], run.effective)] : [];
-        const dash = several ? DASHES[i % DASHES.length] : null;
+        const dash = DASHES[(several ? i : Math.floor(i / SERIES_COLOURS)) % DASHES.length];
         series.push(line([several ? run.name : "", label].filter(Boolean).join(" · "), colourOf(run, i), dash, xOf(run), run.columns[name], bands));
       }
     });

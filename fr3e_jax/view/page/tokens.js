@@ -11,8 +11,8 @@ const COLOUR_HELP = {
   none: () => "no colour",
 };
 const LEVELS = 8;
-const SCALES = [0.5, 1, 2.5, 5, 10, 20]; // nats at which the deepest colour begins
-const BELOW_DEEPEST = 0.95; // share of the tokens of base trajectories that have another colour
+const SCALES = [0.5, 1, 2, 3, 5, 7, 10, 20]; // nats at which the deepest colour begins
+const BELOW_DEEPEST = 0.9; // share of the tokens of base trajectories that have another colour
 const TOKENS_AT_ONCE = 12000; // shown before one asks for more
 const CHARACTERS_AT_ONCE = 400_000;
 
