@@ -18,7 +18,7 @@ from fr3e_jax.view.command import ViewOptions, page_of, view, with_named_runs
 from fr3e_jax.view.document import page_script
 from fr3e_jax.view.packing import NO_NUMBER, pack, thousandths
 from fr3e_jax.view.parts import PageParts, widths
-from fr3e_jax.view.rollouts import quantiles_of, read_step
+from fr3e_jax.view.rollouts import quantiles_of, read_rows, read_step
 from fr3e_jax.view.runs import ShownRun, effective_answers, metric_columns, read_run, run_names
 
 
@@ -136,6 +136,15 @@ def test_grpo_rows_are_the_rollouts_of_the_query(tmp_path):
     index, _ = unpacked(parts.part("0/1/index"))
     assert all(one["split"] in ([], [[0, 0]]) for one in index["questions"])
     assert parts.quantiles[0][1]["value"]
+
+
+def test_a_file_of_a_bucket_says_what_one_here_does(tmp_path, monkeypatch):
+    file = epath.Path(made_up_run(tmp_path / "run", steps=1, kept=None) / "rollouts/step-000001.parquet")
+    here = read_step(file)
+    read_rows.cache_clear()
+    monkeypatch.setattr("fr3e_jax.view.rollouts.in_bucket", lambda _: True)
+    there = read_step(file)
+    assert there is not here and there.columns == here.columns
 
 
 def test_nothing_that_a_model_wrote_stands_in_the_markup(tmp_path):

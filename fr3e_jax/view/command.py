@@ -20,7 +20,7 @@ from fr3e_jax.view.parts import RUNS_PART, PageParts, PartsOfScript
 from fr3e_jax.view.runs import read_run, run_names
 from fr3e_jax.view.server import PageServer
 
-LARGE = 2e9  # bytes of rollouts, of which a page takes minutes to write
+LARGE = 2e9  # bytes of rollouts whose page takes minutes to write
 Port = Annotated[int, Bounds(least=0, most=65535)]
 """A port of TCP; 0 for a free one."""
 
@@ -73,8 +73,8 @@ def view(options: ViewOptions, say: Callable[[str], None], warn: Callable[[str],
     parts, page = read(), page_of(options)
     if (size := parts.rollout_bytes()) > LARGE:
         warn(
-            f"warning: the page is of {size / 1e9:.0f} GB of rollouts and will be as large; --serve reads "
-            "only what is looked at"
+            f"warning: the page is of {size / 1e9:.0f} GB of rollouts and will be as large; --serve writes "
+            "nothing"
         )
     console = Console(stderr=True)
     with bars(console, transient=True, disable=not console.is_terminal) as progress:

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from fr3e_jax.run.rollout_files import ROLLOUTS, steps_in
+from fr3e_jax.run.storage import in_bucket
 
 RESPONSE_COLUMNS = (
     "kind trajectory kept state position statistic rollout text stopped right reason extracted reward "
@@ -112,7 +113,10 @@ def read_rows(file: epath.Path, written: float, names: tuple[str, ...] | None) -
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=names and list(names))
+        # Of a file here only the columns are read that are asked for; texts and tokens are most of it.
+        opened = pa.BufferReader(file.read_bytes()) if in_bucket(file) else pa.OSFile(str(file))
+        with opened:
+            table = pq.read_table(opened, columns=names and list(names))
         table = table.sort_by([(name, "ascending") for name in ("round", "query", *ORDERED_BY)])
         columns = {
             name: without_nan(table.column(name).to_pylist())
