@@ -93,7 +93,7 @@ def messages_on(parts: PageParts) -> list[str]:
         for run, steps in zip(parts.runs, parts.steps, strict=True)
         if not steps
     ]
-    return [*dict.fromkeys(parts.warnings), *none]
+    return [*parts.warnings, *none]
 
 
 def page_of(options: ViewOptions) -> Path:

@@ -110,13 +110,12 @@ class PageParts:
 
     def script(self, name: str) -> PartsOfScript:
         """Pack the parts of a script; none where there is no part of that name."""
-        part = self.part(name)
-        if part is None:
-            return []
         parsed = PART_NAME.fullmatch(name)
-        if parsed is None or parsed[3] != "index":
-            return [(name, part)]
-        return next(self.scripts_of(int(parsed[1]), int(parsed[2])))
+        if parsed is not None and parsed[3] == "index" and int(parsed[1]) < len(self.steps):
+            number, step = int(parsed[1]), int(parsed[2])
+            return next(self.scripts_of(number, step)) if step in self.steps[number] else []
+        part = self.part(name)
+        return [] if part is None else [(name, part)]
 
     def pack_runs(self) -> bytes:
         """Pack settings, metrics and alarms of all runs, and which steps are kept."""
