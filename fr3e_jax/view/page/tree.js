@@ -30,7 +30,7 @@ async function drawTree(main, all) {
     redraw(main, `tree empty ${run} ${step}`, () => [treeHead(all, run, step, null), make("p", { class: "note" }, "No question was asked in this step.")]);
     return;
   }
-  if (place.step === "" || place.query === "") keep({ step, query: index.questions[at].query });
+  if (place.step === "" || place.query === "") keep({ step, query: index.questions[at].query, round: index.questions[at].round || "" });
   redraw(main, "tree", () => make("div", { class: "tree-view" },
     make("div", { id: "tree-head" }),
     make("nav", { id: "questions", "aria-label": "Questions of the step" }),
