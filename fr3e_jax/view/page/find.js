@@ -1,6 +1,7 @@
 // Find: by step, question, reward, source, split states, and by text in everything that is kept.
 
 const MOST_FOUND = 300;
+const AT_ONCE = 8; // questions that are unpacked at the same time
 let search = { signature: "", results: [], done: true, looked: 0 };
 
 function drawFind(main, all) {
@@ -48,6 +49,7 @@ async function startSearch(signature, all) {
       const index = await loadIndex(run, step);
       for (let i = 0; i < index.questions.length; i++) {
         if (own !== search) return;
+        if (wanted.text && i % AT_ONCE === 0) unpackAhead(run, step, i, index.questions.length);
         await searchQuestion(own, wanted, run, step, index, i);
         if (own.results.length >= MOST_FOUND) break;
       }
@@ -63,6 +65,11 @@ async function startSearch(signature, all) {
   showResults();
 }
 
+/** Unpacks some questions at the same time; errors are those of the one that is searched. */
+function unpackAhead(run, step, from, count) {
+  for (let i = from; i < Math.min(from + AT_ONCE, count); i++) loadPart(`${run}/${step}/${i}`).catch(() => {});
+}
+
 async function searchQuestion(own, wanted, run, step, index, i) {
   const question = index.questions[i], { rows } = index;
   if (wanted.source && !question.source.toLowerCase().includes(wanted.source.toLowerCase())) return;
@@ -76,7 +83,7 @@ async function searchQuestion(own, wanted, run, step, index, i) {
   const texts = { question: null, found: new Map() };
   let chosen = candidates;
   if (wanted.text) {
-    const part = await loadQuestion(run, step, i);
+    const part = await loadPart(`${run}/${step}/${i}`);
     const at = wanted.where === "response" ? -1 : part.question.toLowerCase().indexOf(wanted.text);
     texts.question = at < 0 ? null : [part.question, at];
     if (wanted.where !== "question") {
