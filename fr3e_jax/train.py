@@ -29,6 +29,7 @@ from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError
 from fr3e_jax.parallel.waiting import HostError, waiting
+from fr3e_jax.planning.update_layout import chosen_by_estimate
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.pretrained.hub import FINAL_MODEL
 from fr3e_jax.problems.corpus import names_of
@@ -130,6 +131,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
         hosts,
         stack.enter_context(Interruption(hosts)).check,
         lambda *decoded: reporter.within_step.rows(*decoded),
+        chosen_by_estimate,
     )
     corpus, policy = parts.corpus, parts.policy
     state, reference = policy.fresh_state(parts.learner), None
@@ -163,7 +165,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     with open_reporter(directory, config, progress.step) as reporter:
         reporter.say(
             f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
-            f"{dict(hosts.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
+            f"{parts.policy.described_mesh} on {jax.default_backend()} | run directory {directory}"
         )
         if implied := changes(as_written(given), as_written(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")

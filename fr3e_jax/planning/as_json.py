@@ -24,6 +24,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "jax_topology": plan.slice.topology,
         "chips": plan.slice.chips,
         "mesh": dict(plan.setup.mesh.shape),
+        "update_mesh": dict(plan.setup.update.mesh.shape),
         "estimated": plan.estimated,
         "fits": plan.fits,
         "short_gib": gib(max(plan.missing, 0.0)),

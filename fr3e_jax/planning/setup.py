@@ -15,6 +15,7 @@ from fr3e_jax.learner.state import TrainState, state_shardings
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params
 from fr3e_jax.parallel.mesh import Placement, row_parts
+from fr3e_jax.planning.workload import Assumptions, Workload, workload_of
 from fr3e_jax.run.build import Policy, policy_of_shape
 
 END_TOKENS = (0, 1)
@@ -39,7 +40,7 @@ def bytes_on_chip(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run on a mesh, without arrays. `config` is resolved."""
+    """A run on a mesh, without arrays. `config` is resolved. `mesh` is that of sampling."""
 
     config: Config
     model: DecoderConfig
@@ -52,7 +53,16 @@ class Setup:
         Raises:
           PlacementError: the model does not divide by the mesh.
         """
-        return policy_of_shape(self.model, self.mesh, END_TOKENS, self.dtype, self.config.model.path)
+        name, update_tensor = self.config.model.path, self.config.mesh.update_tensor
+        return policy_of_shape(self.model, self.mesh, END_TOKENS, self.dtype, name, update_tensor)
+
+    @functools.cached_property
+    def update(self) -> "Setup":
+        """The same run on the mesh of its updates, of which `parts`, `rows` and caches are then."""
+        if (mesh := self.placements[0].mesh) == self.mesh:
+            return self
+        own = dataclasses.replace(self.config.mesh, update_tensor=None)
+        return Setup(dataclasses.replace(self.config, mesh=own), self.model, mesh)
 
     @property
     def axes(self) -> Any:
@@ -98,6 +108,10 @@ class Setup:
         place = functools.partial(jax.tree.map, lambda x, to: abstract(x.shape, x.dtype, to))
         return TrainState(place(self.shapes, shardings.params), place(moments, shardings.optimizer))
 
+    def work(self, assumptions: Assumptions, worst: bool = False) -> Workload:
+        """The work of a step, on the meshes of sampling and of updates; others as for `workload_of`."""
+        return workload_of(self.config, self.parts, assumptions, worst, self.update.parts)
+
     def params(self, dtype: Any, sampling: bool = False) -> Any:
         """The parameters in a dtype, abstract, placed for training or for sampling."""
         shardings = self.placements[sampling].shardings(self.axes, self.shapes)
@@ -105,7 +119,7 @@ class Setup:
 
     def rows(self, dtype: Any, *sizes: int) -> Any:
         """An abstract array whose first axis is split as batch rows are."""
-        return abstract(sizes, dtype, self.placements[0].sharding("batch"))
+        return abstract(sizes, dtype, self.placements[1].sharding("batch"))
 
     def cache_bytes(self, rows: int, slots: int) -> int:
         """Bytes that a chip reads of a KV cache of `rows` rows, each with `slots` slots, for one token.

@@ -192,14 +192,21 @@ class Workload:
         return [x for x in (self.first_return, self.pilots, self.explore) if x is not None]
 
 
-def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: bool = False) -> Workload:
+def workload_of(
+    config: Config,
+    parts: int,
+    assumptions: Assumptions,
+    worst: bool = False,
+    update_parts: int | None = None,
+) -> Workload:
     """The work of a step of a run.
 
     Args:
       config: resolved.
-      parts: number of parts that the mesh splits batch rows into.
+      parts: number of parts that the mesh splits batch rows into while sampling.
       assumptions: lengths of answers, and shares of trajectories and states.
       worst: every answer goes to the limit, and every position is at the beginning.
+      update_parts: number of parts that updates split batch rows into; None: as many.
     """
     rollout, explore, limit = config.rollout, config.explore, config.rollout.max_response
     rng, per_part = np.random.default_rng(0), config.rollout.queries // parts
@@ -250,12 +257,18 @@ def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: boo
         explore=decode,
         pilots=pilots,
         trajectories=kept,
-        **update_shapes(config, parts, accepted),
+        **update_shapes(config, update_parts or parts, accepted),
     )
 
 
 def update_shapes(config: Config, parts: int, accepted: StateGroups) -> dict[str, Any]:
-    """The fields of a `Workload` that are about the update, from the accepted states of a batch."""
+    """The fields of a `Workload` that are about the update, from the accepted states of a batch.
+
+    Args:
+      config: resolved.
+      parts: number of parts that updates split batch rows into.
+      accepted: the states of the batch.
+    """
     rollout, optimizer = config.rollout, config.optimizer
     budget, epochs = optimizer.micro_tokens, optimizer.epochs
     chunks, trunks, real = collections.Counter[Chunk](), collections.Counter[tuple[int, int]](), 0

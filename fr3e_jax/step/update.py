@@ -130,7 +130,7 @@ def take_updates(
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in groups.minibatches(batch, minibatches, rng):
                 part = with_shares(part, config.loss)
-                bundles = bundles_of(part, row_parts(parts.engine.placement.mesh), optimizer.micro_tokens)
+                bundles = bundles_of(part, row_parts(parts.learner.placement.mesh), optimizer.micro_tokens)
                 flops += update_flops(parts.policy.model.config, bundles)
                 tokens += np.array(token_counts(bundles))
                 state, update_metrics = parts.learner.update(state, bundles, reference, bonus)
