@@ -17,7 +17,7 @@ from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import GIB, Slice, find_slice, other_slices
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.times import Rates, phases_of
-from fr3e_jax.planning.topology import positions_in, run_mesh, splits
+from fr3e_jax.planning.topology import mesh_sizes, positions_in, run_mesh, splits
 from fr3e_jax.planning.update_layout import fastest_fitting, with_update_tensor
 from fr3e_jax.planning.workload import Assumptions, Workload
 
@@ -142,12 +142,15 @@ def smallest_slice(question: Question, tpu: Slice) -> str | None:
 
     Tried are the larger slices of the same generation, then those of others, each with the run's own mesh
     and with all that have one data part. Of the meshes that fit, the one with the shortest step is named.
+    Updates are in the layout of sampling where the run has no other: training takes another if that fits too.
     """
     for other in other_slices(tpu):
         fitting = []
         for mesh in meshes_for(question.config.mesh, other.chips):
-            config = dataclasses.replace(question.config, mesh=mesh)
             try:
+                tensor = mesh.update_tensor or mesh_sizes(mesh, other.chips)[2]
+                laid = dataclasses.replace(mesh, update_tensor=tensor)
+                config = dataclasses.replace(question.config, mesh=laid)
                 plan = estimated_plan(dataclasses.replace(question, config=config), other)
             except (ConfigError, PlacementError):
                 continue  # the run cannot start on this mesh
@@ -163,4 +166,5 @@ def smallest_slice(question: Question, tpu: Slice) -> str | None:
 
 def meshes_for(given: MeshConfig, chips: int) -> list[MeshConfig]:
     """The meshes that are tried on a slice: the given one, and all with one data part."""
-    return [given, *(MeshConfig(1, fsdp, tensor) for fsdp, tensor in splits(chips))]
+    whole = (dataclasses.replace(given, data=1, fsdp=fsdp, tensor=tensor) for fsdp, tensor in splits(chips))
+    return [given, *whole]
