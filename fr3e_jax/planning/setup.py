@@ -38,6 +38,18 @@ def bytes_on_chip(tree: Any) -> int:
     return total
 
 
+@functools.lru_cache(maxsize=16)
+def policy_on(model: DecoderConfig, mesh: Mesh, dtype: Any, name: str, update_tensor: int | None) -> Policy:
+    """`policy_of_shape`, once for the many plans that a layout of updates is chosen from."""
+    return policy_of_shape(model, mesh, END_TOKENS, dtype, name, update_tensor)
+
+
+@functools.lru_cache(maxsize=4)
+def shapes_of(model: Any) -> Any:
+    """`abstract_params`, once for many plans."""
+    return abstract_params(model)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """A run on a mesh, without arrays. `config` is resolved. `mesh` is that of sampling."""
@@ -54,7 +66,7 @@ class Setup:
           PlacementError: the model does not divide by the mesh.
         """
         name, update_tensor = self.config.model.path, self.config.mesh.update_tensor
-        return policy_of_shape(self.model, self.mesh, END_TOKENS, self.dtype, name, update_tensor)
+        return policy_on(self.model, self.mesh, self.dtype, name, update_tensor)
 
     @functools.cached_property
     def update(self) -> "Setup":
@@ -72,7 +84,7 @@ class Setup:
     @functools.cached_property
     def shapes(self) -> Any:
         """The parameters as ShapeDtypeStructs."""
-        return abstract_params(self.model)
+        return shapes_of(self.model)
 
     @property
     def placements(self) -> tuple[Placement, Placement]:
