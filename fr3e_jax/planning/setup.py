@@ -45,7 +45,7 @@ def policy_on(model: DecoderConfig, mesh: Mesh, dtype: Any, name: str, update_te
 
 
 @functools.lru_cache(maxsize=4)
-def shapes_of(model: Any) -> Any:
+def shapes_of(model: DecoderConfig) -> Any:
     """`abstract_params`, once for many plans."""
     return abstract_params(model)
 
@@ -65,8 +65,9 @@ class Setup:
         Raises:
           PlacementError: the model does not divide by the mesh.
         """
+        model: Any = self.model
         name, update_tensor = self.config.model.path, self.config.mesh.update_tensor
-        return policy_on(self.model, self.mesh, self.dtype, name, update_tensor)
+        return policy_on(model, self.mesh, self.dtype, name, update_tensor)
 
     @functools.cached_property
     def update(self) -> "Setup":
@@ -84,7 +85,8 @@ class Setup:
     @functools.cached_property
     def shapes(self) -> Any:
         """The parameters as ShapeDtypeStructs."""
-        return shapes_of(self.model)
+        model: Any = self.model
+        return shapes_of(model)
 
     @property
     def placements(self) -> tuple[Placement, Placement]:
