@@ -147,6 +147,7 @@ def test_a_slice_is_recognised_by_its_chips(name):
 def test_devices_that_are_no_known_tpus_update_in_the_layout_of_sampling():
     hosts = Hosts(mesh_of(1, 2, 4), 60)
     assert chosen_by_estimate(Config(), PRESETS["qwen2.5-7b"].config, hosts) is None
+    assert slice_of(positions_in(find_slice("v5e-16"))[:-1]) is None  # nor those of a part of a slice
     assert slice_of([dataclasses.replace(positions_in(find_slice("v5e-4"))[0], device_kind="TPU v9")]) is None
 
 

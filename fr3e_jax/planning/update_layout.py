@@ -5,6 +5,7 @@ sampling, which holds whole weights, may need another number of parts than updat
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def chosen_by_estimate(config: Config, model: DecoderConfig, hosts: Hosts) -> in
 
 
 def slice_of(devices: Iterable[Any]) -> Slice | None:
-    """Find the slice that devices form by their kind and coordinates; None where they are no known TPUs."""
+    """Find the slice that devices form by their kind and coordinates; None where they are not a known one."""
     members = list(devices)
     kinds = {chip.kind: generation for generation, chip in CHIPS.items()}
     generation = kinds.get(members[0].device_kind)
@@ -54,6 +55,8 @@ def slice_of(devices: Iterable[Any]) -> Slice | None:
         return None
     places = zip(*(device.coords for device in members), strict=True)
     extent = [max(place) - min(place) + 1 for place in places]
+    if math.prod(extent) != len(members):
+        return None
     return Slice(generation, generation, tuple(extent[: CHIPS[generation].dimensions]))
 
 
