@@ -19,7 +19,7 @@ from fr3e_jax.planning.make import Question, quick_plan
 from fr3e_jax.planning.show import conclusion
 from fr3e_jax.planning.workload import Assumptions
 from fr3e_jax.run.queries import (
-    MARGIN,
+    QUERY_MARGIN,
     AcceptedCount,
     accepted_before,
     assumed_states,
@@ -104,8 +104,8 @@ def test_a_round_is_the_smallest_that_fills_the_batch(states, per_query, sizes, 
     queries = queries_for(states, per_query, sizes, left)
     possible = [size for size in sizes if left is None or size <= left] or [sizes[0]]
     assert queries in possible
-    assert queries == possible[-1] or queries * per_query >= MARGIN * states
-    assert all(size * per_query < MARGIN * states for size in possible if size < queries)
+    assert queries == possible[-1] or queries * per_query >= QUERY_MARGIN * states
+    assert all(size * per_query < QUERY_MARGIN * states for size in possible if size < queries)
 
 
 def test_older_steps_count_less():
@@ -151,7 +151,7 @@ def test_a_step_asks_what_fills_its_batch_and_then_only_what_is_missing():
     """Assumed are 3 states of a query; the written world accepts more or fewer."""
     there = accepted_of(range(6))
     config, parts, asked = auto_run(batch=there + 1, most=6)
-    assert math.ceil(MARGIN * (there + 1) / 3) > 3  # by the assumption a round of 3 would not do
+    assert math.ceil(QUERY_MARGIN * (there + 1) / 3) > 3  # by the assumption a round of 3 would not do
     _, carried, progress, told, _ = one_step(config, parts, [], groups.empty_groups(M, P, S), Progress())
     assert asked == [(0, 6), (6, 3)]  # one state is missing, for which the smallest round does
     assert progress.data_position == 9

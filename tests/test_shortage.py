@@ -14,14 +14,14 @@ from support import SMALL, call, changed, metrics, placement
 from fr3e_jax.config import Config, dump
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner.update import Learner
-from fr3e_jax.parallel.waiting import HostError, places_of, waiting
+from fr3e_jax.parallel.waiting import HostError, blocks_of, waiting
 from fr3e_jax.run.checkpoints import Checkpoints, mesh_under
 from fr3e_jax.run.resume import changed_settings
 from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.saved import Progress, Record, parse_record
 from fr3e_jax.run.storage import StorageError
 from fr3e_jax.step import shortage
-from fr3e_jax.step.shortage import GIB, OutOfMemoryError, arrays_alive, raise_shortage
+from fr3e_jax.step.shortage import GIBIBYTE, OutOfMemoryError, arrays_alive, raise_shortage
 
 # As XLA says it on CPU and on TPU, and as numpy and Python do on the host.
 SHORT = [
@@ -38,7 +38,7 @@ PARAMETERS, CACHE = (3, 5, 8), (2, 8, 1, 7, 3)  # shapes that no other test has
 @pytest.fixture
 def told(monkeypatch, tmp_path):
     """Raises what a run says of an error, without the numbers of this machine."""
-    monkeypatch.setattr(shortage, "host_memory", lambda: 3 * GIB // 2)
+    monkeypatch.setattr(shortage, "host_memory", lambda: 3 * GIBIBYTE // 2)
 
     def tell(error, config, known=None):
         mesh = placement(1, 8, 1).mesh
@@ -75,7 +75,7 @@ def raised_in(error, *places):
 def test_the_message_names_the_stage_and_what_to_lower_as_it_is_set(told, error, places, where, lower):
     error = type(error)(*error.args)
     raised_in(error, *places)
-    assert places_of(error) == list(places)
+    assert blocks_of(error) == list(places)
     with pytest.raises(OutOfMemoryError) as end:
         told(error, Config())
     message = str(end.value)
@@ -119,7 +119,7 @@ def test_arrays_are_counted_by_what_they_are_on_one_device(told):
     assert grown == {
         "parameters": 3 * 5 * 8 // 8 * 4,
         "optimizer": 3 * 5 * 8 // 8 * 4 + 4,
-        "copies of parameters": 3 * 5 * 8 * 2,
+        "copies or gradients": 3 * 5 * 8 * 2,
         "KV caches": 2 * 2 * 7 * 3 * 4,
     }
     assert after["other arrays"] - before.get("other arrays", 0) == 2 * 9 * 4
@@ -131,11 +131,11 @@ def test_arrays_are_counted_by_what_they_are_on_one_device(told):
 
 
 def test_a_device_that_tells_its_limit_is_quoted(monkeypatch):
-    def device(used, limit=16 * GIB):
+    def device(used, limit=16 * GIBIBYTE):
         return types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": used, "bytes_limit": limit})
 
     silent = types.SimpleNamespace(memory_stats=lambda: None)
-    monkeypatch.setattr(jax, "local_devices", lambda: [silent, device(GIB), device(15 * GIB)])
+    monkeypatch.setattr(jax, "local_devices", lambda: [silent, device(GIBIBYTE), device(15 * GIBIBYTE)])
     assert shortage.device_limit() == " (15.00 of 16.00 in use)"
     monkeypatch.setattr(jax, "local_devices", lambda: [silent])
     assert shortage.device_limit() == ""
@@ -200,7 +200,7 @@ def test_a_run_without_a_checkpoint_ends_with_the_message(tmp_path, monkeypatch)
         "fr3e_jax.train: error: the memory does not suffice (Out of memory allocating 123 bytes) for first "
         "return of step 1; alive were, GiB of a device: parameters 0.0"
     )
-    assert ", optimizer 0.0" in ended.stderr and ", copies of parameters 0.0" in ended.stderr
+    assert ", optimizer 0.0" in ended.stderr and ", copies or gradients 0.0" in ended.stderr
     assert "lower rollout.queries (8), or" in ended.stderr
     assert f"no step is saved in {tmp_path / 'run'}, so that the same command begins it anew" in ended.stderr
     assert "for first return of step 1" in (tmp_path / "run" / "log.txt").read_text()

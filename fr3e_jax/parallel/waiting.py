@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed
 from jaxlib import _jax
 
-PLACES = "fr3e_jax_places"  # attribute of an error
+BLOCKS = "fr3e_jax_blocks"  # attribute of an error
 GRACE = 3.0  # seconds that an abort leaves to the main thread where that is about to end the process itself
 
 # What errors of jax contain, on CPU, GPU and TPU, when a process does not answer.
@@ -86,9 +86,9 @@ def rank() -> tuple[int, int]:
     return state.process_id, state.num_processes
 
 
-def places_of(error: BaseException) -> list[str]:
+def blocks_of(error: BaseException) -> list[str]:
     """Return the names of the blocks of `waiting` in which an error was raised, the innermost last."""
-    return vars(error).get(PLACES, [])
+    return vars(error).get(BLOCKS, [])
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ def waiting(place: str) -> Iterator[None]:
     except HostError:
         raise
     except (MemoryError, RuntimeError) as error:
-        vars(error).setdefault(PLACES, [name for name, _ in HERE.places])
+        vars(error).setdefault(BLOCKS, [name for name, _ in HERE.places])
         lost = isinstance(error, jax.errors.JaxRuntimeError) and SIGNS.search(str(error))
         if rank()[1] == 1 or not lost:
             raise  # not the loss of a process

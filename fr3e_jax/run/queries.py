@@ -13,7 +13,7 @@ from fr3e_jax.parallel.sizes import two_per_doubling_below
 from fr3e_jax.run.saved import Progress
 
 FADING = 0.8  # weight of a step in the counts of accepted states, to that of the step after it
-MARGIN = 1.2  # queries that are asked, to those that would do on average
+QUERY_MARGIN = 1.2  # queries that are asked, to those that would do on average
 ASSUMED_QUERIES = 8  # weight of the assumption before the first round, in queries
 ASSUMED_KEPT, ASSUMED_ACCEPTED = 2.0, 0.5  # trajectories of a query, and share of their states
 
@@ -89,5 +89,5 @@ def queries_for(states: float, per_query: float, sizes: tuple[int, ...], left: i
       left: questions that may be asked; None: any number. The smallest size is taken in any case.
     """
     possible = [size for size in sizes if left is None or size <= left] or [sizes[0]]
-    enough = (size for size in possible if size * per_query >= MARGIN * states)
+    enough = (size for size in possible if size * per_query >= QUERY_MARGIN * states)
     return next(enough, possible[-1])
