@@ -108,8 +108,8 @@ class DataConfig:
     retire_above: Share | None = None
     """Ask a question no more once its remembered success rate is at least this: that of the answers from the
     bare query, over the rounds that asked it, the newest with half of the weight. The run ends when fewer
-    than rollout.queries questions are left. For data sets, files and tasks of your own; off by default
-    (paper)."""
+    than rollout.queries questions are left, or with `auto` than its smallest round has. For data sets, files
+    and tasks of your own; off by default (paper)."""
     sample_by: Literal["uniform", "difficulty"] = "uniform"
     """`uniform`: every question once in an epoch (paper). `difficulty`: one whose remembered success rate is
     p with probability 4 p (1 - p), at least 0.1, relative to one that was never asked (ours)."""

@@ -70,6 +70,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_generated": plan.work.tokens,
         "tokens_per_second": None if seconds is None else plan.work.tokens / seconds,
         "rounds": plan.work.rounds,
+        "queries": plan.setup.queries,
         "occupancy": plan.work.occupancy,
         "price_per_chip_hour": plan.price,
         "cost_per_1000_steps": plan.cost,

@@ -19,7 +19,7 @@ from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.times import Rates, phases_of
 from fr3e_jax.planning.topology import mesh_sizes, positions_in, run_mesh, splits
 from fr3e_jax.planning.update_layout import fastest_fitting, with_update_tensor
-from fr3e_jax.planning.workload import Assumptions, Workload
+from fr3e_jax.planning.workload import Assumptions, Workload, planned_queries
 
 MARGIN = 1.25  # programs whose estimate leaves less than this of a chip are compiled to see whether they fit
 
@@ -107,13 +107,18 @@ def estimated_plan(question: Question, tpu: Slice) -> Plan:
 
 
 def setup_on(question: Question, mesh: Mesh, tpu: Slice) -> Setup:
-    """The run on a mesh of a slice, checked as training checks it, updated in the layout that training takes.
+    """Set the run up on a mesh of a slice, checked as training checks it.
+
+    It has a number of queries where that is `auto`, and is updated in the layout that training takes.
 
     Raises:
       ConfigError, PlacementError: the run cannot start on the mesh; the message says what to change.
     """
-    setup = Setup(resolve(question.config), question.model, mesh)
-    check(setup.config, row_parts(mesh), question.model.context)
+    config, parts = resolve(question.config), row_parts(mesh)
+    check(config, parts, question.model.context)
+    queries = planned_queries(config, parts, question.assumptions)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, queries=queries))
+    setup = Setup(config, question.model, mesh)
     _ = setup.placements  # refuses a model that does not divide by the mesh
     if setup.config.mesh.update_tensor is not None:
         return setup
@@ -134,6 +139,7 @@ def plan_of(question: Question, tpu: Slice, setup: Setup, work: Workload, stages
         stages=stages,
         phases=phases,
         price=question.price,
+        auto_queries=question.config.rollout.queries == "auto",
     )
 
 

@@ -17,6 +17,7 @@ from fr3e_jax.models.decoder import DecoderConfig, abstract_params
 from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.planning.workload import Assumptions, Workload, workload_of
 from fr3e_jax.run.build import Policy, policy_of_shape
+from fr3e_jax.run.queries import round_sizes
 
 END_TOKENS = (0, 1)
 """Any two ids: which ones they are does not change a program."""
@@ -102,6 +103,11 @@ class Setup:
     def parts(self) -> int:
         """Number of parts that the mesh splits batch rows into."""
         return row_parts(self.mesh)
+
+    @property
+    def queries(self) -> int:
+        """Number of queries of a round."""
+        return round_sizes(self.config.rollout, self.parts)[-1]
 
     @functools.cached_property
     def engine(self) -> Engine:

@@ -88,6 +88,12 @@ def conclusion(plan: Plan) -> list[str]:
         )
     if plan.cost is not None:
         lines.append(f"1,000 steps at {plan.price:g} per chip-hour: {plan.cost:,.0f}")
+    if plan.auto_queries:
+        lines.append(
+            f"rollout.queries auto: rounds of {plan.setup.queries} queries fill the batch if states are "
+            "accepted as assumed; where fewer are, rounds have up to rollout.max_queries "
+            f"{plan.setup.config.rollout.max_queries}, which take more memory"
+        )
     lines.append(assumptions_line(plan))
     where = f"{plan.largest.phase}: {plan.largest.program.name}"
     by = ", by the estimate" if plan.estimated else ""

@@ -17,6 +17,7 @@ from fr3e_jax.engine.seats import Leg, first_slots, schedule
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
 from fr3e_jax.parallel.sizes import next_power_of_two
+from fr3e_jax.run.queries import assumed_states, queries_for, round_sizes
 from fr3e_jax.types import StateGroups
 
 SPREAD = 0.8  # standard deviation of the logarithm of answers' lengths
@@ -121,6 +122,18 @@ def lengths_of(count: int, mean: float, limit: int, rng: np.random.Generator) ->
     return np.clip(np.ceil(drawn), 1, limit).astype(np.int32)
 
 
+def planned_queries(config: Config, parts: int, assumptions: Assumptions) -> int:
+    """Number of queries of a round: with `auto`, as many as a run asks that knows what is assumed here.
+
+    Args:
+      config: resolved.
+      parts: number of parts that the mesh splits batch rows into.
+      assumptions: how many trajectories of a query are explored, and which share of states is accepted.
+    """
+    per_query = assumed_states(config, assumptions.kept, assumptions.accepted)
+    return queries_for(config.optimizer.batch_states, per_query, round_sizes(config.rollout, parts))
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """The shape of a chunk on each part: rows of `width` tokens that see `window` slots of the trunks."""
@@ -209,12 +222,13 @@ def workload_of(
       update_parts: number of parts that updates split batch rows into; None: as many.
     """
     rollout, explore, limit = config.rollout, config.explore, config.rollout.max_response
-    rng, per_part = np.random.default_rng(0), config.rollout.queries // parts
+    queries = planned_queries(config, parts, assumptions)
+    rng, per_part = np.random.default_rng(0), queries // parts
     mean = limit if worst else assumptions.response * limit
     restarts = explore.positions > 0
     count = rollout.base_trajectories if restarts else explore.rollouts
     # All others wait for the longest, and among so many one goes to the limit.
-    lengths = lengths_of(rollout.queries * count, mean, limit, rng).reshape(parts, per_part, count)
+    lengths = lengths_of(queries * count, mean, limit, rng).reshape(parts, per_part, count)
     lengths[:, 0, 0] = limit
     if worst:
         lengths[:] = limit

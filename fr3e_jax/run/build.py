@@ -38,6 +38,7 @@ from fr3e_jax.problems.corpus import Corpus, make_corpus
 from fr3e_jax.problems.stream import QueryStream, difficulty_of
 from fr3e_jax.rewards.pool import ScoringPool
 from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.run.queries import round_sizes
 from fr3e_jax.types import StopTable
 
 
@@ -218,7 +219,8 @@ def build(
     policy = policy_of(model, text, dtype)
     engine = policy.engine(config.rollout.max_response, between, watch)
     learner = policy.learner(config.loss, config.optimizer, updates_of(config))
-    difficulty = difficulty_of(corpus, config.data, config.seed, config.rollout.queries)
+    smallest = round_sizes(config.rollout, row_parts(hosts.mesh))[0]
+    difficulty = difficulty_of(corpus, config.data, config.seed, smallest)
     problems = corpus.stream(config.seed)
     stream = QueryStream(problems, text, config.rollout.max_prompt, hosts, difficulty)
     pool = ScoringPool(corpus.scorers, **asdict(config.scoring))

@@ -96,6 +96,8 @@ def train_step(
         skipped=skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped),
         empty_steps=0 if updates else progress.empty_steps + 1,
         rates=sampled.rates,
+        recent_queries=sampled.counted.queries,
+        recent_states=sampled.counted.states,
         entropy_coefficient=following_bonus(config.loss, bonus, metrics.get("update/entropy")),
     )
     return state, carried, progress, metrics, sampled.excerpt
