@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from fr3e_jax.algorithm.rules import RuleError
@@ -23,6 +22,7 @@ from fr3e_jax.cost import utilisation
 from fr3e_jax.engine.filters import Sampling
 from fr3e_jax.engine.finite import NotFiniteError
 from fr3e_jax.evaluation.answers import Ask, Respondent
+from fr3e_jax.evaluation.held_out import held_out_metrics
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
@@ -71,7 +71,7 @@ LINE = (
 
 
 def evaluate_held_out(config: Config, parts: Parts, params: Params, step: int) -> Metrics:
-    """Ask the held-out problems: share of right answers, share cut off, mean length in tokens."""
+    """Ask the held-out problems: their metrics, and the seconds that it took."""
     begun, where = time.perf_counter(), f"evaluation after step {step}"
     respondent = Respondent(parts.engine, parts.stream, parts.verifier, config.evaluate.rows, where)
     samples, sampling = range(config.evaluate.samples), Sampling(config.evaluate.temperature)
@@ -81,12 +81,8 @@ def evaluate_held_out(config: Config, parts: Parts, params: Params, step: int) -
     with waiting("an evaluation"):
         batches = respondent.answers(parts.policy.sampling_params(params), asks, key, sampling)
         answers = [answer for batch in batches for answer in batch]
-    return {
-        "eval/accuracy": float(np.mean([answer.right for answer in answers])),
-        "eval/cut": float(np.mean([answer.truncated for answer in answers])),
-        "eval/length": float(np.mean([answer.length for answer in answers])),
-        "time/evaluate": round(time.perf_counter() - begun, 4),
-    }
+    measured = held_out_metrics(answers, config.evaluate.samples)
+    return measured | {"time/evaluate": round(time.perf_counter() - begun, 4)}
 
 
 def train(config: Config, name: str) -> dict[str, Any] | None:

@@ -249,11 +249,13 @@ def made_up_run(directory, steps=12, kept=(), questions=6, hostile=False, seed=0
     settings = f"algorithm: {'fr3e' if restarts else 'grpo'}\nsteps: {steps}\nseed: {seed}\n"
     settings += "data:\n  source: word_problems\n  held_out: 200\nreward:\n  success_at: 1.0\n"
     (directory / "config.yaml").write_text(settings)
-    lines = [{"step": 0, "eval/accuracy": 0.3, "time/evaluate": 1.0}]
+    judged_of = {"eval/problems": 200, "eval/samples": 1}  # one answer to each: the error says no more
+    lines = [{"step": 0, "eval/accuracy": 0.3, "time/evaluate": 1.0} | judged_of]
     for step in range(1, steps + 1):
         line = step_metrics(rng, step, step / steps)
         if step % max(steps // 6, 1) == 0:
-            line |= {"eval/accuracy": round(float(np.clip(0.3 + 0.5 * step / steps, 0, 1)) * 200) / 200}
+            accuracy = round(float(np.clip(0.3 + 0.5 * step / steps, 0, 1)) * 200) / 200
+            line |= {"eval/accuracy": accuracy} | judged_of
         if step == steps * 2 // 3:
             line["alarms"] = {
                 "entropy_collapse": "Entropy fell below a third of its start. Raise loss.clip_high."

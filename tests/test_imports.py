@@ -48,7 +48,7 @@ ALLOWED = {
         "models parallel planning pretrained problems rewards run step".split()
     ),
     "study": set("cli config cost evaluation models parallel plan planning progress run step".split()),
-    "view": set("cli config problems run step".split()),
+    "view": set("cli config progress run step".split()),
     "__main__": set("parallel".split()),
     "bench": set(
         "cli config engine learner models parallel planning pretrained rewards run step types".split()

@@ -54,7 +54,9 @@ def test_a_run_tells_what_it_did(whole_run):
     # Clipping acts in the second minibatch of a batch.
     assert max(line["update/clip_low"] + line["update/clip_high"] for line in lines[1:]) > 0
     summary = json.loads((directory / "summary.json").read_text())
-    assert summary["accuracy_before"] == lines[0]["eval/accuracy"]
+    assert summary["accuracy_before"] == (accuracy := lines[0]["eval/accuracy"])
+    assert (lines[0]["eval/problems"], lines[0]["eval/samples"]) == (32, 1)
+    assert lines[0]["eval/accuracy_se"] == pytest.approx(np.sqrt(accuracy * (1 - accuracy) / 31))
     assert summary["accuracy_after"] == lines[-1]["eval/accuracy"]
     assert summary["tokens_generated"] == lines[-1]["tokens/total"]
     assert {"seconds", "seed", "steps"} <= summary.keys()

@@ -1,46 +1,25 @@
 """The page of runs, without a browser: what is read of runs, how it is packed, what is refused."""
 
 import base64
-import json
 import re
-import struct
-import threading
-import urllib.error
-import urllib.request
-import zlib
 
 import numpy as np
 import pytest
 from etils import epath
 from made_up_run import HOSTILE, SCHEMA, made_up_run, question_rows, write_rollouts
+from page_parts import part_of, unpacked
 from support import call
 
-from fr3e_jax.config import ConfigError
+import fr3e_jax.view.parts as parts_of_a_page
+from fr3e_jax.evaluation.answers import Answer
+from fr3e_jax.evaluation.held_out import held_out_metrics
 from fr3e_jax.run.rollout_files import ROLLOUT_COLUMNS
 from fr3e_jax.view.command import ViewOptions, page_of, view, with_named_runs
 from fr3e_jax.view.document import page_script
 from fr3e_jax.view.packing import NO_NUMBER, pack, thousandths
 from fr3e_jax.view.parts import PageParts, widths
-from fr3e_jax.view.rollouts import quantiles_of, read_step
-from fr3e_jax.view.runs import ShownRun, held_out_size, metric_columns, read_run, run_names
-from fr3e_jax.view.server import PageServer
-
-
-def unpacked(part):
-    """(head, name -> array) of a part, read as the page reads it."""
-    raw = zlib.decompress(part)
-    (size,) = struct.unpack_from("<I", raw)
-    head = json.loads(raw[4 : 4 + size])
-    arrays = {
-        name: np.frombuffer(raw, np.dtype(dtype).newbyteorder("<"), count, 4 + size + offset)
-        for name, (dtype, offset, count) in head["arrays"].items()
-    }
-    return head, arrays
-
-
-def part_of(page, name):
-    found = re.search(rf'data-part="{name}">([^<]*)</script>', page)
-    return unpacked(base64.b64decode(found[1]))
+from fr3e_jax.view.rollouts import quantiles_of, read_rows, read_step
+from fr3e_jax.view.runs import ShownRun, effective_answers, metric_columns, read_run, run_names
 
 
 def written(folder, **options):
@@ -88,8 +67,16 @@ def test_thousandths_keep_three_decimals_and_say_what_is_missing():
 )
 def test_widths_cut_a_text_as_javascript_counts(text, ends, parts):
     count = len(parts)
-    found = widths(text, None if ends is None else np.array(ends), count)
-    units, start = text.encode("utf-16-le"), 0
+    own = [np.nan] * count if ends is None else (ends + [np.nan] * count)[:count]
+    # Behind another text and before one without tokens, which change nothing.
+    found = widths(
+        ["\U0001f600b", text, "x"],
+        np.array([1, 2, *own]),
+        np.array([True, ends is not None, False]),
+        np.array([2, count, 0]),
+    )
+    assert found[:2].tolist() == [2, 1]
+    found, units, start = found[2:], text.encode("utf-16-le"), 0
     for width, part in zip(found.tolist(), parts, strict=True):
         assert units[2 * start : 2 * (start + width)].decode("utf-16-le") == part
         start += width
@@ -151,6 +138,15 @@ def test_grpo_rows_are_the_rollouts_of_the_query(tmp_path):
     assert parts.quantiles[0][1]["value"]
 
 
+def test_a_file_of_a_bucket_says_what_one_here_does(tmp_path, monkeypatch):
+    file = epath.Path(made_up_run(tmp_path / "run", steps=1, kept=None) / "rollouts/step-000001.parquet")
+    here = read_step(file)
+    read_rows.cache_clear()
+    monkeypatch.setattr("fr3e_jax.view.rollouts.in_bucket", lambda _: True)
+    there = read_step(file)
+    assert there is not here and there.columns == here.columns
+
+
 def test_nothing_that_a_model_wrote_stands_in_the_markup(tmp_path):
     page, _ = written(tmp_path, steps=1, kept=None, questions=1, hostile=True)
     for text in HOSTILE:
@@ -170,21 +166,41 @@ def test_a_title_is_text(tmp_path):
     assert "<title>&lt;b&gt;{{parts}}&lt;script&gt;</title>" in page
 
 
-def test_a_large_run_lies_in_a_folder_beside_its_page(tmp_path):
+@pytest.mark.parametrize(
+    ("small", "scripts"),
+    [(100_000, {"index": ["index", "0", "1"]}), (0, {n: [n] for n in ("index", "0", "1")})],
+)
+def test_a_large_run_lies_in_a_folder_beside_its_page(tmp_path, monkeypatch, small, scripts):
+    """The questions of a small step with its index, so that a long run is not of files without number."""
+    monkeypatch.setattr(parts_of_a_page, "SMALL_STEP", small)
     run = made_up_run(tmp_path / "run", steps=2, kept=None, questions=2)
     lines, page = [], tmp_path / "page.html"
-    view(ViewOptions(runs=[str(run)], out=str(page), page_mb=0.1), lines.append, lines.append)
+    view(ViewOptions(runs=[str(run)], out=str(page), page_mb=0.01), lines.append, lines.append)
     folder = tmp_path / "page.html.parts"
     assert lines == [f"page: {page}, with its rollouts in {folder}"]
-    files = {str(file.relative_to(folder)) for file in folder.rglob("*.js")}
-    assert files == {f"0/{step}/{part}.js" for step in (1, 2) for part in ("index", 0, 1)}
-    code = (folder / "0/2/1.js").read_text()
-    name, text = re.fullmatch(r'fr3eViewPart\("(.*)","(.*)"\)\n', code).groups()
+    call_of = re.compile(r'fr3eViewPart\("(.*)","(.*)"\)\n')
+    found = {
+        str(file.relative_to(folder)): call_of.findall(file.read_text()) for file in folder.rglob("*.js")
+    }
+    assert {file: [name for name, _ in parts] for file, parts in found.items()} == {
+        f"0/{step}/{file}.js": [f"0/{step}/{name}" for name in names]
+        for step in (1, 2)
+        for file, names in scripts.items()
+    }
+    name, text = found[f"0/2/{'index' if small else '1'}.js"][-1]
     head, _ = unpacked(base64.b64decode(text))
     assert (name, head["query"]) == ("0/2/1", 3)
     view(ViewOptions(runs=[str(run)], out=str(page)), lines.append, lines.append)
     assert lines[-1] == f"page: {page}" and not folder.exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_page_of_many_rollouts_is_said_to_be_large_before_it_is_written(tmp_path, monkeypatch):
+    run = made_up_run(tmp_path / "run", steps=1, kept=None, questions=1)
+    monkeypatch.setattr("fr3e_jax.view.command.LARGE", 1e3)
+    lines = []
+    view(ViewOptions(runs=[str(run)], out=str(tmp_path / "p.html")), lines.append, lines.append)
+    assert len(lines) == 2 and "GB of rollouts" in lines[0] and "--serve" in lines[0]
 
 
 def test_a_damaged_file_is_left_out_and_said(tmp_path):
@@ -196,6 +212,25 @@ def test_a_damaged_file_is_left_out_and_said(tmp_path):
     view(ViewOptions(runs=[str(run)], out=str(tmp_path / "p.html")), lines.append, lines.append)
     assert len(lines) == 2 and lines[0].startswith(f"warning: {file} is damaged (")
     assert 'data-part="0/2/index"' in (tmp_path / "p.html").read_text()
+
+
+@pytest.mark.parametrize("page_mb", [0.01, 64.0])
+def test_what_breaks_while_a_page_is_written_is_left_out_and_said(tmp_path, monkeypatch, page_mb):
+    """Training thins the files of a run that is read, and texts may be damaged where numbers are whole."""
+    run = made_up_run(tmp_path / "run", steps=3, kept=None, questions=1)
+    read = parts_of_a_page.read_step
+
+    def deleting(file):
+        if file.name == "step-000002.parquet":
+            file.unlink(missing_ok=True)
+        return read(file)
+
+    monkeypatch.setattr(parts_of_a_page, "read_step", deleting)
+    lines, page = [], tmp_path / "p.html"
+    view(ViewOptions(runs=[str(run)], out=str(page), page_mb=page_mb), lines.append, lines.append)
+    assert len(lines) == 2 and lines[0].startswith("warning: ") and lines[0].endswith(", and is left out")
+    assert "step-000002.parquet" in lines[0]
+    assert part_of(page.read_text(), "runs")[0]["runs"][0]["kept"] == [1, 3]
 
 
 def test_a_run_without_rollouts_has_charts_and_says_what_keeps_them(tmp_path):
@@ -211,18 +246,28 @@ def test_metrics_that_are_no_numbers_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("settings", "size"),
+    ("verdicts", "size"),
     [
-        ({"data.held_out": 64, "data.source": "math"}, 64),
-        ({"data.held_out": None, "data.source": "carry_addition"}, 256),
-        ({"data.held_out": None, "data.source": [{"name": "gym:countdown"}]}, 256),
-        ({"data.held_out": None, "data.source": [{"name": "gym:countdown"}, {"name": "math"}]}, None),
-        ({"data.held_out": None, "data.source": "carry_addition", "data.held_out_source": "aime24"}, None),
-        ({}, None),
+        ("11 10 00 01", 6),  # p = 1/2, error^2 = 1/24: 1/4 / (1/24)
+        ("1 1 0 0", 4),  # 1/4 / (1/12) is 3, which is fewer than there are problems
+        ("111 111 000 000", 4),  # answers to a problem are all alike
+        ("10 01 10 01", 4),  # as many right answers to each: no error, which says nothing
+        ("10 10 10 11", 8),  # 15/64 / (1/64) is 15, which is more than there are answers
+        ("1101", 1),  # one problem has no error
     ],
 )
-def test_an_interval_needs_a_known_number_of_problems(settings, size):
-    assert held_out_size(ShownRun(epath.Path("run"), "run", settings, {}, [])) == size
+def test_an_interval_is_of_as_many_answers_as_are_independent(verdicts, size):
+    right = [[mark == "1" for mark in problem] for problem in verdicts.split()]
+    answers = [Answer(one, "", False, 1, "") for sample in zip(*right, strict=True) for one in sample]
+    line = {"step": 0} | held_out_metrics(answers, len(right[0]))
+    columns = metric_columns([line, {"step": 1, "reward/base_mean": 0.5}])
+    found = effective_answers(ShownRun(epath.Path("run"), "run", {}, columns, []))
+    assert found == [pytest.approx(size, rel=1e-4), None]
+
+
+def test_a_run_that_does_not_say_how_many_problems_it_judged_has_no_interval():
+    columns = metric_columns([{"step": 0, "eval/accuracy": 0.5}])
+    assert effective_answers(ShownRun(epath.Path("run"), "run", {"data.held_out": 64}, columns, [])) is None
 
 
 def test_runs_are_named_by_what_tells_them_apart():
@@ -266,48 +311,3 @@ def test_a_command_line_writes_the_page(tmp_path):
     run = made_up_run(tmp_path / "run", steps=1, kept=None, questions=1)
     done = call("view.__main__", run)
     assert (done.returncode, done.stdout) == (0, f"page: {run}/view.html\n")
-
-
-@pytest.fixture
-def served(tmp_path):
-    """A run, and the address of its page."""
-    run = made_up_run(tmp_path / "run", steps=2, kept=(1,), questions=1)
-    server = PageServer(0, lambda: PageParts([read_run(str(run), "run")]), "run")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield run, server.address
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def get(address, **headers):
-    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
-        return answer.read().decode()
-
-
-def test_a_served_page_reads_the_run_again_when_it_is_opened(served):
-    run, address = served
-    assert part_of(get(address), "runs")[0]["runs"][0]["kept"] == [1]
-    write_rollouts(run, 2, question_rows(np.random.default_rng(0), 2, 5, 0.5))
-    assert part_of(get(address), "runs")[0]["runs"][0]["kept"] == [1, 2]
-    code = get(f"{address}parts/0/2/0.js")
-    assert unpacked(base64.b64decode(code.split('"')[3]))[0]["query"] == 5
-
-
-@pytest.mark.parametrize("path", ["parts/0/9/0.js", "parts/1/1/0.js", "parts/0/1/7.js", "parts/../run", "x"])
-def test_a_server_gives_nothing_but_the_page_and_its_parts(served, path):
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        get(served[1] + path)
-
-
-def test_a_server_answers_no_other_name(served):
-    """So that a page of a site whose name is made to lead here reads nothing."""
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        get(served[1], Host="evil.example:8421")
-
-
-def test_a_taken_port_is_a_mistake(served):
-    port = int(served[1].rstrip("/").rpartition(":")[2])
-    with pytest.raises(ConfigError, match="choose another --port"):
-        PageServer(port, lambda: None, "")

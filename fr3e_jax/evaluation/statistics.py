@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 DRAWS = 10_000
 DRAWN_AT_A_TIME = 2**22  # numbers that are drawn at a time, which bounds memory
@@ -144,6 +143,8 @@ def _interval(values: np.ndarray, level: float, draws: int, seed: int) -> tuple[
     """Compute a percentile bootstrap interval of the mean of float [n] (Efron and Tibshirani 1993)."""
     if len(values) == 1:
         return float("nan"), float("nan")
+    from scipy import stats  # takes a while, and training needs none of it
+
     interval = stats.bootstrap(
         (values,),
         np.mean,
@@ -160,6 +161,8 @@ def sign_flip_p(differences: np.ndarray, draws: int, seed: int) -> float:
     """Compute the p-value of differences float [n], none of which is 0."""
     if len(differences) < 2:
         return 1.0  # either sign is as far from 0
+    from scipy import stats
+
     test = stats.permutation_test(
         (differences,),
         np.sum,

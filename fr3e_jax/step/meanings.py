@@ -225,6 +225,15 @@ OTHERS: dict[str, Meaning] = {
     ),
     "eval/cut": Meaning("such answers that rollout.max_response cut off", "share", HELD_OUT),
     "eval/length": Meaning("length of such an answer", "tokens", HELD_OUT),
+    "eval/problems": Meaning("problems that were judged", "count", HELD_OUT),
+    "eval/samples": Meaning("answers to each, evaluate.samples", "count", HELD_OUT),
+    "eval/accuracy_se": Meaning(
+        "standard error of eval/accuracy, from the problems' means, since answers to one problem depend on "
+        "each other; left out with one problem",
+        "share",
+        HELD_OUT,
+        "the accuracy is known to about two of them; a larger data.held_out makes it smaller",
+    ),
 }
 """Metrics that are not in `METRICS`. STAGE stands for the name of a stage, NAME for one of the user's."""
 

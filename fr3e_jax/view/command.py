@@ -2,20 +2,25 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from rich.console import Console
+
 from fr3e_jax.config import ConfigError
 from fr3e_jax.config.values import Bounds, Name, PositiveNumber
+from fr3e_jax.progress import bars
 from fr3e_jax.run.storage import in_bucket, writing
-from fr3e_jax.view.document import BESIDE, WITHIN, make_document, part_script
-from fr3e_jax.view.parts import RUNS_PART, PageParts
+from fr3e_jax.view.document import BESIDE, WITHIN, make_document, parts_script
+from fr3e_jax.view.parts import RUNS_PART, PageParts, PartsOfScript
 from fr3e_jax.view.runs import read_run, run_names
 from fr3e_jax.view.server import PageServer
 
+LARGE = 2e9  # bytes of rollouts whose page takes minutes to write
 Port = Annotated[int, Bounds(least=0, most=65535)]
 """A port of TCP; 0 for a free one."""
 
@@ -33,7 +38,7 @@ class ViewOptions:
     port: Port = 8421
     """Where --serve listens, on 127.0.0.1 alone; 0 for a free port."""
     page_mb: PositiveNumber = 64.0
-    """Largest page that is one file; of a larger one the rollouts lie in a folder beside it."""
+    """Most rollouts that are in the page itself; more lie in a folder beside it."""
 
 
 def with_named_runs(argv: Sequence[str]) -> list[str]:
@@ -66,9 +71,18 @@ def view(options: ViewOptions, say: Callable[[str], None], warn: Callable[[str],
         serve_page(PageServer(options.port, read, title), say, warn)
         return
     parts, page = read(), page_of(options)
+    if (size := parts.rollout_bytes()) > LARGE:
+        warn(
+            f"warning: the page is of {size / 1e9:.0f} GB of rollouts and will be as large; --serve writes "
+            "nothing"
+        )
+    console = Console(stderr=True)
+    with bars(console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("steps of rollouts", total=sum(map(len, parts.steps)))
+        written = write_page(parts, page, title, options.page_mb, lambda: progress.advance(bar))
     for line in messages_on(parts):
         warn(line)
-    say(f"page: {write_page(parts, page, title, options.page_mb)}")
+    say(f"page: {written}")
 
 
 def messages_on(parts: PageParts) -> list[str]:
@@ -99,8 +113,17 @@ def page_of(options: ViewOptions) -> Path:
     return Path(out)
 
 
-def write_page(parts: PageParts, page: Path, title: str, page_mb: float) -> str:
+def write_page(
+    parts: PageParts, page: Path, title: str, page_mb: float, step_done: Callable[[], None]
+) -> str:
     """Write the page: one file if it is small enough, else with a folder of parts beside it.
+
+    Args:
+      parts: of the page.
+      page: file to write.
+      title: names the runs.
+      page_mb: most rollouts that are in the page itself.
+      step_done: is called when a step is packed.
 
     Returns:
       What was written, for people.
@@ -109,47 +132,37 @@ def write_page(parts: PageParts, page: Path, title: str, page_mb: float) -> str:
       StorageError: the disk is full.
     """
     beside = page.with_name(f"{page.name}.parts")
-    runs = (RUNS_PART, parts.pack_runs())
+    scripts = parts.all_scripts(step_done)
     with writing(page):
-        try:
-            replace_file(page, up_to(make_document(title, WITHIN, "", all_parts(parts, runs)), page_mb))
-        except TooLargeError:
-            shutil.rmtree(beside, ignore_errors=True)
-            for name, part in all_parts(parts):
-                file = beside / f"{name}.js"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(part_script(name, part), encoding="utf-8")
-            replace_file(page, make_document(title, BESIDE, beside.name, [runs]))
-            return f"{page}, with its rollouts in {beside}"
-    shutil.rmtree(beside, ignore_errors=True)  # of an earlier page
-    return str(page)
+        within, whole = first_of(scripts, page_mb * 1e6)
+        if whole:
+            runs = (RUNS_PART, parts.pack_runs())
+            inside = itertools.chain([runs], itertools.chain.from_iterable(within))
+            replace_file(page, make_document(title, WITHIN, "", inside))
+            shutil.rmtree(beside, ignore_errors=True)  # of an earlier page
+            return str(page)
+        shutil.rmtree(beside, ignore_errors=True)
+        for script in itertools.chain(within, scripts):
+            file = beside / f"{script[0][0]}.js"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(parts_script(script), encoding="utf-8")
+        replace_file(page, make_document(title, BESIDE, beside.name, [(RUNS_PART, parts.pack_runs())]))
+    return f"{page}, with its rollouts in {beside}"
 
 
-def all_parts(parts: PageParts, *first: tuple[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Go through parts: those that are given, then all of the runs; what is damaged by now is left out."""
-    yield from first
-    for name in parts.names():
-        part = parts.part(name)
-        if part is not None:
-            yield name, part
+def first_of(scripts: Iterator[PartsOfScript], most: float) -> tuple[list[PartsOfScript], bool]:
+    """Take scripts until their parts come to more than `most` bytes on the page.
 
-
-class TooLargeError(Exception):
-    """A page is larger than it may be."""
-
-
-def up_to(pieces: Iterable[str], most_mb: float) -> Iterator[str]:
-    """Pass pieces of text on.
-
-    Raises:
-      TooLargeError: together they have more characters than `most_mb` million.
+    Returns:
+      (scripts, whether these are all).
     """
-    size = 0
-    for piece in pieces:
-        size += len(piece)
-        if size > most_mb * 1e6:
-            raise TooLargeError
-        yield piece
+    taken, size = [], 0.0
+    for script in scripts:
+        taken.append(script)
+        size += sum(4 / 3 * len(part) for _, part in script)  # in base64
+        if size > most:
+            return taken, False
+    return taken, True
 
 
 def replace_file(file: Path, pieces: Iterable[str]) -> None:

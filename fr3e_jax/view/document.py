@@ -65,6 +65,6 @@ def fill_in(template: str, values: dict[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda place: values[place[1]], template)
 
 
-def part_script(name: str, part: bytes) -> str:
-    """Write a part as a script of its own, which hands it to the page that loads it."""
-    return f'fr3eViewPart("{name}","{in_base64(part)}")\n'
+def parts_script(parts: Iterable[tuple[str, bytes]]) -> str:
+    """Write parts, name and packed part, as a script, which hands them to the page that loads it."""
+    return "".join(f'fr3eViewPart("{name}","{in_base64(part)}")\n' for name, part in parts)

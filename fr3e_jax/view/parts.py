@@ -5,7 +5,7 @@ and QUESTION the questions of the step.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from fr3e_jax.view.rollouts import (
     read_quantiles,
     read_step,
     rows_by_state,
+    size_of,
     steps_kept,
 )
-from fr3e_jax.view.runs import ShownRun, held_out_size, meanings_for, shown_settings
+from fr3e_jax.view.runs import ShownRun, effective_answers, meanings_for, shown_settings
 
 RUNS_PART = "runs"
 PART_NAME = re.compile(r"(\d+)/(\d+)/(index|\d+)")
@@ -31,6 +32,9 @@ INDEX_COLUMNS = (
 ).split()
 """Columns of each response that questions are found by."""
 LONGEST_IN_INDEX = 240  # characters of a question or an answer
+PartsOfScript = list[tuple[str, bytes]]
+"""Parts that are handed over together, where parts are apart from the page: name and packed part."""
+SMALL_STEP = 100_000  # tokens of a step whose questions are handed over with its index, about 500 kB
 
 
 class PageParts:
@@ -53,12 +57,41 @@ class PageParts:
             self.steps.append(kept)
             self.quantiles.append(quantiles)
 
-    def names(self) -> Iterator[str]:
-        """Name all parts but that of the runs."""
+    def rollout_bytes(self) -> int:
+        """Add up the files of rollouts, bytes."""
+        return sum(size_of(file) for steps in self.steps for file in steps.values())
+
+    def all_scripts(self, step_done: Callable[[], None]) -> Iterator[PartsOfScript]:
+        """Go through all parts but that of the runs, those of a script together.
+
+        A step whose file was deleted since, or is damaged where texts are, is left out from then on.
+
+        Args:
+          step_done: is called when a step is packed.
+        """
         for number, steps in enumerate(self.steps):
-            for step, file in steps.items():
-                yield f"{number}/{step}/index"
-                yield from (f"{number}/{step}/{i}" for i in range(len(read_step(file).first)))
+            for step in list(steps):
+                try:
+                    yield from self.scripts_of(number, step)
+                except DamagedRolloutsError as error:
+                    self.warnings.append(f"warning: {error}, and is left out")
+                    del steps[step], self.quantiles[number][step]
+                step_done()
+
+    def scripts_of(self, number: int, step: int) -> Iterator[PartsOfScript]:
+        """Pack a step of a run: with the index of a small one all of its questions, else each apart.
+
+        Raises:
+          DamagedRolloutsError: its file cannot be read.
+        """
+        rollouts, folder = read_step(self.steps[number][step]), f"{number}/{step}"
+        index = (f"{folder}/index", pack_index(rollouts))
+        questions = ((f"{folder}/{i}", pack_question(rollouts, i)) for i in range(len(rollouts.first)))
+        if sum(rollouts.columns["tokens"]) <= SMALL_STEP:
+            yield [index, *questions]
+        else:
+            yield [index]
+            yield from ([question] for question in questions)
 
     def part(self, name: str) -> bytes | None:
         """Pack a part; None where there is none of that name."""
@@ -75,6 +108,15 @@ class PageParts:
             return pack_index(step)
         return pack_question(step, int(parsed[3])) if int(parsed[3]) < len(step.first) else None
 
+    def script(self, name: str) -> PartsOfScript:
+        """Pack the parts of a script; none where there is no part of that name."""
+        parsed = PART_NAME.fullmatch(name)
+        if parsed is not None and parsed[3] == "index" and int(parsed[1]) < len(self.steps):
+            number, step = int(parsed[1]), int(parsed[2])
+            return next(self.scripts_of(number, step)) if step in self.steps[number] else []
+        part = self.part(name)
+        return [] if part is None else [(name, part)]
+
     def pack_runs(self) -> bytes:
         """Pack settings, metrics and alarms of all runs, and which steps are kept."""
         runs = [
@@ -84,7 +126,7 @@ class PageParts:
                 "settings": shown_settings(run),
                 "columns": run.columns,
                 "alarms": run.alarms,
-                "held_out": held_out_size(run),
+                "effective": effective_answers(run),
                 "kept": list(steps),
                 "quantiles": [[step, found] for step, found in quantiles.items()],
             }
@@ -127,44 +169,38 @@ def pack_question(step: StepRollouts, number: int) -> bytes:
     }
     head["query_tokens"] = columns["query_tokens"][first]
     head["rows"] = [{name: columns[name][i] for name in (*RESPONSE_COLUMNS, "tokens")} for i in rows]
-    token, logprob, entropy, width = [], [], [], []
-    for i, tokens in zip(rows, step.tokens_of(number), strict=True):
-        count = columns["tokens"][i]
-        token.append(tokens["token"].astype(np.int32))
-        logprob.append(thousandths(of_length(tokens.get("logprob"), count)))
-        entropy.append(thousandths(of_length(tokens.get("entropy"), count)))
-        width.append(widths(columns["text"][i] or "", tokens.get("ends"), count))
-    arrays = {"token": token, "logprob": logprob, "entropy": entropy, "width": width}
-    dtypes = {"token": np.int32, "logprob": np.uint16, "entropy": np.uint16, "width": np.uint32}
-    joined = {
-        name: np.concatenate([np.zeros(0, dtypes[name]), *some]).astype(dtypes[name])
-        for name, some in arrays.items()
+    texts, counts = ([columns[name][i] for i in rows] for name in ("text", "tokens"))
+    ends = step.token_numbers(number, "ends")
+    arrays = {
+        "token": step.token_numbers(number, "token")[0].astype(np.int32),
+        "logprob": thousandths(step.token_numbers(number, "logprob")[0]),
+        "entropy": thousandths(step.token_numbers(number, "entropy")[0]),
+        "width": widths([text or "" for text in texts], *ends, np.array(counts, np.int64)),
     }
-    return pack(head, joined)
+    return pack(head, arrays)
 
 
-def of_length(values: np.ndarray | None, count: int) -> np.ndarray:
-    """Cut or fill the numbers of a response's tokens with nan, so that there is one a token."""
-    filled = np.full(count, np.nan, np.float32)
-    if values is not None:
-        filled[: len(values)] = np.asarray(values, np.float32)[:count]
-    return filled
-
-
-def widths(text: str, ends: np.ndarray | None, count: int) -> np.ndarray:
-    """Count the UTF-16 units of each token's part of a text, as JavaScript counts.
+def widths(texts: Sequence[str], ends: np.ndarray, known: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Count the UTF-16 units of each token's part of its text, as JavaScript counts.
 
     Args:
-      text: of a response.
-      ends: characters up to the end of each token; what lies outside of the text or goes back is put right.
-      count: of tokens.
+      texts: of responses.
+      ends: characters up to the end of each token, those of all responses one behind the other; what lies
+        outside of the text or goes back is put right, and nan is the end of the text.
+      known: bool of each response: whether it has ends. Tokens of one without have no text.
+      counts: tokens of each response.
+
+    Returns:
+      uint32, a number for each of `ends`.
     """
-    known = np.full(count, len(text), np.int64)
-    if ends is None:
-        known[:] = 0
-    else:
-        known[: len(ends)] = np.asarray(ends, np.float64)[:count]
-    known = np.maximum.accumulate(np.clip(known, 0, len(text))) if count else known
-    code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    lengths = np.array([len(text) for text in texts], np.int64)
+    start = np.cumsum(lengths) - lengths  # of each text in all texts
+    most = np.repeat(np.where(known, lengths, 0), counts)
+    own = np.clip(np.where(np.isnan(ends), most, ends), 0, most).astype(np.int64)
+    place = np.maximum.accumulate(own + np.repeat(start, counts))  # a text begins behind the one before it
+    before = np.concatenate([place[:1], place[:-1]])
+    first = (np.cumsum(counts) - counts)[counts > 0]
+    before[first] = start[counts > 0]
+    code_points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     units = np.concatenate([[0], np.cumsum(1 + (code_points > 0xFFFF))])
-    return np.diff(units[known], prepend=0).astype(np.uint32)
+    return (units[place] - units[before]).astype(np.uint32)

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from fr3e_jax.run.rollout_files import ROLLOUTS, steps_in
+from fr3e_jax.run.storage import in_bucket
 
 RESPONSE_COLUMNS = (
     "kind trajectory kept state position statistic rollout text stopped right reason extracted reward "
@@ -16,7 +17,6 @@ RESPONSE_COLUMNS = (
 """Columns that the page shows of each response, beside its tokens."""
 QUESTION_COLUMNS = "query round question answer source".split()
 ORDERED_BY = ("trajectory", "state", "rollout")
-TOKEN_COLUMNS = "token logprob entropy ends".split()
 COUNTED = ("round", "query", "kind", *ORDERED_BY, "value", "advantage", "accepted")
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -38,18 +38,27 @@ class StepRollouts:
     count: list[int]
     table: Any
 
-    def tokens_of(self, question: int) -> list[dict[str, np.ndarray]]:
-        """Read the token columns of a question's rows: ids, log-probabilities, entropies and ends of text."""
+    def token_numbers(self, question: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Read a token column of a question's rows.
+
+        Returns:
+          (values, known). values: one for each token of a row, those of all rows one behind the other; nan
+          where a row has fewer. known: bool of each row, whether it has any.
+        """
         rows = self.table.slice(self.first[question], self.count[question])
-        found: list[dict[str, np.ndarray]] = [{} for _ in range(rows.num_rows)]
-        for name in TOKEN_COLUMNS:
-            if name in rows.column_names:
-                lists = rows.column(name).combine_chunks()
-                values = lists.flatten().to_numpy(zero_copy_only=False)
-                lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-                for row, part in zip(found, np.split(values, np.cumsum(lengths)[:-1]), strict=True):
-                    row[name] = part
-        return found
+        counts = np.array(self.columns["tokens"][self.first[question] :][: rows.num_rows], np.int64)
+        if name not in rows.column_names:
+            return np.full(counts.sum(), np.nan), np.zeros(len(counts), bool)
+        lists = rows.column(name).combine_chunks()
+        values = lists.flatten().to_numpy(zero_copy_only=False)
+        lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        if np.array_equal(lengths, counts):
+            return values, lengths > 0
+        place = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        kept = place < np.repeat(counts, lengths)
+        filled = np.full(counts.sum(), np.nan)
+        filled[(np.repeat(np.cumsum(counts) - counts, lengths) + place)[kept]] = values[kept]
+        return filled, lengths > 0
 
 
 def steps_kept(run: epath.Path) -> dict[int, epath.Path]:
@@ -89,6 +98,14 @@ def written_at(file: epath.Path) -> float:
         return 0.0
 
 
+def size_of(file: epath.Path) -> int:
+    """Tell how many bytes a file has; 0 where it is gone."""
+    try:
+        return file.stat().length
+    except OSError:
+        return 0
+
+
 @functools.lru_cache(maxsize=3)
 def read_rows(file: epath.Path, written: float, names: tuple[str, ...] | None) -> StepRollouts:
     """Read columns of a step; of all columns where `names` is None, with the tokens."""
@@ -96,7 +113,10 @@ def read_rows(file: epath.Path, written: float, names: tuple[str, ...] | None) -
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()), columns=names and list(names))
+        # Of a file here only the columns are read that are asked for; texts and tokens are most of it.
+        opened = pa.BufferReader(file.read_bytes()) if in_bucket(file) else pa.OSFile(str(file))
+        with opened:
+            table = pq.read_table(opened, columns=names and list(names))
         table = table.sort_by([(name, "ascending") for name in ("round", "query", *ORDERED_BY)])
         columns = {
             name: without_nan(table.column(name).to_pylist())

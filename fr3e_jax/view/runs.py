@@ -9,7 +9,6 @@ import yaml
 from etils import epath
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.problems.corpus import ADDITIONS, GENERATED
 from fr3e_jax.run.reporter import METRICS_FILE, read_metrics
 from fr3e_jax.run.run_dir import LostSettingsError, flatten, read_settings
 from fr3e_jax.run.storage import location
@@ -92,18 +91,35 @@ def alarms_of(lines: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
     return found
 
 
-def held_out_size(run: ShownRun) -> int | None:
-    """Count the problems behind `eval/accuracy`, as far as the settings say; None where they do not."""
-    held, sources = run.settings.get("data.held_out"), run.settings.get("data.source")
-    if isinstance(held, int):
-        return held
-    names = (
-        [one.get("name") for one in sources if isinstance(one, dict)]
-        if isinstance(sources, list)
-        else [sources]
-    )
-    generated = all(name in ADDITIONS or str(name).startswith("gym:") for name in names)
-    return GENERATED if names and generated and not run.settings.get("data.held_out_source") else None
+def effective_answers(run: ShownRun) -> list[float | None] | None:
+    """Count, step by step, the independent answers that would measure the held-out accuracy as well.
+
+    Answers to one problem depend on each other. n independent ones that are right with probability p have a
+    mean whose variance is p (1 - p) / n, and the run has measured that variance over its problems. So n is
+    this quotient, at least the number of problems and at most that of answers (Kish 1965, "Survey Sampling":
+    the effective sample size).
+
+    Returns:
+      A number for each step, None for steps without an evaluation; None for a run that does not say how many
+      problems were judged.
+    """
+    if "eval/problems" not in run.columns:
+        return None
+    missing: list[float | int | None] = [None] * len(run.columns["step"])
+    names = ("eval/accuracy", "eval/problems", "eval/samples", "eval/accuracy_se")
+    columns = (run.columns.get(name, missing) for name in names)
+    return [effective_size(*values) for values in zip(*columns, strict=True)]
+
+
+def effective_size(
+    accuracy: float | None, problems: float | None, samples: float | None, error: float | None
+) -> float | None:
+    """Count the independent answers of an evaluation; None where it does not say enough."""
+    if accuracy is None or problems is None or samples is None:
+        return None
+    if not error:  # one problem, or as many right answers to each
+        return problems
+    return min(max(accuracy * (1 - accuracy) / error**2, problems), problems * samples)
 
 
 def shown_settings(run: ShownRun) -> dict[str, str]:

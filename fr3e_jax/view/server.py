@@ -7,7 +7,7 @@ from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.view.document import SERVED, make_document, part_script
+from fr3e_jax.view.document import SERVED, make_document, parts_script
 from fr3e_jax.view.parts import RUNS_PART, PageParts
 from fr3e_jax.view.rollouts import DamagedRolloutsError
 
@@ -54,10 +54,10 @@ class PageServer(http.server.ThreadingHTTPServer):
         """Make the script that hands over a part; None where there is no such part."""
         with self.reading:
             try:
-                part = self.parts.part(name)
+                script = self.parts.script(name)
             except DamagedRolloutsError:  # thinned, or being damaged, since the page was opened
                 return None
-        return None if part is None else part_script(name, part).encode()
+        return parts_script(script).encode() if script else None
 
 
 class PageRequest(http.server.BaseHTTPRequestHandler):

@@ -3,6 +3,8 @@
 const CHART_HEIGHT = 170;
 const SERIES_COLOURS = 6;
 const MARKED_POINTS = 16; // a line of so few values has its points marked
+const MANY_POINTS = 240; // a line of more is faint, with a line of means over it
+const WHOLE = Array.from({ length: 24 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)); // between marks of steps
 const charts = new Set(); // that are on the page
 let zooming = false;
 
@@ -18,6 +20,19 @@ function faint(colour, share) {
   return colour + Math.round(share * 255).toString(16).padStart(2, "0");
 }
 
+/** The mean of the values around each, 2% of all that are known; null where there are few values, or at one that is missing. */
+function meansAround(values) {
+  const known = values.map((_, i) => i).filter((i) => values[i] !== null && values[i] !== undefined);
+  if (known.length <= MANY_POINTS) return null;
+  const sums = [0], half = Math.round(known.length / 100), means = values.map(() => null);
+  for (const i of known) sums.push(sums.at(-1) + values[i]);
+  known.forEach((i, k) => {
+    const from = Math.max(0, k - half), end = Math.min(known.length, k + half + 1);
+    means[i] = (sums[end] - sums[from]) / (end - from);
+  });
+  return means;
+}
+
 /**
  * A figure with a chart.
  *
@@ -27,7 +42,8 @@ function faint(colour, share) {
  */
 function chartFigure(spec, look, open) {
   const tables = spec.series.map((one) => [one.x, one.y, ...(one.bands ?? []).flat()]);
-  const data = uPlot.join(tables);
+  const means = spec.series.map((one) => meansAround(one.y));
+  const data = uPlot.join([...tables, ...spec.series.flatMap((one, i) => (means[i] ? [[one.x, means[i]]] : []))]);
   const show = spec.percent ? (value) => (value === null || value === undefined ? "–" : `${fixed(value * 100, 1)}%`) : number;
   const readings = spec.series.map((one) => make("span", { class: "reading" }));
   const columns = []; // of the series' own values in data
@@ -36,14 +52,15 @@ function chartFigure(spec, look, open) {
     columns.push(column);
     column += table.length - 1;
   }
-  const valueAt = (i, at) => {
-    for (let index = at ?? data[0].length - 1; index >= 0; index--) {
-      const value = data[columns[i]][index];
-      if (value !== null && value !== undefined) return value;
-    }
-    return null;
+  /** The value of a series at a place of the x axis, or the last one before it; with its interval, where it has one. */
+  const reading = (i, at) => {
+    const column = columns[i], known = (index) => data[column][index] !== null && data[column][index] !== undefined;
+    let index = at ?? data[0].length - 1;
+    while (index >= 0 && !known(index)) index--;
+    const [low, high] = spec.interval && spec.series[i].bands.length ? [data[column + 1][index] ?? null, data[column + 2][index] ?? null] : [null, null];
+    return `${show(data[column][index])}${low === null ? "" : ` (${show(low)} to ${show(high)})`}`;
   };
-  const read = (at) => readings.forEach((reading, i) => (reading.textContent = show(valueAt(i, at))));
+  const read = (at) => readings.forEach((element, i) => (element.textContent = reading(i, at)));
   read(null);
   const legend = spec.series.map((one, i) =>
     make("span", { class: "key" }, lineSample(one), ` ${one.label} `, readings[i]),
@@ -56,7 +73,7 @@ function chartFigure(spec, look, open) {
     make("figcaption", { title: spec.help ?? null }, make("h3", {}, spec.title), make("span", { class: "keys" }, legend)),
     canvas,
   );
-  figure.mount = () => mountChart(canvas, spec, data, columns, { read, look, open, show, valueAt });
+  figure.mount = () => mountChart(canvas, spec, data, columns, { read, look, open, reading, means });
   return figure;
 }
 
@@ -83,21 +100,25 @@ function most(values) {
   return values.reduce((a, b) => Math.max(a, b), -Infinity);
 }
 
-function mountChart(canvas, spec, data, columns, { read, look, open, show, valueAt }) {
+function mountChart(canvas, spec, data, columns, { read, look, open, reading, means }) {
   const ink = css("--soft"), line = css("--line"), warning = css("--warn");
   const axis = { stroke: ink, font: "11px system-ui, sans-serif", grid: { stroke: line, width: 1 }, ticks: { show: false } };
   const series = [{}], bands = [];
   spec.series.forEach((one, i) => {
-    series.push({ stroke: one.colour, width: 1.6, dash: one.dash, spanGaps: true, points: { show: one.y.filter((v) => v !== null).length <= MARKED_POINTS, size: 4, fill: one.colour } });
+    series.push({ stroke: means[i] ? faint(one.colour, 0.25) : one.colour, width: 1.6, dash: one.dash, spanGaps: true, points: { show: one.y.filter((v) => v !== null).length <= MARKED_POINTS, size: 4, fill: one.colour } });
     (one.bands ?? []).forEach((_, b) => {
       const low = columns[i] + 1 + 2 * b;
       for (let k = 0; k < 2; k++) series.push({ stroke: "transparent", width: 0, spanGaps: true, points: { show: false } });
       bands.push({ series: [low + 1, low], fill: faint(one.colour, 0.16) });
     });
   });
+  spec.series.forEach((one, i) => {
+    if (means[i]) series.push({ stroke: one.colour, width: 1.6, dash: one.dash, spanGaps: true, points: { show: false } });
+  });
   const range = (u, low, high) => {
     if (low === null) return [0, 1];
-    const wide = high - low || Math.abs(high) || 1;
+    const size = Math.max(Math.abs(low), Math.abs(high));
+    const wide = high - low > 1e-4 * size ? high - low : size || 1; // what is smaller is rounding
     return [spec.least ?? (low >= 0 && low < wide ? 0 : low - wide * 0.06), spec.most ?? high + wide * 0.06];
   };
   const chart = new uPlot(
@@ -106,8 +127,8 @@ function mountChart(canvas, spec, data, columns, { read, look, open, show, value
       cursor: { sync: { key: "runs" }, y: false, points: { size: 6 }, drag: { x: true, y: false, dist: 5 } },
       scales: { x: { time: false }, y: { range } },
       axes: [
-        { ...axis, size: 26, values: (u, values) => values.map(compact) },
-        { ...axis, size: 50, values: (u, values) => values.map((value) => (spec.percent ? `${Number((value * 100).toPrecision(3))}%` : compact(value))) },
+        { ...axis, size: 26, values: (u, values) => namesOfMarks(values), ...(place.x === "step" ? { incrs: WHOLE } : {}) },
+        { ...axis, size: 50, values: (u, values) => (spec.percent ? namesOfMarks(values.map((value) => value * 100)).map((name) => `${name}%`) : namesOfMarks(values)) },
       ],
       series, bands,
       hooks: {
@@ -125,7 +146,7 @@ function mountChart(canvas, spec, data, columns, { read, look, open, show, value
     if (next === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     for (const one of charts) one.setCursor({ left: one.valToPos(data[0][next], "x"), top: 20 }, true, false);
-    announce(`${spec.title} at ${compact(data[0][next])}: ${spec.series.map((one, i) => `${one.label} ${show(valueAt(i, next))}`).join(", ")}`);
+    announce(`${spec.title} at ${compact(data[0][next])}: ${spec.series.map((one, i) => `${one.label} ${reading(i, next)}`).join(", ")}`);
   });
   const resized = new ResizeObserver(() => canvas.clientWidth && chart.setSize({ width: canvas.clientWidth, height: CHART_HEIGHT }));
   resized.observe(canvas);

@@ -5,9 +5,11 @@ const NO_NUMBER = 65535;
 const DTYPES = { uint16: Uint16Array, int32: Int32Array, uint32: Uint32Array };
 const KEPT_PARTS = 48;
 const unpacked = new Map(); // name -> promise of a part, the one used last at the end
-const awaited = new Map(); // name -> function that takes the part of a script which is being loaded
+const KEPT_SCRIPTS = 4;
+const handedOver = new Map(); // `RUN/STEP` -> Map of its parts that came with one script, name -> text; the latest at the end
+const inOneScript = new Set(); // `RUN/STEP` of which all parts come with the index
 
-globalThis.fr3eViewPart = (name, text) => awaited.get(name)?.(text);
+globalThis.fr3eViewPart = (name, text) => document.currentScript.parts?.set(name, text);
 
 /** The part of that name: its head, with `arrays` as typed arrays. Rejects where there is none. */
 function loadPart(name) {
@@ -29,18 +31,28 @@ async function packedPart(name) {
   const inPage = document.querySelector(`script[data-part="${name}"]`);
   if (inPage) return inPage.textContent;
   if (facts.where === "inline") throw new Error(`the page has no part ${name}`);
-  const script = make("script", { src: `${facts.folder}/${name}.js` });
-  try {
-    return await new Promise((resolve, reject) => {
-      awaited.set(name, resolve);
-      script.addEventListener("load", () => reject(new Error(`${script.src} is damaged`)));
-      script.addEventListener("error", () => reject(new Error(`${script.src} cannot be loaded`)));
-      document.head.append(script);
-    });
-  } finally {
-    awaited.delete(name);
-    script.remove();
+  const step = name.slice(0, name.lastIndexOf("/"));
+  const text = handedOver.get(step)?.get(name) ?? (await partsOfScript(step, inOneScript.has(step) ? `${step}/index` : name)).get(name);
+  if (text === undefined) throw new Error(`${facts.folder}/${name}.js is damaged`);
+  return text;
+}
+
+/** The parts that a script beside the page hands over: name -> text. */
+async function partsOfScript(step, name) {
+  const script = make("script", { src: `${facts.folder}/${name}.js` }), parts = new Map();
+  script.parts = parts;
+  await new Promise((resolve, reject) => {
+    script.addEventListener("load", resolve);
+    script.addEventListener("error", () => reject(new Error(`${script.src} cannot be loaded`)));
+    document.head.append(script);
+  }).finally(() => script.remove());
+  if (parts.size > 1) {
+    inOneScript.add(step);
+    handedOver.delete(step);
+    handedOver.set(step, parts);
+    if (handedOver.size > KEPT_SCRIPTS) handedOver.delete(handedOver.keys().next().value);
   }
+  return parts;
 }
 
 async function unpack(text) {
@@ -76,6 +88,8 @@ async function loadQuestion(run, step, place) {
   });
   part.base = part.rows.filter((row) => row.kind === "base");
   part.partial = part.rows.filter((row) => row.kind === "partial");
+  part.most = scalesOf(part);
+  for (const row of part.rows) row.most = part.most;
   part.ready = true;
   return part;
 }

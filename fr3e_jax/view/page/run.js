@@ -16,7 +16,8 @@ const GROUPS = [
     { title: "Advantage over accepted rollouts", quantiles: "advantage" },
     { title: "Advantage of accepted states", of: ["advantage/accepted_mean", "advantage/accepted_std"] },
     { title: "Forks whose continuations disagree", of: ["forks/disagree"], percent: true },
-    { title: "Distance and depth of positions", of: ["positions/distance", "states/depth"] },
+    { title: "Distance to the next position, tokens", of: ["positions/distance"] },
+    { title: "Depth of accepted states", of: ["states/depth"], percent: true },
     { title: "Modulation alpha, mean", of: ["modulation/mean"] },
   ]],
   ["Update", [
@@ -39,7 +40,7 @@ const GROUPS = [
     { title: "Memory, GiB", prefix: "memory/" },
   ]],
 ];
-const DASHES = [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 3], [4, 6]]; // of the numbers of a run among several
+const DASHES = [null, [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 3], [4, 6]]; // of the numbers of a run among several; of those beyond the colours in one run
 let lookedAt = null; // x under the cursor
 
 /** Draws the view. */
@@ -125,8 +126,8 @@ function specOf(spec, all, shown, named) {
       for (const run of shown) {
         if (!run.columns[name]) continue;
         const label = names.length > 1 || !several ? shortName(name, names, spec) : "";
-        const bands = spec.interval && run.held_out ? [intervals(run.columns[name], run.held_out)] : [];
-        const dash = several ? DASHES[i % DASHES.length] : null;
+        const bands = spec.interval && run.effective ? [intervals(run.columns[name], run.effective)] : [];
+        const dash = DASHES[(several ? i : Math.floor(i / SERIES_COLOURS)) % DASHES.length];
         series.push(line([several ? run.name : "", label].filter(Boolean).join(" · "), colourOf(run, i), dash, xOf(run), run.columns[name], bands));
       }
     });
@@ -150,13 +151,14 @@ function shortName(name, names, spec) {
   return (clear && bare(name) ? bare(name) : name).replaceAll("_", " ");
 }
 
-/** Wilson intervals (95%) of shares of so many problems: [lows, highs]. */
-function intervals(shares, count) {
-  const z2 = 1.96 ** 2, wide = 1 + z2 / count;
-  const ends = shares.map((p) => {
-    if (p === null) return [null, null];
-    const middle = p + z2 / (2 * count), half = 1.96 * Math.sqrt((p * (1 - p)) / count + z2 / (4 * count ** 2));
-    return [(middle - half) / wide, (middle + half) / wide];
+/** Wilson intervals (95%) of shares, each of so many independent answers: [lows, highs]. */
+function intervals(shares, counts) {
+  const z2 = 1.96 ** 2;
+  const ends = shares.map((p, i) => {
+    const n = counts[i];
+    if (p === null || n === null) return [null, null];
+    const middle = p + z2 / (2 * n), half = 1.96 * Math.sqrt((p * (1 - p)) / n + z2 / (4 * n ** 2));
+    return [(middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)];
   });
   return [ends.map(([low]) => low), ends.map(([, high]) => high)];
 }

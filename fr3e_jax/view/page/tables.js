@@ -40,6 +40,7 @@ function runBar(all) {
   return make("div", { class: "toolbar" },
     all.runs.length > 1 ? make("div", { class: "run-keys", role: "group", "aria-label": "Runs" }, runs) : make("strong", { title: all.runs[0].place }, all.runs[0].name),
     axes,
+    all.runs.some((run) => run.columns.step.length > MANY_POINTS) ? make("span", { class: "soft" }, "faint: each step; line: the mean of 2% of the steps") : null,
     make("span", { class: "spacer" }),
     make("span", { id: "looked-at", class: "looked" }),
   );

@@ -64,15 +64,26 @@ function fixed(value, decimals = 2) {
   return value === null || value === undefined ? "–" : value.toFixed(decimals).replace("-", "−");
 }
 
-/** Large numbers for axes: 1.2k, 3M, 4e15. */
-function compact(value) {
+/** Large and small numbers for axes: 1.2k, 3M, 4e15, 5e-6. */
+function compact(value, digits = 3) {
   if (value === null || value === undefined) return "";
   const size = Math.abs(value);
-  for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    if (size >= 1e15) return value.toExponential(1).replace("e+", "e");
-    if (size >= unit) return `${Number((value / unit).toPrecision(3))}${letter}`;
+  if (size >= 1e15 || (size && size < 1e-3)) {
+    const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
+    return `${Number(mantissa)}e${Number(exponent)}`;
   }
-  return size && size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(4)));
+  for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+    if (size >= unit) return `${Number((value / unit).toPrecision(digits))}${letter}`;
+  }
+  return String(Number(value.toPrecision(digits + 1)));
+}
+
+/** Names of the marks of an axis, with as many digits as tell them apart. */
+function namesOfMarks(values) {
+  for (let digits = 4; ; digits++) {
+    const names = values.map((value) => compact(value, digits));
+    if (digits === 8 || new Set(names).size === values.length) return names;
+  }
 }
 
 function plural(count, one, many = `${one}s`) {

@@ -4,22 +4,34 @@ const COLOURS = {
   entropy: "entropy", logprob: "log-probability", advantage: "advantage", trained: "trained", none: "none",
 };
 const COLOUR_HELP = {
-  entropy: "how unsure the model was before each token: 0 to 2.5 nats and more",
-  logprob: "how unlikely each token was that was drawn: 0 to −5 nats and less",
-  advantage: "the response's advantage: blue above 0, orange below; a base trajectory that is only branched from has none",
-  trained: "tokens that carry loss",
-  none: "no colour",
+  entropy: (most) => `how unsure the model was before each token: 0 to ${most.entropy} nats and more`,
+  logprob: (most) => `how unlikely each token was that was drawn: 0 to −${most.logprob} nats and less`,
+  advantage: () => "the response's advantage: blue above 0, orange below; a base trajectory that is only branched from has none",
+  trained: () => "tokens that carry loss",
+  none: () => "no colour",
 };
 const LEVELS = 8;
+const SCALES = [0.5, 1, 2, 3, 5, 7, 10, 20]; // nats at which the deepest colour begins
+const BELOW_DEEPEST = 0.9; // share of the tokens of base trajectories that have another colour
 const TOKENS_AT_ONCE = 12000; // shown before one asks for more
 const CHARACTERS_AT_ONCE = 400_000;
+
+/** The nats at which the deepest colour begins, for both numbers, by the base trajectories of a question. */
+function scalesOf(part) {
+  const scale = (name) => {
+    const known = part.base.flatMap((row) => Array.from(row[name])).filter((value) => value !== NO_NUMBER).sort((a, b) => a - b);
+    const high = (known[Math.floor((known.length - 1) * BELOW_DEEPEST)] ?? 0) / 1000;
+    return SCALES.find((one) => one >= high) ?? SCALES.at(-1);
+  };
+  return { entropy: scale("entropies"), logprob: scale("logprobs") };
+}
 
 /** The class of a token on the chosen scale. */
 function levelClass(row, i, colour) {
   if (colour === "entropy" || colour === "logprob") {
     const value = colour === "entropy" ? entropyOf(row, i) : logprobOf(row, i);
     if (value === null) return "t";
-    const share = colour === "entropy" ? value / 2.5 : -value / 5;
+    const share = colour === "entropy" ? value / row.most.entropy : -value / row.most.logprob;
     const level = Math.min(LEVELS, Math.floor(Math.sqrt(share) * (LEVELS + 0.999)));
     return level ? `t l${level}` : "t";
   }

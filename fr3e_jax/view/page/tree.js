@@ -17,7 +17,8 @@ async function drawTree(main, all) {
   let index, part, at;
   try {
     index = await loadIndex(run, step);
-    at = Math.max(0, index.questions.findIndex((one) => String(one.query) === place.query && (place.round === "" || String(one.round) === place.round)));
+    const asked = (one) => place.query === "" ? one.split.length : String(one.query) === place.query && (place.round === "" || String(one.round) === place.round);
+    at = Math.max(0, index.questions.findIndex(asked));
     part = index.questions.length ? await loadQuestion(run, step, at) : null;
   } catch (error) {
     if (request !== treeRequest) return;
@@ -29,7 +30,7 @@ async function drawTree(main, all) {
     redraw(main, `tree empty ${run} ${step}`, () => [treeHead(all, run, step, null), make("p", { class: "note" }, "No question was asked in this step.")]);
     return;
   }
-  if (place.step === "" || place.query === "") keep({ step, query: index.questions[at].query });
+  if (place.step === "" || place.query === "") keep({ step, query: index.questions[at].query, round: index.questions[at].round || "" });
   redraw(main, "tree", () => make("div", { class: "tree-view" },
     make("div", { id: "tree-head" }),
     make("nav", { id: "questions", "aria-label": "Questions of the step" }),
@@ -50,10 +51,11 @@ async function drawTree(main, all) {
 
 let shownTree = null; // what the keys move through
 
-/** The trajectory and the state that are looked at: by default the first that is explored, and its first fork. */
+/** The trajectory and the state that are looked at: by default the first fork whose continuations disagree. */
 function chosenParts(part) {
   const numbers = part.base.map((row) => row.trajectory);
-  const explored = part.base.find((row) => row.kept) ?? part.base[0];
+  const kept = part.base.filter((row) => row.kept);
+  const explored = kept.find((row) => statesOf(part, row.trajectory).some(disagrees)) ?? kept[0] ?? part.base[0];
   const trajectory = numbers.includes(Number(place.trajectory)) && place.trajectory !== "" ? Number(place.trajectory) : explored?.trajectory ?? 0;
   const base = part.base.find((row) => row.trajectory === trajectory) ?? null;
   const states = statesOf(part, trajectory);
@@ -102,7 +104,7 @@ function questionList({ index, at, run, step }) {
           make("span", { class: "bar", style: `--v:${mean}`, title: `mean reward ${fixed(mean)}` }),
           make("span", {}, `${share}/${base.length} right`),
           one.split.length ? make("span", { class: "split" }, `${plural(one.split.length, "split state")}`) : null,
-          make("span", { class: "source" }, ...brief(one.source, 24)))));
+          make("span", { class: "source", title: one.source }, ...brief(one.source.split("/").at(-1), 24)))));
   });
   return make("ol", {}, items);
 }
@@ -140,7 +142,7 @@ function trunk({ part, base, states, state, trajectory }) {
   for (const one of forks) at.set(one.position, [...(at.get(one.position) ?? []), one]);
   const chips = (i) => at.has(i) ? make("span", { class: "chips" }, at.get(i).map((one) => forkChip(one, one === state))) : null;
   const text = tokenBox(base, `Base trajectory ${trajectory}`, chips, forks.map((one) => one.position));
-  return [forks.length > 1 ? valueStrip(base, forks, state) : null, text, colourLegend()];
+  return [forks.length > 1 ? valueStrip(base, forks, state) : null, text, colourLegend(part)];
 }
 
 function forkChip(one, chosen) {
@@ -152,19 +154,22 @@ function forkChip(one, chosen) {
 /** V of the states along the trajectory. */
 function valueStrip(base, forks, chosen) {
   const wide = 600, high = 54, x = (one) => 14 + (one.position / Math.max(base.tokens, 1)) * (wide - 60), y = (one) => 6 + (1 - Math.max(0, Math.min(1, one.value ?? 0))) * (high - 22);
+  // States whose names would lie on that of another have none; the chosen one has.
+  const named = new Set(forks.includes(chosen) ? [chosen] : []);
+  for (const one of forks) if ([...named].every((other) => Math.abs(x(one) - x(other)) >= 20)) named.add(one);
   const label = `V along the trajectory: ${forks.map((one) => `S${one.state} ${fixed(one.value)} at token ${one.position}`).join(", ")}`;
   return make("svg:svg", { class: "values", viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": label },
     [0, 1].map((value) => [make("svg:line", { class: "rule", x1: 14, x2: wide - 40, y1: y({ value }), y2: y({ value }) }), make("svg:text", { class: "tick", x: wide - 34, y: y({ value }) + 4 }, `V ${value}`)]),
     make("svg:polyline", { class: "path", points: forks.map((one) => `${x(one)},${y(one)}`).join(" ") }),
     forks.map((one) => make("svg:g", { class: `point${one === chosen ? " chosen" : ""}`, onclick: () => go({ state: one.state, open: "", compare: "" }, true) },
       make("svg:circle", { cx: x(one), cy: y(one), r: one === chosen ? 5 : 3.5 }),
-      make("svg:text", { x: x(one), y: high - 2, "text-anchor": "middle" }, `S${one.state}`))));
+      named.has(one) ? make("svg:text", { x: x(one), y: high - 2, "text-anchor": "middle" }, `S${one.state}`) : null)));
 }
 
-function colourLegend() {
+function colourLegend(part) {
   if (place.colour === "none") return null;
   const swatches = ["entropy", "logprob"].includes(place.colour) ? Array.from({ length: LEVELS }, (_, i) => make("span", { class: `t l${i + 1}` }, " ")) : [];
-  return make("p", { class: `legend by-${place.colour}` }, swatches.length ? make("span", { class: "swatches", "aria-hidden": "true" }, swatches) : null, ` ${COLOUR_HELP[place.colour]}`);
+  return make("p", { class: `legend by-${place.colour}` }, swatches.length ? make("span", { class: "swatches", "aria-hidden": "true" }, swatches) : null, ` ${COLOUR_HELP[place.colour](part.most)}`);
 }
 
 /** Shows the token of the address again, and opens what it stands in. */
