@@ -23,6 +23,8 @@ from fr3e_jax.config.flags import (
 from fr3e_jax.config.own_functions import OWN_FUNCTION
 from fr3e_jax.config.values import kinds_of, shown_value, tables_of
 from fr3e_jax.parallel.devices import leave_out_absent_tpu
+from fr3e_jax.parallel.memory import out_of_memory
+from fr3e_jax.parallel.waiting import blocks_of
 
 ConfigT = TypeVar("ConfigT")
 READ: list[Written] = []
@@ -206,13 +208,5 @@ def ending_in_one_line(
     except (MemoryError, RuntimeError) as error:
         if (shortage := out_of_memory(error)) is None:
             raise
-        fail(command, f"the memory does not suffice ({shortage}); lower {SMALLER[command]}", 1)
-
-
-def out_of_memory(error: BaseException) -> str | None:
-    """What says that memory is short, of an exception of Python, numpy or XLA; None of other exceptions."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError):
-        return text or "Python has none left"
-    found = re.search(r"RESOURCE_EXHAUSTED:? *(.{0,160})|(std::bad_alloc)", text)
-    return (found[1] or found[2] or "of a device") if found else None
+        during = f" at {blocks[-1]!r}" if (blocks := blocks_of(error)) else ""
+        fail(command, f"the memory does not suffice ({shortage}){during}; lower {SMALLER[command]}", 1)

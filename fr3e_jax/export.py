@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fr3e_jax.cli import ending_in_one_line, parse, warn
-from fr3e_jax.config import ConfigError, DistributedConfig, MeshConfig, check_options
+from fr3e_jax.config import ConfigError, DevicesConfig, DistributedConfig, check_options
 from fr3e_jax.config.values import Name, NonNegativeInt, PositiveNumber
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.models.hf import CheckpointError
@@ -45,7 +45,7 @@ class ExportConfig:
     """Dtype of the weights. Training holds float32; bfloat16 halves the size and rounds to the nearest."""
     max_file_gb: PositiveNumber = 5.0
     """Most gigabytes (10^9 bytes) in a file of weights."""
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: DevicesConfig = dataclasses.field(default_factory=DevicesConfig)
     """Devices that hold the parameters while they are written."""
 
 

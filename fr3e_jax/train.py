@@ -29,6 +29,7 @@ from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError
 from fr3e_jax.parallel.waiting import HostError, waiting
+from fr3e_jax.planning.update_layout import chosen_by_estimate
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.pretrained.hub import FINAL_MODEL
 from fr3e_jax.problems.corpus import names_of
@@ -37,7 +38,7 @@ from fr3e_jax.rewards.verdict import ScorerError
 from fr3e_jax.run.build import Parts, build, mesh_of
 from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.compilation import keep_compiled
-from fr3e_jax.run.ending import shared_reason
+from fr3e_jax.run.ending import is_last, shared_reason, skipped_message, solved_message
 from fr3e_jax.run.interruption import Interrupted, Interruption
 from fr3e_jax.run.lock import Lock
 from fr3e_jax.run.reporter import Reporter, Silent, open_reporter
@@ -58,6 +59,7 @@ from fr3e_jax.run.trackers import require_trackers
 from fr3e_jax.step.batch import SamplingError
 from fr3e_jax.step.metrics import Metrics
 from fr3e_jax.step.record import open_recorder
+from fr3e_jax.step.shortage import OutOfMemoryError, raise_shortage
 from fr3e_jax.step.stages import draws_of
 from fr3e_jax.step.update import SkippedError, train_step
 
@@ -126,6 +128,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
         hosts,
         stack.enter_context(Interruption(hosts)).check,
         lambda *decoded: reporter.within_step.rows(*decoded),
+        chosen_by_estimate,
     )
     corpus, policy = parts.corpus, parts.policy
     state, reference = policy.fresh_state(parts.learner), None
@@ -159,7 +162,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
     with open_reporter(directory, config, progress.step) as reporter:
         reporter.say(
             f"{config.algorithm} on {config.model.path} | {', '.join(names_of(config.data))} | mesh "
-            f"{dict(hosts.mesh.shape)} on {jax.default_backend()} | run directory {directory}"
+            f"{parts.policy.described_mesh} on {jax.default_backend()} | run directory {directory}"
         )
         if implied := changes(as_written(given), as_written(config)):
             reporter.say(f"{config.algorithm} sets {', '.join(implied)}: see config.yaml")
@@ -216,6 +219,10 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             if isinstance(error, SamplingError):
                 raise SamplingError(f"{error} {what_may_change(str(error), directory)}") from None
             raise
+        except (MemoryError, RuntimeError) as error:
+            known = {"parameters": state.params, "optimizer": state.optimizer, "reference": reference}
+            raise_shortage(error, config, directory, known, hosts.mesh, checkpoints.close)
+            raise
         except Interrupted:
             progress = dataclasses.replace(progress, seconds=time.perf_counter() - started)
             checkpoints.save_last(state, carried, progress)
@@ -230,33 +237,13 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
         if ended:
             reporter.say(f"the run is complete after step {progress.step} of {config.steps}: {ended}")
         elif progress.step < config.steps:
-            reporter.say(solved_message(config, progress))
+            reporter.say(solved_message(config, parts, progress))
         checkpoints.close()
         lock.check()
         with waiting("the export"):
             export_type = jnp.dtype(config.model.export_dtype)
             export_run(directory / FINAL_MODEL, policy.model.source, state.params, export_type)
         return finish(reporter, directory, progress, ended)
-
-
-def is_last(config: Config, parts: Parts, progress: Progress) -> bool:
-    """Whether the run ends here: all steps are made, or less than a round of questions is left."""
-    if progress.step >= config.steps:
-        return True
-    difficulty, rates = parts.stream.difficulty, progress.rates
-    if difficulty is None or difficulty.retire_above is None or rates is None:
-        return False
-    return difficulty.left(rates) < config.rollout.queries
-
-
-def solved_message(config: Config, progress: Progress) -> str:
-    """Why a run ended before its last step, and what to change."""
-    return (
-        f"the run is complete after step {progress.step} of {config.steps}: fewer than rollout.queries "
-        f"{config.rollout.queries} questions are left that are not solved (data.retire_above "
-        f"{config.data.retire_above}); harder questions, or another --run_dir with a higher "
-        "data.retire_above, give it more to learn"
-    )
 
 
 def export_run(out: epath.Path, source: Path, params: Params, dtype: Any) -> None:
@@ -270,16 +257,6 @@ def export_run(out: epath.Path, source: Path, params: Params, dtype: Any) -> Non
             export_model(source, Path(folder) / out.name, params, dtype)
         if is_first():
             upload(Path(folder) / out.name, out)
-
-
-def skipped_message(progress: Progress) -> str:
-    """Why a run ended whose updates were skipped, and what to try."""
-    return (
-        f"step {progress.step}: {progress.skipped} updates in a row were skipped, since their loss or "
-        "gradient was not finite; parameters and moments are as before them. Start again with a lower "
-        "optimizer.learning_rate or optimizer.max_grad_norm, or with model.compute_dtype float32; or go on "
-        "from here with the same --run_dir, which counts from 0, and a higher optimizer.max_skipped."
-    )
 
 
 def finish(
@@ -330,7 +307,8 @@ def main() -> None:
     applied: list[str] = []
     config, name = parse(Config, "train", "configs/quickstart.yaml", None, applied.append)
     interrupted = "interrupted; with --run_dir DIR this run goes on from its last checkpoint"
-    failures = (SamplingError, NotFiniteError, ScorerError, SkippedError, HostError, StorageError)
+    own = (SamplingError, NotFiniteError, ScorerError, SkippedError, OutOfMemoryError)
+    failures = (*own, HostError, StorageError)
     mistakes = (ConfigError, RuleError, PlacementError, CheckpointError)
     with leaving_at_once("train"), ending_in_one_line("train", mistakes, failures, interrupted):
         initialize(config.distributed)

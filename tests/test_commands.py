@@ -12,7 +12,7 @@ from support import call, run
 
 from fr3e_jax import __main__ as front
 from fr3e_jax import sft
-from fr3e_jax.cli import out_of_memory
+from fr3e_jax.parallel.memory import out_of_memory
 
 COMMANDS = ("train", "sft", "evaluate", "generate", "export", "plan")
 

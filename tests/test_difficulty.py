@@ -33,12 +33,12 @@ from fr3e_jax.problems.stream import QueryStream, difficulty_of
 from fr3e_jax.run.build import build
 from fr3e_jax.run.build import mesh_of as run_mesh
 from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.ending import is_last
 from fr3e_jax.run.resume import refuse_other_questions
 from fr3e_jax.run.saved import DamagedError, Progress
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step.measured import Measured, success_rates
 from fr3e_jax.step.update import train_step
-from fr3e_jax.train import is_last
 from fr3e_jax.types import Problem, Rollouts, States
 
 

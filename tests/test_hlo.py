@@ -83,6 +83,17 @@ def test_loops_are_counted_from_where_their_counter_starts_to_where_it_ends():
     assert Program(LOOP).flops() == 5 * 2 * 8 * 16 * 32
 
 
+def test_a_loop_that_is_unrolled_counts_by_more_than_one():
+    """As XLA has those in which weights come shard by shard: two products in a body, half as many runs."""
+    body = "ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%i, %h)"
+    assert body in LOOP
+    unrolled = LOOP.replace(
+        body, "%two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  " + body.replace("%i,", "%next,")
+    )
+    assert Program(unrolled).flops() == 3 * 2 * 8 * 16 * 32  # from 1 to 6 by 2
+    assert Program(unrolled.replace("constant(2)", "constant(1)")).flops() == 5 * 2 * 8 * 16 * 32
+
+
 def test_a_collective_that_is_spread_over_fusions_is_counted_once_a_round():
     gathered, scattered = sorted(Program(LOOP).collectives(), key=lambda x: x.kind)
     assert (gathered.kind, gathered.times, gathered.size) == ("all-gather", 5, 16 * 32 * 2)

@@ -17,7 +17,8 @@ from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.run_dir import refuse_other_settings
 
 # Of a mesh, so equal on equal ones: rows are padded, and trees cut into pieces with trunks of their own.
-LAYOUT = {"rows/decoded", "rows/occupancy", "tokens/trained", "flops/update", "update/padding"}
+LAYOUT_OF_UPDATES = {"tokens/trained", "flops/update", "update/padding"}
+LAYOUT = {"rows/decoded", "rows/occupancy", *LAYOUT_OF_UPDATES}
 RARELY = [*SMALL, "--checkpoint.every=4"]
 # Of rollouts what does not depend on the order of sums.
 EXACT = "step round query question kind trajectory state position token text reason extracted reward".split()
@@ -56,14 +57,17 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The run in two processes, of which the second is asked to stop after a step, and started again."""
+    """The run in two processes, of which the second is asked to stop after a step, and started again.
+
+    Then with another layout of updates: over fsdp 4 x tensor 2, where sampling stays on fsdp 8.
+    """
     directory = tmp_path_factory.mktemp("two") / "run"
     processes = start_pair("train", *RARELY, "--run_dir", directory)
     wait_for(lambda: any(line["step"] == 1 for line in read_metrics(directory)), processes)
     processes[1].send_signal(signal.SIGTERM)
     stopped = ends_of(processes)
     saved = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
-    again = ends_of(start_pair("train", *RARELY, "--run_dir", directory))
+    again = ends_of(start_pair("train", *RARELY, "--mesh.update_tensor=2", "--run_dir", directory))
     return directory, stopped, saved, again
 
 
@@ -80,7 +84,8 @@ def test_two_processes_learn_what_one_does(two, one_process):
     directory, _, saved, again = two
     assert [code for code, _, _ in again] == [0, 0], again
     assert f"resumed from the checkpoint of step {saved[0]}" in again[0][1]
-    assert_close(metrics(directory), metrics(one_process))
+    assert "'fsdp': 8, 'tensor': 1}, in updates {'data': 1, 'fsdp': 4, 'tensor': 2}" in again[0][1]
+    assert_close(metrics(directory), metrics(one_process), LAYOUT_OF_UPDATES)
 
 
 @slow

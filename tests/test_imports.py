@@ -45,7 +45,7 @@ ALLOWED = {
     "evaluate": set("cli config engine evaluation models parallel problems rewards run".split()),
     "train": set(
         "algorithm cli config cost engine evaluation learner "
-        "models parallel pretrained problems rewards run step".split()
+        "models parallel planning pretrained problems rewards run step".split()
     ),
     "study": set("cli config cost evaluation models parallel plan planning progress run step".split()),
     "view": set("cli config progress run step".split()),

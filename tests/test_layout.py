@@ -1,5 +1,6 @@
 """Accepted states laid out: every rollout once and whole, within the budget, with little padding."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -99,6 +100,56 @@ def test_a_tree_that_is_too_large_for_its_part_is_cut_and_the_work_is_even(group
         work += bundle.trunks.length.sum(axis=1)
     if groups.length.size >= 16:  # otherwise single rows decide
         assert work.max() <= 2 * work.mean() + 60 + 38
+
+
+def states_of_length(*states):
+    """States of trees of their own, with rollouts of these lengths; a length of 0 is none."""
+    length = np.zeros((len(states), max(map(len, states))), np.int32)
+    for i, rows in enumerate(states):
+        length[i, : len(rows)] = rows
+    count, short = len(states), np.full(len(states), 8, np.int32)
+    return StateGroups(
+        query=np.ones((count, 8), np.int32),
+        query_length=short,
+        prefix=np.ones((count, 8), np.int32),
+        prefix_length=short,
+        token=np.ones((*length.shape, int(length.max())), np.int32),
+        logprob=np.zeros((*length.shape, int(length.max())), np.float32),
+        length=length,
+        advantage=np.ones(length.shape, np.float32),
+        source=np.stack([np.arange(count), np.zeros(count), np.zeros(count)], 1).astype(np.int32),
+    )
+
+
+def rows_by_part(bundles, parts):
+    """New tokens of the rows of each part, the longest first."""
+    found = [[] for _ in range(parts)]
+    for bundle in bundles:
+        for chunk in bundle.chunks:
+            for part, own in enumerate(np.split(chunk.length - chunk.start, parts)):
+                found[part].extend(own[own > 0].tolist())
+    return [sorted(rows, reverse=True) for rows in found]
+
+
+def test_rows_lie_beside_equally_long_ones_of_other_parts():
+    """Not beside shorter ones, though there are as many tokens on each part: all wait for the longest."""
+    groups = states_of_length([1024], [256] * 4, [1024], [256] * 4)
+    assert rows_by_part(bundles_of(groups, 2, 8192), 2) == [[1024, *[256] * 4]] * 2
+
+
+def test_a_tree_is_cut_where_another_part_would_wait_for_all_of_it():
+    """8 and 4 rows: 6 on each part, in chunks of 4 and 2, though each tree is about the share of a part."""
+    bundles = bundles_of(states_of_length([640] * 8, [640] * 4), 2, 8192)
+    assert rows_by_part(bundles, 2) == [[640] * 6] * 2
+    assert sum(chunk.token[:, 1:].size for bundle in bundles for chunk in bundle.chunks) == 2 * 6 * 640
+
+
+def test_a_tree_is_not_cut_where_its_trunk_would_cost_more_than_the_wait():
+    groups = states_of_length([64] * 2, [64], [64])
+    long = np.full(3, 1024, np.int32)
+    wide = dataclasses.replace(groups, query=np.ones((3, 1024), np.int32), query_length=long)
+    bundles = bundles_of(wide, 2, 8192)
+    assert sum(int((bundle.trunks.length > 0).sum()) for bundle in bundles) == 3
 
 
 def test_shared_prefixes_are_counted_once_and_padding_is_within_15_percent():

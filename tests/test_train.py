@@ -273,13 +273,21 @@ def test_the_released_settings_and_kl_run(tmp_path):
 
 @pytest.mark.slow
 def test_eight_devices_train_as_one_does(whole_run, tmp_path):
-    """Metrics of the first step agree to rounding; later ones drift, as any sampled run does."""
+    """Metrics of the first step agree to rounding; later ones drift, as any sampled run does.
+
+    Updates are laid out over 2 x 2 x 2 devices, and sampling over 2 x 1 x 4.
+    """
     # Compiled anew: of a program that was kept XLA says nothing.
-    flags = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2", "--compilation_cache=off"]
+    layout = ["--mesh.data=2", "--mesh.fsdp=1", "--mesh.tensor=4", "--mesh.update_tensor=2"]
+    flags = [*layout, "--compilation_cache=off"]
     done = run("train", *SMALL, "--steps=1", "--run_dir", tmp_path / "run", *flags, devices=8)
     assert done.returncode == 0, done.stderr
     # XLA's word for an array that it could only move by giving it whole to every device.
     assert "Involuntary full rematerialization" not in done.stderr
+    assert (
+        "mesh {'data': 2, 'fsdp': 1, 'tensor': 4}, in updates {'data': 2, 'fsdp': 2, 'tensor': 2} on cpu"
+        in done.stdout
+    )
     ours, theirs = metrics(tmp_path / "run")[1], metrics(whole_run[0])[1]
     assert ours["tokens/generated"] == theirs["tokens/generated"]
     for name in ("update/loss", "update/grad_norm", "reward/root_mean", "entropy/mean"):

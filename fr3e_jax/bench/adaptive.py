@@ -109,9 +109,10 @@ def explored(model: str, rounds: int, seed: int, adaptive: bool) -> dict[float, 
     config = resolve(config)
     parts = build(config, Hosts(mesh_of(config.mesh), timeout=60))
     params, found = parts.policy.read(), defaultdict[float, Signal](Signal)
-    for number in range(rounds):
-        position = number * config.rollout.queries
+    position = 0
+    for _ in range(rounds):
         opened = open_round(config, parts, params, 1, position, Stopwatch())
+        position = opened.following
         for rate, signal in signals_of(opened).items():
             found[rate].add(signal)
         found[FROM_BASE].add(Signal(int(opened.base.length.sum())))

@@ -168,7 +168,7 @@ def described(kind: Any) -> str:
     kind, _ = without_limits(kind)
     parts = get_args(kind)
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, parts))}"
+        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
     if is_union(kind):
         return " or ".join(described(part) for part in parts)
     if get_origin(kind) is list:

@@ -61,7 +61,14 @@ def check(config: Config, row_parts: int, context: int) -> None:
             f"evaluate.samples is {config.evaluate.samples}, and with evaluate.temperature 0 all answers to "
             "a problem are the same; set one of them to 1"
         )
-    rows = {"rollout.queries": config.rollout.queries, "evaluate.rows": config.evaluate.rows}
+    rows = {"evaluate.rows": config.evaluate.rows}
+    if config.rollout.queries != "auto":
+        rows = {"rollout.queries": config.rollout.queries, **rows}
+    elif config.rollout.max_queries < row_parts:
+        raise ConfigError(
+            f"rollout.max_queries is {config.rollout.max_queries}, less than the mesh's data x fsdp = "
+            f"{row_parts}, each of which needs a query; raise it, or use a larger mesh.tensor"
+        )
     for name, value in rows.items():
         if value % row_parts:
             raise ConfigError(
@@ -244,6 +251,8 @@ def without_effect(config: Config) -> list[str]:
         note("loss", "entropy_step entropy_limit", "loss.entropy_target is null")
     if config.optimizer.schedule == "constant":
         note("optimizer", "final_rate_share", "optimizer.schedule is constant")
+    if config.rollout.queries != "auto":
+        note("rollout", "max_queries", "rollout.queries is a number")
     note_loss(config, note)
     return sentences
 

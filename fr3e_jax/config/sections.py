@@ -108,8 +108,8 @@ class DataConfig:
     retire_above: Share | None = None
     """Ask a question no more once its remembered success rate is at least this: that of the answers from the
     bare query, over the rounds that asked it, the newest with half of the weight. The run ends when fewer
-    than rollout.queries questions are left. For data sets, files and tasks of your own; off by default
-    (paper)."""
+    than rollout.queries questions are left, or with `auto` than its smallest round has. For data sets, files
+    and tasks of your own; off by default (paper)."""
     sample_by: Literal["uniform", "difficulty"] = "uniform"
     """`uniform`: every question once in an epoch (paper). `difficulty`: one whose remembered success rate is
     p with probability 4 p (1 - p), at least 0.1, relative to one that was never asked (ours)."""
@@ -218,7 +218,7 @@ class RecordConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class DevicesConfig:
     """The device mesh; the product is the number of devices, and -1 means all that are left."""
 
     data: MeshAxis = 1
@@ -227,6 +227,19 @@ class MeshConfig:
     """Parts that parameters, optimizer state and rows are split into."""
     tensor: MeshAxis = 1
     """Parts that heads, MLP and vocabulary are split into."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(DevicesConfig):
+    """The device mesh; the product of data, fsdp and tensor is the number of devices, and -1 means all that
+    are left.
+    """
+
+    update_tensor: Count | None = None
+    """Parts that heads, MLP and vocabulary are split into in updates, on the same devices: mesh.fsdp x
+    mesh.tensor / this is then the fsdp of updates. mesh.tensor is that of sampling. It changes no results.
+    Default: on TPUs the fastest that fits by the plan's estimate, elsewhere mesh.tensor; the log says which
+    it is."""
 
 
 @dataclasses.dataclass(frozen=True)

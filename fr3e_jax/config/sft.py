@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from fr3e_jax.config.sections import DataConfig, MeshConfig
+from fr3e_jax.config.sections import DataConfig, DevicesConfig
 from fr3e_jax.config.values import (
     Count,
     Name,
@@ -54,7 +54,7 @@ class SFTConfig:
     """carry_addition: probability that a solution forgets a carry between columns, the bad habit that
     reinforcement is to undo."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: DevicesConfig = dataclasses.field(default_factory=DevicesConfig)
 
     @property
     def warmup(self) -> int:

@@ -25,6 +25,7 @@ from fr3e_jax.config.values import (
     NonNegativeInt,
     NonNegativeNumber,
     PositiveNumber,
+    QueryCount,
     RowCount,
     Samples,
     Share,
@@ -39,8 +40,11 @@ from fr3e_jax.config.values import (
 class RolloutConfig:
     """First return: whole answers sampled from the policy."""
 
-    queries: RowCount = 32
-    """B, queries per sampling round (release: 32)."""
+    queries: QueryCount = 32
+    """B, queries per sampling round (release: 32); or `auto`, as many as fill the batch, by the states that
+    queries have given so far (ours). A step then seldom needs a second round."""
+    max_queries: RowCount = 64
+    """Most queries of a round where rollout.queries is `auto`; bounds memory (ours: twice the release's)."""
     base_trajectories: Samples = 4
     """R, whole answers per query that positions are sought in (release: 4). Not sampled by grpo and
     grpo++, which have no positions."""

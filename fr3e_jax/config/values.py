@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_type_hints
 
 from fr3e_jax.algorithm.rules import Rule, function_of
 from fr3e_jax.config.own_functions import with_own
@@ -106,6 +106,8 @@ Size = Annotated[int, Bounds(least=1, most=2**20)]
 """The size of an axis of an array."""
 RowCount = Annotated[int, Bounds(least=1, most=2**16)]
 """RowCount that are decoded at a time, or queries of a round."""
+QueryCount = RowCount | Literal["auto"]
+"""Queries of a round: a number, or what a run finds to suffice."""
 Samples = Annotated[int, Bounds(least=1, most=2**12)]
 """Answers that are sampled of one question or state."""
 Seed = Annotated[int, Bounds(least=0, most=2**32 - 1)]

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from fr3e_jax.config import (
     ConfigError,
+    DevicesConfig,
     DistributedConfig,
-    MeshConfig,
     ScoringConfig,
     SourceConfig,
     check_options,
@@ -75,7 +75,7 @@ class EvaluationConfig:
     compilation_cache: Name = "auto"
     """Where compiled programs are kept, as in train."""
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: DevicesConfig = dataclasses.field(default_factory=DevicesConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 

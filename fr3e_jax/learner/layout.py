@@ -1,9 +1,12 @@
 """Lay accepted states out for the learner: trunks, and the rows that follow them, in chunks of few shapes.
 
 A tree is a kept trajectory with its accepted states. Its trunk is its query and base response up to the last
-of these states, and its rows are their rollouts. Trees are distributed over the row parts of the mesh. A tree
-that is too large for a part is cut into subtrees, each with the trunk again. Within a part rows are sorted by
-length and cut into chunks.
+of these states, and its rows are their rollouts. Trees are distributed over the row parts of the mesh. Within
+a part rows are sorted by length and cut into chunks.
+
+All parts compute equally many rows of equal widths, so each waits for the longest of them. Trees are cut into
+subtrees, each with the trunk again, and a subtree goes where its rows are beside equally long ones of other
+parts. Finer cuts fit better and repeat more trunks. Of several layouts the one that computes least is taken.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ from fr3e_jax.types import Batch, Bundle, StateGroups, Trunks
 
 LEAST_WIDTH = 32  # tokens; widths are multiples of it
 OVERHEAD = 768  # tokens that a chunk costs as much as, beside its own; and each shape is a program
+CUTS = (1, 2, 3, 4)  # so many times as many subtrees as the work of a part needs
 FEWER_ROWS = (1, 2, 4)  # a chunk has as many rows as the budget allows, or so many times fewer
 WINDOWS = 16  # most windows of a width of trunks
 WINDOW_MULTIPLE = 64  # slots; windows are multiples of it
@@ -48,7 +52,26 @@ def bundles_of(groups: StateGroups, parts: int, budget: int, shared: bool = True
     Returns:
       Bundles whose chunks have one shape on all parts.
     """
-    distributed = distribute(subtrees_of(groups, parts), parts)
+    layouts = [
+        laid_out(groups, distribute(subtrees_of(groups, parts, cuts), parts, groups.length), budget, shared)
+        for cuts in (CUTS if parts > 1 else CUTS[:1])
+    ]
+    return min(layouts, key=lambda bundles: computed_tokens(bundles, parts))
+
+
+def computed_tokens(bundles: list[Bundle], parts: int) -> int:
+    """Count the tokens that each part computes, padding and the overhead of programs included."""
+    tokens = 0
+    for bundle in bundles:
+        tokens += 0 if bundle.trunks is None else bundle.trunks.token.size // parts + OVERHEAD
+        tokens += sum(rows.token[:, 1:].size // parts + OVERHEAD for rows in bundle.chunks)
+    return tokens
+
+
+def laid_out(
+    groups: StateGroups, distributed: list[list[Subtree]], budget: int, shared: bool
+) -> list[Bundle]:
+    """Lay out the subtrees of each part, which are taken off the lists; others as for `bundles_of`."""
     if not shared:
         whole: list[PartRows] = [
             [(0, *row) for subtree in part for row in subtree.row.tolist()] for part in distributed
@@ -80,36 +103,81 @@ def tokens_before(groups: StateGroups, state: int) -> Int32[np.ndarray, " tokens
     return np.concatenate([query, groups.prefix[state, : groups.prefix_length[state]]])
 
 
-def subtrees_of(groups: StateGroups, parts: int) -> list[Subtree]:
-    """Make the trees, cut where one is more than its share of the work of a part."""
+def subtrees_of(groups: StateGroups, parts: int, cuts: int = 1) -> list[Subtree]:
+    """Make the trees, cut where one is more than its share of the work of a part.
+
+    Args:
+      groups: the minibatch.
+      parts: row parts of the mesh.
+      cuts: of the share of a part, a subtree has one of so many pieces, or less.
+    """
     follow, new = followed_tokens(groups), groups.length
     trees: dict[tuple[int, ...], list[int]] = {}
     for state, source in enumerate(groups.source):
         trees.setdefault(tuple(source[:2]), []).append(state)
-    share = (int(new.sum()) + int(follow.max())) / parts
+    share = (int(new.sum()) + int(follow.max())) / (parts * cuts)
     subtrees = []
     for states in trees.values():
         row = np.array([(state, m) for state in states for m in np.flatnonzero(new[state])], int).reshape(
             -1, 2
         )
         row = row[np.argsort(-new[row[:, 0], row[:, 1]], kind="stable")]
-        cuts = min(max(round(int(new[states].sum()) / share), 1), len(row))
-        for rows in (row[i::cuts] for i in range(cuts)):
+        pieces = min(max(round(int(new[states].sum()) / share), 1), len(row))
+        for rows in (row[i::pieces] for i in range(pieces)):
             last = int(rows[np.argmax(follow[rows[:, 0]]), 0])
             trunk = tokens_before(groups, last)[: follow[last]]
             subtrees.append(Subtree(trunk, rows, len(trunk) + int(new[rows[:, 0], rows[:, 1]].sum())))
     return subtrees
 
 
-def distribute(subtrees: list[Subtree], parts: int) -> list[list[Subtree]]:
-    """Distribute subtrees over parts: the most costly first, each to the part with the least cost so far."""
+def distribute(subtrees: list[Subtree], parts: int, length: Int[np.ndarray, "G M"]) -> list[list[Subtree]]:
+    """Distribute subtrees over parts, the most costly first.
+
+    Each goes where all parts together compute fewest tokens more: the i-th longest row of a part is as wide
+    as that of any part, and so are trunks. Among equal parts it goes to the one with the least cost so far.
+
+    Args:
+      subtrees: of the minibatch.
+      parts: row parts of the mesh.
+      length: new tokens of each rollout.
+    """
     distributed: list[list[Subtree]] = [[] for _ in range(parts)]
     load = np.zeros(parts)
+    rows, trunks = np.zeros((2, parts, 1), int)
     for subtree in sorted(subtrees, key=lambda subtree: -subtree.cost):
-        part = int(np.argmin(load))
+        own = np.array([width_of(int(length[state, rollout])) for state, rollout in subtree.row])
+        rows_with = with_widths(rows, own)
+        trunks_with = with_widths(trunks, np.array([width_of(len(subtree.trunk))]))
+        part = int(np.lexsort((load, computed_with(rows, rows_with) + computed_with(trunks, trunks_with)))[0])
+        rows, trunks = replaced(rows, rows_with, part), replaced(trunks, trunks_with, part)
         distributed[part].append(subtree)
         load[part] += subtree.cost
     return distributed
+
+
+def with_widths(
+    widths: Int[np.ndarray, "parts n"], more: Int[np.ndarray, " m"]
+) -> Int[np.ndarray, "parts k"]:
+    """Add the same widths to those of every part; in falling order, k = n + m."""
+    joined = np.concatenate([widths, np.broadcast_to(more, (len(widths), len(more)))], axis=1)
+    return -np.sort(-joined, axis=1)
+
+
+def computed_with(
+    widths: Int[np.ndarray, "parts n"], wider: Int[np.ndarray, "parts k"]
+) -> Int[np.ndarray, " parts"]:
+    """Count the tokens that a part computes if one part, for each of them, has the widths `wider`."""
+    longest = np.pad(widths.max(axis=0), (0, wider.shape[1] - widths.shape[1]))
+    return np.maximum(wider, longest).sum(axis=1)
+
+
+def replaced(
+    widths: Int[np.ndarray, "parts n"], wider: Int[np.ndarray, "parts k"], part: int
+) -> Int[np.ndarray, "parts m"]:
+    """Give one part its widths of `wider`, and leave out what is 0 in all parts."""
+    widths = np.pad(widths, ((0, 0), (0, wider.shape[1] - widths.shape[1])))
+    widths[part] = wider[part]
+    return widths[:, widths.any(axis=0)]
 
 
 def trunks_of(subtrees: list[list[Subtree]], count: int, width: int) -> Trunks:

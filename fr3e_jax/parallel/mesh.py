@@ -3,6 +3,9 @@
 The mesh has 3 axes. `data` repeats the parameters, `fsdp` splits parameters and optimizer state
 along the hidden dimension, `tensor` splits heads, the MLP and the vocabulary. Rows of a batch are
 split over `data` and `fsdp` together. The same constraints hold on every backend.
+
+Updates may split the same devices otherwise than sampling: `update_mesh` moves parts from one of `fsdp` and
+`tensor` to the other.
 """
 
 import dataclasses
@@ -123,15 +126,18 @@ def check_divides(what: str, size: int, mesh: Mesh, target: MeshAxes) -> None:
         )
 
 
-def place_model(mesh: Mesh, axes: Any, shapes: Any) -> tuple[Placement, Placement]:
+def place_model(
+    mesh: Mesh, axes: Any, shapes: Any, update_tensor: int | None = None
+) -> tuple[Placement, Placement]:
     """Make the placements of a model, for training and for sampling.
 
     Where there are fewer key-value heads than parts of the tensor axis, every device holds all of them. The
     query heads, of which there are many more, are split.
 
     Args:
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`; that of sampling.
       axes, shapes: the logical axes of the model's parameters, and the parameters or their shapes.
+      update_tensor: as `mesh.update_tensor`; None trains on `mesh` as it is.
 
     Raises:
       PlacementError: the model does not divide by the mesh; the message names the sizes that work.
@@ -146,8 +152,56 @@ def place_model(mesh: Mesh, axes: Any, shapes: Any) -> tuple[Placement, Placemen
                 f"{named} does not divide by --mesh.{mesh_axis} {parts}; smaller sizes that work for this "
                 f"model: {', '.join(map(str, fitting))}"
             )
-    own = {"kv_heads": None} if sizes["kv_heads"] < mesh.shape["tensor"] else {}
-    return Placement(mesh, {**TRAINING_TABLE, **own}), Placement(mesh, {**SAMPLING_TABLE, **own})
+    if update_tensor is not None and update_tensor not in (fitting := update_tensors(mesh, axes, shapes)):
+        raise PlacementError(
+            f"--mesh.update_tensor {update_tensor} does not divide this model, or the {fsdp_x_tensor(mesh)} "
+            f"devices of mesh.fsdp x mesh.tensor; sizes that do: {', '.join(map(str, fitting))}"
+        )
+    training = update_mesh(mesh, update_tensor)
+    return table_placement(training, TRAINING_TABLE, sizes), table_placement(mesh, SAMPLING_TABLE, sizes)
+
+
+def table_placement(mesh: Mesh, table: Mapping[str, MeshAxes], sizes: Mapping[str, int]) -> Placement:
+    """Make the placement of a model of these logical sizes; few key-value heads lie on every device."""
+    few = sizes["kv_heads"] < mesh.shape["tensor"]
+    return Placement(mesh, {**table, "kv_heads": None} if few else table)
+
+
+def update_mesh(mesh: Mesh, tensor: int | None) -> Mesh:
+    """Lay the devices of a mesh out with another size of `tensor`; `fsdp` takes the other devices.
+
+    The devices keep their order, so that a program may take arrays of both meshes.
+
+    Args:
+      mesh: of sampling.
+      tensor: divides fsdp x tensor of `mesh`; None leaves the mesh as it is.
+    """
+    if tensor is None or tensor == mesh.shape["tensor"]:
+        return mesh
+    sizes = (mesh.shape["data"], fsdp_x_tensor(mesh) // tensor, tensor)
+    return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def update_tensors(mesh: Mesh, axes: Any, shapes: Any) -> list[int]:
+    """List the sizes of `tensor` with which a model can be updated on the devices of a mesh, ascending."""
+    sizes, parts = logical_sizes(axes, shapes), fsdp_x_tensor(mesh)
+    return [
+        n
+        for n in range(1, parts + 1)
+        if parts % n == 0
+        and not not_dividing(sizes, "tensor", n)
+        and not not_dividing(sizes, "fsdp", parts // n)
+    ]
+
+
+def fsdp_x_tensor(mesh: Mesh) -> int:
+    """Count the devices that hold one copy of the parameters in training."""
+    return int(mesh.shape["fsdp"] * mesh.shape["tensor"])
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """Write the sizes of a mesh for people: `data 1 x fsdp 4 x tensor 4`."""
+    return " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
 
 
 def widest_tensor(axes: Any, shapes: Any, devices: int) -> int:

@@ -34,3 +34,8 @@ def two_per_doubling(count: int) -> int:
 def eight_per_doubling(count: int, smallest: int) -> int:
     """Round up to one of 8 sizes per doubling, each a multiple of `smallest`, which is a power of 2."""
     return next_multiple(max(count, 1), max(smallest, last_power_of_two(count - 1) // 8))
+
+
+def two_per_doubling_below(most: int) -> tuple[int, ...]:
+    """Sizes from about an eighth of `most` up to it, ascending, at most 2 per doubling: 7 at most."""
+    return tuple(sorted({ceil_divide(most * share, 16) for share in (2, 3, 4, 6, 8, 12, 16)}))

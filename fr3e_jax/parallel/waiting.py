@@ -17,6 +17,7 @@ import jax
 from jax._src import distributed
 from jaxlib import _jax
 
+BLOCKS = "fr3e_jax_blocks"  # attribute of an error
 GRACE = 3.0  # seconds that an abort leaves to the main thread where that is about to end the process itself
 
 # What errors of jax contain, on CPU, GPU and TPU, when a process does not answer.
@@ -85,6 +86,11 @@ def rank() -> tuple[int, int]:
     return state.process_id, state.num_processes
 
 
+def blocks_of(error: BaseException) -> list[str]:
+    """Return the names of the blocks of `waiting` in which an error was raised, the innermost last."""
+    return vars(error).get(BLOCKS, [])
+
+
 @contextlib.contextmanager
 def waiting(place: str) -> Iterator[None]:
     """Name what this block waits for, for the message when the other processes do not answer.
@@ -97,8 +103,10 @@ def waiting(place: str) -> Iterator[None]:
         yield
     except HostError:
         raise
-    except jax.errors.JaxRuntimeError as error:
-        if rank()[1] == 1 or not SIGNS.search(str(error)):
+    except (MemoryError, RuntimeError) as error:
+        vars(error).setdefault(BLOCKS, [name for name, _ in HERE.places])
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and SIGNS.search(str(error))
+        if rank()[1] == 1 or not lost:
             raise  # not the loss of a process
         HERE.ending = True
         raise HERE.lost(error) from error

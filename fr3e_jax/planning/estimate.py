@@ -34,12 +34,19 @@ def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
             base = {"base caches": sizes.slot * work.first_return.legs[-1].size}
             stages.extend(restart_stages(sizes, work, "positions", "open pilots", always, held | base))
         stages.extend(restart_stages(sizes, work, "explore", "open states", always, held))
-    return [*stages, *update_stages(sizes, work, always)]
+    return [*stages, *update_stages(ModelSizes(setup.update), work, always)]
 
 
 def cast_stage(sizes: ModelSizes, always: dict[str, int]) -> Stage:
-    """The cast of the parameters to the copy for sampling, which gathers them over fsdp."""
+    """The cast of the parameters to the copy for sampling, which gathers them over fsdp.
+
+    Where updates have another tensor axis, its parts are exchanged before for those of fsdp.
+    """
     moved = sizes.largest_weight if sizes.setup.mesh.shape["fsdp"] > 1 else 0
+    wire, tensor = sizes.gathers(1), sizes.setup.update.mesh.shape["tensor"]
+    if tensor != sizes.tensor:
+        share = 1 - min(tensor, sizes.tensor) / max(tensor, sizes.tensor)
+        wire["all-to-all", ("tensor",)] = share * sizes.compute_copy
     return stage_of(
         "reshard",
         "cast",
@@ -47,7 +54,7 @@ def cast_stage(sizes: ModelSizes, always: dict[str, int]) -> Stage:
         {"parameters": always["parameters"]},
         results=sizes.sampling_copy,
         temporary=2 * moved,
-        once=Costs(bytes=always["parameters"] + sizes.sampling_copy, wire=sizes.gathers(1)),
+        once=Costs(bytes=always["parameters"] + sizes.sampling_copy, wire=wire),
     )
 
 

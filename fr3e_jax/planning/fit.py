@@ -7,7 +7,7 @@ from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import GIB, Slice
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.times import Phase
-from fr3e_jax.planning.workload import Assumptions, Workload, workload_of
+from fr3e_jax.planning.workload import Assumptions, Workload
 
 RESERVE = GIB // 4
 """Bytes of the memory that XLA may use which a plan leaves free, for small arrays and for the runtime."""
@@ -31,6 +31,7 @@ class Plan:
     name: of the configuration. stages: programs with their memory. phases: with their time; none if a program
     is too large for the chip, or if not all were compiled or all estimated. price: of a chip-hour, None if it
     is not given. alternative: the smallest slice that the run fits by an estimate, if it does not fit this.
+    auto_queries: whether rollout.queries is `auto`; the setup has the number that is planned for.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Plan:
     phases: Sequence[Phase]
     price: float | None
     alternative: str | None = None
+    auto_queries: bool = False
 
     @property
     def estimated(self) -> bool:
@@ -88,7 +90,7 @@ class Plan:
         """Bytes more, about, for exploration whose restarts are all from the root and go to the limit."""
         if self.work.explore is None:
             return 0.0
-        longest = workload_of(self.setup.config, self.setup.parts, self.assumptions, worst=True)
+        longest = self.setup.work(self.assumptions, worst=True)
         assert longest.explore is not None
         slots = longest.explore.largest.cache - self.work.explore.largest.cache
         return float(self.setup.cache_bytes(1, 1) * max(slots, 0))
@@ -114,20 +116,24 @@ def suggestions(plan: Plan) -> list[str]:
     """Changes that would save memory, the most promising first."""
     config, stage = plan.setup.config, plan.largest
     sizes, mesh, changes = memory_parts(stage), plan.setup.mesh.shape, list[str]()
-    parts = plan.setup.parts
+    parts, tensor = plan.setup.parts, plan.setup.update.mesh.shape["tensor"]
+    queries = plan.setup.queries
+    option = "--rollout.max_queries" if plan.auto_queries else "--rollout.queries"
     order = sorted(sizes, key=lambda name: -sizes[name])
     for name in order[:4]:
         if name == "caches" or (
             name in ("temporaries", "other") and stage.phase in ("first return", "explore")
         ):
-            if config.rollout.queries > parts:
-                changes.append(f"--rollout.queries {max(config.rollout.queries // 2 // parts, 1) * parts}")
+            if queries > parts:
+                changes.append(f"{option} {max(queries // 2 // parts, 1) * parts}")
             elif config.explore.rollouts > 4 and stage.phase == "explore":
                 changes.append(f"--explore.rollouts {config.explore.rollouts // 2}")
-            if parts > 1 and config.rollout.queries <= parts:
+            if parts > 1 and queries <= parts:
                 changes.append("a larger --mesh.tensor with a smaller --mesh.fsdp")
         elif name in ("temporaries", "other") and stage.phase == "update":
             changes.append(f"--optimizer.micro_tokens {config.optimizer.micro_tokens // 2}")
+            if tensor < mesh["tensor"]:
+                changes.append(f"--mesh.update_tensor {mesh['tensor']}")
         elif name == "optimizer" and config.optimizer.moments == "float32":
             changes.append("--optimizer.moments bfloat16")
         elif name in ("parameters", "gradient", "optimizer") and mesh["data"] > 1:

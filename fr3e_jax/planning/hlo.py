@@ -7,6 +7,7 @@ counts as often as it runs, and only arrays in main memory count.
 import re
 from collections.abc import Iterator, Sequence
 
+from fr3e_jax.parallel.sizes import ceil_divide
 from fr3e_jax.planning.hlo_collectives import COLLECTIVES, Collective, group_of
 from fr3e_jax.planning.hlo_flops import product_flops
 from fr3e_jax.planning.hlo_text import Instruction
@@ -87,7 +88,10 @@ class Program:
                 yield times, instruction, computation
 
     def known_trips(self, loop: Instruction, computation: Computation) -> int | None:
-        """Number of runs of a loop that counts from one constant up to another; None for other loops."""
+        """Number of runs of a loop that counts from one constant up to another; None for other loops.
+
+        XLA unrolls loops whose weights come shard by shard: their bodies have two products, and count by 2.
+        """
         if match := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.line):
             return int(match[1])
         name = re.search(r"condition=%([\w.\-]+)", loop.line)
@@ -103,7 +107,25 @@ class Program:
         if limit is None or index is None:
             return None
         start = self.start_of(computation.get(loop.operands[0]), int(index[1]), computation)
-        return max(int(limit[1]) - start, 0)
+        return ceil_divide(max(int(limit[1]) - start, 0), self.step_of(loop, int(index[1])))
+
+    def step_of(self, loop: Instruction, index: int) -> int:
+        """The constant that a loop adds to its counter in each run; 1 if the text does not lead to one.
+
+        Args:
+          index: of the counter in the loop's tuple.
+        """
+        name = re.search(r"body=%([\w.\-]+)", loop.line)
+        body = self.computations.get(name[1], {}) if name else {}
+        root = next((x for x in body.values() if x.is_root), None)
+        if root is None or root.operation != "tuple":
+            return 1
+        count = body.get(root.operands[index])
+        if count is None or count.operation != "add":
+            return 1
+        steps = (body[operand].line for operand in count.operands if operand in body)
+        found = [match[1] for line in steps if (match := re.search(r" constant\((\d+)\)", line))]
+        return int(found[0]) if found else 1
 
     def start_of(self, value: Instruction | None, index: int, computation: Computation) -> int:
         """The constant that a loop's counter starts from; 0 if the text does not lead to a constant.

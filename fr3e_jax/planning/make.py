@@ -17,8 +17,9 @@ from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import GIB, Slice, find_slice, other_slices
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.times import Rates, phases_of
-from fr3e_jax.planning.topology import positions_in, run_mesh, splits
-from fr3e_jax.planning.workload import Assumptions, Workload, workload_of
+from fr3e_jax.planning.topology import mesh_sizes, positions_in, run_mesh, splits
+from fr3e_jax.planning.update_layout import fastest_fitting, with_update_tensor
+from fr3e_jax.planning.workload import Assumptions, Workload, planned_queries
 
 MARGIN = 1.25  # programs whose estimate leaves less than this of a chip are compiled to see whether they fit
 
@@ -51,8 +52,8 @@ def compiled_plan(question: Question, console: Console, peak: bool = False) -> P
       ConfigError, PlacementError: the run cannot start on the slice; the message says what to change.
     """
     tpu = find_slice(question.topology)
-    setup = setup_on(question, run_mesh(tpu, question.config.mesh))
-    work = workload_of(setup.config, setup.parts, question.assumptions)
+    setup = setup_on(question, run_mesh(tpu, question.config.mesh), tpu)
+    work = setup.work(question.assumptions)
     estimates = {key_of(stage): stage for stage in estimate_step(setup, work)} if peak else {}
     wanted = may_be_peak(list(estimates.values()), tpu.chip.usable - RESERVE) if peak else None
     with warnings.catch_warnings(), console.status("compiling") as status:
@@ -100,21 +101,28 @@ def quick_plan(question: Question) -> Plan:
 
 def estimated_plan(question: Question, tpu: Slice) -> Plan:
     """The plan of a run on a slice by arithmetic, without alternatives."""
-    setup = setup_on(question, run_mesh(tpu, question.config.mesh, positions_in(tpu)))
-    work = workload_of(setup.config, setup.parts, question.assumptions)
+    setup = setup_on(question, run_mesh(tpu, question.config.mesh, positions_in(tpu)), tpu)
+    work = setup.work(question.assumptions)
     return plan_of(question, tpu, setup, work, estimate_step(setup, work))
 
 
-def setup_on(question: Question, mesh: Mesh) -> Setup:
-    """The run on a mesh, checked as training checks it.
+def setup_on(question: Question, mesh: Mesh, tpu: Slice) -> Setup:
+    """Set the run up on a mesh of a slice, checked as training checks it.
+
+    It has a number of queries where that is `auto`, and is updated in the layout that training takes.
 
     Raises:
       ConfigError, PlacementError: the run cannot start on the mesh; the message says what to change.
     """
-    setup = Setup(resolve(question.config), question.model, mesh)
-    check(setup.config, row_parts(mesh), question.model.context)
+    config, parts = resolve(question.config), row_parts(mesh)
+    check(config, parts, question.model.context)
+    queries = planned_queries(config, parts, question.assumptions)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, queries=queries))
+    setup = Setup(config, question.model, mesh)
     _ = setup.placements  # refuses a model that does not divide by the mesh
-    return setup
+    if setup.config.mesh.update_tensor is not None:
+        return setup
+    return with_update_tensor(setup, fastest_fitting(setup.config, question.model, mesh, tpu))
 
 
 def plan_of(question: Question, tpu: Slice, setup: Setup, work: Workload, stages: list[Stage]) -> Plan:
@@ -131,6 +139,7 @@ def plan_of(question: Question, tpu: Slice, setup: Setup, work: Workload, stages
         stages=stages,
         phases=phases,
         price=question.price,
+        auto_queries=question.config.rollout.queries == "auto",
     )
 
 
@@ -139,12 +148,15 @@ def smallest_slice(question: Question, tpu: Slice) -> str | None:
 
     Tried are the larger slices of the same generation, then those of others, each with the run's own mesh
     and with all that have one data part. Of the meshes that fit, the one with the shortest step is named.
+    Updates are in the layout of sampling where the run has no other: training takes another if that fits too.
     """
     for other in other_slices(tpu):
         fitting = []
         for mesh in meshes_for(question.config.mesh, other.chips):
-            config = dataclasses.replace(question.config, mesh=mesh)
             try:
+                tensor = mesh.update_tensor or mesh_sizes(mesh, other.chips)[2]
+                laid = dataclasses.replace(mesh, update_tensor=tensor)
+                config = dataclasses.replace(question.config, mesh=laid)
                 plan = estimated_plan(dataclasses.replace(question, config=config), other)
             except (ConfigError, PlacementError):
                 continue  # the run cannot start on this mesh
@@ -152,11 +164,13 @@ def smallest_slice(question: Question, tpu: Slice) -> str | None:
                 fitting.append((plan.step_seconds, mesh))
         if fitting:
             _, mesh = min(fitting, key=lambda x: x[0])
-            flags = " ".join(f"--mesh.{name} {size}" for name, size in dataclasses.asdict(mesh).items())
+            sizes = {name: size for name, size in dataclasses.asdict(mesh).items() if size is not None}
+            flags = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
             return f"{other.name} with {flags}"
     return None
 
 
 def meshes_for(given: MeshConfig, chips: int) -> list[MeshConfig]:
     """The meshes that are tried on a slice: the given one, and all with one data part."""
-    return [given, *(MeshConfig(1, fsdp, tensor) for fsdp, tensor in splits(chips))]
+    whole = (dataclasses.replace(given, data=1, fsdp=fsdp, tensor=tensor) for fsdp, tensor in splits(chips))
+    return [given, *whole]

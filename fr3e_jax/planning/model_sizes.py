@@ -70,7 +70,7 @@ class ModelSizes:
     @property
     def queries(self) -> int:
         """Number of queries of a part."""
-        return self.setup.config.rollout.queries // self.setup.parts
+        return self.setup.queries // self.setup.parts
 
     @property
     def query_cache(self) -> int:

@@ -32,8 +32,8 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     rollout, params = config.rollout, setup.params(setup.dtype, sampling=True)
     weights = bytes_on_chip(params)
     seed = jax.eval_shape(lambda: jax.random.key(0))
-    numbers = setup.rows(jnp.int32, rollout.queries)
-    queries = Queries(setup.rows(jnp.int32, rollout.queries, rollout.max_prompt), numbers, numbers)
+    numbers = setup.rows(jnp.int32, setup.queries)
+    queries = Queries(setup.rows(jnp.int32, setup.queries, rollout.max_prompt), numbers, numbers)
     count = work.first_return.lengths.shape[2]
     branch_numbers = jax.eval_shape(lambda queries: root_branches(queries, count), queries)
 

@@ -15,7 +15,9 @@ from fr3e_jax.learner.state import TrainState, state_shardings
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params
 from fr3e_jax.parallel.mesh import Placement, row_parts
+from fr3e_jax.planning.workload import Assumptions, Workload, workload_of
 from fr3e_jax.run.build import Policy, policy_of_shape
+from fr3e_jax.run.queries import round_sizes
 
 END_TOKENS = (0, 1)
 """Any two ids: which ones they are does not change a program."""
@@ -37,9 +39,21 @@ def bytes_on_chip(tree: Any) -> int:
     return total
 
 
+@functools.lru_cache(maxsize=16)
+def policy_on(model: DecoderConfig, mesh: Mesh, dtype: Any, name: str, update_tensor: int | None) -> Policy:
+    """`policy_of_shape`, once for the many plans that a layout of updates is chosen from."""
+    return policy_of_shape(model, mesh, END_TOKENS, dtype, name, update_tensor)
+
+
+@functools.lru_cache(maxsize=4)
+def shapes_of(model: DecoderConfig) -> Any:
+    """`abstract_params`, once for many plans."""
+    return abstract_params(model)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run on a mesh, without arrays. `config` is resolved."""
+    """A run on a mesh, without arrays. `config` is resolved. `mesh` is that of sampling."""
 
     config: Config
     model: DecoderConfig
@@ -52,7 +66,17 @@ class Setup:
         Raises:
           PlacementError: the model does not divide by the mesh.
         """
-        return policy_of_shape(self.model, self.mesh, END_TOKENS, self.dtype, self.config.model.path)
+        model: Any = self.model
+        name, update_tensor = self.config.model.path, self.config.mesh.update_tensor
+        return policy_on(model, self.mesh, self.dtype, name, update_tensor)
+
+    @functools.cached_property
+    def update(self) -> "Setup":
+        """The same run on the mesh of its updates, of which `parts`, `rows` and caches are then."""
+        if (mesh := self.placements[0].mesh) == self.mesh:
+            return self
+        own = dataclasses.replace(self.config.mesh, update_tensor=None)
+        return Setup(dataclasses.replace(self.config, mesh=own), self.model, mesh)
 
     @property
     def axes(self) -> Any:
@@ -62,7 +86,8 @@ class Setup:
     @functools.cached_property
     def shapes(self) -> Any:
         """The parameters as ShapeDtypeStructs."""
-        return abstract_params(self.model)
+        model: Any = self.model
+        return shapes_of(model)
 
     @property
     def placements(self) -> tuple[Placement, Placement]:
@@ -78,6 +103,11 @@ class Setup:
     def parts(self) -> int:
         """Number of parts that the mesh splits batch rows into."""
         return row_parts(self.mesh)
+
+    @property
+    def queries(self) -> int:
+        """Number of queries of a round."""
+        return round_sizes(self.config.rollout, self.parts)[-1]
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -98,6 +128,10 @@ class Setup:
         place = functools.partial(jax.tree.map, lambda x, to: abstract(x.shape, x.dtype, to))
         return TrainState(place(self.shapes, shardings.params), place(moments, shardings.optimizer))
 
+    def work(self, assumptions: Assumptions, worst: bool = False) -> Workload:
+        """The work of a step, on the meshes of sampling and of updates; others as for `workload_of`."""
+        return workload_of(self.config, self.parts, assumptions, worst, self.update.parts)
+
     def params(self, dtype: Any, sampling: bool = False) -> Any:
         """The parameters in a dtype, abstract, placed for training or for sampling."""
         shardings = self.placements[sampling].shardings(self.axes, self.shapes)
@@ -105,7 +139,7 @@ class Setup:
 
     def rows(self, dtype: Any, *sizes: int) -> Any:
         """An abstract array whose first axis is split as batch rows are."""
-        return abstract(sizes, dtype, self.placements[0].sharding("batch"))
+        return abstract(sizes, dtype, self.placements[1].sharding("batch"))
 
     def cache_bytes(self, rows: int, slots: int) -> int:
         """Bytes that a chip reads of a KV cache of `rows` rows, each with `slots` slots, for one token.

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from fr3e_jax.parallel.mesh import describe_mesh
 from fr3e_jax.planning.as_json import gib
 from fr3e_jax.planning.fit import MEMORY_GROUPS, RESERVE, Plan, memory_parts, suggestions
 from fr3e_jax.planning.slices import GIB
@@ -18,7 +19,9 @@ ESTIMATED = (
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Print a plan."""
-    mesh = " x ".join(f"{name} {size}" for name, size in plan.setup.mesh.shape.items())
+    mesh = describe_mesh(plan.setup.mesh)
+    if plan.setup.update.mesh != plan.setup.mesh:
+        mesh += f", in updates {describe_mesh(plan.setup.update.mesh)}"
     console.print(
         f"{plan.name}: {plan.setup.config.model.path} on {plan.slice.name} ({plan.slice.chips} chip(s), "
         f"{'x'.join(map(str, plan.slice.shape))}), mesh {mesh}"
@@ -85,6 +88,12 @@ def conclusion(plan: Plan) -> list[str]:
         )
     if plan.cost is not None:
         lines.append(f"1,000 steps at {plan.price:g} per chip-hour: {plan.cost:,.0f}")
+    if plan.auto_queries:
+        lines.append(
+            f"rollout.queries auto: rounds of {plan.setup.queries} queries fill the batch if states are "
+            "accepted as assumed; where fewer are, rounds have up to rollout.max_queries "
+            f"{plan.setup.config.rollout.max_queries}, which take more memory"
+        )
     lines.append(assumptions_line(plan))
     where = f"{plan.largest.phase}: {plan.largest.program.name}"
     by = ", by the estimate" if plan.estimated else ""
@@ -134,7 +143,11 @@ MARKDOWN_HEAD = (
 
 def markdown_row(plan: Plan) -> str:
     """A row of the table in planning/README.md."""
-    mesh, seconds, missing = plan.setup.mesh.shape.values(), plan.step_seconds, plan.longest_missing()
+    seconds, missing = plan.step_seconds, plan.longest_missing()
+    meshes = [
+        " x ".join(map(str, mesh.shape.values()))
+        for mesh in dict.fromkeys((plan.setup.mesh, plan.setup.update.mesh))
+    ]
     phases = [
         f"{phase.name} {phase.seconds.total:,.0f} s ({phase.seconds.bound})"
         for phase in plan.phases
@@ -143,7 +156,7 @@ def markdown_row(plan: Plan) -> str:
     cells = [
         f"`{plan.name}`",
         plan.slice.name,
-        " x ".join(map(str, mesh)),
+        ", update ".join(meshes),
         f"{plan.largest.total / GIB:.1f} of {plan.available / GIB:.1f} ({plan.largest.phase})",
         "fits" if plan.fits else f"short by {plan.missing / GIB:.1f}",
         "fits" if missing <= 0 else f"short by {missing / GIB:.1f}",

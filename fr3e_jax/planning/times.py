@@ -1,11 +1,12 @@
 """Seconds of a step: from the costs of its compiled programs to the time of each phase."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import Mesh
 
 from fr3e_jax.engine.seats import Leg
+from fr3e_jax.parallel.mesh import MESH_AXES
 from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.position_programs import SECOND_PASS
 from fr3e_jax.planning.program_costs import Costs
@@ -55,6 +56,14 @@ class Rates:
     slice: Slice
     mesh: Mesh
     assumptions: Assumptions
+    joined: Collection[str] = ()
+    """Axes of `mesh` that are made of parts of two axes, which are gone through one after the other."""
+
+    def of_updates(self, setup: Setup) -> "Rates":
+        """The rates of updates, whose mesh may be another than that of sampling."""
+        mesh = setup.update.mesh
+        joined = [name for name in MESH_AXES if mesh.shape[name] > self.mesh.shape[name]]
+        return dataclasses.replace(self, mesh=mesh, joined=tuple(joined))
 
     def seconds(self, costs: Costs) -> Seconds:
         """The time of a program.
@@ -67,7 +76,7 @@ class Rates:
         memory = costs.bytes / (assumptions.memory * chip.memory)
         early = late = 0.0
         for (_, axes), received in costs.wire.items():
-            lane = lane_of(self.slice, self.mesh, axes)
+            lane = lane_of(self.slice, self.mesh, axes, self.joined)
             taken = received / (assumptions.network * lane.bandwidth(chip.link))
             early, late = (early, late + taken) if "tensor" in axes else (early + taken, late)
         if any("tensor" in axes for _, axes in costs.wire):
@@ -111,8 +120,9 @@ def phases_of(setup: Setup, work: Workload, stages: Sequence[Stage], rates: Rate
         ]
         of_phase = [programs[phase, opening].once, *decode_costs(setup, decoding, compiled)]
         runs.setdefault(phase, []).extend((rounds, costs) for costs in of_phase)
-    runs["update"] = update_runs(setup, work, stages)
-    return [phase_of(name, of_phase, rates) for name, of_phase in runs.items()]
+    phases = [phase_of(name, of_phase, rates) for name, of_phase in runs.items()]
+    update = update_runs(setup.update, work, stages)
+    return [*phases, phase_of("update", update, rates.of_updates(setup))]
 
 
 def phase_of(name: str, runs: Runs, rates: Rates) -> Phase:
@@ -154,7 +164,12 @@ def leg_costs(setup: Setup, leg: Leg, steps: int, program: CompiledProgram, comp
 
 
 def update_runs(setup: Setup, work: Workload, stages: Sequence[Stage]) -> Runs:
-    """The programs of the update with their number of runs; shapes that were not compiled are scaled."""
+    """The programs of the update with their number of runs; shapes that were not compiled are scaled.
+
+    Args:
+      setup: on the mesh of updates.
+      work, stages: of the step.
+    """
     programs = {stage.program.name: stage.program for stage in stages if stage.phase == "update"}
     optimizer = setup.config.optimizer
     updates = float(optimizer.minibatches * optimizer.epochs)

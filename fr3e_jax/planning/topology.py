@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -163,8 +164,12 @@ class Lane:
         return link * max(self.dimensions, 1) * (2 if self.ring else 1) / max(self.stride, 1)
 
 
-def lane_of(tpu: Slice, mesh: Mesh, axes: tuple[str, ...]) -> Lane:
-    """The lane of some mesh axes, taken together."""
+def lane_of(tpu: Slice, mesh: Mesh, axes: tuple[str, ...], joined: Collection[str] = ()) -> Lane:
+    """The lane of some mesh axes, taken together.
+
+    Args:
+      joined: mesh axes that are made of parts of two.
+    """
     index = tuple(slice(None) if name in axes else 0 for name in MESH_AXES)
     members = [device.coords for device in np.asarray(mesh.devices[index]).reshape(-1)]
     places = np.array([list(place)[: len(tpu.shape)] for place in members])
@@ -178,7 +183,7 @@ def lane_of(tpu: Slice, mesh: Mesh, axes: tuple[str, ...]) -> Lane:
     shape, closed = np.array(tpu.shape), np.array(tpu.rings)
     steps = np.where(closed, np.minimum(steps, shape - steps), steps)
     # Two axes together are gone through one after the other: their jumps are not hops of either.
-    alone = len([name for name in axes if mesh.shape[name] > 1]) == 1
+    alone = len([name for name in axes if mesh.shape[name] > 1]) == 1 and not set(axes) & set(joined)
     hops = steps.sum(axis=1) if alone else np.ones(1, int)
     stride = float(hops.mean()) if hops.size else 1.0
     return Lane(

@@ -1,5 +1,6 @@
 """The programs of the update, compiled for a slice."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ def compile_updates(compiler: StageCompiler, work: Workload) -> Iterator[Stage]:
     """
     if not compiler.wants("update"):
         return
+    compiler = dataclasses.replace(compiler, setup=compiler.setup.update)
     setup, held = compiler.setup, dict(compiler.always)
     learner, state = setup.learner, setup.state
     sizes = {

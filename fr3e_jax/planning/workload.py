@@ -17,6 +17,7 @@ from fr3e_jax.engine.seats import Leg, first_slots, schedule
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
 from fr3e_jax.parallel.sizes import next_power_of_two
+from fr3e_jax.run.queries import assumed_states, queries_for, round_sizes
 from fr3e_jax.types import StateGroups
 
 SPREAD = 0.8  # standard deviation of the logarithm of answers' lengths
@@ -121,6 +122,18 @@ def lengths_of(count: int, mean: float, limit: int, rng: np.random.Generator) ->
     return np.clip(np.ceil(drawn), 1, limit).astype(np.int32)
 
 
+def planned_queries(config: Config, parts: int, assumptions: Assumptions) -> int:
+    """Number of queries of a round: with `auto`, as many as a run asks that knows what is assumed here.
+
+    Args:
+      config: resolved.
+      parts: number of parts that the mesh splits batch rows into.
+      assumptions: how many trajectories of a query are explored, and which share of states is accepted.
+    """
+    per_query = assumed_states(config, assumptions.kept, assumptions.accepted)
+    return queries_for(config.optimizer.batch_states, per_query, round_sizes(config.rollout, parts))
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """The shape of a chunk on each part: rows of `width` tokens that see `window` slots of the trunks."""
@@ -192,22 +205,30 @@ class Workload:
         return [x for x in (self.first_return, self.pilots, self.explore) if x is not None]
 
 
-def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: bool = False) -> Workload:
+def workload_of(
+    config: Config,
+    parts: int,
+    assumptions: Assumptions,
+    worst: bool = False,
+    update_parts: int | None = None,
+) -> Workload:
     """The work of a step of a run.
 
     Args:
       config: resolved.
-      parts: number of parts that the mesh splits batch rows into.
+      parts: number of parts that the mesh splits batch rows into while sampling.
       assumptions: lengths of answers, and shares of trajectories and states.
       worst: every answer goes to the limit, and every position is at the beginning.
+      update_parts: number of parts that updates split batch rows into; None: as many.
     """
     rollout, explore, limit = config.rollout, config.explore, config.rollout.max_response
-    rng, per_part = np.random.default_rng(0), config.rollout.queries // parts
+    queries = planned_queries(config, parts, assumptions)
+    rng, per_part = np.random.default_rng(0), queries // parts
     mean = limit if worst else assumptions.response * limit
     restarts = explore.positions > 0
     count = rollout.base_trajectories if restarts else explore.rollouts
     # All others wait for the longest, and among so many one goes to the limit.
-    lengths = lengths_of(rollout.queries * count, mean, limit, rng).reshape(parts, per_part, count)
+    lengths = lengths_of(queries * count, mean, limit, rng).reshape(parts, per_part, count)
     lengths[:, 0, 0] = limit
     if worst:
         lengths[:] = limit
@@ -250,12 +271,18 @@ def workload_of(config: Config, parts: int, assumptions: Assumptions, worst: boo
         explore=decode,
         pilots=pilots,
         trajectories=kept,
-        **update_shapes(config, parts, accepted),
+        **update_shapes(config, update_parts or parts, accepted),
     )
 
 
 def update_shapes(config: Config, parts: int, accepted: StateGroups) -> dict[str, Any]:
-    """The fields of a `Workload` that are about the update, from the accepted states of a batch."""
+    """The fields of a `Workload` that are about the update, from the accepted states of a batch.
+
+    Args:
+      config: resolved.
+      parts: number of parts that updates split batch rows into.
+      accepted: the states of the batch.
+    """
     rollout, optimizer = config.rollout, config.optimizer
     budget, epochs = optimizer.micro_tokens, optimizer.epochs
     chunks, trunks, real = collections.Counter[Chunk](), collections.Counter[tuple[int, int]](), 0

@@ -30,14 +30,18 @@ class UnplacedModel:
     source: Path
     config: Qwen2Config
 
-    def place(self, mesh: Mesh) -> "PlacedModel":
+    def place(self, mesh: Mesh, update_tensor: int | None = None) -> "PlacedModel":
         """The model with its placements on a mesh.
+
+        Args:
+          mesh: of sampling, and of training where nothing else is said.
+          update_tensor: as `mesh.update_tensor`.
 
         Raises:
           PlacementError: it does not divide by the mesh.
         """
         axes = logical_axes(self.config)
-        training, sampling = place_model(mesh, axes, abstract_params(self.config))
+        training, sampling = place_model(mesh, axes, abstract_params(self.config), update_tensor)
         return PlacedModel(
             name=self.name,
             source=self.source,

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from fr3e_jax.config import (
     Config,
     ConfigError,
+    DevicesConfig,
     LossConfig,
-    MeshConfig,
     OptimizerConfig,
     RolloutConfig,
     check,
@@ -38,6 +38,7 @@ from fr3e_jax.problems.corpus import Corpus, make_corpus
 from fr3e_jax.problems.stream import QueryStream, difficulty_of
 from fr3e_jax.rewards.pool import ScoringPool
 from fr3e_jax.rewards.verify import Verifier
+from fr3e_jax.run.queries import round_sizes
 from fr3e_jax.types import StopTable
 
 
@@ -53,6 +54,13 @@ class Policy:
     end_tokens: tuple[int, ...]
     stops: StopTable | None
     dtype: Any
+
+    @property
+    def described_mesh(self) -> str:
+        """The mesh for people, and that of updates where it is another."""
+        sampling, training = self.model.sampling.mesh, self.model.training.mesh
+        updates = "" if training == sampling else f", in updates {dict(training.shape)}"
+        return f"{dict(sampling.shape)}{updates}"
 
     def engine(
         self, max_response: int, between: Callable[[], None] = lambda: None, watch: Watch = lambda *_: None
@@ -101,15 +109,24 @@ def policy_of(model: PlacedModel, text: Text, dtype: Any) -> Policy:
 
 
 def policy_of_shape(
-    config: DecoderConfig, mesh: Mesh, end_tokens: tuple[int, ...], dtype: Any, name: str = ""
+    config: DecoderConfig,
+    mesh: Mesh,
+    end_tokens: tuple[int, ...],
+    dtype: Any,
+    name: str = "",
+    update_tensor: int | None = None,
 ) -> Policy:
     """The policy of a model that has a shape and no files: its weights cannot be read.
+
+    Args:
+      mesh, update_tensor: as for `UnplacedModel.place`.
 
     Raises:
       PlacementError: it does not divide by the mesh.
     """
     shape: Any = config
-    return Policy(UnplacedModel(name, Path(), shape).place(mesh), end_tokens, None, dtype)
+    model = UnplacedModel(name, Path(), shape).place(mesh, update_tensor)
+    return Policy(model, end_tokens, None, dtype)
 
 
 def open_policy(name: str, template: str, stop: Sequence[str], mesh: Mesh, dtype: Any) -> tuple[Policy, Text]:
@@ -132,8 +149,8 @@ def open_policy(name: str, template: str, stop: Sequence[str], mesh: Mesh, dtype
     return policy_of(model, text, dtype), text
 
 
-def mesh_of(config: MeshConfig) -> Mesh:
-    """The mesh of a command over all devices.
+def mesh_of(config: DevicesConfig) -> Mesh:
+    """The mesh of a command over all devices; of training that of its sampling.
 
     Raises:
       PlacementError: it does not cover them.
@@ -173,6 +190,7 @@ def build(
     hosts: Hosts,
     between: Callable[[], None] = lambda: None,
     watch: Watch = lambda *_: None,
+    choose: Callable[[Config, DecoderConfig, Hosts], int | None] = lambda *_: None,
 ) -> Parts:
     """Check the configuration, and make the parts of its run.
 
@@ -181,13 +199,18 @@ def build(
       hosts: the processes, with the mesh of `mesh_of`.
       between: called before each program of a decoding and before each update; may raise to end the run.
       watch: told how far a decoding is.
+      choose: returns mesh.update_tensor where the configuration leaves it open; None, as by default, is the
+        layout of sampling.
 
     Raises:
       ConfigError, PlacementError, CheckpointError: what cannot run.
     """
     dtype = jnp.dtype(config.model.compute_dtype)
-    model = open_model(config.model.path).place(hosts.mesh)
+    update_tensor = config.mesh.update_tensor
+    model = open_model(config.model.path).place(hosts.mesh, update_tensor)
     check(config, row_parts(hosts.mesh), model.config.context)
+    if update_tensor is None:
+        model = model.place(hosts.mesh, choose(config, model.config, hosts))
     text = load_text(model.source, config.data.template, config.rollout.stop)
     if endless := text.endless():
         raise ConfigError(f"data.template {config.data.template}: {endless} (rollout.stop)")
@@ -196,7 +219,8 @@ def build(
     policy = policy_of(model, text, dtype)
     engine = policy.engine(config.rollout.max_response, between, watch)
     learner = policy.learner(config.loss, config.optimizer, updates_of(config))
-    difficulty = difficulty_of(corpus, config.data, config.seed, config.rollout.queries)
+    smallest = round_sizes(config.rollout, row_parts(hosts.mesh))[0]
+    difficulty = difficulty_of(corpus, config.data, config.seed, smallest)
     problems = corpus.stream(config.seed)
     stream = QueryStream(problems, text, config.rollout.max_prompt, hosts, difficulty)
     pool = ScoringPool(corpus.scorers, **asdict(config.scoring))

@@ -94,7 +94,7 @@ class Checkpoints:
             items["rates"] = vars(progress.rates)
         sums = {item: checksummed(leaves) for item, leaves in items.items()}
         args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
-        args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums).as_json())
+        args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums, mesh_under(state)).as_json())
         with writing(self.manager.directory), waiting("a save"):
             if not self.manager.save(progress.step, args=ocp.args.Composite(**args)):
                 raise StorageError(
@@ -184,6 +184,14 @@ def with_rates(progress: Progress, items: dict[str, dict[str, Any]]) -> Progress
         return progress
     rates = SuccessRates(**{name: np.asarray(x) for name, x in items["rates"].items()})
     return dataclasses.replace(progress, rates=rates)
+
+
+def mesh_under(tree: Any) -> dict[str, int] | None:
+    """Read axis -> size of the mesh that a tree's arrays lie on; None where they lie on none."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(sharding := getattr(leaf, "sharding", None), jax.sharding.NamedSharding):
+            return dict(sharding.mesh.shape)
+    return None
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:

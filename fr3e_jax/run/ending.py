@@ -1,5 +1,5 @@
-"""The rules by which a run ends before its last step: an accuracy that is reached, a budget that is spent, an
-alarm that goes off.
+"""The end of a run: at its last step, or before it by an accuracy that is reached, a budget that is spent, an
+alarm that goes off, or since too few questions are left.
 """
 
 from collections.abc import Mapping
@@ -7,7 +7,10 @@ from typing import Any
 
 from fr3e_jax.config import Config, EndConfig
 from fr3e_jax.parallel.hosts import Hosts, is_first
+from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.run.alarms import alarm_to_end
+from fr3e_jax.run.build import Parts
+from fr3e_jax.run.queries import round_sizes
 from fr3e_jax.run.reporter import Reporter, Silent
 from fr3e_jax.run.saved import Progress
 
@@ -55,3 +58,41 @@ def shared_reason(
         reason = reason_to_end(config.end, reporter.accuracies, progress)
         reason = reason or alarm_to_end(config.alarms, lines)
     return hosts.said(reason, "whether the run is decided")
+
+
+def is_last(config: Config, parts: Parts, progress: Progress) -> bool:
+    """Decide whether the run ends here: all steps are made, or less than a round of questions is left."""
+    if progress.step >= config.steps:
+        return True
+    difficulty, rates = parts.stream.difficulty, progress.rates
+    if difficulty is None or difficulty.retire_above is None or rates is None:
+        return False
+    return difficulty.left(rates) < smallest_round(config, parts)
+
+
+def smallest_round(config: Config, parts: Parts) -> int:
+    """Fewest queries that a round may have."""
+    return round_sizes(config.rollout, row_parts(parts.engine.placement.mesh))[0]
+
+
+def solved_message(config: Config, parts: Parts, progress: Progress) -> str:
+    """Say why a run ended before its last step, and what to change."""
+    least = smallest_round(config, parts)
+    auto = config.rollout.queries == "auto"
+    number = "the smallest round of rollout.queries auto," if auto else "rollout.queries"
+    return (
+        f"the run is complete after step {progress.step} of {config.steps}: fewer than {number} "
+        f"{least} questions are left that are not solved (data.retire_above "
+        f"{config.data.retire_above}); harder questions, or another --run_dir with a higher "
+        "data.retire_above, give it more to learn"
+    )
+
+
+def skipped_message(progress: Progress) -> str:
+    """Say why a run ended whose updates were skipped, and what to try."""
+    return (
+        f"step {progress.step}: {progress.skipped} updates in a row were skipped, since their loss or "
+        "gradient was not finite; parameters and moments are as before them. Start again with a lower "
+        "optimizer.learning_rate or optimizer.max_grad_norm, or with model.compute_dtype float32; or go on "
+        "from here with the same --run_dir, which counts from 0, and a higher optimizer.max_skipped."
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from fr3e_jax.config import Config, ConfigError
+from fr3e_jax.config import Config, ConfigError, as_written
 from fr3e_jax.learner.groups import as_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.hosts import Hosts, is_first
@@ -20,6 +20,8 @@ from fr3e_jax.run.checkpoints import Checkpoints, assemble, read_items, with_rat
 from fr3e_jax.run.run_dir import (
     LostSettingsError,
     MissingSettingsError,
+    arrows,
+    changes,
     numbered,
     parse_settings,
     refuse_differing,
@@ -28,6 +30,8 @@ from fr3e_jax.run.saved import CHECKPOINTS, UNVERIFIED, DamagedError, Progress, 
 from fr3e_jax.run.storage import move, writing
 from fr3e_jax.types import StateGroups
 
+NOT_TOLD = {"run_dir", "resume", "compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+"""Settings whose changes are not told: those of the mesh follow from its shape, which is."""
 DAMAGED = "damaged"  # the folder of a run directory that damaged checkpoints are moved to
 
 Items = dict[str, dict[str, Any]]
@@ -166,8 +170,26 @@ def resume(
             else "it is written again, with the settings that the checkpoint has"
         )
         messages.append(f"warning: {lost}: {known}")
+    messages.extend(changed_settings(whole.record, config, dict(hosts.mesh.shape)))
     reached = with_rates(whole.record.progress, whole.items)
     return Resumed(*assemble(whole.items, state), reached, messages, sorted(whole.damaged))
+
+
+def changed_settings(record: Record, config: Config, mesh: dict[str, int]) -> list[str]:
+    """Say in a line what differs from the settings that a checkpoint was written with; no line without any.
+
+    Args:
+      record: of the checkpoint.
+      config: settings that the run goes on with, which may go on from it.
+      mesh: axis -> size, that it goes on with.
+    """
+    changed = {}
+    if record.settings is not None:
+        changed = changes(parse_settings(record.settings), as_written(config), allowed=True)
+    if record.mesh not in (None, mesh):
+        changed["mesh"] = (record.mesh, mesh)
+    changed = {name: values for name, values in changed.items() if name not in NOT_TOLD}
+    return [f"settings changed since the checkpoint: {arrows(changed)}"] if changed else []
 
 
 def refuse_other_run(

@@ -40,6 +40,8 @@ RESUMABLE = {
     "distributed",
     "model.export_dtype",
     "scoring.workers",
+    "rollout.queries",
+    "rollout.max_queries",
     "credit.max_rounds",
     "credit.short_batch",
     "optimizer.micro_tokens",
@@ -48,7 +50,9 @@ RESUMABLE = {
     "optimizer.max_skipped",
 }
 """Sections and settings that may change when a run is resumed: they do not change what is learned, or an
-error message advises to change them. `steps` may not change where the learning rate decays over it."""
+error message advises to change them, such as what to lower where the memory does not suffice. The position in
+the stream of questions counts single questions, and carried states are whole, so that rounds of another size
+go on where those before ended. `steps` may not change where the learning rate decays over it."""
 
 
 AnyPath = TypeVar("AnyPath", Path, epath.Path)
@@ -268,9 +272,10 @@ def numbered(directory: AnyPath, number: int) -> AnyPath:
     return directory.with_name(f"{directory.name}-{number}") if number else directory
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (old value, new value) of the settings that a resumed run may not change and that differ.
+def changes(old: dict[str, Any], new: dict[str, Any], allowed: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Name -> (old value, new value) of the settings that differ and that a resumed run may not change.
 
+    With `allowed` of those that it may change.
     An option that `old` does not have is newer than the version that wrote it, and has its default: what
     that version did. So the default of a new option must be what was done before there was a choice.
     """
@@ -282,8 +287,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     return {
         name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
-        if name not in resumable
-        and name.partition(".")[0] not in resumable
+        if allowed == (name in resumable or name.partition(".")[0] in resumable)
         and not alike(name, before.get(name), after.get(name))
     }
 

@@ -36,7 +36,8 @@ UNREACHABLE = (
     "CANCELLED",
     "ABORTED",
 )
-REAL_NUMBERS = ("seconds", "flops", "entropy_coefficient")  # numbers of a run's progress that are no counts
+# Numbers of a run's progress that are no counts.
+REAL_NUMBERS = ("seconds", "flops", "entropy_coefficient", "recent_queries", "recent_states")
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -54,6 +55,8 @@ class Progress:
     `empty_steps` the steps in a row that found no state to train on. `entropy_coefficient` is the weight
     of the entropy bonus in the next step, where it is adapted. `problems` is the checksum of the files
     that `data_position` counts in.
+    `recent_queries` and `recent_states` count the queries of the last steps and their accepted states, older
+    steps with less weight; 0 before the first round.
     `rates` are the remembered success rates of questions, where they are; a checkpoint has their arrays in an
     item of their own.
     `unreported` holds the metrics of `step` and a state to read until they are written: a run can be stopped
@@ -70,6 +73,8 @@ class Progress:
     empty_steps: int = 0
     entropy_coefficient: float | None = None
     problems: int = 0
+    recent_queries: float = 0.0
+    recent_states: float = 0.0
     rates: SuccessRates | None = dataclasses.field(default=None, compare=False)
     unreported: dict[str, Any] | None = None
 
@@ -78,7 +83,8 @@ class Progress:
 class Record:
     """The description of a checkpoint that is saved with it.
 
-    settings: text of the run's config.yaml; None where it was not saved. arrays: item (`params`, `optimizer`,
+    settings: text of the run's config.yaml; None where it was not saved. mesh: axis -> size, of the mesh that
+    the run was on; None where it was not saved. arrays: item (`params`, `optimizer`,
     `carried`, `rates`) -> path -> shape, type and checksum of the array; None in an earlier version's
     checkpoint.
     """
@@ -86,12 +92,13 @@ class Record:
     progress: Progress
     settings: str | None
     arrays: dict[str, dict[str, Entry]] | None
+    mesh: dict[str, int] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Convert to the JSON value that is saved, with a checksum of itself."""
         progress = dataclasses.asdict(dataclasses.replace(self.progress, rates=None))
         del progress["rates"]  # arrays of their own
-        held = {"progress": progress, "settings": self.settings, "arrays": self.arrays}
+        held = {"progress": progress, "settings": self.settings, "arrays": self.arrays, "mesh": self.mesh}
         record = json.loads(json.dumps({"format": FORMAT, **held}))
         return {**record, "sum": json_sum(record)}
 
@@ -110,7 +117,7 @@ def parse_record(raw: Any, step: int) -> Record:
             raise DamagedError(f"the checksum of {RECORD} differs")
         if raw["format"] != FORMAT:
             raise DamagedError(f"{RECORD} is of format {raw['format']}, which a newer version wrote")
-        record = Record(parse_progress(raw["progress"]), raw["settings"], raw["arrays"])
+        record = Record(parse_progress(raw["progress"]), raw["settings"], raw["arrays"], raw.get("mesh"))
     else:
         record = Record(parse_progress(raw), None, None)
     if record.progress.step != step:

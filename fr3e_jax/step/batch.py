@@ -11,9 +11,11 @@ import numpy as np
 from fr3e_jax.config import Config
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState
+from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.run.build import Parts
+from fr3e_jax.run.queries import AcceptedCount, accepted_before, queries_for, round_sizes
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
@@ -40,6 +42,8 @@ class SampledBatch:
     """Metrics of each round of the step in order, as `close_round` gives them."""
     metrics: Metrics
     """Metrics of all rounds together."""
+    counted: AcceptedCount
+    """Queries and their accepted states, those of the rounds included."""
     rates: SuccessRates | None
     """Success rates of questions, with what the rounds showed, where they are remembered."""
     excerpt: dict[str, Any] | None
@@ -66,6 +70,8 @@ def fill_batch(
     visits: list[tuple[np.ndarray, np.ndarray]] = []
     excerpt, waiting, params, ahead = None, carried, None, None
     recorder = None if recorder is None else recorder.begin(step)
+    counted, sizes = accepted_before(config, progress), sizes_of(config, parts)
+    left, asked = questions_left(parts, progress.rates), list[int]()
     shown.begin(step, groups.count(carried), wanted)
     while groups.count(waiting) < wanted:
         if len(rounds) == most:
@@ -82,13 +88,21 @@ def fill_batch(
             params = parts.policy.sampling_params(state.params)
         shown.round(len(rounds) + 1, most)
         how = watch, progress.rates, recorder is not None
-        opened = ahead or open_round(config, parts, params, step, position, *how)
+        missing = wanted - groups.count(waiting)
+        if (opened := ahead) is None:
+            queries = queries_for(missing, counted.per_query, sizes, left)
+            opened = open_round(config, parts, params, step, position, *how, queries)
         ahead, position = None, opened.following
-        if groups.count(waiting) + opened.most < wanted and len(rounds) + 1 < most:
+        asked.append(len(opened.queries.length))
+        if opened.most < missing and len(rounds) + 1 < most:
             # There will be another round, whatever the verdicts on this one.
-            ahead = open_round(config, parts, params, step, position, *how)
+            expected = min(counted.per_query * asked[-1], opened.most)
+            queries = queries_for(missing - expected, counted.per_query, sizes, left)
+            ahead = open_round(config, parts, params, step, position, *how, queries)
         accepted, round_metrics, excerpt, success = close_round(config, parts, opened, watch, recorder)
         visits.append((opened.queries.index, success))
+        counted = counted if rounds else counted.fade()
+        counted = counted.add_round(asked[-1], groups.count(accepted))
         waiting = groups.concatenate(waiting, accepted)
         rounds.append(round_metrics)
         shown.states(groups.count(waiting))
@@ -101,11 +115,27 @@ def fill_batch(
     if rounds:
         metrics["reward/timed_out"] = count_timed_out(parts.verifier, timed_out)
         metrics |= parts.verifier.parts.take()
+    if config.rollout.queries == "auto":
+        metrics |= {"queries/asked": sum(asked), "queries/states_per_query": counted.per_query}
+        metrics |= {"queries/first_round": asked[0]} if asked else {}
     rates, difficulty = progress.rates, parts.stream.difficulty
     if rates is not None and difficulty is not None:
         rates = difficulty.remembered(rates, visits)
         metrics |= difficulty.metrics(rates)
-    return SampledBatch(waiting, position, rounds, metrics, rates, excerpt)
+    return SampledBatch(waiting, position, rounds, metrics, counted, rates, excerpt)
+
+
+def sizes_of(config: Config, parts: Parts) -> tuple[int, ...]:
+    """List the numbers of queries that a round of this run may have, ascending."""
+    return round_sizes(config.rollout, row_parts(parts.engine.placement.mesh))
+
+
+def questions_left(parts: Parts, rates: SuccessRates | None) -> int | None:
+    """Count the questions that are not retired; None where none ever is."""
+    difficulty = parts.stream.difficulty
+    if difficulty is None or difficulty.retire_above is None or rates is None:
+        return None
+    return difficulty.left(rates)
 
 
 def may_be_short(config: Config, states: int, empty_steps: int) -> bool:

@@ -30,6 +30,15 @@ OTHERS: dict[str, Meaning] = {
     ),
     "step": Meaning("number of the step; 0 is the model before training", "count", RUN),
     "rounds": Meaning("rounds of queries that were sampled", "count", STEP),
+    "queries/asked": Meaning("queries of all rounds, where rollout.queries is auto", "count", STEP),
+    "queries/first_round": Meaning(
+        "queries of the first round, where rollout.queries is auto", "count", STEP
+    ),
+    "queries/states_per_query": Meaning(
+        "accepted states of a query, by which the next step asks, where rollout.queries is auto",
+        "count",
+        "the last steps, older ones with less weight",
+    ),
     "reward/timed_out": Meaning(
         "answers on which the scorer ran out of time, which count as wrong",
         "count",

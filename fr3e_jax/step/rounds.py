@@ -34,9 +34,11 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
+from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
+from fr3e_jax.run.queries import round_sizes
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.decisions import decision_metrics
 from fr3e_jax.step.measured import Measured, success_rates
@@ -91,6 +93,7 @@ def open_round(
     watch: Stopwatch,
     rates: SuccessRates | None = None,
     recorded: bool = False,
+    count: int | None = None,
 ) -> Round:
     """Stages 1 to 7, and the beginning of 8: answers are judged while the caller goes on.
 
@@ -104,6 +107,7 @@ def open_round(
       watch: takes the time of each stage.
       rates: of questions, by which the stream passes over some.
       recorded: whether its rollouts are kept.
+      count: of its queries; None: as many as a round has at most.
 
     Raises:
       NotFiniteError: tokens were drawn from logits that are not finite.
@@ -113,7 +117,8 @@ def open_round(
     kept_for = ForRecord() if recorded else None
     base_notes, notes = (None, None) if kept_for is None else (kept_for.base_notes, kept_for.notes)
     with watch.stage("tokenize"):
-        queries, problems, following = parts.stream.take(position, config.rollout.queries, rates)
+        count = count or round_sizes(config.rollout, row_parts(engine.placement.mesh))[-1]
+        queries, problems, following = parts.stream.take(position, count, rates)
     placed = place(queries)
     with watch.stage("first_return"):
         sampled, caches, row_steps = first_return(config, engine, params, draws, placed)

@@ -96,6 +96,8 @@ def train_step(
         skipped=skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped),
         empty_steps=0 if updates else progress.empty_steps + 1,
         rates=sampled.rates,
+        recent_queries=sampled.counted.queries,
+        recent_states=sampled.counted.states,
         entropy_coefficient=following_bonus(config.loss, bonus, metrics.get("update/entropy")),
     )
     return state, carried, progress, metrics, sampled.excerpt
@@ -130,7 +132,7 @@ def take_updates(
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in groups.minibatches(batch, minibatches, rng):
                 part = with_shares(part, config.loss)
-                bundles = bundles_of(part, row_parts(parts.engine.placement.mesh), optimizer.micro_tokens)
+                bundles = bundles_of(part, row_parts(parts.learner.placement.mesh), optimizer.micro_tokens)
                 flops += update_flops(parts.policy.model.config, bundles)
                 tokens += np.array(token_counts(bundles))
                 state, update_metrics = parts.learner.update(state, bundles, reference, bonus)

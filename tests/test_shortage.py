@@ -1,0 +1,240 @@
+"""A run whose memory does not suffice: one line with stage, arrays and options; the checkpoint stands."""
+
+import contextlib
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from support import SMALL, call, changed, metrics, placement
+
+from fr3e_jax.config import Config, dump
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.learner.update import Learner
+from fr3e_jax.parallel.waiting import HostError, blocks_of, waiting
+from fr3e_jax.run.checkpoints import Checkpoints, mesh_under
+from fr3e_jax.run.resume import changed_settings
+from fr3e_jax.run.rollout_files import read_rollouts
+from fr3e_jax.run.saved import Progress, Record, parse_record
+from fr3e_jax.run.storage import StorageError
+from fr3e_jax.step import shortage
+from fr3e_jax.step.shortage import GIBIBYTE, OutOfMemoryError, arrays_alive, raise_shortage
+
+# As XLA says it on CPU and on TPU, and as numpy and Python do on the host.
+SHORT = [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."),
+    jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Attempting to allocate 3.20G. That was not possible. There are 1.10G free.\n  at"
+    ),
+    MemoryError("Unable to allocate 9.31 TiB for an array with shape (99, 99)"),
+    MemoryError(),
+]
+PARAMETERS, CACHE = (3, 5, 8), (2, 8, 1, 7, 3)  # shapes that no other test has
+
+
+@pytest.fixture
+def told(monkeypatch, tmp_path):
+    """Raises what a run says of an error, without the numbers of this machine."""
+    monkeypatch.setattr(shortage, "host_memory", lambda: 3 * GIBIBYTE // 2)
+
+    def tell(error, config, known=None):
+        mesh = placement(1, 8, 1).mesh
+        raise_shortage(error, config, epath.Path(tmp_path), known or {}, mesh, lambda: None)
+
+    return tell
+
+
+def raised_in(error, *places):
+    """The error, as it comes out of blocks of `waiting`."""
+    with pytest.raises(type(error)), contextlib.ExitStack() as blocks:
+        for place in places:
+            blocks.enter_context(waiting(place))
+        raise error
+    return error
+
+
+@pytest.mark.parametrize("error", SHORT, ids=repr)
+@pytest.mark.parametrize(
+    ("places", "where", "lower"),
+    [
+        (("train", "step 3", "first_return"), "first return of step 3", "rollout.queries (32)"),
+        (("train", "step 3", "explore"), "exploration of step 3", "rollout.queries (32)"),
+        (
+            ("step 7", "update"),
+            "the update of step 7",
+            "optimizer.micro_tokens (8192), optimizer.l",
+        ),
+        (("train", "an evaluation"), "the evaluation", "evaluate.rows (256)"),
+        (("train", "step 3"), "the work between stages of step 3", "rollout.queries (32), optimizer.micro"),
+        (("train", "a save"), "a save", "rollout.queries (32), optimizer.micro"),
+    ],
+)
+def test_the_message_names_the_stage_and_what_to_lower_as_it_is_set(told, error, places, where, lower):
+    error = type(error)(*error.args)
+    raised_in(error, *places)
+    assert blocks_of(error) == list(places)
+    with pytest.raises(OutOfMemoryError) as end:
+        told(error, Config())
+    message = str(end.value)
+    assert "\n" not in message and message.startswith("the memory does not suffice (")
+    assert f") for {where}; alive were, GiB of a device: " in message
+    assert f"; this process holds 1.50 GiB; lower {lower}" in message
+    assert "(now data 1 x fsdp 8 x tensor 1)" in message and "no step is saved in" in message
+
+
+def test_where_queries_are_auto_their_bound_is_what_to_lower(told):
+    error = raised_in(MemoryError(), "step 1", "explore")
+    with pytest.raises(OutOfMemoryError, match=r"lower rollout\.max_queries \(64\), or spread"):
+        told(error, changed(Config(), rollout__queries="auto"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("INTERNAL: something else"),
+        StorageError("gs://b cannot be read now (RESOURCE_EXHAUSTED: quota)"),
+        HostError("one of them is gone or late: RESOURCE_EXHAUSTED"),
+        RuntimeError("no memory of that"),
+    ],
+)
+def test_other_errors_stay_what_they_are(told, error):
+    told(error, Config())
+
+
+def test_arrays_are_counted_by_what_they_are_on_one_device(told):
+    """By hand: shards of float32 over 8 parts; a copy in another type is one of parameters."""
+    rows = placement(1, 8, 1)
+    before = arrays_alive({"parameters": {}, "optimizer": {}})
+    params = {"w": rows.place(np.zeros(PARAMETERS, np.float32), None, None, "embed")}
+    optimizer = {"m": params["w"] + 1, "count": rows.place(np.int32(0))}
+    known = {"parameters": params, "optimizer": optimizer}
+    copy = jax.device_put(jnp.zeros(PARAMETERS, jnp.bfloat16), rows.sharding())
+    caches = [rows.place(np.zeros(CACHE, np.float32), None, "batch") for _ in range(2)]
+    other = rows.place(np.zeros((16, 9), np.int32), "batch")
+    after = arrays_alive(known)
+    grown = {name: size - before.get(name, 0) for name, size in after.items() if name != "other arrays"}
+    assert grown == {
+        "parameters": 3 * 5 * 8 // 8 * 4,
+        "optimizer": 3 * 5 * 8 // 8 * 4 + 4,
+        "copies or gradients": 3 * 5 * 8 * 2,
+        "KV caches": 2 * 2 * 7 * 3 * 4,
+    }
+    assert after["other arrays"] - before.get("other arrays", 0) == 2 * 9 * 4
+    caches[0].delete()  # as exploration does
+    assert after["KV caches"] - arrays_alive(known)["KV caches"] == 2 * 7 * 3 * 4
+    del copy, other
+    with pytest.raises(OutOfMemoryError, match=r"parameters 5.59e-08, optimizer 5.96e-08, "):
+        told(MemoryError(), Config(), known)
+
+
+def test_a_device_that_tells_its_limit_is_quoted(monkeypatch):
+    def device(used, limit=16 * GIBIBYTE):
+        return types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": used, "bytes_limit": limit})
+
+    silent = types.SimpleNamespace(memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [silent, device(GIBIBYTE), device(15 * GIBIBYTE)])
+    assert shortage.device_limit() == " (15.00 of 16.00 in use)"
+    monkeypatch.setattr(jax, "local_devices", lambda: [silent])
+    assert shortage.device_limit() == ""
+
+
+# --- what may change then
+
+
+def record_of(config, mesh=None):
+    return Record(Progress(), dump(config), {}, mesh)
+
+
+def test_changed_settings_are_told_in_one_line():
+    old = Config()
+    new = changed(old, rollout__queries=16, optimizer__micro_tokens=4096, run_dir="there", mesh__fsdp=4)
+    before, now = {"data": 1, "fsdp": 8, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 2}
+    assert changed_settings(record_of(old, before), new, now) == [
+        "settings changed since the checkpoint: optimizer.micro_tokens: 8192 -> 4096, rollout.queries: 32 -> "
+        "16, mesh: {data: 1, fsdp: 8, tensor: 1} -> {data: 1, fsdp: 4, tensor: 2}"
+    ]
+    auto = changed(old, rollout__queries="auto")
+    (line,) = changed_settings(record_of(old, before), auto, before)
+    assert line.endswith(": rollout.queries: 32 -> auto")
+    assert changed_settings(record_of(old, before), dataclasses.replace(old, run_dir="x"), before) == []
+    assert changed_settings(record_of(old), old, now) == []  # an earlier version saved no mesh
+    assert changed_settings(Record(Progress(), None, {}), new, now) == []
+
+
+def test_a_checkpoint_says_the_mesh_that_it_was_written_on():
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    tree = {"w": placement(2, 2, 2).place(np.zeros(4))}
+    assert mesh_under(tree) == mesh and mesh_under({}) is None
+    record = Record(Progress(step=1), "text", {}, mesh)
+    assert parse_record(record.as_json(), 1) == record
+    earlier = Record(Progress(step=1), "text", {}).as_json()
+    assert parse_record(earlier, 1).mesh is None
+
+
+# --- a run
+
+
+def fails_once(monkeypatch, owner, name, at):
+    """Let a method raise, as XLA does, at its `at`-th call, and be as it was afterwards."""
+    whole, calls = getattr(owner, name), []
+
+    def short(*arguments, **options):
+        calls.append(1)
+        if len(calls) == at:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, short)
+
+
+def test_a_run_without_a_checkpoint_ends_with_the_message(tmp_path, monkeypatch):
+    """Before anything is compiled for it; the log has the message too."""
+    monkeypatch.setattr("fr3e_jax.train.evaluate_held_out", lambda *_: {})
+    fails_once(monkeypatch, Engine, "first_return", 1)
+    ended = call("train", *SMALL, "--run_dir", tmp_path / "run")
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(
+        "fr3e_jax.train: error: the memory does not suffice (Out of memory allocating 123 bytes) for first "
+        "return of step 1; alive were, GiB of a device: parameters 0.0"
+    )
+    assert ", optimizer 0.0" in ended.stderr and ", copies or gradients 0.0" in ended.stderr
+    assert "lower rollout.queries (8), or" in ended.stderr
+    assert f"no step is saved in {tmp_path / 'run'}, so that the same command begins it anew" in ended.stderr
+    assert "for first return of step 1" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "method", "at", "stage"),
+    [
+        (Engine, "explore", 4, "exploration of step"),
+        (Learner, "update", 5, "the update of step 3"),
+    ],
+)
+def test_the_last_checkpoint_stands_and_goes_on_with_less(tmp_path, monkeypatch, owner, method, at, stage):
+    """With other rounds no question is lost or asked twice; with smaller chunks all is as it was."""
+    directory, once = tmp_path / "run", [*SMALL, "--checkpoint.every=1"]
+    with monkeypatch.context() as patch:
+        fails_once(patch, owner, method, at)
+        ended = call("train", *once, "--run_dir", directory)
+    assert ended.returncode == 1 and stage in ended.stderr, ended.stderr
+    saved = Checkpoints(directory, keep=None).latest()
+    assert f"the checkpoint of step {saved} stands" in ended.stderr and saved >= 1
+    less = [*once, "--optimizer.micro_tokens=256"]
+    less += ["--rollout.queries=16"] if owner is Engine else []
+    done = call("train", *less, "--run_dir", directory)
+    assert done.returncode == 0, done.stderr
+    assert "settings changed since the checkpoint: optimizer.micro_tokens: 512 -> 256" in done.stdout
+    assert ("rollout.queries: 8 -> 16" in done.stdout) == (owner is Engine)
+    rows = read_rollouts(directory).to_pylist()
+    asked = sorted(query for _, query in {((row["step"], row["round"]), row["query"]) for row in rows})
+    assert asked == list(range(len(asked)))
+    if owner is Learner:
+        whole = tmp_path / "whole"
+        assert call("train", *once, "--run_dir", whole).returncode == 0
+        for ours, theirs in zip(metrics(directory), metrics(whole), strict=True):
+            del ours["update/padding"], theirs["update/padding"]
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
