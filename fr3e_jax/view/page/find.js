@@ -1,7 +1,6 @@
 // Find: by step, question, reward, source, split states, and by text in everything that is kept.
 
 const MOST_FOUND = 300;
-const AT_ONCE = 8; // questions that are unpacked at the same time
 let search = { signature: "", results: [], done: true, looked: 0 };
 
 function drawFind(main, all) {
@@ -49,7 +48,6 @@ async function startSearch(signature, all) {
       const index = await loadIndex(run, step);
       for (let i = 0; i < index.questions.length; i++) {
         if (own !== search) return;
-        if (wanted.text && i % AT_ONCE === 0) unpackAhead(run, step, i, index.questions.length);
         await searchQuestion(own, wanted, run, step, index, i);
         if (own.results.length >= MOST_FOUND) break;
       }
@@ -65,11 +63,6 @@ async function startSearch(signature, all) {
   showResults();
 }
 
-/** Unpacks some questions at the same time; errors are those of the one that is searched. */
-function unpackAhead(run, step, from, count) {
-  for (let i = from; i < Math.min(from + AT_ONCE, count); i++) loadPart(`${run}/${step}/${i}`).catch(() => {});
-}
-
 async function searchQuestion(own, wanted, run, step, index, i) {
   const question = index.questions[i], { rows } = index;
   if (wanted.source && !question.source.toLowerCase().includes(wanted.source.toLowerCase())) return;
@@ -83,13 +76,12 @@ async function searchQuestion(own, wanted, run, step, index, i) {
   const texts = { question: null, found: new Map() };
   let chosen = candidates;
   if (wanted.text) {
-    const part = await loadPart(`${run}/${step}/${i}`);
-    const at = wanted.where === "response" ? -1 : part.question.toLowerCase().indexOf(wanted.text);
-    texts.question = at < 0 ? null : [part.question, at];
+    const all = await loadPart(`${run}/${step}/texts`);
+    const at = wanted.where === "response" ? -1 : all.questions[i].toLowerCase().indexOf(wanted.text);
+    texts.question = at < 0 ? null : [all.questions[i], at];
     if (wanted.where !== "question") {
       for (const k of candidates) {
-        const { text } = part.rows[k - question.first];
-        const where = text.toLowerCase().indexOf(wanted.text);
+        const text = all.texts[k], where = text.toLowerCase().indexOf(wanted.text);
         if (where >= 0) texts.found.set(k, [text, where]);
       }
     }
