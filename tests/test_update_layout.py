@@ -104,7 +104,6 @@ def setup_of(name):
     ("name", "tensor"),
     [
         ("qwen2.5_7b_v5e16", 2),
-        pytest.param("qwen2.5_14b_v6e16", 1, marks=pytest.mark.slow),
         pytest.param("qwen2.5_32b_v5p128", 4, marks=pytest.mark.slow),
     ],
 )
