@@ -13,9 +13,12 @@ from support import SMALL, call, changed, metrics, placement
 
 from fr3e_jax.config import Config, dump
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.learner import groups
+from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.parallel.waiting import HostError, blocks_of, waiting
-from fr3e_jax.run.checkpoints import Checkpoints, mesh_under
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.checksums import json_sum
 from fr3e_jax.run.resume import changed_settings
 from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.saved import Progress, Record, parse_record
@@ -164,14 +167,16 @@ def test_changed_settings_are_told_in_one_line():
     assert changed_settings(Record(Progress(), None, {}), new, now) == []
 
 
-def test_a_checkpoint_says_the_mesh_that_it_was_written_on():
+def test_a_checkpoint_says_the_mesh_that_it_was_written_on(tmp_path):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    tree = {"w": placement(2, 2, 2).place(np.zeros(4))}
-    assert mesh_under(tree) == mesh and mesh_under({}) is None
-    record = Record(Progress(step=1), "text", {}, mesh)
-    assert parse_record(record.as_json(), 1) == record
+    writer = Checkpoints(tmp_path, keep=1, settings="text", mesh=mesh)
+    state = TrainState({"w": placement(2, 2, 2).place(np.zeros(4))}, {"m": np.zeros(1)})
+    writer.save(state, groups.empty_groups(1, 1, 1), Progress(step=1))
+    writer.close()
+    assert Checkpoints(tmp_path, keep=None).saved(1).record.mesh == mesh
     earlier = Record(Progress(step=1), "text", {}).as_json()
-    assert parse_record(earlier, 1).mesh is None
+    del earlier["mesh"], earlier["sum"]
+    assert parse_record(earlier | {"sum": json_sum(earlier)}, 1).mesh is None
 
 
 # --- a run
