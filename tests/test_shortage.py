@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import types
 
 import jax
@@ -209,6 +210,40 @@ def test_a_run_without_a_checkpoint_ends_with_the_message(tmp_path, monkeypatch)
     assert "lower rollout.queries (8), or" in ended.stderr
     assert f"no step is saved in {tmp_path / 'run'}, so that the same command begins it anew" in ended.stderr
     assert "for first return of step 1" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_other_rounds_chunks_and_mesh(tmp_path, monkeypatch):
+    """Its steps train nothing here; each asks the questions from where the step before ended."""
+    directory, asked, failing = tmp_path / "run", [], [True]
+
+    def step(config, parts, reference, state, carried, progress, *_):
+        if progress.step == 2 and failing:
+            with waiting("explore"):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        count = config.rollout.queries
+        asked.append((progress.data_position, count))
+        following = progress.data_position + count
+        progress = dataclasses.replace(progress, step=progress.step + 1, data_position=following)
+        return state, carried, progress, {"step": progress.step}, None
+
+    monkeypatch.setattr("fr3e_jax.train.evaluate_held_out", lambda *_: {})
+    monkeypatch.setattr("fr3e_jax.train.train_step", step)
+    monkeypatch.setattr("fr3e_jax.run.reporter.step_line", lambda *_: "a step")
+    flags = [*SMALL, "--checkpoint.every=1", "--run_dir", directory]
+    ended = call("train", *flags)
+    assert ended.returncode == 1 and "for exploration of step 3; " in ended.stderr, ended.stderr
+    assert f"the checkpoint of step 2 stands, and --run_dir {directory} goes on" in ended.stderr
+    failing.clear()
+    changes = ["--rollout.queries=16", "--optimizer.micro_tokens=256", "--mesh.data=2", "--mesh.fsdp=4"]
+    done = call("train", *flags, *changes)
+    assert done.returncode == 0, done.stderr
+    assert asked == [(0, 8), (8, 8), (16, 16), (32, 16)]
+    log = (directory / "log.txt").read_text()
+    assert (
+        "settings changed since the checkpoint: optimizer.micro_tokens: 512 -> 256, rollout.queries: 8 -> "
+        "16, mesh: {data: 1, fsdp: 8, tensor: 1} -> {data: 2, fsdp: 4, tensor: 1}"
+    ) in log
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 4
 
 
 @pytest.mark.slow
