@@ -196,6 +196,7 @@ def fails_once(monkeypatch, owner, name, at):
     monkeypatch.setattr(owner, name, short)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_ends_with_the_message(tmp_path, monkeypatch):
     """Before anything is compiled for it; the log has the message too."""
     monkeypatch.setattr("fr3e_jax.train.evaluate_held_out", lambda *_: {})
@@ -232,6 +233,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_other_rounds_chunks_and_mesh(tmp
     flags = [*SMALL, "--checkpoint.every=1", "--run_dir", directory]
     ended = call("train", *flags)
     assert ended.returncode == 1 and "for exploration of step 3; " in ended.stderr, ended.stderr
+    assert "alive were, GiB of a device: parameters 0.0" in ended.stderr
     assert f"the checkpoint of step 2 stands, and --run_dir {directory} goes on" in ended.stderr
     failing.clear()
     changes = ["--rollout.queries=16", "--optimizer.micro_tokens=256", "--mesh.data=2", "--mesh.fsdp=4"]
