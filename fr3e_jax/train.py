@@ -156,7 +156,8 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             config.record, directory, progress.step, hosts, parts.text, lambda line: reporter.say(line)
         )
     )
-    checkpoints = Checkpoints(directory, keep, keep_every, dump(config), recorder.settle)
+    settings, mesh = dump(config), dict(hosts.mesh.shape)
+    checkpoints = Checkpoints(directory, keep, keep_every, settings, recorder.settle, mesh)
     started -= progress.seconds
 
     with open_reporter(directory, config, progress.step) as reporter:
