@@ -168,7 +168,7 @@ def test_a_title_is_text(tmp_path):
 
 @pytest.mark.parametrize(
     ("small", "scripts"),
-    [(100_000, {"index": ["index", "0", "1"]}), (0, {n: [n] for n in ("index", "0", "1")})],
+    [(100_000, {"index": ["index", "texts", "0", "1"]}), (0, {n: [n] for n in ("index", "texts", "0", "1")})],
 )
 def test_a_large_run_lies_in_a_folder_beside_its_page(tmp_path, monkeypatch, small, scripts):
     """The questions of a small step with its index, so that a long run is not of files without number."""

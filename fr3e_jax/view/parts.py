@@ -1,7 +1,7 @@
-"""The parts of a page: what all runs are, an index of each step that is kept, and each of its questions.
+"""The parts of a page: what runs are, and of each step that is kept an index, its texts and its questions.
 
-A part has a name: `runs`, `RUN/STEP/index`, or `RUN/STEP/QUESTION`. RUN counts the runs of the page from 0,
-and QUESTION the questions of the step.
+A part has a name: `runs`, `RUN/STEP/index`, `RUN/STEP/texts` or `RUN/STEP/QUESTION`. RUN counts the runs from
+0, and QUESTION the questions of the step.
 """
 
 import re
@@ -26,7 +26,7 @@ from fr3e_jax.view.rollouts import (
 from fr3e_jax.view.runs import ShownRun, effective_answers, meanings_for, shown_settings
 
 RUNS_PART = "runs"
-PART_NAME = re.compile(r"(\d+)/(\d+)/(index|\d+)")
+PART_NAME = re.compile(r"(\d+)/(\d+)/(index|texts|\d+)")
 INDEX_COLUMNS = (
     "kind trajectory state rollout reward right stopped value advantage accepted kept tokens"
 ).split()
@@ -85,12 +85,13 @@ class PageParts:
           DamagedRolloutsError: its file cannot be read.
         """
         rollouts, folder = read_step(self.steps[number][step]), f"{number}/{step}"
-        index = (f"{folder}/index", pack_index(rollouts))
+        index, texts = (f"{folder}/index", pack_index(rollouts)), (f"{folder}/texts", pack_texts(rollouts))
         questions = ((f"{folder}/{i}", pack_question(rollouts, i)) for i in range(len(rollouts.first)))
         if sum(rollouts.columns["tokens"]) <= SMALL_STEP:
-            yield [index, *questions]
+            yield [index, texts, *questions]
         else:
             yield [index]
+            yield [texts]
             yield from ([question] for question in questions)
 
     def part(self, name: str) -> bytes | None:
@@ -106,6 +107,8 @@ class PageParts:
         step = read_step(file)
         if parsed[3] == "index":
             return pack_index(step)
+        if parsed[3] == "texts":
+            return pack_texts(step)
         return pack_question(step, int(parsed[3])) if int(parsed[3]) < len(step.first) else None
 
     def script(self, name: str) -> PartsOfScript:
@@ -158,6 +161,12 @@ def pack_index(step: StepRollouts) -> bytes:
             }
         )
     return pack({"questions": questions, "rows": {name: step.columns[name] for name in INDEX_COLUMNS}})
+
+
+def pack_texts(step: StepRollouts) -> bytes:
+    """Pack the texts of all questions and responses of a step, which are searched many steps at a time."""
+    questions = [step.columns["question"][first] or "" for first in step.first]
+    return pack({"questions": questions, "texts": [text or "" for text in step.columns["text"]]})
 
 
 def pack_question(step: StepRollouts, number: int) -> bytes:

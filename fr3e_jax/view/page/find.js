@@ -76,13 +76,12 @@ async function searchQuestion(own, wanted, run, step, index, i) {
   const texts = { question: null, found: new Map() };
   let chosen = candidates;
   if (wanted.text) {
-    const part = await loadQuestion(run, step, i);
-    const at = wanted.where === "response" ? -1 : part.question.toLowerCase().indexOf(wanted.text);
-    texts.question = at < 0 ? null : [part.question, at];
+    const all = await loadPart(`${run}/${step}/texts`);
+    const at = wanted.where === "response" ? -1 : all.questions[i].toLowerCase().indexOf(wanted.text);
+    texts.question = at < 0 ? null : [all.questions[i], at];
     if (wanted.where !== "question") {
       for (const k of candidates) {
-        const { text } = part.rows[k - question.first];
-        const where = text.toLowerCase().indexOf(wanted.text);
+        const text = all.texts[k], where = text.toLowerCase().indexOf(wanted.text);
         if (where >= 0) texts.found.set(k, [text, where]);
       }
     }

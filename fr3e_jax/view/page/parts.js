@@ -5,6 +5,7 @@ const NO_NUMBER = 65535;
 const DTYPES = { uint16: Uint16Array, int32: Int32Array, uint32: Uint32Array };
 const KEPT_PARTS = 48;
 const unpacked = new Map(); // name -> promise of a part, the one used last at the end
+let inPage = null; // name -> script element that holds a part
 const KEPT_SCRIPTS = 4;
 const handedOver = new Map(); // `RUN/STEP` -> Map of its parts that came with one script, name -> text; the latest at the end
 const inOneScript = new Set(); // `RUN/STEP` of which all parts come with the index
@@ -28,8 +29,8 @@ function loadPart(name) {
 }
 
 async function packedPart(name) {
-  const inPage = document.querySelector(`script[data-part="${name}"]`);
-  if (inPage) return inPage.textContent;
+  inPage ??= new Map([...document.querySelectorAll("script[data-part]")].map((script) => [script.dataset.part, script]));
+  if (inPage.has(name)) return inPage.get(name).textContent;
   if (facts.where === "inline") throw new Error(`the page has no part ${name}`);
   const step = name.slice(0, name.lastIndexOf("/"));
   const text = handedOver.get(step)?.get(name) ?? (await partsOfScript(step, inOneScript.has(step) ? `${step}/index` : name)).get(name);
@@ -85,11 +86,10 @@ async function loadQuestion(run, step, place) {
     from += row.tokens;
     row.key = row.kind === "base" ? `b${row.trajectory}` : `r${row.trajectory}.${row.state}.${row.rollout}`;
     row.place = i;
+    row.part = part;
   });
   part.base = part.rows.filter((row) => row.kind === "base");
   part.partial = part.rows.filter((row) => row.kind === "partial");
-  part.most = scalesOf(part);
-  for (const row of part.rows) row.most = part.most;
   part.ready = true;
   return part;
 }

@@ -18,12 +18,14 @@ const CHARACTERS_AT_ONCE = 400_000;
 
 /** The nats at which the deepest colour begins, for both numbers, by the base trajectories of a question. */
 function scalesOf(part) {
+  if (part.scales) return part.scales;
   const scale = (name) => {
     const known = part.base.flatMap((row) => Array.from(row[name])).filter((value) => value !== NO_NUMBER).sort((a, b) => a - b);
     const high = (known[Math.floor((known.length - 1) * BELOW_DEEPEST)] ?? 0) / 1000;
     return SCALES.find((one) => one >= high) ?? SCALES.at(-1);
   };
-  return { entropy: scale("entropies"), logprob: scale("logprobs") };
+  part.scales = { entropy: scale("entropies"), logprob: scale("logprobs") };
+  return part.scales;
 }
 
 /** The class of a token on the chosen scale. */
@@ -31,7 +33,7 @@ function levelClass(row, i, colour) {
   if (colour === "entropy" || colour === "logprob") {
     const value = colour === "entropy" ? entropyOf(row, i) : logprobOf(row, i);
     if (value === null) return "t";
-    const share = colour === "entropy" ? value / row.most.entropy : -value / row.most.logprob;
+    const share = Math.abs(value) / scalesOf(row.part)[colour];
     const level = Math.min(LEVELS, Math.floor(Math.sqrt(share) * (LEVELS + 0.999)));
     return level ? `t l${level}` : "t";
   }

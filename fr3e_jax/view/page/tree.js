@@ -169,7 +169,7 @@ function valueStrip(base, forks, chosen) {
 function colourLegend(part) {
   if (place.colour === "none") return null;
   const swatches = ["entropy", "logprob"].includes(place.colour) ? Array.from({ length: LEVELS }, (_, i) => make("span", { class: `t l${i + 1}` }, " ")) : [];
-  return make("p", { class: `legend by-${place.colour}` }, swatches.length ? make("span", { class: "swatches", "aria-hidden": "true" }, swatches) : null, ` ${COLOUR_HELP[place.colour](part.most)}`);
+  return make("p", { class: `legend by-${place.colour}` }, swatches.length ? make("span", { class: "swatches", "aria-hidden": "true" }, swatches) : null, ` ${COLOUR_HELP[place.colour](scalesOf(part))}`);
 }
 
 /** Shows the token of the address again, and opens what it stands in. */
