@@ -156,8 +156,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
             config.record, directory, progress.step, hosts, parts.text, lambda line: reporter.say(line)
         )
     )
-    settings, mesh = dump(config), dict(hosts.mesh.shape)
-    checkpoints = Checkpoints(directory, keep, keep_every, settings, recorder.settle, mesh)
+    checkpoints = Checkpoints(directory, keep, keep_every, dump(config), recorder.settle)
     started -= progress.seconds
 
     with open_reporter(directory, config, progress.step) as reporter:

@@ -168,12 +168,12 @@ def test_changed_settings_are_told_in_one_line():
     assert changed_settings(Record(Progress(), None, {}), new, now) == []
 
 
-def test_a_checkpoint_says_the_mesh_that_it_was_written_on(tmp_path):
-    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    writer = Checkpoints(tmp_path, keep=1, settings="text", mesh=mesh)
+def test_a_checkpoint_says_the_mesh_that_its_parameters_lie_on(tmp_path):
+    writer = Checkpoints(tmp_path, keep=1, settings="text")
     state = TrainState({"w": placement(2, 2, 2).place(np.zeros(4))}, {"m": np.zeros(1)})
     writer.save(state, groups.empty_groups(1, 1, 1), Progress(step=1))
     writer.close()
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     assert Checkpoints(tmp_path, keep=None).saved(1).record.mesh == mesh
     earlier = Record(Progress(step=1), "text", {}).as_json()
     del earlier["mesh"], earlier["sum"]

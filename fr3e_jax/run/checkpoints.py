@@ -34,7 +34,6 @@ class Checkpoints:
         keep_every: int = 0,
         settings: str | None = None,
         before: Callable[[], None] = lambda: None,
-        mesh: dict[str, int] | None = None,
     ) -> None:
         """Open the checkpoints of a run.
 
@@ -45,13 +44,12 @@ class Checkpoints:
           keep_every: checkpoints of steps that this divides are kept too; 0 keeps none of them.
           settings: text of the run's config.yaml, which is saved in each checkpoint.
           before: called before each save, which must not be ahead of what it writes.
-          mesh: axis -> size, of the run's mesh, which is saved in each checkpoint.
 
         Raises:
           StorageError: the directory cannot be made.
         """
         quiet_orbax()
-        self.settings, self.before, self.mesh = settings, before, mesh
+        self.settings, self.before = settings, before
         place = absolute(directory) / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -96,7 +94,7 @@ class Checkpoints:
             items["rates"] = vars(progress.rates)
         sums = {item: checksummed(leaves) for item, leaves in items.items()}
         args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
-        args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums, self.mesh).as_json())
+        args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums, mesh_under(state)).as_json())
         with writing(self.manager.directory), waiting("a save"):
             if not self.manager.save(progress.step, args=ocp.args.Composite(**args)):
                 raise StorageError(
@@ -186,6 +184,14 @@ def with_rates(progress: Progress, items: dict[str, dict[str, Any]]) -> Progress
         return progress
     rates = SuccessRates(**{name: np.asarray(x) for name, x in items["rates"].items()})
     return dataclasses.replace(progress, rates=rates)
+
+
+def mesh_under(tree: Any) -> dict[str, int] | None:
+    """Read axis -> size of the mesh that a tree's arrays lie on; None where they lie on none."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(sharding := getattr(leaf, "sharding", None), jax.sharding.NamedSharding):
+            return dict(sharding.mesh.shape)
+    return None
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:
