@@ -142,6 +142,14 @@ def test_a_run_fits_up_to_what_is_kept_free(monkeypatch):
     assert "by an estimate" in alternative
 
 
+def test_queries_that_are_auto_are_told_with_what_bounds_them():
+    plan = plan_of(4 * GIB)
+    lines = conclusion(dataclasses.replace(plan, auto_queries=True))
+    (line,) = set(lines) - set(conclusion(plan))
+    assert line.startswith(f"rollout.queries auto: rounds of {plan.setup.queries} queries fill the batch")
+    assert "rollout.max_queries 64, which take more memory" in line
+
+
 def test_what_xla_refuses_does_not_fit_whatever_its_size():
     plan = plan_of(4 * GIB, refused="RESOURCE_EXHAUSTED")
     assert not plan.fits

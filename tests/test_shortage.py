@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import types
 
 import jax
@@ -13,9 +14,12 @@ from support import SMALL, call, changed, metrics, placement
 
 from fr3e_jax.config import Config, dump
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.learner import groups
+from fr3e_jax.learner.state import TrainState
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.parallel.waiting import HostError, blocks_of, waiting
-from fr3e_jax.run.checkpoints import Checkpoints, mesh_under
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.checksums import json_sum
 from fr3e_jax.run.resume import changed_settings
 from fr3e_jax.run.rollout_files import read_rollouts
 from fr3e_jax.run.saved import Progress, Record, parse_record
@@ -164,14 +168,16 @@ def test_changed_settings_are_told_in_one_line():
     assert changed_settings(Record(Progress(), None, {}), new, now) == []
 
 
-def test_a_checkpoint_says_the_mesh_that_it_was_written_on():
+def test_a_checkpoint_says_the_mesh_that_its_parameters_lie_on(tmp_path):
+    writer = Checkpoints(tmp_path, keep=1, settings="text")
+    state = TrainState({"w": placement(2, 2, 2).place(np.zeros(4))}, {"m": np.zeros(1)})
+    writer.save(state, groups.empty_groups(1, 1, 1), Progress(step=1))
+    writer.close()
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    tree = {"w": placement(2, 2, 2).place(np.zeros(4))}
-    assert mesh_under(tree) == mesh and mesh_under({}) is None
-    record = Record(Progress(step=1), "text", {}, mesh)
-    assert parse_record(record.as_json(), 1) == record
+    assert Checkpoints(tmp_path, keep=None).saved(1).record.mesh == mesh
     earlier = Record(Progress(step=1), "text", {}).as_json()
-    assert parse_record(earlier, 1).mesh is None
+    del earlier["mesh"], earlier["sum"]
+    assert parse_record(earlier | {"sum": json_sum(earlier)}, 1).mesh is None
 
 
 # --- a run
@@ -190,6 +196,7 @@ def fails_once(monkeypatch, owner, name, at):
     monkeypatch.setattr(owner, name, short)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_ends_with_the_message(tmp_path, monkeypatch):
     """Before anything is compiled for it; the log has the message too."""
     monkeypatch.setattr("fr3e_jax.train.evaluate_held_out", lambda *_: {})
@@ -204,6 +211,41 @@ def test_a_run_without_a_checkpoint_ends_with_the_message(tmp_path, monkeypatch)
     assert "lower rollout.queries (8), or" in ended.stderr
     assert f"no step is saved in {tmp_path / 'run'}, so that the same command begins it anew" in ended.stderr
     assert "for first return of step 1" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_other_rounds_chunks_and_mesh(tmp_path, monkeypatch):
+    """Its steps train nothing here; each asks the questions from where the step before ended."""
+    directory, asked, failing = tmp_path / "run", [], [True]
+
+    def step(config, parts, reference, state, carried, progress, *_):
+        if progress.step == 2 and failing:
+            with waiting("explore"):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        count = config.rollout.queries
+        asked.append((progress.data_position, count))
+        following = progress.data_position + count
+        progress = dataclasses.replace(progress, step=progress.step + 1, data_position=following)
+        return state, carried, progress, {"step": progress.step}, None
+
+    monkeypatch.setattr("fr3e_jax.train.evaluate_held_out", lambda *_: {})
+    monkeypatch.setattr("fr3e_jax.train.train_step", step)
+    monkeypatch.setattr("fr3e_jax.run.reporter.step_line", lambda *_: "a step")
+    flags = [*SMALL, "--checkpoint.every=1", "--run_dir", directory]
+    ended = call("train", *flags)
+    assert ended.returncode == 1 and "for exploration of step 3; " in ended.stderr, ended.stderr
+    assert "alive were, GiB of a device: parameters 0.0" in ended.stderr
+    assert f"the checkpoint of step 2 stands, and --run_dir {directory} goes on" in ended.stderr
+    failing.clear()
+    changes = ["--rollout.queries=16", "--optimizer.micro_tokens=256", "--mesh.data=2", "--mesh.fsdp=4"]
+    done = call("train", *flags, *changes)
+    assert done.returncode == 0, done.stderr
+    assert asked == [(0, 8), (8, 8), (16, 16), (32, 16)]
+    log = (directory / "log.txt").read_text()
+    assert (
+        "settings changed since the checkpoint: optimizer.micro_tokens: 512 -> 256, rollout.queries: 8 -> "
+        "16, mesh: {data: 1, fsdp: 8, tensor: 1} -> {data: 2, fsdp: 4, tensor: 1}"
+    ) in log
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 4
 
 
 @pytest.mark.slow

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, mesh_of, tiny_params
+from etils import epath
+from support import TINY, mesh_of, placement, tiny_params
 
 from fr3e_jax.cli import parse
-from fr3e_jax.config import Config, resolve
-from fr3e_jax.learner.state import sampling_cast
+from fr3e_jax.config import Config, dump, resolve
+from fr3e_jax.learner import groups
+from fr3e_jax.learner.state import init_state, make_optimizer, sampling_cast
 from fr3e_jax.models.decoder import logical_axes
 from fr3e_jax.models.presets import PRESETS
 from fr3e_jax.parallel.hosts import Hosts
@@ -34,6 +36,9 @@ from fr3e_jax.planning.update_layout import (
     with_update_tensor,
 )
 from fr3e_jax.planning.workload import Assumptions
+from fr3e_jax.run.checkpoints import Checkpoints
+from fr3e_jax.run.resume import resume
+from fr3e_jax.run.saved import Progress
 
 AXES = logical_axes(TINY)
 
@@ -99,7 +104,6 @@ def setup_of(name):
     ("name", "tensor"),
     [
         ("qwen2.5_7b_v5e16", 2),
-        pytest.param("qwen2.5_14b_v6e16", 1, marks=pytest.mark.slow),
         pytest.param("qwen2.5_32b_v5p128", 4, marks=pytest.mark.slow),
     ],
 )
@@ -159,3 +163,25 @@ def test_with_update_tensor_only_the_layout_of_updates_changes():
     work, usual = (one.work(Assumptions()) for one in (other, setup))
     assert (work.rounds, work.tokens) == (usual.rounds, usual.tokens)
     assert sum(work.chunks.values()) < sum(usual.chunks.values())
+
+
+def test_a_run_goes_on_in_another_layout_of_updates_and_tells_of_it(tmp_path):
+    """And does not where only sampling is laid out otherwise than the parameters of a checkpoint."""
+    run, hosts, config = epath.Path(tmp_path), Hosts(mesh_of(1, 2, 4), 60), Config()
+    progress, carried = Progress(seed=config.seed), groups.empty_groups(2, 3, 5)
+    optimizer = make_optimizer(config.optimizer, AXES)
+
+    def state(*sizes):
+        return init_state(placement(*sizes), optimizer, AXES, tiny_params())
+
+    writer = Checkpoints(run, keep=1, settings=dump(config))
+    writer.save(state(1, 4, 2), carried, dataclasses.replace(progress, step=1))
+    writer.close()
+    fresh = ((state(*sizes), carried, progress) for sizes in ((1, 4, 2), (1, 8, 1)))
+    same, other = (resume(run, config, each, hosts, None) for each in fresh)
+    assert same.messages == []
+    told = "mesh: {data: 1, fsdp: 4, tensor: 2} -> {data: 1, fsdp: 8, tensor: 1}"
+    assert other.messages == [f"settings changed since the checkpoint: {told}"]
+    for ours, theirs in zip(*map(jax.tree.leaves, (other.state, same.state)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert dict(other.state.params["embedding"].sharding.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}

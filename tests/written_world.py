@@ -271,7 +271,7 @@ def one_step(config, parts, seen, carried, progress, measured=None):
         weights.append(entropy_coefficient)
         return state, {"loss": np.float32(0), "skipped": np.float32(0), **measured}
 
-    parts = dataclasses.replace(parts, learner=SimpleNamespace(update=update))
+    parts = dataclasses.replace(parts, learner=SimpleNamespace(update=update, placement=ON_MESH))
     state = TrainState(params={}, optimizer=None)
     return train_step(config, parts, None, state, carried, progress, StepProgress(print))
 

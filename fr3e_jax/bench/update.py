@@ -18,6 +18,7 @@ from fr3e_jax.bench.table import (
     not_measured,
     run_measurements,
 )
+from fr3e_jax.bench.tunix import updating_with_tunix
 from fr3e_jax.config import LossConfig, OptimizerConfig
 from fr3e_jax.config.values import Count
 from fr3e_jax.learner.layout import bundles_of, token_counts
@@ -54,10 +55,10 @@ def update(only: str = "", repeats: Count = 3, json: bool = False) -> list[Measu
 
     token_ratio: tokens of the flat form against those that run when every prefix runs once. update_vs_flat:
     tokens of the flat form a second, against the flat form. update_vs_torch: against the flat form in torch.
-    flat_vs_torch: the flat form against torch on 32 rows of 192 tokens. padding_waste: tokens computed,
-    padding included, per real token, on log-normal lengths. update_memory: temporaries of 1, 4 and 16 chunks
-    of branches, 7B-shaped, compiled for v5p (needs libtpu). sweep: token_ratio and update_vs_flat over M, K
-    and lengths.
+    flat_vs_torch: the flat form against torch on 32 rows of 192 tokens. update_vs_tunix: the same rows
+    against the update of Tunix (needs google-tunix). padding_waste: tokens computed, padding included, per
+    real token, on log-normal lengths. update_memory: temporaries of 1, 4 and 16 chunks of branches,
+    7B-shaped, compiled for v5p (needs libtpu). sweep: token_ratio and update_vs_flat over M, K and lengths.
 
     Args:
       only: names of the measurements to make, with commas; all by default.
@@ -197,14 +198,25 @@ def update_vs_torch(repeats: int) -> list[Measurement]:
 
 def flat_vs_torch(repeats: int) -> list[Measurement]:
     """Compare the flat form with torch: the other comparisons are only fair if it is as fast."""
-    tree = TreeSizes(prompt=64, response=128, positions=0, rollouts=32)
-    _, flat = forms(tree)
+    return flat_against("flat_vs_torch", repeats, lambda: updating_with_torch(32, 64, 128, 32), "torch")
+
+
+def update_vs_tunix(repeats: int) -> list[Measurement]:
+    """Compare the flat form with Tunix, which has no other."""
+    return flat_against("update_vs_tunix", repeats, lambda: updating_with_tunix(32, 64, 128), "google-tunix")
+
+
+def flat_against(
+    name: str, repeats: int, other: Callable[[], Callable[[], Any]], package: str
+) -> list[Measurement]:
+    """Compare the flat form on 32 rows of 192 tokens with the side that `other` makes of a package."""
+    _, flat = forms(TreeSizes(prompt=64, response=128, positions=0, rollouts=32))
     try:
-        other = updating_with_torch(32, 64, 128, 32)
+        side = other()
     except ImportError:
-        return [not_measured("flat_vs_torch", "flat tokens/s", "needs torch")]
-    seconds = in_turns(repeats, updating(flat), other)
-    return [rates("flat_vs_torch", token_counts(flat)[0], seconds, "32 rows of 192 tokens")]
+        return [not_measured(name, "flat tokens/s", f"needs {package}")]
+    seconds = in_turns(repeats, updating(flat), side)
+    return [rates(name, token_counts(flat)[0], seconds, "32 rows of 192 tokens")]
 
 
 def padding_waste(_: int) -> list[Measurement]:
@@ -285,6 +297,7 @@ UPDATE_MEASUREMENTS: dict[str, Callable[[int], list[Measurement]]] = {
     "update_vs_flat": update_vs_flat,
     "update_vs_torch": update_vs_torch,
     "flat_vs_torch": flat_vs_torch,
+    "update_vs_tunix": update_vs_tunix,
     "padding_waste": padding_waste,
     "update_memory": update_memory,
     "sweep": sweep,

@@ -16,7 +16,7 @@ from fr3e_jax.learner.groups import as_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.hosts import Hosts, is_first
 from fr3e_jax.problems.difficulty import SuccessRates
-from fr3e_jax.run.checkpoints import Checkpoints, assemble, read_items, with_rates
+from fr3e_jax.run.checkpoints import Checkpoints, assemble, mesh_under, read_items, with_rates
 from fr3e_jax.run.run_dir import (
     LostSettingsError,
     MissingSettingsError,
@@ -170,7 +170,7 @@ def resume(
             else "it is written again, with the settings that the checkpoint has"
         )
         messages.append(f"warning: {lost}: {known}")
-    messages.extend(changed_settings(whole.record, config, dict(hosts.mesh.shape)))
+    messages.extend(changed_settings(whole.record, config, mesh_under(state) or dict(hosts.mesh.shape)))
     reached = with_rates(whole.record.progress, whole.items)
     return Resumed(*assemble(whole.items, state), reached, messages, sorted(whole.damaged))
 
@@ -181,7 +181,7 @@ def changed_settings(record: Record, config: Config, mesh: dict[str, int]) -> li
     Args:
       record: of the checkpoint.
       config: settings that the run goes on with, which may go on from it.
-      mesh: axis -> size, that it goes on with.
+      mesh: axis -> size, that its parameters lie on, which is that of updates.
     """
     changed = {}
     if record.settings is not None:

@@ -84,7 +84,7 @@ class Record:
     """The description of a checkpoint that is saved with it.
 
     settings: text of the run's config.yaml; None where it was not saved. mesh: axis -> size, of the mesh that
-    the run was on; None where it was not saved. arrays: item (`params`, `optimizer`,
+    its parameters lay on, that of updates; None where it was not saved. arrays: item (`params`, `optimizer`,
     `carried`, `rates`) -> path -> shape, type and checksum of the array; None in an earlier version's
     checkpoint.
     """
