@@ -46,7 +46,7 @@ def policy_on(model: DecoderConfig, mesh: Mesh, dtype: Any, name: str, update_te
 
 
 @functools.lru_cache(maxsize=4)
-def shapes_of(model: DecoderConfig) -> Any:
+def parameter_shapes(model: DecoderConfig) -> Any:
     """`abstract_params`, once for many plans."""
     return abstract_params(model)
 
@@ -87,7 +87,7 @@ class Setup:
     def shapes(self) -> Any:
         """The parameters as ShapeDtypeStructs."""
         model: Any = self.model
-        return shapes_of(model)
+        return parameter_shapes(model)
 
     @property
     def placements(self) -> tuple[Placement, Placement]:
