@@ -212,9 +212,11 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
 
 
 def documented(config_class):
-    """Field name -> the string that follows it in the source."""
+    """Field name -> the string that follows it in the source, of the class and of those that it extends."""
     (definition,) = ast.parse(inspect.getsource(config_class)).body
     texts = {}
+    for base in config_class.__bases__:
+        texts |= {} if base is object else documented(base)
     for field, after in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
             texts[field.target.id] = " ".join(ast.literal_eval(after.value).split())

@@ -62,7 +62,9 @@ def updating_with_tunix(rows: int, prompt: int, new: int) -> Callable[[], Any]:
         cluster = rl_cluster.RLCluster(
             actor=model, reference=None, tokenizer=Numbers(), cluster_config=settings
         )
-    algorithm = grpo_learner.GRPOConfig(num_generations=ANSWERS_PER_QUESTION, num_iterations=1, beta=0.0, epsilon=0.2)
+    algorithm = grpo_learner.GRPOConfig(
+        num_generations=ANSWERS_PER_QUESTION, num_iterations=1, beta=0.0, epsilon=0.2
+    )
     # It is the learner that gives the cluster its loss.
     learner = grpo_learner.GRPOLearner(
         rl_cluster=cluster, algo_config=algorithm, reward_fns=lambda prompts, **_: [0.0] * len(prompts)

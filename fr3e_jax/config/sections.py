@@ -231,9 +231,7 @@ class DevicesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(DevicesConfig):
-    """The device mesh; the product of data, fsdp and tensor is the number of devices, and -1 means all that
-    are left.
-    """
+    """The device mesh; data x fsdp x tensor is the number of devices, and -1 means all that are left."""
 
     update_tensor: Count | None = None
     """Parts that heads, MLP and vocabulary are split into in updates, on the same devices: mesh.fsdp x
