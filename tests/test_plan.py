@@ -270,7 +270,8 @@ SHORT = (
 def test_a_small_run_is_planned_from_end_to_end(topology, options):
     """By the command, on the quickstart's model with short answers."""
     flags = ["--topology", topology, "--json", "--price-per-chip-hour", "1.5", "--mesh.fsdp", "2"]
-    done = run("plan", *flags, "--mesh.tensor", "2", *SHORT, *options)
+    layout = ["--mesh.tensor", "2", "--mesh.update_tensor", "2"]  # whose updates exchange over both axes
+    done = run("plan", *flags, *layout, *SHORT, *options)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["fits"] is True
