@@ -86,7 +86,7 @@ def test_two_processes_learn_what_one_does(two, one_process):
     assert f"resumed from the checkpoint of step {saved[0]}" in again[0][1]
     assert "'fsdp': 8, 'tensor': 1}, in updates {'data': 1, 'fsdp': 4, 'tensor': 2}" in again[0][1]
     changed = (
-        "mesh: {data: 1, fsdp: 8, tensor: 1} -> {data: 1, fsdp: 4, tensor: 2}, mesh.update_tensor: null -> 2"
+        "mesh.update_tensor: null -> 2, mesh: {data: 1, fsdp: 8, tensor: 1} -> {data: 1, fsdp: 4, tensor: 2}"
     )
     assert f"settings changed since the checkpoint: {changed}" in again[0][1]
     assert_close(metrics(directory), metrics(one_process), LAYOUT_OF_UPDATES)

@@ -252,7 +252,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_other_rounds_chunks_and_mesh(tmp
 @pytest.mark.parametrize(
     ("owner", "method", "at", "stage"),
     [
-        (Engine, "explore", 4, "exploration of step"),
+        (Engine, "explore", 2, "exploration of step"),
         (Learner, "update", 5, "the update of step 3"),
     ],
 )
@@ -278,5 +278,6 @@ def test_the_last_checkpoint_stands_and_goes_on_with_less(tmp_path, monkeypatch,
         whole = tmp_path / "whole"
         assert call("train", *once, "--run_dir", whole).returncode == 0
         for ours, theirs in zip(metrics(directory), metrics(whole), strict=True):
-            del ours["update/padding"], theirs["update/padding"]
+            for line in (ours, theirs):  # the first has an evaluation alone
+                line.pop("update/padding", None)
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
