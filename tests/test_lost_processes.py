@@ -120,40 +120,6 @@ def test_a_process_that_loses_another_says_where_and_the_run_goes_on(tmp_path):
     assert [line["step"] for line in read_metrics(directory)] == list(range(reached + 2))
 
 
-# A run whose process `number` is out of memory at its sixth exploration, as XLA says it.
-SHORT = """
-import os, sys
-import jax
-from fr3e_jax.engine.rollout import Engine
-number, *sys.argv[1:] = sys.argv[1:]
-whole, calls = Engine.explore, []
-def explore(*arguments, **options):
-    calls.append(1)
-    if len(calls) == 6 and os.environ["JAX_PROCESS_ID"] == number:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
-    return whole(*arguments, **options)
-Engine.explore = explore
-from fr3e_jax.train import main
-main()
-"""
-
-
-@pytest.mark.slow
-def test_where_one_process_is_out_of_memory_it_says_so_and_the_other_says_that_it_is_gone(tmp_path):
-    options = [*OFTEN, "--steps=400", "--run_dir", tmp_path, "--distributed.timeout", TIMEOUT]
-    port = free_port()
-    other, short = ends_of([start(number, port, "-c", SHORT, 1, *options) for number in (0, 1)])
-    code, _, said = short
-    assert code == 1 and "Traceback" not in said, said
-    last = said.splitlines()[-1]
-    begins = (
-        "fr3e_jax.train: error: the memory does not suffice (Out of memory allocating 123 bytes) for explor"
-    )
-    assert last.startswith(begins) and "the checkpoint of step " in last, said
-    assert_says_where(other, 0, ["explore"], TIMEOUT)
-    assert steps_saved(tmp_path)
-
-
 GLOO = "UNKNOWN: Gloo all-gather failed: Connection closed by peer [127.0.0.1]:41217"
 
 
