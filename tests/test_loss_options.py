@@ -50,8 +50,9 @@ def test_a_step_trains_by_every_option_of_the_loss(options):
     if mismatch == "truncate":  # at temperature 1 sampler and learner differ by rounding alone
         assert metrics["mismatch/outside"] == metrics["mismatch/bounded"] == 0
         assert 1 - 1e-4 < metrics["mismatch/ratio_max"] < 1.001
-        # The trunks once for the whole batch, and a third of forward and backward.
-        assert 0 < metrics["flops/mismatch"] <= metrics["flops/update"] / 3
+        # A third of forward and backward, but for trunks: the batch and its minibatches are laid out each in
+        # the way that computes least, which repeats other trunks.
+        assert 0 < metrics["flops/mismatch"] <= metrics["flops/update"] / 2
         assert metrics["time/mismatch"] > 0
     if mismatch == "mask":
         assert metrics["mismatch/outside"] > 0.001
