@@ -95,21 +95,21 @@ class Numbers:
     """A tokenizer whose texts are the ids themselves, with spaces between; the update does not use it."""
 
     def encode(self, text: str, **_: Any) -> list[int]:
-        """Read the ids."""
+        """Read token ids from a text of numbers."""
         return [int(number) for number in text.split()]
 
     def decode(self, ids: Any, **_: Any) -> str:
-        """Write the ids."""
+        """Write token ids as a text of numbers."""
         return " ".join(str(int(number)) for number in ids)
 
     def bos_id(self) -> int:
-        """No token is put before a text."""
+        """Return 0, which Tunix takes for having no token that texts begin with."""
         return 0
 
     def eos_id(self) -> int:
-        """An id that no text has."""
+        """Return an end token that no text contains, since the vocabulary ends before it."""
         return TINY.vocab_size
 
     def pad_id(self) -> int:
-        """The id of padding."""
+        """Return the token that short texts are padded with."""
         return 0

@@ -184,6 +184,10 @@ class Parts:
     stream: QueryStream
     verifier: Verifier
 
+    def round_sizes(self, config: Config) -> tuple[int, ...]:
+        """List the numbers of queries that a round of this run may have, ascending."""
+        return round_sizes(config.rollout, row_parts(self.engine.placement.mesh))
+
 
 def build(
     config: Config,
@@ -209,8 +213,8 @@ def build(
     update_tensor = config.mesh.update_tensor
     model = open_model(config.model.path).place(hosts.mesh, update_tensor)
     check(config, row_parts(hosts.mesh), model.config.context)
-    if update_tensor is None:
-        model = model.place(hosts.mesh, choose(config, model.config, hosts))
+    if update_tensor is None and (chosen := choose(config, model.config, hosts)) is not None:
+        model = model.place(hosts.mesh, chosen)
     text = load_text(model.source, config.data.template, config.rollout.stop)
     if endless := text.endless():
         raise ConfigError(f"data.template {config.data.template}: {endless} (rollout.stop)")

@@ -7,10 +7,8 @@ from typing import Any
 
 from fr3e_jax.config import Config, EndConfig
 from fr3e_jax.parallel.hosts import Hosts, is_first
-from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.run.alarms import alarm_to_end
 from fr3e_jax.run.build import Parts
-from fr3e_jax.run.queries import round_sizes
 from fr3e_jax.run.reporter import Reporter, Silent
 from fr3e_jax.run.saved import Progress
 
@@ -67,17 +65,12 @@ def is_last(config: Config, parts: Parts, progress: Progress) -> bool:
     difficulty, rates = parts.stream.difficulty, progress.rates
     if difficulty is None or difficulty.retire_above is None or rates is None:
         return False
-    return difficulty.left(rates) < smallest_round(config, parts)
-
-
-def smallest_round(config: Config, parts: Parts) -> int:
-    """Fewest queries that a round may have."""
-    return round_sizes(config.rollout, row_parts(parts.engine.placement.mesh))[0]
+    return difficulty.left(rates) < parts.round_sizes(config)[0]
 
 
 def solved_message(config: Config, parts: Parts, progress: Progress) -> str:
     """Say why a run ended before its last step, and what to change."""
-    least = smallest_round(config, parts)
+    least = parts.round_sizes(config)[0]
     auto = config.rollout.queries == "auto"
     number = "the smallest round of rollout.queries auto," if auto else "rollout.queries"
     return (

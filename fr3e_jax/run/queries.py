@@ -27,7 +27,7 @@ class AcceptedCount:
 
     @property
     def per_query(self) -> float:
-        """Accepted states per query."""
+        """Mean number of states of a query that were accepted, by which the next round asks."""
         return self.states / self.queries
 
     def add_round(self, queries: int, states: int) -> "AcceptedCount":

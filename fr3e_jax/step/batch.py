@@ -11,11 +11,10 @@ import numpy as np
 from fr3e_jax.config import Config
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState
-from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.run.build import Parts
-from fr3e_jax.run.queries import AcceptedCount, accepted_before, queries_for, round_sizes
+from fr3e_jax.run.queries import AcceptedCount, accepted_before, queries_for
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
@@ -70,7 +69,7 @@ def fill_batch(
     visits: list[tuple[np.ndarray, np.ndarray]] = []
     excerpt, waiting, params, ahead = None, carried, None, None
     recorder = None if recorder is None else recorder.begin(step)
-    counted, sizes = accepted_before(config, progress), sizes_of(config, parts)
+    counted, sizes = accepted_before(config, progress), parts.round_sizes(config)
     left, asked = questions_left(parts, progress.rates), list[int]()
     shown.begin(step, groups.count(carried), wanted)
     while groups.count(waiting) < wanted:
@@ -123,11 +122,6 @@ def fill_batch(
         rates = difficulty.remembered(rates, visits)
         metrics |= difficulty.metrics(rates)
     return SampledBatch(waiting, position, rounds, metrics, counted, rates, excerpt)
-
-
-def sizes_of(config: Config, parts: Parts) -> tuple[int, ...]:
-    """List the numbers of queries that a round of this run may have, ascending."""
-    return round_sizes(config.rollout, row_parts(parts.engine.placement.mesh))
 
 
 def questions_left(parts: Parts, rates: SuccessRates | None) -> int | None:

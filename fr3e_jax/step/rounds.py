@@ -34,11 +34,9 @@ from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner import groups
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
-from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
-from fr3e_jax.run.queries import round_sizes
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.decisions import decision_metrics
 from fr3e_jax.step.measured import Measured, success_rates
@@ -117,7 +115,7 @@ def open_round(
     kept_for = ForRecord() if recorded else None
     base_notes, notes = (None, None) if kept_for is None else (kept_for.base_notes, kept_for.notes)
     with watch.stage("tokenize"):
-        count = count or round_sizes(config.rollout, row_parts(engine.placement.mesh))[-1]
+        count = count or parts.round_sizes(config)[-1]
         queries, problems, following = parts.stream.take(position, count, rates)
     placed = place(queries)
     with watch.stage("first_return"):
