@@ -1,6 +1,7 @@
 """Two real processes of four devices each run one program: training, and what each of them reads."""
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,10 @@ from fr3e_jax.run.run_dir import refuse_other_settings
 # Of a mesh, so equal on equal ones: rows are padded, and trees cut into pieces with trunks of their own.
 LAYOUT_OF_UPDATES = {"tokens/trained", "flops/update", "update/padding"}
 LAYOUT = {"rows/decoded", "rows/occupancy", *LAYOUT_OF_UPDATES}
+# What a library of collectives prints at a process's start; its threads mix the pieces of their lines.
+GLOO = re.compile(
+    r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+"
+)
 RARELY = [*SMALL, "--checkpoint.every=4"]
 # Of rollouts what does not depend on the order of sums.
 EXACT = "step round query question kind trajectory state position token text reason extracted reward".split()
@@ -96,8 +101,7 @@ def test_two_processes_learn_what_one_does(two, one_process):
 def test_logs_metrics_and_export_are_written_once(two, one_process):
     directory, _, _, again = two
     assert "held-out accuracy" in again[0][1]
-    lines = again[1][1].splitlines()
-    assert all(line.startswith("[Gloo]") for line in lines)  # the library's own; the second process is silent
+    assert not GLOO.sub("", again[1][1]).strip(), again[1][1]  # the second process says nothing of its own
     assert [line["step"] for line in read_metrics(directory)] == [0, 1, 2, 3, 4]
     sampled = [line["step"] for line in read_metrics(one_process, "samples.jsonl")]
     assert sampled[0] == 1 and len(sampled) > 1  # not all: a step that carried states fill samples nothing
