@@ -14,7 +14,8 @@ import yaml
 def main() -> None:
     arguments = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
     settings = yaml.safe_load(Path(arguments["--config"]).read_text())
-    directory, rollouts = Path(arguments["--run_dir"]), settings["explore"]["rollouts"]
+    directory, rollouts = Path(arguments["--run_dir"]), settings.get("explore", {}).get("rollouts", 8)
+    rate = settings.get("optimizer", {}).get("learning_rate", 2e-6)
     refused = directory.with_suffix(".refused")
     if rollouts == 7 and not refused.exists():
         refused.parent.mkdir(parents=True, exist_ok=True)
@@ -22,12 +23,10 @@ def main() -> None:
         sys.exit(refuse(directory))
     (directory / "model").mkdir(parents=True, exist_ok=True)
     (directory / "model" / "config.json").write_text("{}")
-    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    (directory / "config.yaml").write_text(yaml.safe_dump({"model": {"export_dtype": "float32"}, **settings}))
     with (directory / "starts").open("a") as starts:
         starts.write("one\n")
-    gain = (
-        0.1 * (1 + (rollouts == 8)) + 0.01 * settings["seed"] + 1000 * settings["optimizer"]["learning_rate"]
-    )
+    gain = 0.1 * (1 + (rollouts == 8)) + 0.01 * settings.get("seed", 0) + 1000 * rate
     lines = []
     for step in range(settings["steps"] + 1):
         if rollouts == 5 and step == 2:

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import shutil
-import sys
 
 import pytest
 from environment import REPOSITORY
@@ -13,7 +12,7 @@ from support import call
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config
-from fr3e_jax.study import command, runner
+from fr3e_jax.study import command, commits, runner
 from fr3e_jax.study.results import read_results
 from fr3e_jax.study.runs import own_options, reported_runs, sweep_runs
 from fr3e_jax.study.settings import read_study
@@ -45,7 +44,7 @@ def file(tmp_path):
 @pytest.fixture
 def stand_in(monkeypatch):
     """A stand-in for training."""
-    monkeypatch.setattr(runner, "TRAIN", (sys.executable, str(REPOSITORY / "tests" / "fake_train.py")))
+    monkeypatch.setattr(runner, "TRAIN", (str(REPOSITORY / "tests" / "fake_train.py"),))
     monkeypatch.setattr(runner, "LOOK_AT_PROCESSES", 0.01)
     monkeypatch.setattr(runner, "AGAIN", 0.0)
 
@@ -302,3 +301,47 @@ def test_a_run_that_is_run_again_is_held_against_its_line(one_task, study, tmp_p
     differs = study("--verify", "--seed=3")
     assert differs.returncode == 1 and "accuracy differs from evaluation 2 on" in differs.stdout
     assert "seconds" not in differs.stdout
+
+
+@pytest.fixture
+def versions(tmp_path, monkeypatch):
+    """Commits of a package whose training learns as the stand-in does, and then otherwise."""
+    package = tmp_path / "repository" / "fr3e_jax"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(commits, "PACKAGE", package)
+    text = (REPOSITORY / "tests" / "fake_train.py").read_text()
+    made = []
+    (package / "__init__.py").touch()
+    commits.git("-C", "..", "init")
+    for gain in ("0.2 + gain", "0.3 + gain"):
+        (package / "train.py").write_text(text.replace("0.2 + gain", gain))
+        commits.git("add", ".")
+        by = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        commits.git(*by, "commit", "-m", gain)
+        made.append(commits.commit_of_code())
+    (package / "train.py").write_text("an error")
+    return made
+
+
+def test_a_run_is_repeated_with_the_code_of_its_commit(one_task, study, versions, tmp_path, monkeypatch):
+    """What is in the work tree, and in the current directory, is another version."""
+    study(one_task)
+    results, package = tmp_path / "out" / "results.jsonl", commits.PACKAGE
+    made_by = f'"commit": "{versions[1]}+"'
+    assert made_by in results.read_text()
+    monkeypatch.chdir(package.parent)
+    tells = "with the code of commit {}, which made it"
+
+    def verified(commit):
+        results.write_text(re.sub(r'"commit": "[^"]*"', f'"commit": "{commit}"', results.read_text()))
+        monkeypatch.setattr(runner, "TRAIN", ("-m", "fr3e_jax.train"))
+        return study("--verify")
+
+    old = verified(f"{versions[1]} {versions[0]}")  # of several the last made its end
+    assert old.returncode == 0 and tells.format(versions[0]) in old.stdout, old.stdout
+    new = verified(versions[1])
+    assert new.returncode == 1 and "accuracy differs from evaluation 0 on" in new.stdout
+    assert tells.format(versions[1]) in new.stdout
+    unknown = verified("0123456789ab")
+    assert "commit 0123456789ab, which is not in this repository" in unknown.stdout
+    assert len(commits.git("worktree", "list").splitlines()) == 1

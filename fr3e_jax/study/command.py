@@ -58,7 +58,8 @@ class StudyOptions:
     report: bool = False
     """Draw tables, figures and page again from the results file alone; without a file, of all studies."""
     verify: bool = False
-    """Run one complete run of each study again, drawn at random, and compare it with its line."""
+    """Run one complete run of each study again, drawn at random, with the code of its commit, and compare it
+    with its line."""
     seed: Seed = 0
     """Of what --verify draws, and of the statistics' resamples."""
 

@@ -6,14 +6,13 @@ may stand in one file. It is always written whole, sorted, and in one rename.
 
 import dataclasses
 import math
-import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fr3e_jax.config import PACKAGE, Config, ConfigError
+from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.cost import total_flops
 from fr3e_jax.run.jsonl import read_lines, to_line
 from fr3e_jax.run.reporter import read_metrics
@@ -263,23 +262,6 @@ def short(value: float) -> float:
     """A number with few digits, as a whole one where it is one."""
     rounded = float(f"{value:.{DIGITS}g}") if abs(value) < 10**DIGITS else float(round(value))
     return int(rounded) if rounded.is_integer() and math.isfinite(rounded) else rounded
-
-
-def commit_of_code() -> str:
-    """The commit of the code, with `+` where files differ from it; `unknown` outside of a repository."""
-    try:
-        head, changed = (
-            subprocess.run(
-                ["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=True
-            ).stdout
-            for arguments in (
-                ("rev-parse", "--short=12", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE)),
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + ("+" if changed.strip() else "")
 
 
 def results_files(out: Path) -> list[Path]:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fr3e_jax.config import dump, resolve
+from fr3e_jax.config import resolve
 from fr3e_jax.run.run_dir import completed
 from fr3e_jax.run.storage import StorageError, brief, write_atomically
-from fr3e_jax.study.results import RunResult, StudyHeader, commit_of_code, result_of
+from fr3e_jax.study.commits import commit_of_code
+from fr3e_jax.study.results import RunResult, StudyHeader, result_of
 from fr3e_jax.study.runs import StudyRun
 
-TRAIN = (sys.executable, "-m", "fr3e_jax.train")
+TRAIN = ("-m", "fr3e_jax.train")
 LOOK_AT_PROCESSES = 0.2  # seconds between two looks at the processes
 AGAIN = 10.0  # seconds until a run whose directory is in use is tried again
 IN_USE = "is in use by"
@@ -50,6 +51,7 @@ class Runner:
       jobs: number of processes at a time.
       record: is given each run that ends, its result, and the seconds that its process took.
       say: is given a line for people.
+      code: directory of the code that runs them; None: this version.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class Runner:
         jobs: int,
         record: Callable[[StudyRun, RunResult, float], None],
         say: Callable[[str], None],
+        code: Path | None = None,
     ) -> None:
         self.runs, self.headers, self.jobs = runs, headers, jobs
-        self.record, self.say = record, say
+        self.record, self.say, self.code = record, say, code
         self.commit = commit_of_code()
 
     def held(self, run: StudyRun) -> RunResult | None:
@@ -124,18 +127,22 @@ class Runner:
             settings.parent.mkdir(parents=True, exist_ok=True)
             numbers = sorted({*self.numbers_of_cpus(run), usable_cpus()})
             first = f"{COMMITS}{commits}\n{CPUS}{' '.join(map(str, numbers))}\n"
-            write_atomically(settings, first + dump(run.config))
+            write_atomically(settings, first + run.written(whole=self.code is None))
             with errors.open("wb") as error_file:
                 process = subprocess.Popen(
-                    [*TRAIN, "--config", str(settings), "--run_dir", str(self.runs / run.place)],
+                    [*self.train(), "--config", str(settings), "--run_dir", str(self.runs / run.place)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=error_file,
-                    env=os.environ,
+                    env=os.environ if self.code is None else {**os.environ, "PYTHONPATH": str(self.code)},
                 )
         except OSError as error:
             raise StorageError(f"{settings} cannot be written ({brief(error)})") from None
         return Started(run, process, time.monotonic())
+
+    def train(self) -> tuple[str, ...]:
+        """The train command; -P, since otherwise Python takes the package in the current directory."""
+        return (sys.executable, *(() if self.code is None else ("-P",)), *TRAIN)
 
     def ended(self, one: Started) -> RunResult:
         """The result of a run whose process has ended."""

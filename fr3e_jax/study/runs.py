@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from flax import traverse_util
 
-from fr3e_jax.config import Config, as_written, resolve
+from fr3e_jax.config import Config, as_written, dump, resolve
 from fr3e_jax.study.settings import NamedStudy
 
 WITHOUT_INFLUENCE = (
@@ -58,6 +59,16 @@ class StudyRun:
         """The run's directory within that of all runs; other settings have another one."""
         rate = f"rate-{self.learning_rate:g}-" if self.sweep else ""
         return f"{self.study}/{self.task}/{self.arm}/{rate}seed-{self.seed}-{self.settings}"
+
+    def written(self, whole: bool) -> str:
+        """The settings as YAML that `--config` reads.
+
+        Args:
+          whole: with options at their defaults, which an earlier version may not know.
+        """
+        if whole:
+            return dump(self.config)
+        return yaml.safe_dump(traverse_util.unflatten_dict(own_options(self.config), sep="."))
 
     def config_in(self, runs: Path) -> Config:
         """The run's settings with its directory in that of all runs."""

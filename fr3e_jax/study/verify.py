@@ -14,6 +14,7 @@ from flax import traverse_util
 from rich.console import Console
 
 from fr3e_jax.config import ConfigError
+from fr3e_jax.study.commits import code_of
 from fr3e_jax.study.results import Results, RunResult, StudyHeader
 from fr3e_jax.study.runner import Runner, usable_cpus
 from fr3e_jax.study.runs import StudyRun, with_seed
@@ -26,6 +27,8 @@ COMPARED_CURVES = ("step", "tokens", "flops", "accuracy")
 
 def verify(results: Results, names: list[str], out: Path, seed: int, console: Console) -> int:
     """Repeat one complete run of each study, drawn at random, and compare all but the seconds.
+
+    It is repeated with the code of the commit that made it.
 
     Args:
       results: of the studies.
@@ -49,9 +52,9 @@ def verify(results: Results, names: list[str], out: Path, seed: int, console: Co
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=out / VERIFIED))
         again: list[RunResult] = []
         take = functools.partial(take_result, again)
-        runner = Runner(folder, results.studies, 1, take, console.print)
         try:
-            with as_many_cpus(expected.cpus, console):
+            with as_many_cpus(expected.cpus, console), code_of(expected.commit, console) as code:
+                runner = Runner(folder.resolve(), results.studies, 1, take, console.print, code)
                 runner.run_all([run])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
