@@ -128,21 +128,25 @@ class Runner:
             numbers = sorted({*self.numbers_of_cpus(run), usable_cpus()})
             first = f"{COMMITS}{commits}\n{CPUS}{' '.join(map(str, numbers))}\n"
             write_atomically(settings, first + run.written(whole=self.code is None))
+            train, environment = self.train()
             with errors.open("wb") as error_file:
                 process = subprocess.Popen(
-                    [*self.train(), "--config", str(settings), "--run_dir", str(self.runs / run.place)],
+                    [*train, "--config", str(settings), "--run_dir", str(self.runs / run.place)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=error_file,
-                    env=os.environ if self.code is None else {**os.environ, "PYTHONPATH": str(self.code)},
+                    env=environment,
                 )
         except OSError as error:
             raise StorageError(f"{settings} cannot be written ({brief(error)})") from None
         return Started(run, process, time.monotonic())
 
-    def train(self) -> tuple[str, ...]:
-        """The train command; -P, since otherwise Python takes the package in the current directory."""
-        return (sys.executable, *(() if self.code is None else ("-P",)), *TRAIN)
+    def train(self) -> tuple[list[str], dict[str, str]]:
+        """The train command of the code that runs, and its environment."""
+        if self.code is None:
+            return [sys.executable, *TRAIN], dict(os.environ)
+        # Without -P Python takes the package in the current directory.
+        return [sys.executable, "-P", *TRAIN], {**os.environ, "PYTHONPATH": str(self.code)}
 
     def ended(self, one: Started) -> RunResult:
         """The result of a run whose process has ended."""
