@@ -29,6 +29,7 @@ from fr3e_jax.models.hf import CheckpointError
 from fr3e_jax.parallel.hosts import Hosts, initialize, is_first, leaving_at_once
 from fr3e_jax.parallel.mesh import PlacementError
 from fr3e_jax.parallel.waiting import HostError, waiting
+from fr3e_jax.planning.cache_budget import cache_bytes_here
 from fr3e_jax.planning.update_layout import chosen_by_estimate
 from fr3e_jax.pretrained.export import export_model
 from fr3e_jax.pretrained.hub import FINAL_MODEL
@@ -129,6 +130,7 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
         stack.enter_context(Interruption(hosts)).check,
         lambda *decoded: reporter.within_step.rows(*decoded),
         chosen_by_estimate,
+        cache_bytes_here,
     )
     corpus, policy = parts.corpus, parts.policy
     state, reference = policy.fresh_state(parts.learner), None

@@ -18,9 +18,11 @@ T tokens of a whole sequence, G groups (a state with its rollouts).
 Words of this package:
   branch  a response that is sampled from a state: a base trajectory (state 0) or a partial rollout
   seat    the batch row that a branch is decoded in (engine)
-  lane    a seat's place among those of its trajectory (engine)
+  block   a few rows that decode together and share pages (engine)
+  page    keys and values of the rows of a block over some slots, one for each token of a row (engine)
+  span    the blocks that run through the layers at a time (engine)
+  strip   a few trajectories whose contexts are attended to at a time (engine)
   leg     the decoding between two looks at which branches still run; the others' rows are given up (engine)
-  rung    a number of rows that a leg may have; few, since each is a program (engine)
   tree    a kept trajectory with its states and their rollouts
   trunk   query and base response of a tree up to the last token that one of its rollouts follows (learner)
   row     a rollout as the learner computes it: it follows the beginning of a trunk (learner)

@@ -183,7 +183,7 @@ def explored(sampling, padding=(4, 5)):
     """
     e = engine()
     placed = e.placement.place_rows(queries())
-    base, caches, _ = e.first_return(PARAMS, placed, SEED_KEY, STEP, R, sampling)
+    base, _ = e.sample(PARAMS, placed, SEED_KEY, STEP, R, sampling)
     length = np.asarray(base.length)
     # Ragged: the root alone, position 1, the last token, several trajectories of one query, a state
     # that is invalid.
@@ -204,5 +204,5 @@ def explored(sampling, padding=(4, 5)):
     states = jax.tree.map(pad, states)
     at = e.placement.place_rows(states)
     how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": M, "sampling": sampling}
-    partial, _ = e.explore(PARAMS, placed, caches, at, **how)
+    partial, _ = e.explore(PARAMS, placed, at, after=R, **how)
     return jax.device_get(base), states, jax.device_get(partial)

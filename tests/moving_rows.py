@@ -1,6 +1,7 @@
-"""Rounds in which rows move and caches grow, and a record of it."""
+"""Rounds in which rows move and wait for memory, and a record of it."""
 
 import contextlib
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -11,47 +12,54 @@ from decoding import FILTERED, GRAPH, MAX_NEW, MAX_PROMPT, PARAMS, SEED_KEY, STE
 from hypothesis import strategies as st
 from support import TINY, placement
 
-from fr3e_jax.engine import rollout, seats
+from fr3e_jax.engine.budget import least_bytes, page_bytes
+from fr3e_jax.engine.pages import PageSizes
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.schedule import Schedule
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.types import Queries, States
 
+SMALL_PAGES = PageSizes(rows=2, slots=4, spans=(1, 2), context=16, fixed=3)
 
-class Moved(NamedTuple):
-    """A step of the engine's loop: rows of a part and slots of each, before and after."""
 
-    before: tuple[int, int]
-    after: tuple[int, int]
-    full: bool
+class Done(NamedTuple):
+    """What was done before the legs of a decoding: rows of pages copied, blocks set aside and taken up."""
 
-    @property
-    def kind(self):
-        if self.before == self.after:
-            return "stays"
-        if self.after[0] == self.before[0]:
-            return "grows"
-        return "divided anew because full" if self.full else "divided anew"
+    copied: int
+    aside: int
+    back: int
 
 
 @contextlib.contextmanager
-def small_ladder(slots=9, step_down=0.5, fewest=3):
-    """Rows that move at the sizes of tests, and a list of how they did.
+def noted():
+    """Note what is done while rows are decoded: a list of `Done`, one a leg."""
+    done, following = [], Schedule.next
 
-    slots: to begin with. Others: what the ladder has as constants.
-    """
-    moved, following = [], seats.Ladder.next
-
-    def noting(self, running, rows, slots, full):
-        after = following(self, running, rows, slots, full)
-        moved.append(Moved((rows, slots), after, full))
-        return after
+    def noting(self):
+        turn = following(self)
+        done.append(Done(turn.copies.shape[1], len(turn.aside), len(turn.back)))
+        return turn
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seats, "FEWEST_ROWS", fewest)
-        patch.setattr(seats, "STEP_DOWN", step_down)
-        patch.setattr(rollout, "first_slots", lambda max_new: slots)
-        patch.setattr(seats.Ladder, "next", noting)
-        yield moved
+        patch.setattr(Schedule, "next", noting)
+        yield done
+
+
+def total(done):
+    """`Done` over all legs."""
+    return Done(*map(sum, zip(*done, strict=True)))
+
+
+def with_pages(engine, shape, slots, more):
+    """The engine with memory for so many pages more than one block may need.
+
+    Args:
+      shape: N trajectories and C branches of each. slots: of what the branches of a trajectory share.
+    """
+    room = engine.room_for(TINY, shape, slots, np.float32)
+    least = least_bytes(TINY, engine.placement, room, slots, np.float32)
+    one = page_bytes(TINY, engine.placement, room, np.float32)
+    return dataclasses.replace(engine, cache_bytes=least + more * one)
 
 
 N, J = 2, 9  # trajectories, and the root with up to 8 positions; one rollout of each
@@ -60,8 +68,8 @@ MANY_ENDS = (3, 11, 20)
 
 @functools.cache
 def engine_of(ends):
-    """With its programs, which have the constants of `small_ladder` in them where it is used with that."""
-    return Engine(GRAPH, placement(table=SAMPLING_TABLE), MAX_NEW, ends)
+    """In blocks and pages that are small enough for rows to move."""
+    return Engine(GRAPH, placement(table=SAMPLING_TABLE), MAX_NEW, ends, sizes=SMALL_PAGES)
 
 
 @st.composite
@@ -96,6 +104,5 @@ def states_of(chosen, base):
 
 
 def return_first(e, q):
-    """Base trajectories of two queries; their rows do not move, and here their caches do not grow."""
-    base, caches, _ = e.first_return(PARAMS, e.placement.place_rows(q), SEED_KEY, STEP, 2, FILTERED)
-    return jax.device_get(base), caches
+    """Base trajectories of two queries."""
+    return jax.device_get(e.sample(PARAMS, e.placement.place_rows(q), SEED_KEY, STEP, 2, FILTERED)[0])

@@ -27,7 +27,14 @@ from jax.sharding import AxisType, Mesh
 from fr3e_jax.models.decoder import Params, abstract_params, graph_of, init_params, logical_axes
 from fr3e_jax.models.hf import config_json, read_config
 from fr3e_jax.models.qwen2 import Qwen2Config
-from fr3e_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TRAINING_TABLE, Placement, place_model
+from fr3e_jax.parallel.mesh import (
+    BATCH_AXES,
+    MESH_AXES,
+    TRAINING_TABLE,
+    Placement,
+    place_model,
+    table_placement,
+)
 from fr3e_jax.planning.topology import available
 from fr3e_jax.pretrained.weights import read_params
 from fr3e_jax.pretrained.write_weights import write_params
@@ -102,8 +109,8 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def placement(data: int = 1, fsdp: int = 1, tensor: int = 1, table=TRAINING_TABLE) -> Placement:
-    """A placement over the first data x fsdp x tensor devices."""
-    return Placement(mesh_of(data, fsdp, tensor), table)
+    """A placement of a model of the sizes of `TINY` over the first data x fsdp x tensor devices."""
+    return table_placement(mesh_of(data, fsdp, tensor), table, {"kv_heads": TINY.num_key_value_heads})
 
 
 def placed(params: Params, config: Qwen2Config, mesh: tuple[int, ...] = (1, 1, 1)) -> Params:

@@ -1,22 +1,15 @@
 """Rollouts of the engine against decoding alone, and where they are laid out."""
 
-import re
-
 import numpy as np
 import pytest
 from decoding import (
     ENDS,
     GRAPH,
     MAX_NEW,
-    PARAMS,
     POLICY,
-    SEED_KEY,
-    STEP,
-    B,
     M,
     R,
     check,
-    engine,
     explored,
     queries,
     starts_of_queries,
@@ -24,14 +17,11 @@ from decoding import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from support import TINY, placement
+from support import placement
 
-from fr3e_jax.engine import rollout, seats
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY
-from fr3e_jax.engine.seats import Leg
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
-from fr3e_jax.planning.hlo import Program
 
 
 @pytest.mark.optimised
@@ -85,53 +75,3 @@ def test_kept_trajectories_are_laid_out_in_the_part_of_their_query(parts, per_pa
     # Padding too: whatever is computed there reads a cache that is there.
     assert (query // per_part == np.repeat(np.arange(parts), n)).all()
     assert ((trajectory >= 0) & (trajectory < count)).all()
-
-
-def order_in_memory(kind):
-    """The axes of an array type, such as f32[3,1,8]{2,1,0}, from the inside out, without those of size 1."""
-    sizes, layout = (
-        [int(n) for n in found.split(",")] for found in re.search(r"\[([\d,]+)\]\{([\d,]+)", kind).groups()
-    )
-    return [axis for axis in layout if sizes[axis] > 1]
-
-
-@pytest.mark.parametrize(("rows", "slots"), [(12, 24), (8, 36)], ids=["goes_on", "moves"])
-def test_the_branch_cache_is_updated_in_place(rows, slots):
-    """In the compiled program: stored into where it lies, also when it is divided anew."""
-    e, size = engine(), TINY.num_hidden_layers * TINY.num_key_value_heads * 12 * 24 * TINY.head_dim
-    q = e.placement.place_rows(queries())
-    branches, decoding = e.open_queries(PARAMS, q, rollout.root_branches(q, R), SEED_KEY, STEP)
-    assert decoding.own.key.shape[3] == 12 * 24
-    running = np.arange(12).reshape(1, B, R) < rows
-    origin = np.zeros((1, rows), np.int32) if rows < 12 else None
-    leg = e.place(Leg(seats.take_seats(running, rows), origin, 24, 0, (12, 24), slots))
-    lowered = Engine.advance.lower(e, PARAMS, branches, decoding, leg, sampling=POLICY)
-    program = Program(lowered.compile().as_text())
-    assert not {move.split()[0] for move in program.moves(size)} - {"copy"}
-    stores, copies, repeated = 0, [], in_loops(program)
-    for name, instructions in program.computations.items():
-        for instruction in instructions.values():
-            if any(array.elements == size for array in instruction.arrays):
-                stores += instruction.operation == "dynamic-update-slice" and name in repeated
-                if instruction.operation == "copy":
-                    copies.append((name, instruction.type, instructions[instruction.operands[0]].type))
-    assert stores == (2 if rows == 12 else 4)  # keys and values; of a token, and of what moves
-    for name, ours, theirs in copies:
-        # For CPU, XLA copies what it is given, and what it returns, since it wants the axis of one part
-        # elsewhere, which changes nothing: not for a token, nor for a layer.
-        assert name not in repeated
-        assert order_in_memory(ours) == order_in_memory(theirs)
-    assert len(copies) <= 4
-
-
-def in_loops(program):
-    """The computations that loops of a program run."""
-    found = []
-    for instructions in program.computations.values():
-        for instruction in instructions.values():
-            if instruction.operation == "while":
-                found += re.findall(r"(?:body|condition)=%([\w.\-]+)", instruction.line)
-    for name in found:
-        for instruction in program.computations[name].values():
-            found += [called for called in instruction.called if called not in found]
-    return set(found)

@@ -1,6 +1,7 @@
 """The engine on eight devices, and on those of two processes: the rollouts of one device.
 
-Rows are moved together meanwhile, in every part of the mesh at once, though who runs on differs by part.
+Rows move and blocks wait for memory meanwhile, in every part of the mesh at once, though who runs on differs
+by part.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from decoding import ENDS, GRAPH, MAX_NEW, MAX_PROMPT, PARAMS, POLICY, STEP
 from jax.experimental.multihost_utils import process_allgather
-from moving_rows import small_ladder
+from moving_rows import SMALL_PAGES, noted, total, with_pages
 from support import TINY, mesh_of, two_processes
 
 from fr3e_jax.engine.rollout import Engine
@@ -66,21 +67,22 @@ def rollouts_on(mesh):
 
     axes = logical_axes(TINY)
     _, placement = place_model(mesh, axes, PARAMS)
-    engine = Engine(GRAPH, placement, MAX_NEW, ENDS)
+    engine = Engine(GRAPH, placement, MAX_NEW, ENDS, sizes=SMALL_PAGES)
     params = jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
         PARAMS,
         placement.shardings(axes, PARAMS),
     )
     q, draws = placement.place_rows(queries()), (jax.random.key(7), STEP)
-    with small_ladder(slots=12, step_down=0.4, fewest=3) as moved:
-        answers, _ = engine.sample(params, q, *draws, ANSWERS, POLICY)
-        base, caches, _ = engine.first_return(params, q, *draws, R, POLICY)
+    with noted() as done:
+        answering = with_pages(engine, (B, ANSWERS), MAX_PROMPT, 1)
+        answers, _ = answering.sample(params, q, *draws, ANSWERS, POLICY)
+        base, _ = engine.sample(params, q, *draws, R, POLICY)
         answers, base = host((answers, base))
         query, trajectory, real = engine.arrange(KEPT)
         states = states_of(query, trajectory, real, base)
-        how = {"seed_key": draws[0], "step": STEP, "rollouts": M, "sampling": POLICY}
-        partial, row_steps = engine.explore(params, q, caches, placement.place_rows(states), **how)
+        how = {"seed_key": draws[0], "step": STEP, "rollouts": M, "sampling": POLICY, "after": R}
+        partial, row_steps = engine.explore(params, q, placement.place_rows(states), **how)
         partial, row_steps = host((partial, row_steps))
     assert not partial.length[~real].any()
     where = {(q, t): n for n, (q, t) in enumerate(zip(query, trajectory, strict=True)) if real[n]}
@@ -91,7 +93,7 @@ def rollouts_on(mesh):
             f"{what}.{name}": x for what, of in rollouts.items() for name, x in dataclasses.asdict(of).items()
         },
         "row_steps": row_steps,
-        "kinds": np.array([move.kind for move in moved]),
+        "done": np.array(total(done)),
     }
 
 
@@ -101,14 +103,14 @@ def on_one_device():
 
 
 def check_equal(found):
-    """To the rollouts of one device; and rows did move."""
+    """To the rollouts of one device; and rows did move, and blocks were set aside and taken up."""
     alone = on_one_device()
-    for name in alone.keys() - {"row_steps", "kinds"}:
+    for name in alone.keys() - {"row_steps", "done"}:
         if alone[name].dtype == np.float32:
             np.testing.assert_allclose(found[name], alone[name], atol=1e-5, err_msg=name)
         else:
             np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
-    assert {"grows", "divided anew"} <= set(found["kinds"])
+    assert found["done"].min() > 0
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from fr3e_jax.algorithm.token_weights import Mismatch
 from fr3e_jax.algorithm.values import FirstState
 from fr3e_jax.config.values import (
     Bounds,
+    CacheSize,
     Count,
     Decay,
     NonNegativeInt,
@@ -44,7 +45,12 @@ class RolloutConfig:
     """B, queries per sampling round (release: 32); or `auto`, as many as fill the batch, by the states that
     queries have given so far (ours). A step then seldom needs a second round."""
     max_queries: RowCount = 64
-    """Most queries of a round where rollout.queries is `auto`; bounds memory (ours: twice the release's)."""
+    """Most queries of a round where rollout.queries is `auto`; fewer where KV caches of so many do not fit
+    (ours: twice the release's)."""
+    cache_gb: CacheSize = "auto"
+    """Memory of the KV caches on each device, 10^9 bytes. Branches that find no room wait; in float32 they
+    draw the same tokens. With rollout.queries `auto` it bounds rounds too. `auto`: what the state of training
+    and programs leave; on CPU a quarter of the machine's memory (ours)."""
     base_trajectories: Samples = 4
     """R, whole answers per query that positions are sought in (release: 4). Not sampled by grpo and
     grpo++, which have no positions."""

@@ -108,6 +108,8 @@ RowCount = Annotated[int, Bounds(least=1, most=2**16)]
 """RowCount that are decoded at a time, or queries of a round."""
 QueryCount = RowCount | Literal["auto"]
 """Queries of a round: a number, or what a run finds to suffice."""
+CacheSize = Annotated[float, Bounds(above=0)] | Literal["auto"]
+"""GB of KV caches on a device: a number, or what the device has left."""
 Samples = Annotated[int, Bounds(least=1, most=2**12)]
 """Answers that are sampled of one question or state."""
 Seed = Annotated[int, Bounds(least=0, most=2**32 - 1)]

@@ -1,111 +1,72 @@
-"""The KV caches of the engine: filled by prefill, handed from first return to exploration, and compacted."""
-
-import dataclasses
+"""The KV caches that branches share: of queries, and of kept trajectories that are explored."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Int32, Shaped
 
-from fr3e_jax.engine.seats import Leg
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, cache_axes
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.types import AnyArray, States, pytree
+from fr3e_jax.types import AnyArray, Queries, States
 
 CACHE_AXES = cache_axes("batch")
-
-
-@pytree
-class Caches:
-    """The KV caches of a round's queries and base trajectories, from which exploration restarts."""
-
-    query: Segment
-    """Keys and values [L, B, K, Q, D], length [B]."""
-    base: Segment
-    """Keys and values [L, P, K, rows x S, D], branch r of the b-th query of a part in row b x count + r."""
-    rows: int = dataclasses.field(metadata={"static": True})
-    """Rows of a part."""
-    count: int = dataclasses.field(metadata={"static": True})
-    """Base trajectories of a query."""
+PREFILL_TOKENS = 4096  # of a part, that run through the layers at a time, or one sequence
 
 
 def prefill(
-    model: Decoder, placement: Placement, token: Int32[Array, "B T"], length: Int32[Array, " B"]
+    model: Decoder, placement: Placement, token: Int32[Array, "N T"], length: Int32[Array, " N"]
 ) -> Segment:
-    """Compute the keys and values of B right-padded queries, each once: [L, B, K, T, D], length [B]."""
-    position = jnp.arange(token.shape[1])
+    """Compute the keys and values of N right-padded sequences: [L, N, K, T, D], length [N]."""
+    count, width = token.shape
+    parts = row_parts(placement.mesh)
+    each = count // parts
+    together = max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or n * width <= PREFILL_TOKENS))
+    position = jnp.arange(width)
 
     def one(token: Int32[Array, " T"], length: Int32[Array, ""]) -> Segment:
         return model(token, position, length, placement.shard)[1]
 
-    rows = jax.vmap(one, out_axes=Segment(1, 1, 0), spmd_axis_name=BATCH_AXES)
-    return rows(token, length)
+    def some(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Sequences [together, P, T] -> keys and values [together, P, L, K, T, D]."""
+        sequences = jax.vmap(jax.vmap(one, spmd_axis_name=BATCH_AXES))
+        segment = sequences(*inputs)
+        return segment.key, segment.value
+
+    def turned(x: Int32[Array, " N *rest"]) -> Int32[Array, "turns together P *rest"]:
+        by_part = jnp.swapaxes(x.reshape(parts, each, *x.shape[1:]), 0, 1)
+        return by_part.reshape(each // together, together, *by_part.shape[1:])
+
+    def whole(x: Shaped[Array, "turns together P L K T D"]) -> Shaped[Array, "L N K T D"]:
+        x = x.reshape(each, *x.shape[2:])
+        x = jnp.einsum("npl...->lpn...", x)
+        return placement.shard(x.reshape(x.shape[0], count, *x.shape[3:]), *CACHE_AXES)
+
+    key, value = jax.lax.map(some, (turned(token), turned(length)))
+    return Segment(whole(key), whole(value), length)
 
 
-def empty_cache(model: Decoder, placement: Placement, size: int) -> Float[Array, "L P K slots D"]:
-    """Make zeros for the keys or the values of `size` tokens in each part of the mesh."""
-    config = model.config
-    heads = (config.num_key_value_heads, size, config.head_dim)
-    zeros = jnp.zeros((config.num_hidden_layers, row_parts(placement.mesh), *heads), model.dtype)
-    return placement.shard(zeros, *CACHE_AXES)
-
-
-def reseat(model: Decoder, placement: Placement, own: Segment, leg: Leg) -> Segment:
-    """Move the rows of the branch cache to where a leg wants them: within the cache, if its size stays.
-
-    Args:
-      own: key, value [L, P, K, R x S, D] of the R rows and S slots before the leg.
-      leg: with an origin.
-    """
-    rows_before, _ = leg.before
-
-    def moved(layer: Float[Array, "P K before D"]) -> Float[Array, "P K after D"]:
-        """Move the rows of a layer: R x S slots to rows x slots."""
-        parts, heads, size, width = layer.shape
-        held = layer.reshape(parts, heads, rows_before, size // rows_before, width)[:, :, :, : leg.slots]
-        held = jax.vmap(lambda x, index: x[:, index], spmd_axis_name=BATCH_AXES)(held, leg.origin)
-        held = jnp.pad(held, ((0, 0), (0, 0), (0, 0), (0, leg.slots - held.shape[3]), (0, 0)))
-        return placement.shard(held.reshape(parts, heads, leg.size, width), *CACHE_AXES[1:])
-
-    def move(cache: Float[Array, "L P K before D"]) -> Float[Array, "L P K after D"]:
-        target = cache if cache.shape[3] == leg.size else empty_cache(model, placement, leg.size)
-
-        def one(number: Int32[AnyArray, ""] | int, target: Float[Array, "L P K after D"]) -> Array:
-            source = target if target.shape == cache.shape else cache
-            layer = jax.lax.dynamic_index_in_dim(source, number, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(target, moved(layer), number, 0)
-
-        return jax.lax.fori_loop(0, cache.shape[0], one, target)
-
-    return own._replace(key=move(own.key), value=move(own.value))
-
-
-def take_queries(cache: Float[Array, "L B K Q D"], states: States, parts: int) -> Float[Array, "L N K Q D"]:
-    """Take the queries of N kept trajectories out of a cache."""
-    layers, count, *each = cache.shape
-    index = states.query.reshape(parts, -1) % (count // parts)
-
-    def take(cache: Array, index: Array) -> Array:
-        return cache[:, index]
-
-    taken = jax.vmap(take, (1, 0), 1, spmd_axis_name=BATCH_AXES)(
-        cache.reshape(layers, parts, -1, *each), index
+def take_queries(
+    x: Int32[AnyArray, " B *rest"], states: States, placement: Placement
+) -> Int32[Array, " N *rest"]:
+    """Give each of N kept trajectories what its query has, which is in the same part of the mesh."""
+    parts = row_parts(placement.mesh)
+    index = states.query.reshape(parts, -1) % (x.shape[0] // parts)
+    taken = jax.vmap(lambda x, index: x[index], spmd_axis_name=BATCH_AXES)(
+        x.reshape(parts, -1, *x.shape[1:]), index
     )
-    return taken.reshape(layers, -1, *each)
+    return placement.shard(taken.reshape(-1, *x.shape[1:]), "batch")
 
 
-def take_trajectories(
-    cache: Float[Array, "L P K slots D"], caches: Caches, states: States
-) -> Float[Array, "L N K S D"]:
-    """Take N kept trajectories out of the keys or values of `caches.base`."""
-    layers, parts, heads, _, width = cache.shape
-    queries = caches.rows // caches.count  # of a part
-    row = states.query.reshape(parts, -1) % queries * caches.count + states.base.reshape(parts, -1)
+def sequences_of(placement: Placement, queries: Queries, states: States) -> Int32[Array, "N T"]:
+    """Lay out the sequences of N kept trajectories: each query, and its base response behind it.
 
-    def take(cache: Array, row: Array) -> Array:
-        return jnp.moveaxis(cache[:, :, row], 2, 1)
-
-    divided = cache.reshape(layers, parts, heads, caches.rows, -1, width)
-    taken = jax.vmap(take, (1, 0), 1, spmd_axis_name=BATCH_AXES)(divided, row)
-    return taken.reshape(layers, -1, heads, divided.shape[4], width)
+    A response begins where its query ends, not where the longest may. What follows it are any tokens, which
+    no state sees.
+    """
+    query = take_queries(queries.token, states, placement)
+    size = take_queries(queries.length, states, placement)[:, None]
+    whole = jnp.concatenate([query, states.response], axis=1)
+    at = jnp.arange(whole.shape[1])[None]
+    source = jnp.where(at < size, at, at - size + query.shape[1])
+    return jnp.take_along_axis(whole, jnp.minimum(source, whole.shape[1] - 1), axis=1)

@@ -1,16 +1,16 @@
-"""First return, exploration and plain sampling: the rollouts of a step.
+"""Base trajectories, exploration and plain sampling: the rollouts of a step.
 
-`first_return` samples R base trajectories per query and returns their KV caches. `explore` restarts from
-states of the kept ones on these caches. `sample` samples answers and keeps no caches. Each opens branches in
-one program and decodes them in a few: the loop over tokens stays on the device, and returns when so many
-branches have stopped that the others are worth moving together.
+`sample` samples answers to queries: the base trajectories of first return are such. `explore` restarts from
+states of the kept ones. Each opens branches in one program and decodes them in legs: the loop over tokens
+stays on the device, and returns when a page is full, or so many branches have stopped that the others are
+worth moving together.
 """
 
 import collections
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,13 @@ from jax import Array
 from jaxtyping import Bool, Int, Int32, Key, Shaped
 
 from fr3e_jax.engine.branches import Branches, Decoding, advance_branches, start_branches
-from fr3e_jax.engine.caches import Caches, prefill, reseat, take_queries, take_trajectories
+from fr3e_jax.engine.budget import pages_within
+from fr3e_jax.engine.caches import prefill, sequences_of, take_queries
+from fr3e_jax.engine.page_moves import Aside, PageMoves
+from fr3e_jax.engine.pages import ON_CPU, PageSizes
 from fr3e_jax.engine.sampler import Sampling, branch_keys
-from fr3e_jax.engine.seats import Leg, arrange_kept, first_slots, schedule
+from fr3e_jax.engine.schedule import Room, Schedule
+from fr3e_jax.engine.seats import Leg, arrange_kept, place_leg
 from fr3e_jax.engine.stops import states_along
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, Params
@@ -30,7 +34,7 @@ from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.types import AnyArray, Queries, Rollouts, States, StopTable
 
 Watch = Callable[[int, int, int], None]
-"""Is given how far a decoding is: branches that run, all branches, tokens that those which run have drawn."""
+"""Is given how far a decoding is: branches that run, all branches, most tokens that one has drawn."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
@@ -39,7 +43,8 @@ class Engine:
 
     max_new: most tokens of a response. end_tokens: a branch stops after drawing one of these. between: called
     before each program of a decoding; it may end the decoding with an exception. watch: called after each.
-    stops: recognises texts that end a branch too.
+    stops: recognises texts that end a branch too. sizes: of blocks and pages. cache_bytes: most bytes of each
+    device that the KV caches of a decoding take, shared and own; None: what its branches can come to need.
     """
 
     graph: nnx.GraphDef[Decoder]
@@ -49,30 +54,13 @@ class Engine:
     between: Callable[[], None] = lambda: None
     watch: Watch = lambda *_: None
     stops: StopTable | None = None
+    sizes: PageSizes = ON_CPU
+    cache_bytes: int | None = None
 
-    def first_return(
-        self,
-        params: Params,
-        queries: Queries,
-        seed_key: Key[AnyArray, ""],
-        step: Int[AnyArray, ""] | int,
-        count: int,
-        sampling: Sampling,
-    ) -> tuple[Rollouts, Caches, Int32[Array, ""]]:
-        """Sample `count` base trajectories from every query.
-
-        Rows keep their place, since exploration goes on from what they hold.
-
-        Returns:
-          (Rollouts with N = B and C = count, the caches, rows decoded over all steps).
-        """
-        number = self.placement.place_rows(root_branches(queries, count))
-        branches, decoding = self.open_queries(params, queries, number, seed_key, step)
-        decoding = last(self.decode(params, branches, decoding, sampling, compact=False))
-        (query_segment,) = branches.context
-        query_segment = query_segment._replace(length=queries.length)
-        caches = Caches(query_segment, decoding.own, self.rows_of(branches), count)
-        return decoding.rollouts, caches, decoding.row_steps
+    @functools.cached_property
+    def page_moves(self) -> PageMoves:
+        """What moves pages and rows of them between legs."""
+        return PageMoves(self.placement)
 
     def sample(
         self,
@@ -83,7 +71,7 @@ class Engine:
         count: int,
         sampling: Sampling,
     ) -> tuple[Rollouts, Int32[Array, ""]]:
-        """Sample `count` answers to every query, and keep no caches.
+        """Sample `count` answers to every query.
 
         Returns:
           (Rollouts with N = B and C = count, rows decoded over all steps).
@@ -97,38 +85,39 @@ class Engine:
         self,
         params: Params,
         queries: Queries,
-        caches: Caches,
         states: States,
         *,
         seed_key: Key[AnyArray, ""],
         step: Int[AnyArray, ""] | int,
         rollouts: int,
         sampling: Sampling,
-        keep: bool = False,
+        after: int,
+        caches: Segment | None = None,
         ranks: tuple[int, ...] | None = None,
     ) -> tuple[Rollouts, Int32[Array, ""]]:
         """Sample `rollouts` continuations from every valid state.
 
         Args:
           params: merged into the model.
-          queries, caches: as given to and returned by `first_return`.
+          queries: that the states' trajectories answer.
           states: of N trajectories, where N divides by the mesh's row parts, and each trajectory is in the
             part of its query (`arrange`).
           seed_key, step: what is drawn is a function of them, the query, the branch and the position.
           rollouts: M.
           sampling: the distribution that tokens are drawn from.
-          keep: whether the caches can be used again; otherwise their memory is given back.
+          after: number of base trajectories of a query, behind which the branches' numbers begin.
+          caches: as `prefill_trajectories` returns them; None: they are made.
           ranks: of the first tokens of the M rollouts of a state, as `Branches.rank`; None: they are drawn.
 
         Returns:
           (Rollouts with N trajectories and C = J x rollouts branches, state-major, rows decoded over all
           steps).
         """
-        branches, decoding = self.open_states(
-            params, queries, caches, states, seed_key=seed_key, step=step, rollouts=rollouts, ranks=ranks
-        )
-        if not keep:  # what the kept trajectories need of them has been taken out
-            jax.tree.map(lambda x: x.delete(), (caches.base.key, caches.base.value))
+        if caches is None:
+            caches = self.prefill_trajectories(params, queries, states)
+        how = {"seed_key": seed_key, "step": step, "rollouts": rollouts, "after": after, "ranks": ranks}
+        branches, decoding = self.open_states(params, queries, caches, states, **how)
+        branches = branches.with_context(caches)
         decoding = last(self.decode(params, branches, decoding, sampling))
         return decoding.rollouts, decoding.row_steps
 
@@ -157,46 +146,52 @@ class Engine:
         branches = Branches(
             token=jnp.broadcast_to(jnp.take_along_axis(queries.token, last, axis=1), shape),
             position=position,
-            context=(query_segment._replace(length=position),),
+            context=query_segment._replace(length=position),
             limit=jnp.full(shape, self.max_new, jnp.int32),
             key=branch_keys(seed_key, step, queries.index, number),
             stops=self.stops,
             begun=None if self.stops is None else jnp.zeros(shape, jnp.int32),
         )
-        return branches, self.start(model, branches)
+        return branches, self.start(model, branches, queries.token.shape[1])
 
-    @functools.partial(jax.jit, static_argnames=("self", "rollouts", "ranks"))
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def prefill_trajectories(self, params: Params, queries: Queries, states: States) -> Segment:
+        """Compute the KV caches of N kept trajectories, each in the part of its query.
+
+        One forward pass over the kept ones costs far less than to keep those of all that were sampled.
+
+        Returns:
+          Keys and values [L, N, K, P + S, D], the query in the first slots and the response behind it.
+        """
+        model = nnx.merge(self.graph, params)
+        token = sequences_of(self.placement, queries, states)
+        return prefill(model, self.placement, token, jnp.full(len(token), token.shape[1], jnp.int32))
+
+    @functools.partial(jax.jit, static_argnames=("self", "rollouts", "ranks", "after"))
     def open_states(
         self,
         params: Params,
         queries: Queries,
-        caches: Caches,
+        caches: Segment,
         states: States,
         *,
         seed_key: Key[AnyArray, ""],
         step: Int[AnyArray, ""] | int,
         rollouts: int,
+        after: int,
         ranks: tuple[int, ...] | None = None,
     ) -> tuple[Branches, Decoding]:
-        """Open `rollouts` branches from every valid state; the arguments are those of `explore`."""
+        """Open `rollouts` branches from every valid state; the arguments are those of `explore`.
+
+        Their context is without keys and values, since a program would copy what it is given and returns:
+        `Branches.with_context` adds them.
+        """
         model = nnx.merge(self.graph, params)
 
         def per_branch(x: Shaped[Array, "N J"]) -> Shaped[Array, "N C"]:
             return jnp.repeat(x, rollouts, axis=1)
 
-        # The kept trajectories' rows are taken out once; their branches share them.
-        query_length = queries.length[states.query][:, None]
-        parts = row_parts(self.placement.mesh)
-        query_segment = Segment(
-            take_queries(caches.query.key, states, parts),
-            take_queries(caches.query.value, states, parts),
-            per_branch(jnp.broadcast_to(query_length - 1, states.prefix_length.shape)),
-        )
-        base_segment = Segment(
-            take_trajectories(caches.base.key, caches, states),
-            take_trajectories(caches.base.value, caches, states),
-            per_branch(states.prefix_length),
-        )
+        query_length = take_queries(queries.length, states, self.placement)[:, None]
         begun = None
         if self.stops is not None:
             begun = jnp.take_along_axis(
@@ -204,8 +199,10 @@ class Engine:
             )
             begun = per_branch(begun)
         before = jnp.take_along_axis(states.response, jnp.maximum(states.prefix_length - 1, 0), axis=1)
-        last = jnp.take_along_axis(queries.token[states.query], query_length - 1, axis=1)
+        query = take_queries(queries.token, states, self.placement)
+        last = jnp.take_along_axis(query, query_length - 1, axis=1)
         token = jnp.where(states.prefix_length > 0, before, last)
+        position = per_branch(query_length - 1 + states.prefix_length)
 
         # A whole answer, prefix included, has at most max_new tokens.
         limit = per_branch(jnp.where(states.valid, self.max_new - states.prefix_length, 0))
@@ -216,27 +213,42 @@ class Engine:
         if ranks is not None:
             rank = jnp.broadcast_to(jnp.tile(jnp.array(ranks, jnp.int32), count // rollouts), limit.shape)
         # Branch numbers continue after the base trajectories', one range per trajectory of the query.
-        number = caches.count + states.base[:, None] * count + jnp.arange(count)[None, :]
+        number = after + states.base[:, None] * count + jnp.arange(count)[None, :]
+        index = take_queries(queries.index, states, self.placement)
         branches = Branches(
             token=per_branch(token),
-            position=per_branch(query_length - 1 + states.prefix_length),
-            context=(query_segment, base_segment),
+            position=position,
+            context=caches._replace(key=None, value=None, length=position),
             limit=limit,
-            key=branch_keys(seed_key, step, queries.index[states.query], number),
+            key=branch_keys(seed_key, step, index, number),
             stops=self.stops,
             begun=begun,
             rank=rank,
+            root=per_branch(states.prefix_length == 0),
         )
-        return branches, self.start(model, branches)
+        return branches, self.start(model, branches, caches.key.shape[3])
 
-    def start(self, model: Decoder, branches: Branches) -> Decoding:
-        """Make the state of branches that have generated nothing, with a row for each."""
-        rows, slots = self.rows_of(branches), first_slots(self.max_new)
-        return start_branches(model, self.placement, branches, max_new=self.max_new, rows=rows, slots=slots)
+    def start(self, model: Decoder, branches: Branches, slots: int) -> Decoding:
+        """Make the state of branches that have generated nothing; they share contexts of so many `slots`."""
+        room = self.room_for(model.config, branches.token.shape, slots, model.dtype)
+        return start_branches(
+            model, self.placement, branches, max_new=self.max_new, sizes=room.sizes, pages=room.pages
+        )
 
-    def rows_of(self, branches: Branches) -> int:
-        """Rows of a part to begin with, one for every branch."""
-        return branches.token.size // row_parts(self.placement.mesh)
+    def room_for(self, config: Any, shape: tuple[int, ...], slots: int, dtype: Any) -> Room:
+        """The blocks and pages of a decoding.
+
+        Args:
+          config: of the model. shape: N trajectories and C branches of each. slots: of what they share.
+          dtype: of keys and values.
+
+        Raises:
+          CacheBudgetError: `cache_bytes` do not hold what a block of rows needs.
+        """
+        n, c = shape[0] // row_parts(self.placement.mesh), shape[1]
+        room = Room(self.sizes, n, c, self.max_new, 0)
+        pages = pages_within(self.cache_bytes, config, self.placement, room, slots, dtype)
+        return dataclasses.replace(room, pages=pages)
 
     def decode(
         self,
@@ -244,7 +256,6 @@ class Engine:
         branches: Branches,
         decoding: Decoding,
         sampling: Sampling,
-        compact: bool = True,
         every: int | None = None,
     ) -> Iterator[Decoding]:
         """Generate until every branch has stopped.
@@ -255,75 +266,68 @@ class Engine:
           params: merged into the model.
           branches, decoding: as opened; `decoding` and what is yielded are used up by going on.
           sampling: the distribution that tokens are drawn from.
-          compact: whether rows move together as branches stop.
-          every: tokens between two looks at what was generated, 1 before the first; None looks at the end,
-            and before each move.
+          every: tokens between two looks at what was generated, 1 before the first; None looks where rows
+            move.
 
         Yields:
           The state after each leg.
         """
+        n, c = branches.token.shape
         parts = row_parts(self.placement.mesh)
-        shape = (parts, branches.token.shape[0] // parts, branches.token.shape[1])
-        slots = decoding.own.key.shape[3] // self.rows_of(branches)
+        room = Room(self.sizes, n // parts, c, self.max_new, decoding.pages.key.shape[1])
         usual = (
-            dataclasses.replace(branches, rank=None),
+            dataclasses.replace(branches, rank=None, root=None),
             dataclasses.replace(sampling, first_temperature=None),
         )
-        heats = sampling.first_temperature is not None and len(branches.context) > 1
-        special = heats or branches.rank is not None
-        legs = schedule(shape, slots, self.max_new, compact, every, first_alone=special)
-        leg, drawing = next(legs), (branches, sampling) if special else usual
-        while True:
-            self.between()
-            with warnings.catch_warnings():
-                # A cache that grows cannot be what it grew from.
-                warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                started, how = drawing
-                decoding, ended = self.advance(params, started, decoding, self.place(leg), sampling=how)
-            yield decoding
-            running, filled = jax.device_get(ended)
-            self.watch(int(running.sum()), running.size, int(filled))
-            if filled:  # the first token is drawn
-                drawing = usual
-            try:
-                leg = legs.send((running.reshape(shape), int(filled)))
-            except StopIteration:
-                return
-
-    def place(self, leg: Leg) -> Leg:
-        """Put a leg of the host on the mesh."""
-        place, place_rows = self.placement.place, self.placement.place_rows
-        return dataclasses.replace(
-            leg,
-            seats=place_rows(leg.seats),
-            origin=place_rows(leg.origin),
-            until=place(np.int32(leg.until)),
-            leave=place(np.int32(leg.leave)),
+        special = (sampling.first_temperature is not None and branches.root is not None) or (
+            branches.rank is not None
         )
+        running = jax.device_get(self.flags_of(decoding)).reshape(parts, -1)
+        schedule = Schedule(room, running.astype(np.int32), every, first_alone=special)
+        aside = Aside()
+        if schedule.done:
+            yield decoding
+            return
+        while not schedule.done:
+            turn = schedule.next()
+            self.between()
+            pages = self.page_moves.before(turn, decoding.pages, aside)
+            decoding = dataclasses.replace(decoding, pages=pages)
+            started, how = (branches, sampling) if special and turn.first else usual
+            leg = place_leg(self.placement, turn.leg)
+            decoding, ended = self.advance(params, started, decoding, leg, sampling=how)
+            yield decoding
+            running, steps, longest = jax.device_get(ended)
+            self.watch(int(running.sum()), running.size, int(longest))
+            schedule.end(running.reshape(parts, -1), int(steps))
+
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def flags_of(self, decoding: Decoding) -> Bool[Array, "N C"]:
+        """Tell every process which branches run."""
+        return self.placement.shard(decoding.running)
 
     @functools.partial(jax.jit, static_argnames=("self", "sampling"), donate_argnames=("decoding",))
     def advance(
         self, params: Params, branches: Branches, decoding: Decoding, leg: Leg, *, sampling: Sampling
-    ) -> tuple[Decoding, tuple[Bool[Array, "N C"], Int32[Array, ""]]]:
-        """Move rows together, where the leg says so, and generate until it ends.
+    ) -> tuple[Decoding, tuple[Bool[Array, "N C"], Int32[Array, ""], Int32[Array, ""]]]:
+        """Generate until a leg ends.
 
         Returns:
-          (the state, (which branches run, the slots filled), both of these on every process).
+          (the state, (which branches run, tokens of the leg, most tokens that one has drawn), which every
+          process has).
         """
-        model = nnx.merge(self.graph, params)
-        if leg.origin is not None:
-            own = reseat(model, self.placement, decoding.own, leg)
-            decoding = dataclasses.replace(decoding, own=own)
-        decoding = advance_branches(
-            model,
+        decoding, steps = advance_branches(
+            nnx.merge(self.graph, params),
             self.placement,
+            self.sizes.fitted(branches.token.size // row_parts(self.placement.mesh)),
             branches,
             decoding,
             leg,
             end_tokens=self.end_tokens,
             sampling=sampling,
         )
-        return decoding, (self.placement.shard(decoding.running), decoding.own.length)
+        longest = jnp.max(decoding.rollouts.length)
+        return decoding, (self.placement.shard(decoding.running), steps, longest)
 
     def arrange(
         self, kept: Bool[np.ndarray, "B R"]

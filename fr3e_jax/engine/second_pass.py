@@ -1,7 +1,7 @@
 """What sampling does not record of kept trajectories: one forward pass over them, on their KV caches.
 
-A token's keys and values are in the caches that first return made, so that blocks of tokens run through the
-layers by themselves: what is in memory at a time is the scores and the logits of one block.
+A token's keys and values are in the caches that exploration restarts from, so that blocks of tokens run
+through the layers by themselves: what is in memory at a time is the scores and the logits of one block.
 """
 
 import functools
@@ -15,9 +15,9 @@ from jax import Array
 from jaxtyping import Float, Float32, Int32
 
 from fr3e_jax.algorithm.trajectories import Measures
-from fr3e_jax.engine.caches import Caches, take_queries, take_trajectories
+from fr3e_jax.engine.caches import take_queries
 from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.models.attention import Part, attend_part, join, mean_weights
+from fr3e_jax.models.attention import Part, Segment, attend_part, join, mean_weights
 from fr3e_jax.models.decoder import Decoder, DecoderConfig, Params
 from fr3e_jax.parallel.mesh import BATCH_AXES, row_parts
 from fr3e_jax.parallel.sizes import ceil_divide
@@ -42,7 +42,7 @@ def second_pass(
     needs: tuple[str, ...],
     params: Params,
     queries: Queries,
-    caches: Caches,
+    caches: Segment,
     states: States,
     length: Int32[AnyArray, " N"],
 ) -> Measures:
@@ -52,7 +52,8 @@ def second_pass(
       engine: with the model and the mesh.
       needs: `gradient`, `attention` or both; other names are passed over.
       params: merged into the model.
-      queries, caches: as given to and returned by `Engine.first_return`; the caches can be used again.
+      queries: that the trajectories answer.
+      caches: of the trajectories, as `Engine.prefill_trajectories` returns them.
       states: of the trajectories, of which query, base and response are read.
       length: tokens of each response, 0 where a row is only padding.
 
@@ -61,36 +62,29 @@ def second_pass(
     """
     model, placement = nnx.merge(engine.graph, params), engine.placement
     parts, (count, size) = row_parts(placement.mesh), states.response.shape
-    query_length = queries.length[states.query]
-    held = [
-        take_queries(caches.query.key, states, parts),
-        take_queries(caches.query.value, states, parts),
-        take_trajectories(caches.base.key, caches, states),
-        take_trajectories(caches.base.value, caches, states),
-    ]
-    # A response has no token beyond the slots: rows of the cache grow with the answers.
-    width = min(size, held[2].shape[3])
-    block = block_size(count // parts, width)
-    blocks = ceil_divide(width, block)
-    last = jnp.take_along_axis(queries.token[states.query], query_length[:, None] - 1, axis=1)
-    padded = jnp.pad(states.response, ((0, 0), (0, max(blocks * block - size, 0))))[:, : blocks * block]
+    query_length = take_queries(queries.length, states, placement)
+    block = block_size(count // parts, size)
+    blocks = ceil_divide(size, block)
+    query = take_queries(queries.token, states, placement)
+    last = jnp.take_along_axis(query, query_length[:, None] - 1, axis=1)
+    padded = jnp.pad(states.response, ((0, 0), (0, blocks * block - size)))
     token = jnp.concatenate([last, padded[:, :-1]], axis=1)  # that runs in each slot
 
     def divided(x: Int32[Array, "N total"]) -> Int32[Array, "blocks N block"]:
         return jnp.moveaxis(x.reshape(count, blocks, block), 1, 0)
 
     run = jax.vmap(
-        functools.partial(run_block, model, placement.shard, needs),
-        in_axes=(0, 0, None, 0, 0, 1, 1, 1, 1),
+        functools.partial(run_block, model, placement.shard, needs, size),
+        in_axes=(0, 0, None, 0, 0, 1, 1),
         spmd_axis_name=BATCH_AXES,
     )
 
     def step(sums: tuple[Any, Any], inputs: Any) -> tuple[tuple[Any, Any], Any]:
-        *tokens, first = inputs
-        norm, received, at = run(*tokens, first, query_length, length, *held)
+        token, target, first = inputs
+        norm, received, at = run(token, target, first, query_length, length, caches.key, caches.value)
         return jax.tree.map(jnp.add, sums, (received, at)), norm
 
-    nothing = jnp.zeros((count, held[2].shape[3]), jnp.float32) if "attention" in needs else None
+    nothing = jnp.zeros((count, size), jnp.float32) if "attention" in needs else None
     firsts = block * jnp.arange(blocks)
     (received, at), norm = jax.lax.scan(step, (nothing, nothing), (divided(token), divided(padded), firsts))
 
@@ -110,12 +104,14 @@ def run_block(
     model: Decoder,
     shard: Callable[..., Array],
     needs: tuple[str, ...],
+    size: int,
     token: Int32[Array, " T"],
     target: Int32[Array, " T"],
     first: Int32[Array, ""],
     query_length: Int32[Array, ""],
     length: Int32[Array, ""],
-    *held: Float[Array, "L K _ D"],
+    key: Float[Array, "L K slots D"],
+    value: Float[Array, "L K slots D"],
 ) -> tuple[
     Float32[Array, " T"] | None,
     Float32[Array, " S"] | None,
@@ -126,39 +122,41 @@ def run_block(
     Args:
       model, shard: the decoder, and what places activations on the mesh.
       needs: see `second_pass`.
+      size: slots of the response, its first being that of the query's last token.
       token: that run; the first of all is the query's last, the others are the response's.
       target: the response's tokens that were drawn after them.
       first: slot of the first of them.
       query_length, length: tokens of the query and of the response.
-      held: keys and values of the query, keys and values of the S slots of the response.
+      key, value: of the query and of the response behind it.
 
     Returns:
       (norm of the gradient of each target's log-probability, the attention that each slot receives from these
       tokens, and the same by distance; None of what is not needed).
     """
     graph, stacked = nnx.split(model.layers)
-    slot, layers = first + jnp.arange(token.shape[0]), held[0].shape[0]
-    index = jnp.arange(held[2].shape[2])
-    before = jnp.arange(held[0].shape[2])[None] < query_length - 1  # its last token is in the first slot
-    causal = index[None] <= slot[:, None]
+    slot, layers = first + jnp.arange(token.shape[0]), key.shape[0]
+    last = query_length - 1  # the query's last token is in slot 0 of the response
+    causal = jnp.arange(key.shape[2])[None] <= last + slot[:, None]
 
     def layer(carry: tuple[Array, Any], inputs: Any) -> tuple[tuple[Array, Any], None]:
-        (x, weight), (params, query_key, query_value, key, value) = carry, inputs
+        (x, weight), (params, key, value) = carry, inputs
         block = nnx.merge(graph, params)
-        query, _, _ = block.project(x, query_length - 1 + slot, shard)
-        seen = [Part(query_key, query_value, before), Part(key, value, causal)]
-        partials = [attend_part(query, part) for part in seen]
+        query, _, _ = block.project(x, last + slot, shard)
+        seen = Part(key, value, causal)
+        partial = attend_part(query, seen)
         if weight is not None:
-            weight = weight + mean_weights(query, seen[1], partials) / layers
-        return (block.finish(x, join(partials).astype(x.dtype), shard), weight), None
+            weight = weight + mean_weights(query, seen, [partial]) / layers
+        return (block.finish(x, join([partial]).astype(x.dtype), shard), weight), None
 
     weight = jnp.zeros(causal.shape, jnp.float32) if "attention" in needs else None
-    (x, weight), _ = jax.lax.scan(layer, (model.embed(token, shard), weight), (stacked, *held))
+    (x, weight), _ = jax.lax.scan(layer, (model.embed(token, shard), weight), (stacked, key, value))
     norm = received = at = None
     if "gradient" in needs:
         norm = gradient_norm(model, shard, model.norm(x), target)
     if weight is not None:
         # Among tokens of the response: the query's last one is in slot 0, and padding from the length on.
+        index = jnp.arange(size)
+        weight = jax.lax.dynamic_slice_in_dim(weight, last, size, axis=1)
         later = (index[None] >= 1) & (index[None] < slot[:, None]) & (slot[:, None] < length)
         paid = jnp.where(later, weight, 0.0)
         received, at = jnp.sum(paid, axis=0), by_distance(paid, first)
@@ -203,31 +201,25 @@ def second_pass_bytes(
     rows: int,
     prompt: int,
     response: int,
-    itemsize: int,
     heads: int,
     tensor: int = 1,
 ) -> int:
-    """Estimate the memory that the pass takes on a device, beside parameters and the caches of first return.
+    """Estimate the memory that the pass takes on a device, beside parameters and the trajectories' caches.
 
     Args:
       config: the architecture.
       needs: what the rule needs.
       rows: kept trajectories of a part of the mesh.
       prompt, response: slots of the caches.
-      itemsize: bytes of a number of the caches.
       heads: query heads.
       tensor: size of the mesh's tensor axis.
 
     Returns:
-      Bytes: the kept trajectories' caches, which are taken out, and one block's scores and logits in float32,
-      of which XLA holds two and three arrays at a time.
+      Bytes of one block's scores and logits in float32, of which XLA holds two and three arrays at a time.
     """
     if not needs_pass(needs):
         return 0
-    shared = tensor if config.num_key_value_heads % tensor == 0 else 1
-    numbers = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    held = 2 * rows * (prompt + response) * numbers * itemsize // shared
     tokens = rows * block_size(rows, response)
     scored = 2 * 4 * tokens * (heads // tensor) * (prompt + response)
     logits = 3 * 4 * tokens * config.vocab_size // tensor if "gradient" in needs else 0
-    return held + max(scored, logits)
+    return max(scored, logits)

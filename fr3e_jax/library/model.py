@@ -158,21 +158,20 @@ class Explorer:
         """
         place = self.engine.placement
         placed, draws = place.place_rows(encoded.queries), draws_of(seed, step, place)
-        rollouts, caches, _ = self.engine.first_return(
+        rollouts, _ = self.engine.sample(
             self.model.params, placed, draws.tokens, draws.step, count, self.sampling
         )
         rollouts = gather(rollouts)
         require_finite(rollouts, "first return")
-        return Base(encoded, self.model.text.trimmed(rollouts), caches, self, seed, step)
+        return Base(encoded, self.model.text.trimmed(rollouts), self, seed, step)
 
-    def explore(self, base: Base, states: Restarts, count: int, keep: bool = True) -> Rollouts:
+    def explore(self, base: Base, states: Restarts, count: int) -> Rollouts:
         """`count` partial rollouts from every state, leaves [N, J x count, S] on the host, state by state.
 
         Args:
           base: what the states are of.
           states: where to restart.
           count: M.
-          keep: whether the KV caches of `base` can be used again; without, their memory is given back.
 
         Raises:
           ConfigError: the states are of other base trajectories.
@@ -186,13 +185,12 @@ class Explorer:
         rollouts, _ = self.engine.explore(
             self.model.params,
             placed,
-            base.caches,
             arrays,
             seed_key=draws.tokens,
             step=draws.step,
             rollouts=count,
             sampling=self.sampling,
-            keep=keep,
+            after=base.rollouts.length.shape[1],
         )
         rollouts = gather(rollouts)
         require_finite(rollouts, "exploration")

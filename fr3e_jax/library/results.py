@@ -8,7 +8,6 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from fr3e_jax.config import ConfigError
-from fr3e_jax.engine.caches import Caches
 from fr3e_jax.types import Queries, Rollouts, States
 
 SHOWN = 3  # rows of what a repr shows
@@ -28,7 +27,7 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Base:
-    """Base trajectories of queries, and the KV caches that exploration restarts from.
+    """Base trajectories of queries.
 
     seed, step: what they were drawn with.
     """
@@ -36,7 +35,6 @@ class Base:
     encoded: Encoded
     rollouts: Rollouts
     """Leaves [B, R, S], those of queries that are only padding included."""
-    caches: Caches
     engine: Any
     """The `Explorer` that sampled them."""
     seed: int

@@ -12,11 +12,11 @@ from fr3e_jax.algorithm.positions import PositionRule
 from fr3e_jax.algorithm.reject import trained_rows
 from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import ConfigError, ExploreConfig, check_options, rule_needs
-from fr3e_jax.engine.second_pass import needs_pass
 from fr3e_jax.learner.groups import collect
 from fr3e_jax.library.results import Answers, Base, Restarts, shaped
 from fr3e_jax.parallel.hosts import gather
-from fr3e_jax.step.stages import draws_of, find_states, keep, measure_trajectories
+from fr3e_jax.step.measures import kept_rows, measure_trajectories, needs_caches
+from fr3e_jax.step.stages import draws_of, find_states, keep
 from fr3e_jax.types import Rollouts, StateGroups
 
 
@@ -40,8 +40,7 @@ def states(
 
     Raises:
       ConfigError: a rule needs rewards and there are none, or their shape is another; or `count` or `min_gap`
-        is below 0; or the rule needs KV caches that are gone, or
-        pilot rollouts.
+        is below 0; or the rule needs pilot rollouts.
       RuleError: there is no rule of a name, or its function gives something else than it must.
     """
     check_options(ExploreConfig(positions=count, min_gap=min_gap))
@@ -61,15 +60,13 @@ def states(
     sampled, needs, model = place.place_rows(rollouts), rule_needs(rules), base.engine.model
     if "information" in needs:
         raise ConfigError("this rule needs rewards of pilot rollouts, which training alone samples")
-    if needs_pass(needs) and base.caches.base.key.is_deleted():
-        raise ConfigError(
-            "this rule needs a forward pass on the KV caches of the base trajectories, whose memory was "
-            "given back; call explore with keep=True"
-        )
-    measures = None
+    measures, caches = None, None
     if needs:
+        rows, placed = kept_rows(engine, rollouts, kept), place.place_rows(queries)
+        if needs_caches(needs):
+            caches = engine.prefill_trajectories(model.params, placed, rows)
         measures = measure_trajectories(
-            needs, engine, model.params, queries, base.caches, rollouts, kept, model.text
+            needs, engine, model.params, placed, rows, caches, rollouts, kept, model.text
         )
     found, _ = find_states(rules, engine, draws, queries, rollouts, kept, sampled, measures=measures)
     return Restarts(base, found)

@@ -1,9 +1,12 @@
 """Errors that say that memory is short, and the sizes of arrays on one device."""
 
 import math
+import os
 import re
 
 import jax
+
+SHARE_OF_HOST = 0.25  # of the memory of a machine without accelerators, for the KV caches of all its devices
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -13,6 +16,12 @@ def out_of_memory(error: BaseException) -> str | None:
         return text or "Python has none left"
     found = re.search(r"RESOURCE_EXHAUSTED:? *(.{0,160})|(std::bad_alloc)", text)
     return (found[1] or found[2] or "of a device") if found else None
+
+
+def share_of_host() -> int:
+    """Bytes that the KV caches of a device may take where devices have the memory of the host."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(SHARE_OF_HOST * memory) // jax.local_device_count()
 
 
 def bytes_on_device(array: jax.Array) -> int:

@@ -25,12 +25,6 @@ def last_power_of_two(count: int) -> int:
     return 1 << max(count, 1).bit_length() - 1
 
 
-def two_per_doubling(count: int) -> int:
-    """Round up to one of 2 sizes per doubling: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
-    power = next_power_of_two(count)
-    return power // 4 * 3 if power >= 4 and count <= power // 4 * 3 else power
-
-
 def eight_per_doubling(count: int, smallest: int) -> int:
     """Round up to one of 8 sizes per doubling, each a multiple of `smallest`, which is a power of 2."""
     return next_multiple(max(count, 1), max(smallest, last_power_of_two(count - 1) // 8))

@@ -6,11 +6,13 @@ training needs.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -24,6 +26,8 @@ from fr3e_jax.config import (
     check,
     updates_of,
 )
+from fr3e_jax.engine.budget import GB
+from fr3e_jax.engine.pages import sizes_for
 from fr3e_jax.engine.rollout import Engine, Watch
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.learner.make import learner_of
@@ -31,6 +35,7 @@ from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import DecoderConfig, Params, abstract_params
 from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.parallel.memory import share_of_host
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
 from fr3e_jax.pretrained.model import PlacedModel, UnplacedModel, open_model
 from fr3e_jax.pretrained.text import Text, load_text
@@ -38,8 +43,10 @@ from fr3e_jax.problems.corpus import Corpus, make_corpus
 from fr3e_jax.problems.stream import QueryStream, difficulty_of
 from fr3e_jax.rewards.pool import ScoringPool
 from fr3e_jax.rewards.verify import Verifier
-from fr3e_jax.run.queries import round_sizes
+from fr3e_jax.run.queries import fitting_sizes
 from fr3e_jax.types import StopTable
+
+FOR_CACHES = 0.9  # of a device's memory, less the weights, where nothing is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +70,42 @@ class Policy:
         return f"{dict(sampling.shape)}{updates}"
 
     def engine(
-        self, max_response: int, between: Callable[[], None] = lambda: None, watch: Watch = lambda *_: None
+        self,
+        max_response: int,
+        between: Callable[[], None] = lambda: None,
+        watch: Watch = lambda *_: None,
+        cache_bytes: int | None = None,
     ) -> Engine:
-        """What samples answers of at most `max_response` tokens; `between` and `watch` are the engine's."""
-        model, ends = self.model, self.end_tokens
-        return Engine(model.graph, model.sampling, max_response, ends, between, watch, self.stops)
+        """What samples answers of at most `max_response` tokens; the other arguments are the engine's."""
+        model, devices = self.model, self.model.sampling.mesh.devices.flat
+        if cache_bytes is None and devices[0] in jax.devices():
+            cache_bytes = self.memory_left()
+        return Engine(
+            model.graph,
+            model.sampling,
+            max_response,
+            self.end_tokens,
+            between,
+            watch,
+            self.stops,
+            sizes_for(devices[0].platform),
+            cache_bytes,
+        )
+
+    def memory_left(self) -> int | None:
+        """Count the bytes of a device that the weights leave for KV caches; None where that is not known."""
+        devices = jax.local_devices()
+        if devices[0].platform == "cpu":
+            return share_of_host()
+        limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+        placement, shapes = self.model.sampling, abstract_params(self.model.config)
+        local = jax.tree.map(
+            lambda x, at: math.prod(at.shard_shape(x.shape)),
+            shapes,
+            placement.shardings(self.model.axes, shapes),
+        )
+        weights = sum(jax.tree.leaves(local)) * jnp.dtype(self.dtype).itemsize
+        return max(int(FOR_CACHES * min(limits)) - weights, 0) if min(limits) else None
 
     def learner(
         self,
@@ -186,7 +224,13 @@ class Parts:
 
     def round_sizes(self, config: Config) -> tuple[int, ...]:
         """List the numbers of queries that a round of this run may have, ascending."""
-        return round_sizes(config.rollout, row_parts(self.engine.placement.mesh))
+        return fitting_sizes(config, self.engine, self.policy.model.config)
+
+
+def given_bytes(config: Config, *_: Any) -> int | None:
+    """`rollout.cache_gb` in bytes; None where it is `auto`."""
+    given = config.rollout.cache_gb
+    return None if given == "auto" else int(given * GB)
 
 
 def build(
@@ -195,6 +239,7 @@ def build(
     between: Callable[[], None] = lambda: None,
     watch: Watch = lambda *_: None,
     choose: Callable[[Config, DecoderConfig, Hosts], int | None] = lambda *_: None,
+    budget: Callable[[Config, DecoderConfig, Hosts], int | None] = given_bytes,
 ) -> Parts:
     """Check the configuration, and make the parts of its run.
 
@@ -205,6 +250,7 @@ def build(
       watch: told how far a decoding is.
       choose: returns mesh.update_tensor where the configuration leaves it open; None, as by default, is the
         layout of sampling.
+      budget: returns the most bytes of KV caches on a device; by default rollout.cache_gb if it is a number.
 
     Raises:
       ConfigError, PlacementError, CheckpointError: what cannot run.
@@ -215,15 +261,17 @@ def build(
     check(config, row_parts(hosts.mesh), model.config.context)
     if update_tensor is None and (chosen := choose(config, model.config, hosts)) is not None:
         model = model.place(hosts.mesh, chosen)
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, update_tensor=chosen))
     text = load_text(model.source, config.data.template, config.rollout.stop)
     if endless := text.endless():
         raise ConfigError(f"data.template {config.data.template}: {endless} (rollout.stop)")
     corpus = make_corpus(config.data, config.seed, text, config.rollout.max_prompt)
     hosts.require_same(corpus.checksum, "the problems of data.source")
     policy = policy_of(model, text, dtype)
-    engine = policy.engine(config.rollout.max_response, between, watch)
+    cache_bytes = budget(config, model.config, hosts)
+    engine = policy.engine(config.rollout.max_response, between, watch, cache_bytes)
     learner = policy.learner(config.loss, config.optimizer, updates_of(config))
-    smallest = round_sizes(config.rollout, row_parts(hosts.mesh))[0]
+    smallest = fitting_sizes(config, engine, model.config)[0]
     difficulty = difficulty_of(corpus, config.data, config.seed, smallest)
     problems = corpus.stream(config.seed)
     stream = QueryStream(problems, text, config.rollout.max_prompt, hosts, difficulty)

@@ -8,8 +8,14 @@ that every process has, so all processes ask the same queries.
 
 import dataclasses
 
-from fr3e_jax.config import Config, RolloutConfig
-from fr3e_jax.parallel.sizes import two_per_doubling_below
+from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
+from fr3e_jax.config import Config, ConfigError, RolloutConfig, rule_needs
+from fr3e_jax.engine.budget import GB, least_bytes
+from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.schedule import Room
+from fr3e_jax.models.decoder import DecoderConfig
+from fr3e_jax.parallel.mesh import row_parts
+from fr3e_jax.parallel.sizes import ceil_divide, next_power_of_two, two_per_doubling_below
 from fr3e_jax.run.saved import Progress
 
 FADING = 0.8  # weight of a step in the counts of accepted states, to that of the step after it
@@ -77,6 +83,59 @@ def round_sizes(rollout: RolloutConfig, parts: int) -> tuple[int, ...]:
     if rollout.queries != "auto":
         return (rollout.queries,)
     return tuple(parts * size for size in two_per_doubling_below(max(rollout.max_queries // parts, 1)))
+
+
+def least_cache(config: Config, engine: Engine, model: DecoderConfig, queries: int) -> int:
+    """Count the bytes on a device with which every branch of a round of so many queries ends.
+
+    Args:
+      config: resolved.
+      engine: of the run. model: its architecture.
+      queries: of the round.
+    """
+    rollout, explore = config.rollout, config.explore
+    per_part = queries // row_parts(engine.placement.mesh)
+    prompt, response = rollout.max_prompt, rollout.max_response
+    decodings = [(per_part, explore.rollouts, prompt)]
+    if explore.positions:
+        pair = explore.keep in ("first_of_each", "random_of_each")
+        kept = per_part * (min(2, rollout.base_trajectories) if pair else rollout.base_trajectories)
+        states = (explore.positions + 1) * explore.rollouts
+        decodings = [
+            (per_part, rollout.base_trajectories, prompt),
+            (next_power_of_two(kept), states, prompt + response),
+        ]
+        if "information" in rule_needs(explore):
+            pilots = CANDIDATES * explore.positions * len(PILOT_TOKENS) * explore.pilots
+            decodings.append((decodings[-1][0], pilots, prompt + response))
+    if config.evaluate.every:
+        decodings.append((ceil_divide(config.evaluate.rows, row_parts(engine.placement.mesh)), 1, prompt))
+    dtype = config.model.compute_dtype
+    return max(
+        least_bytes(model, engine.placement, Room(engine.sizes, n, c, response, 0), slots, dtype)
+        for n, c, slots in decodings
+    )
+
+
+def fitting_sizes(config: Config, engine: Engine, model: DecoderConfig) -> tuple[int, ...]:
+    """List the numbers of queries that a round may have, those whose KV caches fit.
+
+    Raises:
+      ConfigError: none does.
+    """
+    sizes = round_sizes(config.rollout, row_parts(engine.placement.mesh))
+    room = engine.cache_bytes
+    fitting = [n for n in sizes if room is None or least_cache(config, engine, model, n) <= room]
+    if fitting:
+        return tuple(fitting)
+    assert room is not None
+    least = least_cache(config, engine, model, sizes[0])
+    raise ConfigError(
+        f"the KV caches of a round of {sizes[0]} queries and of an evaluation take at least "
+        f"{least / GB:.2f} GB on each device, "
+        f"and rollout.cache_gb {config.rollout.cache_gb} gives {room / GB:.2f}; lower --rollout.queries, "
+        f"--evaluate.rows, --rollout.max_response or --explore.rollouts, or raise --rollout.cache_gb"
+    )
 
 
 def queries_for(states: float, per_query: float, sizes: tuple[int, ...], left: int | None = None) -> int:

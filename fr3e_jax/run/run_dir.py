@@ -41,6 +41,7 @@ RESUMABLE = {
     "model.export_dtype",
     "scoring.workers",
     "rollout.queries",
+    "rollout.cache_gb",
     "rollout.max_queries",
     "credit.max_rounds",
     "credit.short_batch",

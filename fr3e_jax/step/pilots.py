@@ -14,8 +14,8 @@ from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS, mutual_info
 from fr3e_jax.algorithm.success import solved
 from fr3e_jax.config import Config
 from fr3e_jax.cost import Cost, rollout_cost
-from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
+from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import Placement
@@ -30,7 +30,7 @@ class Judged:
     """A round after its base trajectories are judged and kept ones are chosen.
 
     queries, problems, base, kept: on the host. value: V(root) of the queries, where explore.adaptive. placed,
-    rollouts: queries and base trajectories as they lie on the devices. caches: KV caches of both.
+    rollouts: queries and base trajectories as they lie on the devices. caches: of the kept trajectories.
     """
 
     queries: Queries
@@ -40,7 +40,7 @@ class Judged:
     kept: Bool[np.ndarray, "B R"]
     placed: Queries
     rollouts: Rollouts
-    caches: Caches
+    caches: Segment
 
 
 def sample_pilots(
@@ -48,7 +48,7 @@ def sample_pilots(
 ) -> tuple[Float32[Array, "N S"], Cost]:
     """Stage 5 of the rule mutual_information: estimate what each candidate tells about the reward.
 
-    The caches of the base trajectories stay. Pilots are drawn with the keys of choices, so that no other
+    The caches of the kept trajectories stay. Pilots are drawn with the keys of choices, so that no other
     token depends on how many there are.
 
     Returns:
@@ -63,13 +63,13 @@ def sample_pilots(
         pilots, row_steps = engine.explore(
             params,
             judged.placed,
-            judged.caches,
             placed,
             seed_key=draws.choices,
             step=draws.step,
             rollouts=count * len(PILOT_TOKENS),
             sampling=sampling_of(config.rollout),
-            keep=True,
+            after=config.rollout.base_trajectories,
+            caches=judged.caches,
             ranks=tuple(rank for rank in PILOT_TOKENS for _ in range(count)),
         )
         pilots = gather(pilots)

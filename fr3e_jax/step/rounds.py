@@ -3,7 +3,7 @@
 A step samples rounds until enough states carry a gradient, then updates the policy. A round is:
 
   1. queries            B of them from the stream                       problems/stream
-  2. base trajectories  R whole answers to each; every token's entropy  engine/rollout.first_return
+  2. base trajectories  R whole answers to each; every token's entropy  engine/rollout.sample
   3. rewards            of the base trajectories                        rewards/verify
   4. kept trajectories  one correct, one wrong                          algorithm/keep
   5. positions          the K most uncertain tokens (one of the rules   algorithm/positions
@@ -28,10 +28,10 @@ from jaxtyping import Bool, Float32
 from fr3e_jax.algorithm.values import counted_states
 from fr3e_jax.config import Config, rule_needs
 from fr3e_jax.cost import Cost, rollout_cost, second_pass_flops
-from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner import groups
+from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.problems.difficulty import SuccessRates
@@ -40,6 +40,7 @@ from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.decisions import decision_metrics
 from fr3e_jax.step.measured import Measured, success_rates
+from fr3e_jax.step.measures import kept_rows, measure_trajectories, needs_caches
 from fr3e_jax.step.metrics import Metrics, cost_metrics, measure
 from fr3e_jax.step.pilots import Judged, sample_pilots
 from fr3e_jax.step.record import ForRecord, Recorder, position_statistic
@@ -50,7 +51,6 @@ from fr3e_jax.step.stages import (
     draws_of,
     find_states,
     keep,
-    measure_trajectories,
 )
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
@@ -119,14 +119,14 @@ def open_round(
         queries, problems, following = parts.stream.take(position, count, rates)
     placed = place(queries)
     with watch.stage("first_return"):
-        sampled, caches, row_steps = first_return(config, engine, params, draws, placed)
+        sampled, row_steps = first_return(config, engine, params, draws, placed)
         base = gather(sampled)
     require_finite(base, f"step {step}, base trajectories")
     costs = {"first_return": rollout_cost(model, queries, base, int(row_steps))}
     with watch.stage("verify"):
         base_rewards = verifier.base(base, problems, base_notes)
         base = parts.text.trimmed(base)
-    if caches is None:
+    if not config.explore.positions:
         return Round(
             queries, problems, base, None, roots(base), base, base_rewards, costs, following, None, kept_for
         )
@@ -134,13 +134,18 @@ def open_round(
         base_reward = base_rewards()
     index, placed_reward, counted = place((queries.index, base_reward, uncut(config, base)))
     kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at, counted))
-    measures, value = None, root_value(config, base, base_reward)
+    measures, caches, value = None, None, root_value(config, base, base_reward)
     if needs := rule_needs(config.explore):
         with watch.stage("positions"):
-            measures = measure_trajectories(needs, engine, params, queries, caches, base, kept, parts.text)
+            rows = kept_rows(engine, base, kept)
+            if needs_caches(needs):
+                caches = engine.prefill_trajectories(params, placed, rows)
+            measures = measure_trajectories(
+                needs, engine, params, placed, rows, caches, base, kept, parts.text
+            )
         flops = second_pass_flops(model, needs, queries.length, base.length, kept)
         costs["positions"] = {"flops": flops}
-        if "information" in needs:
+        if "information" in needs and caches is not None:
             judged = Judged(queries, problems, base, value, kept, placed, sampled, caches)
             information, costs["pilots"] = sample_pilots(config, parts, params, draws, judged, watch)
             measures = dataclasses.replace(measures, information=information)
@@ -148,7 +153,7 @@ def open_round(
         config.explore, engine, draws, queries, base, kept, sampled, value, measures
     )
     with watch.stage("explore"):
-        rollouts, row_steps = explore(config, engine, params, draws, placed, caches, placed_states)
+        rollouts, row_steps = explore(config, engine, params, draws, placed, placed_states, caches)
         rollouts = gather(rollouts)
     require_finite(rollouts, f"step {step}, partial rollouts")
     costs["explore"] = rollout_cost(model, queries, rollouts, int(row_steps), states)
@@ -239,19 +244,15 @@ def root_value(
 
 def first_return(
     config: Config, engine: Engine, params: Params, draws: Draws, queries: Queries
-) -> tuple[Rollouts, Caches | None, Array]:
+) -> tuple[Rollouts, Array]:
     """Stage 2: R whole answers per query, or M where no other are sampled; all on the devices.
 
     Returns:
-      (rollouts, their KV caches if there is to be exploration, rows decoded).
+      (rollouts, rows decoded).
     """
     explore, sampling = config.explore, sampling_of(config.rollout)
-    if explore.positions:
-        count = config.rollout.base_trajectories
-        return engine.first_return(params, queries, draws.tokens, draws.step, count, sampling)
-    count = explore.rollouts
-    rollouts, row_steps = engine.sample(params, queries, draws.tokens, draws.step, count, sampling)
-    return rollouts, None, row_steps
+    count = config.rollout.base_trajectories if explore.positions else explore.rollouts
+    return engine.sample(params, queries, draws.tokens, draws.step, count, sampling)
 
 
 def roots(base: Rollouts) -> States:
@@ -269,10 +270,13 @@ def explore(
     params: Params,
     draws: Draws,
     queries: Queries,
-    caches: Caches,
     states: States,
+    caches: Segment | None = None,
 ) -> tuple[Rollouts, Array]:
     """Stage 7: M rollouts from every valid state; all on the devices.
+
+    Args:
+      caches: of the trajectories; None: they are made.
 
     Returns:
       (rollouts, rows decoded).
@@ -280,10 +284,11 @@ def explore(
     return engine.explore(
         params,
         queries,
-        caches,
         states,
         seed_key=draws.tokens,
         step=draws.step,
         rollouts=config.explore.rollouts,
         sampling=sampling_of(config.rollout, config.explore.temperature),
+        after=config.rollout.base_trajectories,
+        caches=caches,
     )

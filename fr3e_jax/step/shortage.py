@@ -21,9 +21,9 @@ from fr3e_jax.run.storage import StorageError
 from fr3e_jax.step.machine import host_memory
 
 GIBIBYTE = 2**30
-KV_CACHE_AXES = 5  # layers, rows, heads, slots, size of a head; no parameter has so many
+KV_CACHE_AXES = (5, 7)  # of what branches share, and of pages; no parameter has so many
 LIKE_PARAMETERS = "copies or gradients"  # of parameters: the sampling copy, and what an update works on
-OPTIONS_OF_SAMPLING = ("rollout.queries",)
+OPTIONS_OF_SAMPLING = ("rollout.cache_gb", "rollout.queries")
 OPTIONS_OF_UPDATES = ("optimizer.micro_tokens", "optimizer.logit_chunk")
 
 
@@ -128,7 +128,7 @@ def arrays_alive(known: Mapping[str, Any]) -> dict[str, int]:
         if array.is_deleted() or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             continue
         other = LIKE_PARAMETERS if array.shape in shapes else "other arrays"
-        group = group_of.get(id(array), "KV caches" if array.ndim == KV_CACHE_AXES else other)
+        group = group_of.get(id(array), "KV caches" if array.ndim in KV_CACHE_AXES else other)
         sizes[group] += bytes_on_device(array)
     return {group: size for group, size in sizes.items() if size}
 

@@ -3,7 +3,6 @@
 Functions of algorithm/ with the settings of a run, compiled for the mesh. Each can be called alone.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -23,14 +22,10 @@ from fr3e_jax.algorithm.rules import function_of
 from fr3e_jax.algorithm.states import states_of
 from fr3e_jax.algorithm.trajectories import Measures, Trajectories
 from fr3e_jax.config import CreditConfig, ExploreConfig, with_functions
-from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import row_key
-from fr3e_jax.engine.second_pass import needs_pass, second_pass
-from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.pretrained.text import Text
 from fr3e_jax.types import AnyArray, Queries, Rollouts, States, pytree
 
 
@@ -92,43 +87,6 @@ def compiled_keep(
     """`keep` of rules that are functions."""
     keys = jax.vmap(row_key, (None, None, 0, None))(draws.choices, draws.step, query, 0)
     return keep_trajectories(base_reward, rules.keep, keys, success_at, counted)
-
-
-def measure_trajectories(
-    needs: tuple[str, ...],
-    engine: Engine,
-    params: Params,
-    queries: Queries,
-    caches: Caches,
-    base: Rollouts,
-    kept: Bool[np.ndarray, "B R"],
-    text: Text,
-) -> Measures:
-    """Find out what sampling has not recorded of kept trajectories, before stage 5.
-
-    Args:
-      needs: of the rule (`rule_needs`).
-      engine: what sampled the trajectories.
-      params: that they were sampled with.
-      queries, base: of the round, on the host; base trajectories have leaves [B, R, S].
-      caches: of the trajectories.
-      kept: which are explored.
-      text: tokenizer, for sentences.
-
-    Returns:
-      Measures on the devices, which lie as `find_states` lays trajectories out.
-    """
-    query, trajectory, real = engine.arrange(kept)
-    response, place = base.token[query, trajectory], engine.placement.place_rows
-    length = np.where(real, base.length[query, trajectory], 0).astype(np.int32)
-    measures = Measures()
-    if needs_pass(needs):
-        nothing = np.zeros((len(query), 1), np.int32)
-        rows = place(States(query, trajectory, response, nothing, nothing > 0))
-        measures = second_pass(engine, needs, params, place(queries), caches, rows, place(length))
-    if "sentence" in needs:
-        measures = dataclasses.replace(measures, sentence=place(text.sentence_starts(response, length)))
-    return jax.block_until_ready(measures)
 
 
 def find_states(
