@@ -1,6 +1,6 @@
 """Attention over a chain of segments, joined by log-sum-exp.
 
-A context is a chain of segments: the query, then the shared part of a response, then a branch's own tokens.
+A context is a chain of segments, such as a query with a response, and a branch's own tokens.
 Each segment is attended to in place; nothing is concatenated, so nothing is copied per branch.
 
 While tests run, what functions take and return is checked against the annotations. Fields of named tuples are

@@ -11,9 +11,10 @@ from support import TINY, placement, tiny_params
 from fr3e_jax.algorithm.credit import modulated_advantage
 from fr3e_jax.algorithm.loss import policy_loss
 from fr3e_jax.config import LossConfig
+from fr3e_jax.engine.pages import ON_CPU
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY, Sampling, draw, row_key
-from fr3e_jax.engine.seats import Leg, Seats, take_seats
+from fr3e_jax.engine.seats import Block, Leg, Seats, seats_of
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.decoder import graph_of
@@ -24,8 +25,8 @@ REWARD, VALID = jnp.ones((3, 2, 4)), jnp.ones((3, 2), bool)
 LOGPROB, MASK = jnp.ones((2, 5)), jnp.ones((2, 5), bool)
 QUERY, KEY = jnp.ones((5, 4, 8)), jnp.ones((2, 5, 8))
 NUMBERS = np.zeros(2, np.int32)
-RUNNING = np.ones((2, 1, 4), bool)
-RUNNING_SEATS = take_seats(RUNNING, 4)
+BLOCK = Block(np.full((2, ON_CPU.rows), -1, np.int32), np.zeros((2, ON_CPU.rows), np.int32), [0], 1)
+SEATS = seats_of([BLOCK], 1, 1, 1, 1, 4, ON_CPU)
 
 
 def loss(advantage=LOGPROB, mask=MASK):
@@ -45,7 +46,7 @@ def attend(key=KEY, real=MASK[0]):
         lambda: loss(advantage=LOGPROB[:, :1]),
         lambda: attend(),
         lambda: Queries(np.zeros((2, 7), np.int32), NUMBERS, NUMBERS),
-        lambda: take_seats(RUNNING, 4),
+        lambda: seats_of([BLOCK], 1, 1, 1, 1, 4, ON_CPU),
         lambda: draw(QUERY[0, 0], 0.5 * QUERY[0, 0, 0], GREEDY),
     ],
 )
@@ -67,10 +68,10 @@ def test_what_is_annotated_is_accepted(call):
         (lambda: attend(real=LOGPROB[0]), "real"),
         (lambda: Queries(np.zeros((3, 7), np.int32), NUMBERS, NUMBERS), "length"),
         (lambda: Queries(np.zeros((2, 7)), NUMBERS, NUMBERS), "token"),
-        (lambda: take_seats(RUNNING[0], 4), "running"),
+        (lambda: seats_of([BLOCK], 1.0, 1, 1, 1, 4, ON_CPU), "span"),
         (lambda: draw(QUERY[0], QUERY[0, 0, 0], GREEDY), "logits"),
         (lambda: row_key(jax.random.PRNGKey(0), 0, 0, 0), "seed_key"),
-        (lambda: Seats(RUNNING_SEATS.branch, *[RUNNING_SEATS.row] * 3), "group"),
+        (lambda: Seats(**vars(SEATS) | {"taken": SEATS.branch}), "taken"),
     ],
 )
 def test_a_wrong_shape_or_dtype_raises(call, argument):
@@ -105,13 +106,13 @@ def test_the_learner_checks_what_it_is_given():
         (lambda engine, queries: engine.arrange(np.ones((2, 3))), "kept"),
         (lambda engine, queries: engine.arrange(np.ones(3, bool)), "kept"),
         (
-            lambda engine, queries: engine.first_return(
+            lambda engine, queries: engine.sample(
                 tiny_params(), queries, jax.random.PRNGKey(0), 0, 2, Sampling()
             ),
             "seed_key",
         ),
         (
-            lambda engine, queries: engine.first_return(
+            lambda engine, queries: engine.sample(
                 tiny_params(), queries.token, jax.random.key(0), 0, 2, Sampling()
             ),
             "queries",
@@ -148,9 +149,9 @@ def test_a_tree_has_the_names_of_its_fields_and_is_the_same_after_a_round_trip()
 
 
 def test_static_fields_are_no_leaves_and_tell_programs_apart():
-    legs = [Leg(RUNNING_SEATS, None, until, 0, (4, 8), slots) for until, slots in ((3, 8), (5, 8), (5, 16))]
+    legs = [Leg(SEATS, 1, 0, until, 7, span) for until, span in ((3, 1), (5, 1), (5, 2))]
     leaves, structure = jax.tree.flatten(legs[0])
-    assert leaves[-2:] == [3, 0] and len(leaves) == 6
+    assert leaves[-4:] == [1, 0, 3, 7] and len(leaves) == len(jax.tree.leaves(SEATS)) + 4
     again = jax.tree.unflatten(structure, leaves)
-    assert (again.before, again.slots, again.rows) == ((4, 8), 8, 4)
+    assert (again.span, again.until, again.rows) == (1, 3, ON_CPU.rows)
     assert [jax.tree.structure(leg) == structure for leg in legs] == [True, True, False]

@@ -125,16 +125,16 @@ def is_cut(q, b, j, m):
 class CuttingEngine(WrittenEngine):
     """Cuts the first wrong base trajectory of each query, and some of the continuations."""
 
-    def first_return(self, *args):
+    def sample(self, *args):
         """Write base trajectories."""
-        rollouts, *rest = super().first_return(*args)
+        rollouts, *rest = super().sample(*args)
         stopped = np.ones(rollouts.length.shape, bool)
         stopped[:, 1] = False
         return dataclasses.replace(rollouts, stopped=self.placement.place_rows(stopped)), *rest
 
-    def explore(self, params, queries, caches, states, *, rollouts, **others):
+    def explore(self, params, queries, states, *, rollouts, **others):
         """Write continuations."""
-        own, *rest = super().explore(params, queries, caches, states, rollouts=rollouts, **others)
+        own, *rest = super().explore(params, queries, states, rollouts=rollouts, **others)
         n, j_count = states.valid.shape
         index, query, base = (np.asarray(x) for x in (queries.index, states.query, states.base))
         stopped = [

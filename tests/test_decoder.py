@@ -213,7 +213,7 @@ def rollouts(mesh):
     engine = Engine(GRAPH, sampling, MAX_NEW, ENDS)
     params = jax.device_put(PARAMS, sampling.shardings(AXES, PARAMS))
     queries = sampling.place_rows(QUERIES)
-    base, caches, row_steps = engine.first_return(params, queries, SEED_KEY, STEP, R, POLICY)
+    base, row_steps = engine.sample(params, queries, SEED_KEY, STEP, R, POLICY)
     base = jax.device_get(base)
     query, trajectory, real = engine.arrange(KEPT)
     length = base.length[query, trajectory]
@@ -225,8 +225,8 @@ def rollouts(mesh):
         prefix_length=prefix_length,
         valid=real[:, None] & (np.diff(prefix_length, axis=1, prepend=-1) > 0),
     )
-    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": M, "sampling": POLICY}
-    partial, _ = engine.explore(params, queries, caches, sampling.place_rows(states), **how)
+    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": M, "sampling": POLICY, "after": R}
+    partial, _ = engine.explore(params, queries, sampling.place_rows(states), **how)
     return base, int(row_steps), states, jax.device_get(partial)
 
 

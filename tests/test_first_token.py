@@ -54,7 +54,7 @@ def explored_on(*sizes):
     )
     q = place.place_rows(queries())
     # Their first token is from the query alone, and not hot.
-    base, caches, _ = engine.first_return(params, q, SEED_KEY, STEP, R, HEATED)
+    base, _ = engine.sample(params, q, SEED_KEY, STEP, R, HEATED)
     base = jax.device_get(base)
     query, trajectory = np.arange(B, dtype=np.int32), np.array([2, 1, 0, 1], np.int32)
     length = base.length[query, trajectory]
@@ -63,8 +63,10 @@ def explored_on(*sizes):
     few = np.array([3, 3, 2, 3], np.int32)  # the last rollout of the third trajectory's states is not drawn
     states = States(query, trajectory, base.token[query, trajectory], prefix_length, valid, few)
     how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": len(RANKS), "sampling": HEATED, "ranks": RANKS}
-    partial, _ = engine.explore(params, q, caches, place.place_rows(states), keep=True, **how)
-    again, _ = engine.explore(params, q, caches, place.place_rows(states), **how)
+    placed_states = place.place_rows(states)
+    caches = engine.prefill_trajectories(params, q, placed_states)
+    partial, _ = engine.explore(params, q, placed_states, after=R, caches=caches, **how)
+    again, _ = engine.explore(params, q, placed_states, after=R, caches=caches, **how)
     return base, states, *jax.device_get((partial, again))
 
 
@@ -123,7 +125,7 @@ def test_a_given_or_hot_first_token_goes_on_as_its_prefix_with_that_token_would(
         np.testing.assert_allclose(partial.logprob[at][:size], found, atol=1e-5)
         found = [sampled_logprob, *(rest.sampled_logprob if rest else [])]
         np.testing.assert_allclose(partial.sampled_logprob[at][:size], found, atol=1e-5)
-    # The caches that were kept are as they were.
+    # Exploration leaves the caches that it is given as they were.
     np.testing.assert_array_equal(again.token, partial.token)
 
 

@@ -20,6 +20,7 @@ from fr3e_jax.planning.compiled import requested_bytes
 from fr3e_jax.planning.hlo import Program
 from fr3e_jax.planning.hlo_collectives import group_of
 from fr3e_jax.planning.hlo_flops import valid_pairs
+from fr3e_jax.planning.program_costs import costs_by_loop, costs_of
 from fr3e_jax.planning.slices import GIB
 from fr3e_jax.types import Batch, Trunks
 
@@ -92,6 +93,41 @@ def test_a_loop_that_is_unrolled_counts_by_more_than_one():
     )
     assert Program(unrolled).flops() == 3 * 2 * 8 * 16 * 32  # from 1 to 6 by 2
     assert Program(unrolled.replace("constant(2)", "constant(1)")).flops() == 5 * 2 * 8 * 16 * 32
+
+
+def looping(name, end, body):
+    """A loop with a number of runs that is an argument, and a name."""
+
+    def run(x, n):
+        with jax.named_scope(name):
+            return jax.lax.fori_loop(0, n[end], lambda _, x: body(x, n), x)
+
+    return run
+
+
+def test_loops_that_end_when_data_say_so_are_counted_by_their_names():
+    """A product in each of two loops, in a loop over layers, in a loop: each costs what it costs."""
+    size, layers = 64, 3
+    inner = looping("inner", 0, lambda x, n: jnp.tanh(x @ x))
+    other = looping("other", 1, lambda x, n: jnp.tanh(x @ x[:, :8] @ x[:8]))
+
+    def over_layers(x, n):
+        return jax.lax.scan(lambda x, _: (other(inner(x, n), n), None), x, None, layers)[0]
+
+    lowered = jax.jit(looping("outer", 2, over_layers)).lower(jnp.zeros((size, size)), jnp.zeros(3, int))
+    program = Program(lowered.compile().as_text())
+    assert program.loops() == {"outer": (), "inner": ("outer",), "other": ("outer",)}
+    product, narrow = 2 * size**3, 2 * 2 * size**2 * 8
+    trips = {"outer": 2, "inner": 5, "other": 7}
+    assert program.flops(trips) == 2 * layers * (5 * product + 7 * narrow)
+    assert program.flops() == layers * (product + narrow)  # each once, where nothing is said
+    once, loops = costs_by_loop(program, placement(1, 1, 1).mesh)
+    assert once.flops == loops["outer"].flops == 0
+    assert (loops["inner"].flops, loops["other"].flops) == (layers * product, layers * narrow)
+    whole = costs_of(program, placement(1, 1, 1).mesh, trips)
+    assert whole.bytes == pytest.approx(
+        once.bytes + 2 * (loops["outer"].bytes + 5 * loops["inner"].bytes + 7 * loops["other"].bytes)
+    )
 
 
 def test_a_collective_that_is_spread_over_fusions_is_counted_once_a_round():

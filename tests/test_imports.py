@@ -27,7 +27,9 @@ ALLOWED = {
     "problems": set("config parallel pretrained rewards types".split()),
     "engine": set("algorithm models parallel types".split()),
     "learner": set("algorithm config models parallel types".split()),
-    "run": set("config engine learner models parallel pretrained problems progress rewards types".split()),
+    "run": set(
+        "algorithm config engine learner models parallel pretrained problems progress rewards types".split()
+    ),
     "step": set(
         "algorithm config cost engine learner models parallel pretrained problems rewards run types".split()
     ),

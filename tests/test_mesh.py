@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from support import TINY, placement
+from support import TINY, mesh_of, placement
 
 from fr3e_jax.models.decoder import abstract_params, logical_axes
 from fr3e_jax.models.presets import PRESETS
@@ -21,7 +21,7 @@ from fr3e_jax.parallel.mesh import (
 
 def test_a_dimension_that_does_not_divide_is_named_with_sizes_that_would():
     with pytest.raises(PlacementError, match=r"kv_heads \(2\).*tensor = 4.*1, 2"):
-        placement(2, 1, 4).shardings(logical_axes(TINY), abstract_params(TINY))
+        Placement(mesh_of(2, 1, 4)).shardings(logical_axes(TINY), abstract_params(TINY))
 
 
 def placed_shape(name, **sizes):

@@ -5,18 +5,13 @@ import json
 import math
 import subprocess
 
-import jax
 import numpy as np
 import pytest
 from environment import REPOSITORY
-from support import TINY, call, command, needs_compiler, placement, run, tiny_params
+from support import TINY, call, command, needs_compiler, placement, run
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, RolloutConfig
-from fr3e_jax.engine.rollout import Engine
-from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.models.decoder import graph_of, logical_axes
-from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.plan import PLANS, PlanConfig, model_of
 from fr3e_jax.planning.as_json import as_json
 from fr3e_jax.planning.compiled import CompiledProgram
@@ -29,28 +24,9 @@ from fr3e_jax.planning.slices import GIB, find_slice
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.times import Phase, Rates, Seconds
 from fr3e_jax.planning.topology import devices_of, mesh_on
-from fr3e_jax.planning.workload import Assumptions, Chunk, decode_of, lengths_of, workload_of
-from fr3e_jax.types import Queries
+from fr3e_jax.planning.workload import Assumptions, Chunk, lengths_of, workload_of
 
 # --- what a step does
-
-
-@pytest.mark.parametrize("max_new", [100, 400])
-def test_the_calls_of_a_decoding_are_those_of_the_engine(max_new):
-    """As many rows decoded, on lengths that the engine itself gave."""
-    config = dataclasses.replace(TINY, max_position_embeddings=1024)
-    at = placement(2, 1, 1, SAMPLING_TABLE)
-    engine = Engine(graph_of(config), at, max_new, (3,))
-    params = jax.device_put(
-        tiny_params(config, 2.0), at.shardings(logical_axes(config), tiny_params(config, 2.0))
-    )
-    queries = Queries(np.full((4, 4), 5, np.int32), np.full(4, 4, np.int32), np.arange(4, dtype=np.int32))
-    arguments = (params, at.place_rows(queries), jax.random.key(0), 0)
-    rollouts, row_steps = engine.sample(*arguments, 16, Sampling())
-    plan = decode_of(np.asarray(rollouts.length).reshape(2, 2, 16), max_new, compact=True)
-    assert plan.row_steps == int(row_steps)
-    assert plan.tokens == int(rollouts.length.sum())
-    assert len(plan.legs) > 2
 
 
 def test_answers_have_the_assumed_mean_before_they_are_cut():
@@ -68,9 +44,9 @@ def test_a_step_is_longer_and_larger_where_answers_are():
     short, long = (workload_of(CONFIG, 4, Assumptions(response=share)) for share in (0.1, 0.6))
     assert long.explore.tokens > 2 * short.explore.tokens
     assert long.real > 2 * short.real
-    assert long.explore.largest.cache > short.explore.largest.cache
+    assert long.explore.room == short.explore.room
     worst = workload_of(CONFIG, 4, Assumptions(), worst=True)
-    assert worst.explore.largest.cache > long.explore.largest.cache
+    assert worst.explore.room == long.explore.room
     assert worst.explore.tokens == worst.explore.lengths.size * CONFIG.rollout.max_response
 
 
@@ -132,7 +108,8 @@ def test_a_run_fits_up_to_what_is_kept_free(monkeypatch):
     assert fits.fits
     assert not short.fits
     assert short.missing == pytest.approx(GIB)
-    assert conclusion(fits)[-1].startswith(("fits: 0.0 GiB", "but if"))
+    assert any(line.startswith("fits: 0.0 GiB") for line in conclusion(fits))
+    assert conclusion(fits)[-1].startswith("so it does if all answers go to the limit")
     *_, verdict, alternative = conclusion(short)
     assert verdict.startswith(
         "does not fit, short by 1.0 GiB (update: chunk 2 x 64); the largest are temporaries"
@@ -298,13 +275,13 @@ def test_a_small_run_is_planned_from_end_to_end(topology, options):
 @pytest.mark.slow
 def test_a_run_that_is_too_large_is_done_so_with_exit_code_1():
     """Of a small model so many answers at a time that their caches are."""
-    queries = "16384"
-    done = run("plan", "--topology", "v5e-1", "--json", *SHORT, "--rollout.queries", queries)
+    sizes = "--rollout.queries", "8192", "--rollout.max_prompt", "200"
+    done = run("plan", "--topology", "v5e-1", "--json", *SHORT, *sizes)
     assert done.returncode == 1, done.stderr
     plan = json.loads(done.stdout)
     assert plan["fits"] is False
     assert plan["short_gib"] > 0
-    assert "--rollout.queries 8192" in plan["try"]
+    assert "--rollout.queries 4096" in plan["try"]
 
 
 @needs_compiler

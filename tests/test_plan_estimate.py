@@ -16,7 +16,6 @@ from fr3e_jax.plan import PLANS, model_of
 from fr3e_jax.planning import make, stages, topology
 from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.make import Question, compiled_plan, estimated_plan, may_be_peak, quick_plan
-from fr3e_jax.planning.model_sizes import ModelSizes
 from fr3e_jax.planning.slices import GIB, find_slice, other_slices
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.topology import devices_of, fits_torus, mesh_on, positions_in, splits
@@ -66,22 +65,33 @@ def test_the_forward_pass_before_the_update_is_planned():
 
 
 @pytest.mark.parametrize(
-    ("name", "rule", "gib", "tflop"),
-    [("qwen2.5_7b_v5e16", "gradient", 9.79, 51.2), ("qwen2.5_0.5b_v5e1", "attention", 7.31, 13.0)],
+    ("name", "rule", "queries", "gib", "tflop"),
+    [("qwen2.5_7b_v5e16", "gradient", 8, 9.26, 51.2), ("qwen2.5_0.5b_v5e1", "attention", 2, 6.66, 13.0)],
 )
-def test_the_pass_that_a_position_rule_needs_is_planned_near_what_was_compiled(name, rule, gib, tflop):
+def test_the_pass_that_a_position_rule_needs_is_planned_near_what_was_compiled(
+    name, rule, queries, gib, tflop
+):
     asks = asked(name)
+    rollout = dataclasses.replace(asks.config.rollout, queries=queries)
+    asks = dataclasses.replace(asks, config=dataclasses.replace(asks.config, rollout=rollout))
     config = dataclasses.replace(asks.config, explore=dataclasses.replace(asks.config.explore, rule=rule))
     plain, plan = quick_plan(asks), quick_plan(dataclasses.replace(asks, config=config))
-    (own,) = (stage for stage in plan.stages if stage.phase == "positions")
+    assert [x.program.name for x in plan.stages if x.phase == "positions"] == [
+        "prefill trajectories",
+        "second pass",
+    ]
+    own = next(stage for stage in plan.stages if stage.program.name == "second pass")
     assert 0.95 < gib / (own.total / GIB) < 1.05
     assert 0.95 < tflop / (own.program.once.flops / 1e12) < 1.05
     before, after = ({phase.name: phase.seconds.total for phase in one.phases} for one in (plain, plan))
-    assert 0 < after.pop("positions") == pytest.approx(plan.step_seconds - plain.step_seconds)
+    # Trajectories are prefilled in the phase that needs their caches first.
+    prefilled = before.pop("explore") - after.pop("explore")
+    assert 0 < prefilled < after["positions"]
+    assert after.pop("positions") - prefilled == pytest.approx(plan.step_seconds - plain.step_seconds)
     assert after == before
 
 
-def test_pilots_are_planned_with_the_caches_that_stay_meanwhile():
+def test_pilots_are_planned_with_the_caches_that_exploration_goes_on_with():
     """4 K candidates of 2 tokens and 2 pilots, where exploration has K + 1 states of 16 rollouts."""
     asks = asked("qwen2.5_7b_v5e16")
     explore = dataclasses.replace(asks.config.explore, rule="mutual_information", positions=4, pilots=2)
@@ -91,12 +101,18 @@ def test_pilots_are_planned_with_the_caches_that_stay_meanwhile():
     assert pilots.lengths.shape[2] == 4 * 4 * 2 * 2 and explored.lengths.shape[2] == 5 * 16
     plain = quick_plan(asks)
     assert plan.work.tokens - plain.work.tokens == plan.work.rounds * pilots.tokens
+    assert [x.program.name for x in plan.stages if x.phase == "positions"] == [
+        "prefill trajectories",
+        "open pilots",
+        "decode",
+    ]
     decodes = {stage.phase: stage for stage in plan.stages if stage.leg is not None}
-    held = decodes["positions"].held["base caches"]
-    assert "base caches" not in decodes["explore"].held
-    assert held == plain.work.first_return.legs[-1].size * ModelSizes(plain.setup).slot > 0
-    seconds = {phase.name: phase.seconds.total for phase in plan.phases}
-    assert seconds["positions"] == pytest.approx(plan.step_seconds - plain.step_seconds)
+    assert decodes["positions"].own["shared caches"] == decodes["explore"].own["shared caches"] > 0
+    # The first token of each pilot is a leg of its own.
+    assert pilots.legs[0].steps == 1 < explored.legs[0].steps
+    before, after = ({phase.name: phase.seconds.total for phase in one.phases} for one in (plain, plan))
+    more = after["positions"] + after["explore"] - before["explore"]
+    assert 0 < more == pytest.approx(plan.step_seconds - plain.step_seconds)
 
 
 @pytest.mark.parametrize("name", COMPILED)

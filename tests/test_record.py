@@ -137,13 +137,6 @@ def test_without_positions_the_base_trajectories_are_the_rollouts_of_the_bare_qu
     config, parts = written_run(
         explore=ExploreConfig(positions=0, rollouts=R), rollout=RolloutConfig(queries=B, max_prompt=4)
     )
-    engine = parts.engine
-
-    def sample(params, queries, key, step, count, sampling):
-        sampled, _, row_steps = engine.first_return(params, queries, key, step, count, sampling)
-        return sampled, row_steps
-
-    object.__setattr__(engine, "sample", sample)
     rows = recorded(tmp_path, config, parts).to_pylist()
     assert len(rows) == B * R
     for row in rows:

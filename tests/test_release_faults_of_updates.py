@@ -152,9 +152,9 @@ def test_a_round_that_is_surely_needed_samples_while_verdicts_are_found_and_chan
         class Engine(WrittenEngine):
             """Notes when base trajectories are sampled."""
 
-            def first_return(self, *args):
+            def sample(self, *args):
                 order.append("sample")
-                return super().first_return(*args)
+                return super().sample(*args)
 
         def judged(asked):
             judging = begin(asked)

@@ -36,7 +36,8 @@ SHORT = [
     MemoryError("Unable to allocate 9.31 TiB for an array with shape (99, 99)"),
     MemoryError(),
 ]
-PARAMETERS, CACHE = (3, 5, 8), (2, 8, 1, 7, 3)  # shapes that no other test has
+# Shapes that no other test has: of parameters, of what branches share, and of pages.
+PARAMETERS, CACHE, PAGES = (3, 5, 8), (2, 8, 1, 7, 3), (2, 5, 8, 1, 3, 7, 3)
 
 
 @pytest.fixture
@@ -64,16 +65,20 @@ def raised_in(error, *places):
 @pytest.mark.parametrize(
     ("places", "where", "lower"),
     [
-        (("train", "step 3", "first_return"), "first return of step 3", "rollout.queries (32)"),
-        (("train", "step 3", "explore"), "exploration of step 3", "rollout.queries (32)"),
+        (("train", "step 3", "first_return"), "first return of step 3", "rollout.cache_gb (auto), rollout.q"),
+        (("train", "step 3", "explore"), "exploration of step 3", "rollout.cache_gb (auto), rollout.q"),
         (
             ("step 7", "update"),
             "the update of step 7",
             "optimizer.micro_tokens (8192), optimizer.l",
         ),
         (("train", "an evaluation"), "the evaluation", "evaluate.rows (256)"),
-        (("train", "step 3"), "the work between stages of step 3", "rollout.queries (32), optimizer.micro"),
-        (("train", "a save"), "a save", "rollout.queries (32), optimizer.micro"),
+        (
+            ("train", "step 3"),
+            "the work between stages of step 3",
+            "rollout.cache_gb (auto), rollout.queries (32), optimizer.micro",
+        ),
+        (("train", "a save"), "a save", "rollout.cache_gb (auto), rollout.queries (32), optimizer.micro"),
     ],
 )
 def test_the_message_names_the_stage_and_what_to_lower_as_it_is_set(told, error, places, where, lower):
@@ -91,7 +96,7 @@ def test_the_message_names_the_stage_and_what_to_lower_as_it_is_set(told, error,
 
 def test_where_queries_are_auto_their_bound_is_what_to_lower(told):
     error = raised_in(MemoryError(), "step 1", "explore")
-    with pytest.raises(OutOfMemoryError, match=r"lower rollout\.max_queries \(64\), or spread"):
+    with pytest.raises(OutOfMemoryError, match=r"\(auto\), rollout\.max_queries \(64\), or spread"):
         told(error, changed(Config(), rollout__queries="auto"))
 
 
@@ -117,6 +122,7 @@ def test_arrays_are_counted_by_what_they_are_on_one_device(told):
     known = {"parameters": params, "optimizer": optimizer}
     copy = jax.device_put(jnp.zeros(PARAMETERS, jnp.bfloat16), rows.sharding())
     caches = [rows.place(np.zeros(CACHE, np.float32), None, "batch") for _ in range(2)]
+    caches.append(rows.place(np.zeros(PAGES, np.float32), None, None, "batch"))
     other = rows.place(np.zeros((16, 9), np.int32), "batch")
     after = arrays_alive(known)
     grown = {name: size - before.get(name, 0) for name, size in after.items() if name != "other arrays"}
@@ -124,7 +130,7 @@ def test_arrays_are_counted_by_what_they_are_on_one_device(told):
         "parameters": 3 * 5 * 8 // 8 * 4,
         "optimizer": 3 * 5 * 8 // 8 * 4 + 4,
         "copies or gradients": 3 * 5 * 8 * 2,
-        "KV caches": 2 * 2 * 7 * 3 * 4,
+        "KV caches": (2 * 2 * 7 * 3 + 2 * 5 * 3 * 7 * 3) * 4,
     }
     assert after["other arrays"] - before.get("other arrays", 0) == 2 * 9 * 4
     caches[0].delete()  # as exploration does
@@ -200,7 +206,7 @@ def fails_once(monkeypatch, owner, name, at):
 def test_a_run_without_a_checkpoint_ends_with_the_message(tmp_path, monkeypatch):
     """Before anything is compiled for it; the log has the message too."""
     monkeypatch.setattr("fr3e_jax.train.evaluate_held_out", lambda *_: {})
-    fails_once(monkeypatch, Engine, "first_return", 1)
+    fails_once(monkeypatch, Engine, "sample", 1)
     ended = call("train", *SMALL, "--run_dir", tmp_path / "run")
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith(
@@ -208,7 +214,7 @@ def test_a_run_without_a_checkpoint_ends_with_the_message(tmp_path, monkeypatch)
         "return of step 1; alive were, GiB of a device: parameters 0.0"
     )
     assert ", optimizer 0.0" in ended.stderr and ", copies or gradients 0.0" in ended.stderr
-    assert "lower rollout.queries (8), or" in ended.stderr
+    assert "lower rollout.cache_gb (auto), rollout.queries (8), or" in ended.stderr
     assert f"no step is saved in {tmp_path / 'run'}, so that the same command begins it anew" in ended.stderr
     assert "for first return of step 1" in (tmp_path / "run" / "log.txt").read_text()
 

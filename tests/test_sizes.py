@@ -9,7 +9,6 @@ from fr3e_jax.parallel.sizes import (
     last_power_of_two,
     next_multiple,
     next_power_of_two,
-    two_per_doubling,
 )
 
 POWERS = [2**i for i in range(40)]
@@ -33,17 +32,7 @@ def test_powers_of_two_enclose_the_count(count):
 
 
 def test_nothing_has_a_size_too():
-    assert [next_power_of_two(0), last_power_of_two(0), two_per_doubling(0), eight_per_doubling(0, 32)] == [
-        1,
-        1,
-        1,
-        32,
-    ]
-
-
-def test_two_sizes_per_doubling():
-    sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384]
-    assert [two_per_doubling(count) for count in range(1, 300)] == [least(sizes, n) for n in range(1, 300)]
+    assert [next_power_of_two(0), last_power_of_two(0), eight_per_doubling(0, 32)] == [1, 1, 32]
 
 
 def test_eight_sizes_per_doubling_from_where_they_are_multiples_of_the_smallest():

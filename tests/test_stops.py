@@ -139,11 +139,10 @@ def sampled(letters, mesh, stops, states=None):
     token = np.random.default_rng(0).integers(0, END, (2, 4)).astype(np.int32)
     queries = place.place_rows(Queries(token, np.full(2, 4, np.int32), np.arange(2, dtype=np.int32)))
     key, params, policy = jax.random.key(2), tiny_params(scale=1.0), Sampling()
-    rollouts, caches, _ = engine.first_return(params, queries, key, 0, 32, policy)
     if states is None:
-        return jax.device_get(rollouts)
-    how = {"seed_key": key, "step": 0, "rollouts": 32, "sampling": policy}
-    return jax.device_get(engine.explore(params, queries, caches, place.place_rows(states), **how)[0])
+        return jax.device_get(engine.sample(params, queries, key, 0, 32, policy)[0])
+    how = {"seed_key": key, "step": 0, "rollouts": 32, "sampling": policy, "after": 32}
+    return jax.device_get(engine.explore(params, queries, place.place_rows(states), **how)[0])
 
 
 def text_of(letters, tokens):

@@ -31,7 +31,7 @@ def config_of(vocabulary):
         "num_hidden_layers": 1,
         "max_position_embeddings": 64,
     }
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1}  # which divide by all meshes
     return dataclasses.replace(TINY, vocab_size=vocabulary, **sizes, **heads)
 
 
@@ -138,15 +138,15 @@ def test_first_return_and_explore(vocabulary, mesh):
     engine, params = engine_on(vocabulary, mesh)
     queries = queries_of(mesh[0], vocabulary)
     placed = engine.placement.place_rows(queries)
-    base, caches, _ = engine.first_return(params, placed, SEED_KEY, STEP, 1, Sampling())
+    base, _ = engine.sample(params, placed, SEED_KEY, STEP, 1, Sampling())
     base = jax.device_get(base)
     check(vocabulary, queries, base)
     query, trajectory, real = engine.arrange(np.ones((mesh[0], 1), bool))
     response, prefix = base.token[query, trajectory], np.full((len(query), 1), 2, np.int32)
     states = States(query, trajectory, response, prefix, real[:, None])
     placed_states = engine.placement.place_rows(states)
-    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": 1, "sampling": Sampling()}
-    rollouts = jax.device_get(engine.explore(params, placed, caches, placed_states, **how)[0])
+    how = {"seed_key": SEED_KEY, "step": STEP, "rollouts": 1, "sampling": Sampling(), "after": 1}
+    rollouts = jax.device_get(engine.explore(params, placed, placed_states, **how)[0])
     for n in np.flatnonzero(real):
         assert rollouts.length[n, 0] == 1
         position = queries.length[query[n]] - 1 + 2

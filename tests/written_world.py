@@ -20,7 +20,6 @@ from fr3e_jax.config import (
     OptimizerConfig,
     RolloutConfig,
 )
-from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner.layout import bundles_of
 from fr3e_jax.learner.state import TrainState
@@ -40,7 +39,6 @@ B, R, K, M, P, S = 3, 4, 2, 4, 4, 12
 J = K + 1
 QUERIES = 9  # of the written world
 ON_MESH = placement(data=3)  # each query of a round lies on a device of its own
-CACHES = object.__new__(Caches)  # that nothing is read from: continuations are written, too
 
 
 # Query q has R base trajectories, of which 0 is right and the others are wrong.
@@ -106,8 +104,8 @@ def rollouts_of(token, length, entropy=None):
 class WrittenEngine(Engine):
     """Writes what a model would sample, where the engine itself leaves it: on the devices of its mesh."""
 
-    def first_return(self, params, queries, seed_key, step, count, sampling):
-        """Write base trajectories; the caches are empty."""
+    def sample(self, params, queries, seed_key, step, count, sampling):
+        """Write base trajectories."""
         index = gather(queries.index)
         token = [[[base_id(q, b, t) for t in range(S)] for b in range(count)] for q in index]
         entropy = np.full((len(index), count, S), 0.1, np.float32)
@@ -115,7 +113,7 @@ class WrittenEngine(Engine):
             for b in range(count):
                 entropy[i, b, PEAKS[q, b]] = 2.0
         entropy[..., 0] = 9.0  # the most uncertain token of all is the first, which is no position
-        return self.placed(rollouts_of(token, BASE_LENGTH[index], entropy), CACHES)
+        return self.placed(rollouts_of(token, BASE_LENGTH[index], entropy))
 
     def arrange(self, kept):
         """Lay trajectories out as the engine does, with as much padding again in each part of the mesh."""
@@ -124,7 +122,7 @@ class WrittenEngine(Engine):
         doubled = (query, query), (trajectory, 0 * trajectory), (real, np.zeros_like(real))
         return tuple(np.concatenate(both, axis=1).reshape(-1) for both in doubled)
 
-    def explore(self, params, queries, caches, states, *, rollouts, **others):
+    def explore(self, params, queries, states, *, rollouts, **others):
         """Write continuations that say which state they were started from."""
         queries, states = gather((queries, states))
         n, j_count = states.valid.shape
@@ -138,10 +136,10 @@ class WrittenEngine(Engine):
                 length[i, j * rollouts + m] = own_length(q, b, j, m)
         return self.placed(rollouts_of(token, length))
 
-    def placed(self, rollouts, *caches):
+    def placed(self, rollouts):
         """Put rollouts on the mesh, and count the rows decoded, had none idled."""
         row_steps = self.placement.place(np.int32(rollouts.token.size))
-        return self.placement.place_rows(rollouts), *caches, row_steps
+        return self.placement.place_rows(rollouts), row_steps
 
 
 def reward_of(response, answer):

@@ -13,6 +13,7 @@ from fr3e_jax.bench.adaptive import measure_adaptive
 from fr3e_jax.bench.load import measure_loading
 from fr3e_jax.bench.record import measure_recording
 from fr3e_jax.bench.rollout import rollout
+from fr3e_jax.bench.rounds import measure_rounds
 from fr3e_jax.bench.score import measure_scoring
 from fr3e_jax.bench.update import update
 from fr3e_jax.cli import ending_in_one_line, plain_error
@@ -27,6 +28,7 @@ BENCHMARK_FUNCTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "load": measure_loading,
     "record": measure_recording,
     "rollout": rollout,
+    "round": measure_rounds,
     "score": measure_scoring,
     "update": update,
 }

@@ -11,13 +11,15 @@ from flax import nnx
 
 from fr3e_jax.bench.table import TINY, hugging_face_model
 from fr3e_jax.engine.branches import Branches, Decoding
+from fr3e_jax.engine.budget import context_bytes, page_bytes
 from fr3e_jax.engine.rollout import Engine, last
 from fr3e_jax.engine.sampler import Sampling, branch_keys
+from fr3e_jax.engine.schedule import Room
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import DecoderConfig, Params
 from fr3e_jax.parallel.mesh import make_mesh
 from fr3e_jax.run.build import policy_of_shape
-from fr3e_jax.types import Queries
+from fr3e_jax.types import Queries, States
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +50,43 @@ def opening(engine: Engine) -> Callable[[Params, Branches], Decoding]:
 
     @jax.jit
     def start(params: Params, branches: Branches) -> Decoding:
-        return engine.start(nnx.merge(engine.graph, params), branches)
+        return engine.start(nnx.merge(engine.graph, params), branches, branches.context.key.shape[3])
 
     return start
 
 
+def with_pages(engine: Engine, model: DecoderConfig, branches: Branches, tokens: float) -> Engine:
+    """Let an engine have pages for so many tokens, beside what branches share."""
+    (n, c), slots = branches.token.shape, branches.context.key.shape[3]
+    room, dtype = Room(engine.sizes, n, c, engine.max_new, 0), branches.context.key.dtype
+    pages = int(tokens / (engine.sizes.rows * engine.sizes.slots))
+    shared = context_bytes(model, engine.placement, room, slots, dtype)
+    page = page_bytes(model, engine.placement, room, dtype)
+    return dataclasses.replace(engine, cache_bytes=shared + (max(pages, room.most) + 1) * page)
+
+
 def exploring(exploration: Exploration, params: Params) -> Callable[[], Any]:
-    """Make the side that explores, from caches of random numbers, which cost the same as others."""
+    """Make the side that explores: it prefills the trajectory, and decodes from its states."""
     model, engine = exploration.model, engine_of(exploration.model, exploration.new)
     prefix = exploration.prefix_length[None]
     branches = branches_of(
         model, exploration.prompt, exploration.response, prefix, np.full_like(prefix, exploration.new)
     )
-    start = opening(engine)
+    start, rng = opening(engine), np.random.default_rng(0)
+    token = rng.integers(2, model.vocab_size, (1, exploration.prompt + exploration.response)).astype(np.int32)
+    query, response = token[:, : exploration.prompt], token[:, exploration.prompt :]
+    none = np.zeros((1, 1), np.int32)
+    trajectory = engine.placement.place_rows(
+        (
+            Queries(query, np.full(1, exploration.prompt, np.int32), none[0]),
+            States(none[0], none[0], response, none, none == 0),
+        )
+    )
 
     def side() -> None:
-        decoding = last(engine.decode(params, branches, start(params, branches), Sampling()))
+        caches = engine.prefill_trajectories(params, *trajectory)
+        opened = dataclasses.replace(branches, context=caches._replace(length=branches.position))
+        decoding = last(engine.decode(params, opened, start(params, opened), Sampling()))
         assert int(decoding.rollouts.length.min()) == exploration.new
 
     return side
@@ -82,16 +105,15 @@ def branches_of(
     """
     rng = np.random.default_rng(0)
 
-    def segment(slots: int, length: Any) -> Segment:
-        sizes = (model.num_hidden_layers, len(prefix), model.num_key_value_heads, slots, model.head_dim)
-        key, value = (jnp.asarray(rng.standard_normal(sizes, np.float32)) for _ in range(2))
-        return Segment(key, value, jnp.asarray(np.broadcast_to(length, prefix.shape), jnp.int32))
-
+    slots = prompt + response
+    sizes = (model.num_hidden_layers, len(prefix), model.num_key_value_heads, slots, model.head_dim)
+    key, value = (jnp.asarray(rng.standard_normal(sizes, np.float32)) for _ in range(2))
+    position = jnp.asarray(prompt - 1 + prefix, jnp.int32)
     number = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
     return Branches(
         token=jnp.zeros(prefix.shape, jnp.int32),
-        position=jnp.asarray(prompt - 1 + prefix, jnp.int32),
-        context=(segment(prompt, prompt - 1), segment(response, prefix)),
+        position=position,
+        context=Segment(key, value, position),
         limit=jnp.asarray(limit, jnp.int32),
         key=branch_keys(jax.random.key(0), 0, jnp.arange(len(prefix)), number),
     )

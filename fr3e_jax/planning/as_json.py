@@ -28,7 +28,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "estimated": plan.estimated,
         "fits": plan.fits,
         "short_gib": gib(max(plan.missing, 0.0)),
-        "longest_answers_short_gib": gib(max(plan.longest_missing(), 0.0)),
         "available_gib": gib(plan.available),
         "installed_gib": gib(plan.slice.chip.installed),
         "reserve_gib": gib(RESERVE),

@@ -3,13 +3,14 @@
 import dataclasses
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from fr3e_jax.planning.hlo import Program
-from fr3e_jax.planning.program_costs import Costs, costs_of
+from fr3e_jax.planning.program_costs import Costs, costs_by_loop
 from fr3e_jax.planning.setup import abstract
 
 
@@ -18,10 +19,11 @@ class CompiledProgram:
     """Memory and costs of a program, compiled or estimated. Bytes are those of one chip.
 
     arguments, results: bytes of arrays that go in and come out. aliased: bytes of results that take the place
-    of arguments. temporary: bytes beside these, code included. once: costs of a run without its loop over
-    tokens; each: costs of one round of that loop. seconds: that compiling took. refusal: XLA's message if the
-    program alone is too large, else None; then results and costs are not known, and `temporary` is all that
-    XLA asked for beside the arguments. estimated: whether the numbers are arithmetic, not XLA's.
+    of arguments. temporary: bytes beside these, code included. once: costs of a run without its named loops;
+    loops: costs of one run of the body of each, without the named loops in it. seconds: that compiling took.
+    refusal: XLA's message if the program alone is too large, else None; then results and costs are not known,
+    and `temporary` is all that XLA asked for beside the arguments. estimated: whether the numbers are
+    arithmetic, not XLA's.
     """
 
     name: str
@@ -30,10 +32,15 @@ class CompiledProgram:
     aliased: int = 0
     temporary: int = 0
     once: Costs = dataclasses.field(default_factory=Costs)
-    each: Costs = dataclasses.field(default_factory=Costs)
+    loops: Mapping[str, Costs] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     refusal: str | None = None
     estimated: bool = False
+
+    @property
+    def each(self) -> Costs:
+        """Costs of a run in which every loop runs once, its named loops' alone."""
+        return sum(self.loops.values(), Costs())
 
     @property
     def peak(self) -> int:
@@ -61,9 +68,7 @@ def compile_program(name: str, lowered: Any, mesh: Mesh) -> tuple[CompiledProgra
         return CompiledProgram(name, temporary=wanted, seconds=seconds, refusal=message), None
     seconds, text, memory = time.perf_counter() - started, executable.as_text(), executable.memory_analysis()
     assert text is not None and memory is not None
-    program = Program(text)
-    once = costs_of(program, mesh, 0)
-    each = costs_of(program, mesh, 1) + once.times(-1)
+    once, loops = costs_by_loop(Program(text), mesh)
     results = jax.tree.map(
         lambda x, sharding: abstract(x.shape, x.dtype, sharding),
         lowered.out_info,
@@ -76,7 +81,7 @@ def compile_program(name: str, lowered: Any, mesh: Mesh) -> tuple[CompiledProgra
         aliased=memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         once=once,
-        each=each,
+        loops=loops,
         seconds=seconds,
     )
     return compiled, results

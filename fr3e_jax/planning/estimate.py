@@ -1,17 +1,20 @@
 """The programs of a step by arithmetic instead of compilation: memory, FLOPs and traffic in seconds.
 
 Exact are the bytes of parameters, moments, gradient, their copies, and KV caches. Temporaries are what the
-algorithm itself needs beside them: logits, activations that the backward pass reads, gathered weights, a
-cache while it moves. Left out are the buffers that XLA adds (layout changes, padding to tiles, code), reading
-and writing of activations in main memory while decoding, and collectives other than those of weights,
-gradients and activations. Compiled plans say how far that is off: see planning/README.md.
+algorithm itself needs beside them: logits, activations that the backward pass reads, gathered weights, the
+caches of a prefill while they are turned around. Left out are the buffers that XLA adds (layout changes,
+padding to tiles, code), reading and writing of activations in main memory while decoding, and collectives
+other than those of weights, gradients and activations. Compiled plans say how far that is off: see
+planning/README.md.
 """
 
-from fr3e_jax.engine.seats import Leg
+from fr3e_jax.engine.caches import PREFILL_TOKENS
+from fr3e_jax.engine.seats import strip_size
+from fr3e_jax.planning.decodes import Decode
 from fr3e_jax.planning.model_sizes import ModelSizes
 from fr3e_jax.planning.position_programs import estimated_second_pass, pass_needs
 from fr3e_jax.planning.program_costs import Costs
-from fr3e_jax.planning.rollout_programs import decode_name, legs_to_compile
+from fr3e_jax.planning.rollout_programs import prefill_phase
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.stages import Stage, stage_of, state_bytes, without
 from fr3e_jax.planning.update_programs import FORWARD, typical_chunk
@@ -24,16 +27,17 @@ def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
     stages = [
         cast_stage(sizes, always),
         prefill_stage(sizes, work, always),
-        decode_stage(sizes, work, "first return", "decode", work.first_return.largest, always),
+        decode_stage(sizes, "first return", work.first_return, always),
     ]
     if work.explore is not None:
+        stages.append(prefill_trajectories_stage(sizes, work, always))
         if pass_needs(setup.config.explore):
             stages.append(estimated_second_pass(sizes, work, always))
-        held = {**always, "queries' caches": sizes.query_cache}
         if work.pilots is not None:
-            base = {"base caches": sizes.slot * work.first_return.legs[-1].size}
-            stages.extend(restart_stages(sizes, work, "positions", "open pilots", always, held | base))
-        stages.extend(restart_stages(sizes, work, "explore", "open states", always, held))
+            stages.append(open_states_stage(sizes, "positions", "open pilots", work.pilots, always))
+            stages.append(decode_stage(sizes, "positions", work.pilots, always))
+        stages.append(open_states_stage(sizes, "explore", "open states", work.explore, always))
+        stages.append(decode_stage(sizes, "explore", work.explore, always))
     return [*stages, *update_stages(ModelSizes(setup.update), work, always)]
 
 
@@ -59,101 +63,103 @@ def cast_stage(sizes: ModelSizes, always: dict[str, int]) -> Stage:
 
 
 def prefill_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> Stage:
-    """The prefill of the queries, with the empty caches of their branches."""
-    tokens = sizes.queries * sizes.setup.config.rollout.max_prompt
-    first = work.first_return.legs[0]
-    opened = sizes.query_cache + sizes.slot * first.size + sizes.rollouts(first.rows)
-    pairs = tokens * sizes.setup.config.rollout.max_prompt / 2
+    """The prefill of the queries, with the empty pages of their branches."""
+    width, first = sizes.setup.config.rollout.max_prompt, work.first_return
+    opened = sizes.query_cache + opened_bytes(sizes, first)
     return stage_of(
         "first return",
         "prefill",
         always,
         {"sampling copy": sizes.sampling_copy},
         results=opened,
-        temporary=sizes.activations(tokens),
-        once=Costs(
-            sizes.flops(tokens, pairs, 0),
-            sizes.sampling_copy + opened,
-            sizes.reductions(tokens, 1),
-            sizes.calls(1) if sizes.tensor > 1 else 0.0,
-        ),
+        temporary=prefill_temporary(sizes, sizes.queries, width, sizes.query_cache),
+        once=prefill_costs(sizes, sizes.queries, width, opened),
     )
 
 
-def restart_stages(
-    sizes: ModelSizes, work: Workload, phase: str, opening: str, always: dict[str, int], held: dict[str, int]
-) -> list[Stage]:
-    """The opening of branches from states, and their decoding.
+def prefill_trajectories_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> Stage:
+    """The prefill of the kept trajectories."""
+    assert work.explore is not None
+    count, width = work.trajectories, work.explore.slots
+    caches = sizes.setup.context_bytes(count, width)
+    return stage_of(
+        prefill_phase(sizes.setup.config.explore, work),
+        "prefill trajectories",
+        always,
+        {"sampling copy": sizes.sampling_copy},
+        results=caches,
+        temporary=prefill_temporary(sizes, count, width, caches),
+        once=prefill_costs(sizes, count, width, caches),
+    )
 
-    Args:
-      opening: name of the program that opens them.
-      held: bytes on a chip that are in use while they are decoded and are not arguments.
-    """
-    stages = [open_states_stage(sizes, work, phase, opening, always)]
-    for leg in legs_to_compile(work.decoding_of(phase)):
-        stages.append(decode_stage(sizes, work, phase, decode_name(leg), leg, held))
-    return stages
+
+def prefill_temporary(sizes: ModelSizes, count: int, width: int, caches: int) -> float:
+    """Bytes that the prefill of some sequences needs beside its results, which are turned around."""
+    return sizes.activations(width * together(count, width)) + caches
+
+
+def together(count: int, width: int) -> int:
+    """Sequences that are prefilled at a time, of `count` of so many tokens."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * width <= PREFILL_TOKENS))
+
+
+def prefill_costs(sizes: ModelSizes, count: int, width: int, results: int) -> Costs:
+    """Costs of the prefill of some sequences."""
+    tokens, runs = count * width, count // together(count, width)
+    moved = runs * sizes.sampling_copy + 3.0 * results
+    calls = sizes.calls(runs) if sizes.tensor > 1 else 0.0
+    return Costs(sizes.flops(tokens, tokens * width / 2, 0), moved, sizes.reductions(tokens, 1), calls)
+
+
+def opened_bytes(sizes: ModelSizes, decode: Decode) -> int:
+    """Pages and rollouts of a decoding."""
+    return decode.room.pages * sizes.setup.page_bytes(decode.room) + sizes.rollouts(decode.lengths[0].size)
 
 
 def open_states_stage(
-    sizes: ModelSizes, work: Workload, phase: str, opening: str, always: dict[str, int]
+    sizes: ModelSizes, phase: str, opening: str, decode: Decode, always: dict[str, int]
 ) -> Stage:
-    """The opening of branches from states: caches of kept trajectories are taken out, and empty ones made."""
-    decode = work.decoding_of(phase)
-    opened = shared_cache(sizes, work, phase) + sizes.slot * decode.legs[0].size
-    opened += sizes.rollouts(decode.lengths[0].size)
-    last = work.first_return.legs[-1]
-    base = sizes.slot * last.size
+    """The opening of branches from states: empty pages are made. opening: name of the program."""
+    opened = opened_bytes(sizes, decode)
+    shared = sizes.setup.context_bytes(decode.room.n, decode.slots)
     return stage_of(
         phase,
         opening,
         always,
-        {"sampling copy": sizes.sampling_copy, "shared caches": sizes.query_cache + base},
+        {"sampling copy": sizes.sampling_copy, "shared caches": shared},
         results=opened,
-        once=Costs(bytes=2.0 * opened),
+        once=Costs(bytes=float(opened)),
     )
 
 
-def shared_cache(sizes: ModelSizes, work: Workload, phase: str) -> int:
-    """KV caches that the branches of a part share: queries, and for exploration kept trajectories."""
-    if phase == "first return":
-        return sizes.query_cache
-    slots = work.first_return.legs[-1].slots
-    return sizes.slot * work.trajectories * (sizes.setup.config.rollout.max_prompt + slots)
-
-
-def decode_stage(
-    sizes: ModelSizes, work: Workload, phase: str, name: str, leg: Leg, held: dict[str, int]
-) -> Stage:
-    """A call of the decoding program."""
-    config, rows = sizes.setup.config, leg.rows
-    decode = work.decoding_of(phase)
-    shared, before = shared_cache(sizes, work, phase), sizes.slot * leg.size_before
-    after = sizes.slot * leg.size
-    grown = after if after != before else 0
-    context = config.rollout.max_prompt
-    context += work.first_return.legs[-1].slots if phase != "first return" else 0
-    keys = rows * (context + min(leg.slots, config.rollout.max_response))
-    read = sizes.sampling_copy + shared + sizes.setup.cache_bytes(rows, leg.slots) + 2 * sizes.logits(rows)
+def decode_stage(sizes: ModelSizes, phase: str, decode: Decode, always: dict[str, int]) -> Stage:
+    """A leg of a decoding."""
+    setup, room, leg = sizes.setup, decode.room, decode.typical
+    rows, page = leg.span * room.sizes.rows, room.sizes.rows * room.sizes.slots
+    each = strip_size(room.n, width := min(room.c, rows))
+    context = min(room.sizes.context, decode.slots)
+    span = Costs(
+        sizes.flops(rows, 0, rows),
+        sizes.sampling_copy + 2 * sizes.logits(rows),
+        sizes.reductions(rows, 1),
+        sizes.calls(1) if sizes.tensor > 1 else 0.0,
+    )
     return stage_of(
         phase,
-        name,
-        held,
+        "decode",
+        always,
         {
             "sampling copy": sizes.sampling_copy,
-            "shared caches": shared,
-            "branch caches": before,
+            "shared caches": setup.context_bytes(room.n, decode.slots),
+            "branch caches": room.pages * setup.page_bytes(room),
             "rollouts": sizes.rollouts(decode.lengths[0].size),
         },
-        results=grown,
-        temporary=2 * sizes.logits(rows) + (sizes.padding * grown if sizes.padding > 1 else 0),
-        once=Costs(bytes=float(before + after)) if leg.moves else Costs(),
-        each=Costs(
-            sizes.flops(rows, keys, rows),
-            read,
-            sizes.reductions(rows, 1),
-            sizes.calls(1) if sizes.tensor > 1 else 0.0,
-        ),
+        temporary=2 * sizes.logits(rows),
+        loops={
+            "spans": span,
+            "pages": Costs(sizes.flops(0, page, 0), float(sizes.slot * page)),
+            "tiles": Costs(sizes.flops(0, each * width * context, 0), float(sizes.slot * each * context)),
+        },
         leg=leg,
     )
 

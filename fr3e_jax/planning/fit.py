@@ -13,7 +13,7 @@ RESERVE = GIB // 4
 """Bytes of the memory that XLA may use which a plan leaves free, for small arrays and for the runtime."""
 
 COPIES = ("sampling copy", "compute copy", "reference")
-CACHES = ("shared caches", "branch caches", "queries' caches", "trunk caches")
+CACHES = ("shared caches", "branch caches", "trunk caches")
 MEMORY_GROUPS: Mapping[str, Sequence[str]] = {
     "parameters": ("parameters",),
     "optimizer": ("optimizer",),
@@ -84,21 +84,6 @@ class Plan:
         if self.price is None or self.step_seconds is None:
             return None
         return self.price * self.slice.chips * self.step_seconds / 3.6
-
-    @property
-    def longest_answers(self) -> float:
-        """Bytes more, about, for exploration whose restarts are all from the root and go to the limit."""
-        if self.work.explore is None:
-            return 0.0
-        longest = self.setup.work(self.assumptions, worst=True)
-        assert longest.explore is not None
-        slots = longest.explore.largest.cache - self.work.explore.largest.cache
-        return float(self.setup.cache_bytes(1, 1) * max(slots, 0))
-
-    def longest_missing(self) -> float:
-        """Bytes on a chip that are missing if answers are as in `longest_answers`."""
-        explore = [stage.total for stage in self.stages if stage.phase == "explore"]
-        return max(explore, default=0) + self.longest_answers - self.available
 
 
 def memory_parts(stage: Stage) -> dict[str, float]:

@@ -5,7 +5,7 @@ counts as often as it runs, and only arrays in main memory count.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from fr3e_jax.parallel.sizes import ceil_divide
 from fr3e_jax.planning.hlo_collectives import COLLECTIVES, Collective, group_of
@@ -28,6 +28,18 @@ MOVES = {"copy", "copy-start", "transpose", "scatter", "concatenate", "all-gathe
 
 Computation = dict[str, Instruction]
 """The instructions of a computation by name."""
+
+
+EVERY_LOOP_ONCE: Mapping[str, float] = {}
+
+
+def loop_name(loop: Instruction) -> str:
+    """The name that `jax.named_scope` gave a loop where it was written; "" where it has none.
+
+    A loop in the body of another without a name of its own is `body/while`.
+    """
+    match = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/while"', loop.line)
+    return match[1] if match and match[1] != "body" else ""
 
 
 class Program:
@@ -61,15 +73,14 @@ class Program:
         ]
 
     def runs(
-        self, trips: Sequence[float] = (), name: str = "", times: float = 1.0
+        self, trips: Mapping[str, float] = EVERY_LOOP_ONCE, name: str = "", times: float = 1.0
     ) -> Iterator[tuple[float, Instruction, Computation]]:
         """Iterate over the instructions that run: (number of runs, instruction, its computation).
 
         The instructions inside of a fusion are not listed. Of a conditional, every branch is taken.
 
         Args:
-          trips: number of runs of loops whose text does not state it: of the outermost loop, of a loop within
-            it, and so on. Loops further in count once.
+          trips: number of runs of loops whose text does not state it, by their names. Others count once.
           name: of the computation; the entry by default.
           times: number of runs of the computation.
         """
@@ -79,13 +90,34 @@ class Program:
                 body = re.search(r"body=%([\w.\-]+)", instruction.line)
                 assert body is not None
                 known = self.known_trips(instruction, computation)
-                count = known if known is not None else (*trips, 1)[0]
-                yield from self.runs(trips[1:], body[1], times * count)
+                count = known if known is not None else trips.get(loop_name(instruction), 1.0)
+                yield from self.runs(trips, body[1], times * count)
             elif instruction.operation in ("call", "conditional"):
                 for called in instruction.called:
                     yield from self.runs(trips, called, times)
             else:
                 yield times, instruction, computation
+
+    def loops(self, name: str = "", around: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+        """The named loops whose number of runs the text does not state -> names of those around each.
+
+        Args:
+          name: of the computation; the entry by default. around: names of the loops that it is in.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        computation = self.computations[name or self.entry]
+        for instruction in computation.values():
+            if instruction.operation not in ("while", "call", "conditional"):
+                continue
+            inside = around
+            if instruction.operation == "while" and self.known_trips(instruction, computation) is None:
+                own = loop_name(instruction)
+                if own:
+                    found[own] = around
+                    inside = (*around, own)
+            for called in instruction.called:
+                found |= self.loops(called, inside)
+        return found
 
     def known_trips(self, loop: Instruction, computation: Computation) -> int | None:
         """Number of runs of a loop that counts from one constant up to another; None for other loops.
@@ -154,7 +186,7 @@ class Program:
                 yield inner, self.computations[name], name
                 yield from self.within(inner)
 
-    def flops(self, trips: Sequence[float] = ()) -> float:
+    def flops(self, trips: Mapping[str, float] = EVERY_LOOP_ONCE) -> float:
         """FLOPs of matrix products and convolutions, without those of kernels.
 
         Args:
@@ -167,13 +199,13 @@ class Program:
                 total += times * product_flops(inner, siblings)
         return total
 
-    def kernels(self, trips: Sequence[float] = ()) -> Iterator[tuple[float, Instruction]]:
+    def kernels(self, trips: Mapping[str, float] = EVERY_LOOP_ONCE) -> Iterator[tuple[float, Instruction]]:
         """Iterate over calls of hand-written kernels: (number of runs, instruction)."""
         for times, instruction, _ in self.runs(trips):
             if 'custom_call_target="tpu_custom_call"' in instruction.line:
                 yield times, instruction
 
-    def collectives(self, trips: Sequence[float] = ()) -> list[Collective]:
+    def collectives(self, trips: Mapping[str, float] = EVERY_LOOP_ONCE) -> list[Collective]:
         """Exchanges between chips. One that is spread over several fusions counts once."""
         collectives, seen = [], set()
         for times, instruction, computation in self.runs(trips):
@@ -198,7 +230,7 @@ class Program:
                 collectives.append(Collective(kind, times, size, group_of(inner.line)))
         return collectives
 
-    def bytes(self, trips: Sequence[float] = ()) -> int:
+    def bytes(self, trips: Mapping[str, float] = EVERY_LOOP_ONCE) -> int:
         """Bytes that are read and written in main memory.
 
         Args:

@@ -1,6 +1,7 @@
 """Making a plan, from compiled programs or by arithmetic, and looking for a slice that is large enough."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from fr3e_jax.config import Config, ConfigError, MeshConfig, check, resolve
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.parallel.mesh import PlacementError, row_parts
+from fr3e_jax.planning.cache_budget import cache_bytes_of, caches_fit
 from fr3e_jax.planning.estimate import estimate_step
 from fr3e_jax.planning.fit import RESERVE, Plan
 from fr3e_jax.planning.programs import compile_step
@@ -116,13 +118,16 @@ def setup_on(question: Question, mesh: Mesh, tpu: Slice) -> Setup:
     """
     config, parts = resolve(question.config), row_parts(mesh)
     check(config, parts, question.model.context)
-    queries = planned_queries(config, parts, question.assumptions)
-    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, queries=queries))
     setup = Setup(config, question.model, mesh)
     _ = setup.placements  # refuses a model that does not divide by the mesh
-    if setup.config.mesh.update_tensor is not None:
-        return setup
-    return with_update_tensor(setup, fastest_fitting(setup.config, question.model, mesh, tpu))
+    cache_bytes = cache_bytes_of(setup, tpu.chip.usable)
+    fits = functools.partial(caches_fit, setup, cache_bytes)
+    queries = planned_queries(config, parts, question.assumptions, fits)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, queries=queries))
+    setup = dataclasses.replace(setup, config=config)
+    if config.mesh.update_tensor is None:
+        setup = with_update_tensor(setup, fastest_fitting(config, question.model, mesh, tpu))
+    return dataclasses.replace(setup, cache_bytes=cache_bytes)
 
 
 def plan_of(question: Question, tpu: Slice, setup: Setup, work: Workload, stages: list[Stage]) -> Plan:

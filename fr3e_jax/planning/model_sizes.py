@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from fr3e_jax.parallel.mesh import logical_sizes
-from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.planning.setup import Setup, bytes_on_chip
 
 ROLLOUT_BYTES = 16  # of a token: its id, two log-probabilities, and the entropy
-LANES = 128  # numbers that the last axis of an array on a TPU is padded to a multiple of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +57,7 @@ class ModelSizes:
     @property
     def slot(self) -> int:
         """Keys and values of one token, all layers."""
-        return self.setup.cache_bytes(1, 1)
-
-    @property
-    def padding(self) -> float:
-        """Factor by which a TPU pads the last axis of a cache whose layout is not compact."""
-        head_dim = self.setup.model.head_dim
-        return next_multiple(head_dim, LANES) / head_dim
+        return self.setup.slot_bytes
 
     @property
     def queries(self) -> int:
@@ -75,7 +67,7 @@ class ModelSizes:
     @property
     def query_cache(self) -> int:
         """KV cache of the queries of a part."""
-        return self.slot * self.queries * self.setup.config.rollout.max_prompt
+        return self.setup.context_bytes(self.queries, self.setup.config.rollout.max_prompt)
 
     def rollouts(self, branches: int) -> int:
         """Tokens of a number of branches, and their statistics."""

@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from fr3e_jax.config import ExploreConfig, rule_needs
-from fr3e_jax.engine.caches import Caches
 from fr3e_jax.engine.second_pass import block_size, needs_pass, second_pass, second_pass_bytes
+from fr3e_jax.models.attention import Segment
 from fr3e_jax.parallel.sizes import ceil_divide
 from fr3e_jax.planning.model_sizes import ModelSizes
 from fr3e_jax.planning.program_costs import Costs
@@ -26,7 +26,7 @@ def pass_needs(explore: ExploreConfig) -> tuple[str, ...]:
 
 
 def compile_second_pass(
-    compiler: StageCompiler, params: Any, queries: Queries, caches: Caches, states: States
+    compiler: StageCompiler, params: Any, queries: Queries, caches: Segment, states: States
 ) -> Stage:
     """Compile the pass. The arguments, all abstract, are those of `second_pass`."""
     setup = compiler.setup
@@ -44,22 +44,20 @@ def estimated_second_pass(sizes: ModelSizes, work: Workload, always: dict[str, i
     """The pass by arithmetic: every slot of the kept trajectories' caches runs through the layers."""
     setup = sizes.setup
     rollout, needs = setup.config.rollout, pass_needs(setup.config.explore)
-    last = work.first_return.legs[-1]
-    slots = min(last.slots, rollout.max_response)
+    slots = rollout.max_response
     temporary = second_pass_bytes(
         setup.model,
         needs,
         rows=work.trajectories,
         prompt=rollout.max_prompt,
-        response=last.slots,
-        itemsize=setup.dtype.itemsize,
+        response=slots,
         heads=sizes.logical["heads"],
         tensor=sizes.tensor,
     )
     tokens = work.trajectories * slots
     logits = 2 * tokens if "gradient" in needs else 0
-    held = sizes.query_cache + sizes.slot * last.size
-    flops = sizes.flops(tokens, tokens * (rollout.max_prompt + last.slots), logits)
+    held = sizes.setup.context_bytes(work.trajectories, rollout.max_prompt + slots)
+    flops = sizes.flops(tokens, tokens * (rollout.max_prompt + slots), logits)
     blocks = ceil_divide(slots, block_size(work.trajectories, slots))  # each reads weights and caches
     moved = blocks * (sizes.sampling_copy + held) + 2.0 * temporary + 2 * sizes.logits(logits)
     calls = sizes.calls(blocks) if sizes.tensor > 1 else 0.0

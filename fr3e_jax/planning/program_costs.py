@@ -35,13 +35,30 @@ class Costs:
         return Costs(factor * self.flops, factor * self.bytes, wire, factor * self.calls)
 
 
-def costs_of(program: Program, mesh: Mesh, steps: float) -> Costs:
+def costs_by_loop(program: Program, mesh: Mesh) -> tuple[Costs, dict[str, Costs]]:
+    """Costs of a compiled program in parts.
+
+    Returns:
+      (costs of a run in which no named loop runs, costs of one run of the body of each named loop, without
+      the named loops in it).
+    """
+    found = program.loops()
+    none = dict.fromkeys(found, 0.0)
+    loops = {}
+    for name, around in found.items():
+        outside = none | dict.fromkeys(around, 1.0)
+        loops[name] = costs_of(program, mesh, outside | {name: 1.0}) + costs_of(program, mesh, outside).times(
+            -1
+        )
+    return costs_of(program, mesh, none), loops
+
+
+def costs_of(program: Program, mesh: Mesh, trips: Mapping[str, float]) -> Costs:
     """Costs of one run of a compiled program.
 
     Args:
-      steps: number of runs of its loop over tokens, if it has one.
+      trips: number of runs of its named loops, each time that they are come to.
     """
-    trips = (steps,)
     wire: dict[tuple[str, tuple[str, ...]], float] = {}
     calls = 0.0
     for collective in program.collectives(trips):

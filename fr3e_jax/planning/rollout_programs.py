@@ -2,20 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fr3e_jax.engine.caches import Caches
+from fr3e_jax.config import ExploreConfig
 from fr3e_jax.engine.rollout import Engine, root_branches
 from fr3e_jax.engine.sampler import Sampling
-from fr3e_jax.engine.seats import Leg
+from fr3e_jax.models.attention import Segment
+from fr3e_jax.planning.decodes import Decode, abstract_leg
 from fr3e_jax.planning.position_programs import compile_second_pass, pass_needs
 from fr3e_jax.planning.setup import abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler
-from fr3e_jax.planning.workload import Decode, Workload, pilot_rollouts, pilot_states
+from fr3e_jax.planning.workload import Workload, pilot_rollouts, pilot_states
 from fr3e_jax.types import Queries, States
 
 
@@ -25,80 +26,90 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     Left out are programs that are not wanted, unless one that is wanted needs their results, and those that
     need the results of one that is too large.
     """
-    if not any(compiler.wants(phase) for phase in ("first return", "positions", "explore")):
-        return
     setup, always = compiler.setup, compiler.always
-    config, engine = setup.config, setup.engine
+    config, first = setup.config, work.first_return
     rollout, params = config.rollout, setup.params(setup.dtype, sampling=True)
-    weights = bytes_on_chip(params)
-    seed = jax.eval_shape(lambda: jax.random.key(0))
     numbers = setup.rows(jnp.int32, setup.queries)
     queries = Queries(setup.rows(jnp.int32, setup.queries, rollout.max_prompt), numbers, numbers)
-    count = work.first_return.lengths.shape[2]
-    branch_numbers = jax.eval_shape(lambda queries: root_branches(queries, count), queries)
-
-    prefill, opened = compiler(
-        "first return",
-        "prefill",
-        lambda: Engine.open_queries.lower(engine, params, queries, branch_numbers, seed, 0),
-        held=always,
-        own={"sampling copy": weights},
-    )
-    yield prefill
-    if opened is None:
-        return
-    branches, decoding = opened
-    leg = work.first_return.largest
-    if compiler.wants("first return", "decode"):
-        yield compile_decode(compiler, ("first return", "decode"), opened, leg, held=always)
+    weights = {"sampling copy": bytes_on_chip(params)}
+    if compiler.wants("first return"):
+        count = first.lengths.shape[2]
+        branch_numbers = jax.eval_shape(lambda queries: root_branches(queries, count), queries)
+        engine = setup.engine_with(first.room, first.slots)
+        prefill, opened = compiler(
+            "first return",
+            "prefill",
+            lambda: Engine.open_queries.lower(engine, params, queries, branch_numbers, seed_of(), 0),
+            held=always,
+            own=weights,
+        )
+        yield prefill
+        if opened is None:
+            return
+        if compiler.wants("first return", "decode"):
+            yield compile_decode(compiler, "first return", opened, first)
     if work.explore is None or not (compiler.wants("positions") or compiler.wants("explore")):
         return
 
-    own = decoding.own.key
-    rows = own.shape[3] // work.first_return.legs[0].slots
-    last = work.first_return.legs[-1]
-    cache = abstract((*own.shape[:3], last.size, own.shape[4]), own.dtype, own.sharding)
-    (query_segment,) = branches.context
-    caches = Caches(
-        query_segment._replace(length=numbers), decoding.own._replace(key=cache, value=cache), rows, count
+    states = abstract_states(compiler, work, config.explore.positions + 1)
+    prefill, caches = compiler(
+        prefill_phase(config.explore, work),
+        "prefill trajectories",
+        lambda: Engine.prefill_trajectories.lower(setup.engine, params, queries, states),
+        held=always,
+        own=weights,
     )
+    yield prefill
+    if caches is None:
+        return
     restarts = RestartCompiler(compiler, params, queries, caches)
-    states = restarts.states(work.trajectories, config.explore.positions + 1)
     if pass_needs(config.explore) and compiler.wants("positions"):
         yield compile_second_pass(compiler, params, queries, caches, states)
     if work.pilots is not None:
-        candidates = restarts.states(work.trajectories, pilot_states(config.explore))
-        count = pilot_rollouts(config.explore)
-        yield from restarts.compile("positions", "open pilots", work.pilots, candidates, count, keep=True)
+        candidates = abstract_states(compiler, work, pilot_states(config.explore))
+        yield from restarts.compile(
+            "positions", "open pilots", work.pilots, candidates, pilot_rollouts(config.explore)
+        )
     yield from restarts.compile("explore", "open states", work.explore, states, config.explore.rollouts)
+
+
+def seed_of() -> Any:
+    """A key, without its array."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def prefill_phase(explore: ExploreConfig, work: Workload) -> str:
+    """The phase where trajectories are prefilled: the first that needs their caches."""
+    return "positions" if work.pilots is not None or pass_needs(explore) else "explore"
+
+
+def abstract_states(compiler: StageCompiler, work: Workload, count: int) -> States:
+    """`count` states of each of the kept trajectories, without arrays."""
+    setup = compiler.setup
+    n, limit = work.trajectories * setup.parts, setup.config.rollout.max_response
+    return States(
+        setup.rows(jnp.int32, n),
+        setup.rows(jnp.int32, n),
+        setup.rows(jnp.int32, n, limit),
+        setup.rows(jnp.int32, n, count),
+        setup.rows(jnp.bool_, n, count),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class RestartCompiler:
     """What is decoded from states of the base trajectories.
 
-    params, queries, caches: abstract, as the engine has them after first return.
+    params, queries, caches: abstract, as `Engine.open_states` takes them.
     """
 
     compiler: StageCompiler
     params: Any
     queries: Queries
-    caches: Caches
-
-    def states(self, trajectories: int, count: int) -> States:
-        """`count` states of each of the kept trajectories of a part, without arrays."""
-        setup = self.compiler.setup
-        n, limit = trajectories * setup.parts, setup.config.rollout.max_response
-        return States(
-            setup.rows(jnp.int32, n),
-            setup.rows(jnp.int32, n),
-            setup.rows(jnp.int32, n, limit),
-            setup.rows(jnp.int32, n, count),
-            setup.rows(jnp.bool_, n, count),
-        )
+    caches: Segment
 
     def compile(
-        self, phase: str, opening: str, decode: Decode, states: States, rollouts: int, keep: bool = False
+        self, phase: str, opening: str, decode: Decode, states: States, rollouts: int
     ) -> Iterator[Stage]:
         """Compile the opening of branches from states, and their decoding.
 
@@ -107,77 +118,55 @@ class RestartCompiler:
           decode: the legs.
           states: abstract.
           rollouts: of a state.
-          keep: whether the caches of the base trajectories stay.
         """
-        compiler, caches = self.compiler, self.caches
+        compiler = self.compiler
         if not compiler.wants(phase):
             return
-        always, engine = compiler.always, compiler.setup.engine
-        seed = jax.eval_shape(lambda: jax.random.key(0))
+        setup = compiler.setup
+        engine = setup.engine_with(decode.room, decode.slots)
+        lower = functools.partial(
+            Engine.open_states.lower, engine, self.params, self.queries, self.caches, states
+        )
+        after = setup.config.rollout.base_trajectories
+        shared = setup.context_bytes(decode.room.n, decode.slots)
         stage, opened = compiler(
             phase,
             opening,
-            lambda: Engine.open_states.lower(
-                engine, self.params, self.queries, caches, states, seed_key=seed, step=0, rollouts=rollouts
-            ),
-            held=always,
-            own={"sampling copy": bytes_on_chip(self.params), "shared caches": bytes_on_chip(caches)},
+            lambda: lower(seed_key=seed_of(), step=0, rollouts=rollouts, after=after),
+            held=compiler.always,
+            own={"sampling copy": bytes_on_chip(self.params), "shared caches": shared},
         )
         yield stage
-        if opened is None:
-            return
-        held = {**always, "queries' caches": bytes_on_chip(caches.query)}
-        if keep:
-            held["base caches"] = bytes_on_chip(caches.base)
-        for leg in legs_to_compile(decode):
-            names = (phase, decode_name(leg))
-            if compiler.wants(*names):
-                yield compile_decode(compiler, names, opened, leg, held=held)
+        if opened is not None and compiler.wants(phase, "decode"):
+            branches, decoding = opened
+            yield compile_decode(compiler, phase, (branches.with_context(self.caches), decoding), decode)
 
 
-def legs_to_compile(decode: Decode) -> list[Leg]:
-    """The legs of a decoding whose programs stand for all: the first, and the largest or the second."""
-    legs = [decode.legs[0]]
-    if decode.largest.moves:
-        legs.append(decode.largest)
-    elif len(decode.legs) > 1:
-        legs.append(decode.legs[1])
-    return legs
-
-
-def decode_name(leg: Leg) -> str:
-    """The name of the program of a leg of exploration in reports."""
-    return f"decode {leg.rows} x {leg.slots}" + (" after a move" if leg.moves else "")
-
-
-def compile_decode(
-    compiler: StageCompiler, names: tuple[str, str], opened: Any, leg: Leg, held: Mapping[str, int]
-) -> Stage:
-    """Compile a call of the decoding program.
+def compile_decode(compiler: StageCompiler, phase: str, opened: Any, decode: Decode) -> Stage:
+    """Compile the decoding program for the spans that most rows run in.
 
     Args:
-      names: of the phase and of the program.
+      phase: of the step.
       opened: abstract (branches, decoding) as the engine opens them.
-      leg: rows and slots of the call.
-      held: as in `Stage`.
+      decode: the legs.
     """
     setup, (branches, decoding) = compiler.setup, opened
     rollout, params = setup.config.rollout, setup.params(setup.dtype, sampling=True)
     sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p)
-    own = decoding.own
-    shape = (*own.key.shape[:3], leg.size_before, own.key.shape[4])
-    cache = abstract(shape, own.key.dtype, own.key.sharding)
-    before = dataclasses.replace(decoding, own=own._replace(key=cache, value=cache))
-    seats, origin = jax.tree.map(lambda x: setup.rows(jnp.int32, *x.shape), (leg.seats, leg.origin))
-    number = abstract((), jnp.int32)
-    placed = dataclasses.replace(leg, seats=seats, origin=origin, until=number, leave=number)
+    work, whole = decode.typical, setup.placements[1].sharding()
+    leg = abstract_leg(
+        decode.examples[work.span],
+        lambda sizes, dtype: setup.rows(dtype, *sizes),
+        lambda sizes, dtype: abstract(sizes, dtype, whole),
+    )
+    branches = dataclasses.replace(branches, rank=None, root=None)
     lower = functools.partial(
-        Engine.advance.lower, setup.engine, params, branches, before, placed, sampling=sampling
+        Engine.advance.lower, setup.engine, params, branches, decoding, leg, sampling=sampling
     )
     sizes = {
         "sampling copy": bytes_on_chip(params),
-        "shared caches": bytes_on_chip(branches.context),
-        "branch caches": bytes_on_chip((cache, cache)),
+        "shared caches": setup.context_bytes(decode.room.n, decode.slots),
+        "branch caches": decode.room.pages * setup.page_bytes(decode.room),
         "rollouts": bytes_on_chip(decoding.rollouts),
     }
-    return compiler(*names, lower, held=held, own=sizes, leg=leg)[0]
+    return compiler(phase, "decode", lower, held=compiler.always, own=sizes, leg=work)[0]

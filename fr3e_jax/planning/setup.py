@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fr3e_jax.config import Config, updates_of
+from fr3e_jax.config import Config, ConfigError, updates_of
+from fr3e_jax.engine.budget import CacheBudgetError, context_bytes, page_bytes
+from fr3e_jax.engine.pages import ON_TPU
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.schedule import Room
 from fr3e_jax.learner.state import TrainState, state_shardings
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params
@@ -53,11 +56,15 @@ def parameter_shapes(model: DecoderConfig) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run on a mesh, without arrays. `config` is resolved. `mesh` is that of sampling."""
+    """A run on a mesh, without arrays.
+
+    config: resolved. mesh: of sampling. cache_bytes: as the engine has it (`cache_budget.py`).
+    """
 
     config: Config
     model: DecoderConfig
     mesh: Mesh
+    cache_bytes: int | None = None
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -76,7 +83,7 @@ class Setup:
         if (mesh := self.placements[0].mesh) == self.mesh:
             return self
         own = dataclasses.replace(self.config.mesh, update_tensor=None)
-        return Setup(dataclasses.replace(self.config, mesh=own), self.model, mesh)
+        return Setup(dataclasses.replace(self.config, mesh=own), self.model, mesh, self.cache_bytes)
 
     @property
     def axes(self) -> Any:
@@ -111,8 +118,9 @@ class Setup:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """The engine that training makes, without stop texts."""
-        return self.policy.engine(self.config.rollout.max_response)
+        """The engine that training makes on a TPU, without stop texts."""
+        engine = self.policy.engine(self.config.rollout.max_response)
+        return dataclasses.replace(engine, sizes=ON_TPU, cache_bytes=self.cache_bytes)
 
     @functools.cached_property
     def learner(self) -> Learner:
@@ -130,7 +138,41 @@ class Setup:
 
     def work(self, assumptions: Assumptions, worst: bool = False) -> Workload:
         """The work of a step, on the meshes of sampling and of updates; others as for `workload_of`."""
-        return workload_of(self.config, self.parts, assumptions, worst, self.update.parts)
+        return workload_of(self.config, self.parts, assumptions, worst, self.update.parts, self.room)
+
+    def room(self, n: int, c: int, slots: int) -> Room:
+        """The blocks and pages of a decoding; the fewest pages where it needs more memory than there is.
+
+        Args:
+          n: trajectories of a part. c: branches of each. slots: of what they share.
+
+        Raises:
+          ConfigError: they do not fit `rollout.cache_gb`.
+        """
+        model: Any = self.model
+        try:
+            return self.engine.room_for(model, (n * self.parts, c), slots, self.dtype)
+        except CacheBudgetError as error:
+            if self.config.rollout.cache_gb != "auto":
+                raise ConfigError(str(error)) from None
+            room = Room(self.engine.sizes, n, c, self.engine.max_new, 0)
+            return dataclasses.replace(room, pages=room.most)
+
+    def engine_with(self, room: Room, slots: int) -> Engine:
+        """The engine whose decoding has so many pages; slots: of what branches share."""
+        pages = room.pages + (room.pages < room.useful)  # one has room to move
+        held = self.context_bytes(room.n, slots) + pages * self.page_bytes(room)
+        return dataclasses.replace(self.engine, cache_bytes=held)
+
+    def page_bytes(self, room: Room) -> int:
+        """Bytes of a page on a chip, of a decoding."""
+        model: Any = self.model
+        return page_bytes(model, self.placements[1], room, self.dtype)
+
+    def context_bytes(self, n: int, slots: int) -> int:
+        """Bytes on a chip of what the branches of n trajectories of a part share."""
+        model: Any = self.model
+        return context_bytes(model, self.placements[1], Room(ON_TPU, n, 1, 1, 0), slots, self.dtype)
 
     def params(self, dtype: Any, sampling: bool = False) -> Any:
         """The parameters in a dtype, abstract, placed for training or for sampling."""
@@ -141,12 +183,9 @@ class Setup:
         """An abstract array whose first axis is split as batch rows are."""
         return abstract(sizes, dtype, self.placements[1].sharding("batch"))
 
-    def cache_bytes(self, rows: int, slots: int) -> int:
-        """Bytes that a chip reads of a KV cache of `rows` rows, each with `slots` slots, for one token.
-
-        Slots behind the longest response are not read.
-        """
+    @functools.cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of a token on a chip, in all layers."""
         heads, tensor = self.model.num_key_value_heads, self.mesh.shape["tensor"]
         split = tensor if heads >= tensor else 1
-        slot = 2 * self.model.num_hidden_layers * heads // split * self.model.head_dim * self.dtype.itemsize
-        return slot * rows * min(slots, self.config.rollout.max_response)
+        return 2 * self.model.num_hidden_layers * heads // split * self.model.head_dim * self.dtype.itemsize

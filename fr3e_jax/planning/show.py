@@ -11,7 +11,7 @@ from fr3e_jax.planning.topology import mesh_warnings
 
 ESTIMATED = (
     "estimated by arithmetic (--quick), nothing was compiled: parameters, moments, copies and KV caches are "
-    "exact; of temporaries only logits, activations, gathered weights and moving caches count. Left out "
+    "exact; of temporaries only logits, activations, gathered weights and turned caches count. Left out "
     "are XLA's own buffers, padding and code. Compiled plans of the shipped configurations need 0.97 to "
     "1.31 times as much memory, and their steps take 0.9 to 1.7 times as long"
 )
@@ -92,19 +92,17 @@ def conclusion(plan: Plan) -> list[str]:
         lines.append(
             f"rollout.queries auto: rounds of {plan.setup.queries} queries fill the batch if states are "
             "accepted as assumed; where fewer are, rounds have up to rollout.max_queries "
-            f"{plan.setup.config.rollout.max_queries}, which take more memory"
+            f"{plan.setup.config.rollout.max_queries}, as far as their KV caches fit"
         )
     lines.append(assumptions_line(plan))
     where = f"{plan.largest.phase}: {plan.largest.program.name}"
     by = ", by the estimate" if plan.estimated else ""
     if plan.fits:
         lines.append(f"fits{by}: {gib(-plan.missing)} GiB of a chip are left ({where})")
-        if (missing := plan.longest_missing()) > 0:
-            lines.append(
-                "but if every restart of a round were from the root and went to the limit, exploration would "
-                f"be short by about {gib(missing)} GiB; then --rollout.queries or --explore.rollouts have to "
-                "be smaller, or the slice larger"
-            )
+        lines.append(
+            "so it does if all answers go to the limit: KV caches are allocated before a decoding, and "
+            "branches wait for pages where they need more"
+        )
         return lines
     sizes = memory_parts(plan.largest)
     most = sorted(sizes, key=lambda name: -sizes[name])[:3]
@@ -136,14 +134,14 @@ def assumptions_line(plan: Plan) -> str:
 
 
 MARKDOWN_HEAD = (
-    "| config | slice | mesh | memory of a chip, GiB | | all at the limit | step | tokens/s | phases |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| config | slice | mesh | memory of a chip, GiB | | step | tokens/s | phases |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
 
 def markdown_row(plan: Plan) -> str:
     """A row of the table in planning/README.md."""
-    seconds, missing = plan.step_seconds, plan.longest_missing()
+    seconds = plan.step_seconds
     meshes = [
         " x ".join(map(str, mesh.shape.values()))
         for mesh in dict.fromkeys((plan.setup.mesh, plan.setup.update.mesh))
@@ -159,7 +157,6 @@ def markdown_row(plan: Plan) -> str:
         ", update ".join(meshes),
         f"{plan.largest.total / GIB:.1f} of {plan.available / GIB:.1f} ({plan.largest.phase})",
         "fits" if plan.fits else f"short by {plan.missing / GIB:.1f}",
-        "fits" if missing <= 0 else f"short by {missing / GIB:.1f}",
         "" if seconds is None else f"{seconds:,.0f} s",
         "" if seconds is None else f"{plan.work.tokens / seconds:,.0f}",
         ", ".join(phases),

@@ -7,14 +7,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fr3e_jax.engine.seats import Leg
 from fr3e_jax.learner.state import sampling_cast
 from fr3e_jax.planning.compiled import CompiledProgram, compile_program
+from fr3e_jax.planning.decodes import LegWork
 from fr3e_jax.planning.program_costs import Costs
 from fr3e_jax.planning.setup import Setup, bytes_on_chip
 from fr3e_jax.planning.workload import Chunk
 
 FREE_OF_COSTS = Costs()
+NO_LOOPS: Mapping[str, Costs] = {}
 ResultsStage = tuple["Stage", Any]
 """A stage, and the results of its program as abstract arrays; None if the program is too large."""
 
@@ -32,7 +33,7 @@ class Stage:
     program: CompiledProgram
     held: Mapping[str, int]
     own: Mapping[str, int]
-    leg: Leg | None = None
+    leg: LegWork | None = None
     chunk: Chunk | None = None
 
     @property
@@ -71,7 +72,7 @@ class StageCompiler:
         *,
         held: Mapping[str, int],
         own: Mapping[str, int],
-        leg: Leg | None = None,
+        leg: LegWork | None = None,
         chunk: Chunk | None = None,
     ) -> ResultsStage:
         """Compile a program.
@@ -133,8 +134,8 @@ def stage_of(
     results: float = 0.0,
     temporary: float = 0.0,
     once: Costs = FREE_OF_COSTS,
-    each: Costs = FREE_OF_COSTS,
-    leg: Leg | None = None,
+    loops: Mapping[str, Costs] = NO_LOOPS,
+    leg: LegWork | None = None,
     chunk: Chunk | None = None,
 ) -> Stage:
     """A stage whose program is not compiled. results: bytes that do not take the place of arguments."""
@@ -144,7 +145,7 @@ def stage_of(
         results=int(results),
         temporary=int(temporary),
         once=once,
-        each=each,
+        loops=loops,
         estimated=True,
     )
     return Stage(phase, program, held, own, leg, chunk)

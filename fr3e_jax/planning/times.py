@@ -5,17 +5,18 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import Mesh
 
-from fr3e_jax.engine.seats import Leg
 from fr3e_jax.parallel.mesh import MESH_AXES
 from fr3e_jax.planning.compiled import CompiledProgram
+from fr3e_jax.planning.decodes import Decode, LegWork
 from fr3e_jax.planning.position_programs import SECOND_PASS
 from fr3e_jax.planning.program_costs import Costs
+from fr3e_jax.planning.rollout_programs import prefill_phase
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import Slice
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.topology import lane_of
 from fr3e_jax.planning.update_programs import FORWARD
-from fr3e_jax.planning.workload import Assumptions, Decode, Workload
+from fr3e_jax.planning.workload import Assumptions, Workload
 
 Runs = list[tuple[float, Costs]]
 """Programs with their number of runs: (runs, costs of one run)."""
@@ -101,24 +102,27 @@ def phases_of(setup: Setup, work: Workload, stages: Sequence[Stage], rates: Rate
     if any(program.refusal for program in programs.values()):
         return []
     rounds, first = float(work.rounds), work.first_return
-    decode = [(programs["first return", "decode"], first.largest)]
+    stage_by_phase = {stage.phase: stage for stage in stages if stage.leg is not None}
     runs: dict[str, Runs] = {
         "reshard": [(1.0, programs["reshard", "cast"].once)],
         "first return": [
             (rounds, programs["first return", "prefill"].once),
-            *((rounds, costs) for costs in decode_costs(setup, first, decode)),
+            *((rounds, costs) for costs in decode_costs(setup, first, stage_by_phase["first return"])),
         ],
     }
+    if work.explore is not None:
+        phase = prefill_phase(setup.config.explore, work)
+        runs[phase] = [(rounds, programs[phase, "prefill trajectories"].once)]
     if SECOND_PASS in programs:
-        runs["positions"] = [(rounds, programs[SECOND_PASS].once)]
+        runs["positions"].append((rounds, programs[SECOND_PASS].once))
     restarts = {"positions": ("open pilots", work.pilots), "explore": ("open states", work.explore)}
     for phase, (opening, decoding) in restarts.items():
         if decoding is None:
             continue
-        compiled = [
-            (stage.program, stage.leg) for stage in stages if stage.phase == phase and stage.leg is not None
+        of_phase = [
+            programs[phase, opening].once,
+            *decode_costs(setup, decoding, stage_by_phase[phase]),
         ]
-        of_phase = [programs[phase, opening].once, *decode_costs(setup, decoding, compiled)]
         runs.setdefault(phase, []).extend((rounds, costs) for costs in of_phase)
     phases = [phase_of(name, of_phase, rates) for name, of_phase in runs.items()]
     update = update_runs(setup.update, work, stages)
@@ -133,34 +137,36 @@ def phase_of(name: str, runs: Runs, rates: Rates) -> Phase:
     return Phase(name, costs, seconds)
 
 
-def decode_costs(
-    setup: Setup, decode: Decode, compiled: Sequence[tuple[CompiledProgram, Leg]]
-) -> list[Costs]:
-    """The costs of each call of a decoding.
+def decode_costs(setup: Setup, decode: Decode, stage: Stage) -> list[Costs]:
+    """The costs of each leg of a decoding.
 
     Args:
-      compiled: decoding programs with the calls that they were compiled for.
+      stage: of its program.
     """
-    costs = []
-    for leg, steps in zip(decode.legs, decode.steps, strict=True):
-        nearest = min(compiled, key=lambda x: (abs(x[1].rows - leg.rows), x[1].slots < leg.slots))
-        costs.append(leg_costs(setup, leg, steps, *nearest))
-    return costs
+    assert stage.leg is not None
+    span, weights = stage.leg.span, float(stage.own["sampling copy"])
+    sizes = decode.room.sizes
+    row = float(setup.slot_bytes * sizes.slots)
+    return [
+        leg_costs(leg, stage.program, leg.span / span, weights)
+        + Costs(bytes=2 * leg.copies * row + leg.moved * sizes.rows * row)
+        for leg in decode.legs
+    ]
 
 
-def leg_costs(setup: Setup, leg: Leg, steps: int, program: CompiledProgram, compiled_leg: Leg) -> Costs:
-    """The costs of a leg of `steps` tokens a row, from a program that was compiled for another leg."""
-    ratio = leg.rows / compiled_leg.rows
-    read = setup.cache_bytes(leg.rows, leg.slots)
-    read -= setup.cache_bytes(compiled_leg.rows, compiled_leg.slots)
-    each = dataclasses.replace(
-        program.each,
-        flops=program.each.flops * ratio,
-        bytes=max(program.each.bytes + read, 0.0),
-        wire={key: size * ratio for key, size in program.each.wire.items()},
-    )
-    total = each.times(steps)
-    return total + program.once if leg.moves and compiled_leg.moves else total
+def leg_costs(leg: LegWork, program: CompiledProgram, ratio: float, weights: float) -> Costs:
+    """The costs of a leg.
+
+    Args:
+      program: compiled for spans of another number of blocks.
+      ratio: blocks of the leg's spans, to those.
+      weights: bytes that a span reads, however many rows it has.
+    """
+    total = program.once
+    for name, costs in program.loops.items():
+        each = scaled_costs(costs, ratio, weights) if name == "spans" else costs
+        total = total + each.times(leg.times(name))
+    return total
 
 
 def update_runs(setup: Setup, work: Workload, stages: Sequence[Stage]) -> Runs:

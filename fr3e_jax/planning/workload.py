@@ -6,6 +6,7 @@ The engine's own schedule of a decoding and the learner's own layout of rows dec
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,10 +14,12 @@ import numpy as np
 from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
 from fr3e_jax.config import Config, ExploreConfig, rows_of_state, rule_needs
 from fr3e_jax.config.values import Bounds, NonNegativeNumber, Share
-from fr3e_jax.engine.seats import Leg, first_slots, schedule
+from fr3e_jax.engine.pages import ON_TPU
+from fr3e_jax.engine.schedule import Room
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
 from fr3e_jax.parallel.sizes import next_power_of_two
+from fr3e_jax.planning.decodes import Decode, decode_of
 from fr3e_jax.run.queries import assumed_states, queries_for, round_sizes
 from fr3e_jax.types import StateGroups
 
@@ -48,57 +51,18 @@ class Assumptions:
     """Least time of a collective, seconds."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Decode:
-    """A decoding: its branches, and the legs that it takes.
-
-    lengths: int [P, n, C], number of tokens of each branch. steps: number of tokens that every row generates
-    in each leg.
-    """
-
-    lengths: np.ndarray
-    legs: tuple[Leg, ...]
-    steps: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that are generated, on all parts."""
-        return int(self.lengths.sum())
-
-    @property
-    def row_steps(self) -> int:
-        """Number of rows that are decoded, summed over tokens, idle rows included, on all parts."""
-        rows = sum(leg.rows * steps for leg, steps in zip(self.legs, self.steps, strict=True))
-        return rows * len(self.lengths)
-
-    @property
-    def largest(self) -> Leg:
-        """The leg that needs most memory."""
-        return max(self.legs, key=lambda leg: (leg.cache, leg.rows))
+Rooms = Callable[[int, int, int], Room]
+"""(trajectories of a part, branches of each, slots that these share) -> blocks and pages of a decoding."""
 
 
-def decode_of(lengths: np.ndarray, max_new: int, compact: bool) -> Decode:
-    """The legs that `Engine.decode` would run for branches of these lengths, without a device.
+def rooms_for(limit: int) -> Rooms:
+    """The blocks and pages of decodings where memory bounds nothing. limit: most tokens of a branch."""
 
-    Args:
-      lengths: int [P, n, C], number of tokens that each branch generates, at least 1.
-      max_new: most tokens of a response.
-      compact: whether rows of branches that have stopped are given to others.
-    """
-    ordered = np.sort(lengths.reshape(len(lengths), -1), axis=1)
-    calls = schedule(lengths.shape, first_slots(max_new), max_new, compact)
-    leg, legs, steps, filled = next(calls), list[Leg](), list[int](), 0
-    while True:
-        # The part that is the last to have few running branches decides.
-        fewer = ordered[:, : ordered.shape[1] - leg.leave]
-        end = min(max(int(fewer[:, -1].max()) if fewer.size else filled, filled), leg.until)
-        legs.append(leg)
-        steps.append(end - filled)
-        filled = end
-        try:
-            leg = calls.send((lengths > filled, filled))
-        except StopIteration:
-            return Decode(lengths, tuple(legs), tuple(steps))
+    def room(n: int, c: int, slots: int) -> Room:
+        whole = Room(ON_TPU, n, c, limit, 0)
+        return dataclasses.replace(whole, pages=whole.useful)
+
+    return room
 
 
 def needs_pilots(explore: ExploreConfig) -> bool:
@@ -122,16 +86,42 @@ def lengths_of(count: int, mean: float, limit: int, rng: np.random.Generator) ->
     return np.clip(np.ceil(drawn), 1, limit).astype(np.int32)
 
 
-def planned_queries(config: Config, parts: int, assumptions: Assumptions) -> int:
+def planned_queries(
+    config: Config, parts: int, assumptions: Assumptions, fits: Callable[[int], bool] = lambda _: True
+) -> int:
     """Number of queries of a round: with `auto`, as many as a run asks that knows what is assumed here.
 
     Args:
       config: resolved.
       parts: number of parts that the mesh splits batch rows into.
       assumptions: how many trajectories of a query are explored, and which share of states is accepted.
+      fits: whether rounds of so many queries can be sampled; the fewest are taken where none can.
     """
     per_query = assumed_states(config, assumptions.kept, assumptions.accepted)
-    return queries_for(config.optimizer.batch_states, per_query, round_sizes(config.rollout, parts))
+    sizes = round_sizes(config.rollout, parts)
+    fitting = tuple(size for size in sizes if fits(size)) or sizes[:1]
+    return queries_for(config.optimizer.batch_states, per_query, fitting)
+
+
+def most_kept(config: Config) -> int:
+    """Most trajectories of a query that are explored."""
+    pair = config.explore.keep in ("first_of_each", "random_of_each")
+    return 2 if pair else config.rollout.base_trajectories
+
+
+def kept_trajectories(config: Config, queries: int, assumptions: Assumptions) -> tuple[float, int]:
+    """Number of trajectories of a part that are explored.
+
+    Args:
+      queries: of the part.
+
+    Returns:
+      (number that is assumed, that to which the engine pads it, a power of two).
+    """
+    if not config.explore.positions:
+        return queries, queries
+    wanted = max(min(assumptions.kept, most_kept(config)), 1) * queries
+    return wanted, next_power_of_two(math.ceil(wanted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,13 +182,6 @@ class Workload:
         """Share of the decoded rows that generate a token."""
         return sum(x.tokens for x in self.decodings) / sum(x.row_steps for x in self.decodings)
 
-    def decoding_of(self, phase: str) -> Decode:
-        """The decoding of a phase of a round: first return, positions (of pilots), or explore."""
-        decodes = {"first return": self.first_return, "positions": self.pilots, "explore": self.explore}
-        decode = decodes[phase]
-        assert decode is not None
-        return decode
-
     @property
     def decodings(self) -> list[Decode]:
         """The decodings of a round in order: first return, and pilots and exploration where it has them."""
@@ -211,6 +194,7 @@ def workload_of(
     assumptions: Assumptions,
     worst: bool = False,
     update_parts: int | None = None,
+    rooms: Rooms | None = None,
 ) -> Workload:
     """The work of a step of a run.
 
@@ -220,11 +204,13 @@ def workload_of(
       assumptions: lengths of answers, and shares of trajectories and states.
       worst: every answer goes to the limit, and every position is at the beginning.
       update_parts: number of parts that updates split batch rows into; None: as many.
+      rooms: the blocks and pages of decodings; None: as many as can come to be useful.
     """
     rollout, explore, limit = config.rollout, config.explore, config.rollout.max_response
     queries = planned_queries(config, parts, assumptions)
     rng, per_part = np.random.default_rng(0), queries // parts
-    mean = limit if worst else assumptions.response * limit
+    mean, query = limit if worst else assumptions.response * limit, query_tokens(config, assumptions)
+    rooms = rooms or rooms_for(limit)
     restarts = explore.positions > 0
     count = rollout.base_trajectories if restarts else explore.rollouts
     # All others wait for the longest, and among so many one goes to the limit.
@@ -232,11 +218,8 @@ def workload_of(
     lengths[:, 0, 0] = limit
     if worst:
         lengths[:] = limit
-    first = decode_of(lengths, limit, compact=not restarts)
-    # The engine pads the kept trajectories of a part to a power of two.
-    most = 2 if explore.keep in ("first_of_each", "random_of_each") else count
-    wanted = max(min(assumptions.kept, most), 1) * per_part if restarts else per_part
-    kept = next_power_of_two(math.ceil(wanted)) if restarts else per_part
+    first = decode_of(lengths, rooms(per_part, count, rollout.max_prompt), query, rollout.max_prompt)
+    wanted, kept = kept_trajectories(config, per_part, assumptions)
     states = explore.positions + 1
 
     def continuations_of(first: int, states: int, rollouts: int, rng: np.random.Generator) -> np.ndarray:
@@ -249,17 +232,23 @@ def workload_of(
         share = 1 - np.arange(first, states)[:, None] / states
         return np.maximum(np.ceil(lengths * (1 if worst else share)), limit if worst else 1).astype(np.int32)
 
-    def decode_from(lengths: np.ndarray) -> Decode:
-        return decode_of(lengths.reshape(parts, kept, -1), limit, compact=True)
+    def decode_from(lengths: np.ndarray, first: int, alone: bool) -> Decode:
+        """A decoding of continuations [P, n, J, M] from states `first` on; `alone` as for `decode_of`."""
+        _, _, count, rollouts = lengths.shape
+        place = np.arange(first, first + count) / (first + count)
+        prefix = np.ceil(place * (0 if worst else mean)).astype(np.int64)
+        slots, context = rollout.max_prompt + limit, query + np.repeat(prefix, rollouts)
+        room = rooms(kept, count * rollouts, slots)
+        return decode_of(lengths.reshape(parts, kept, -1), room, context, slots, alone)
 
     continuations = continuations_of(0, states, explore.rollouts, rng)
-    decode = decode_from(continuations) if restarts else None
+    decode = decode_from(continuations, 0, explore.temperature is not None) if restarts else None
     per_round = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
     pilots = None
     if needs_pilots(explore):
         # With numbers of their own, so that the update is planned as it is without them.
         count, own_rng = pilot_rollouts(explore), np.random.default_rng(1)
-        pilots = decode_from(continuations_of(1, 1 + pilot_states(explore), count, own_rng))
+        pilots = decode_from(continuations_of(1, 1 + pilot_states(explore), count, own_rng), 1, alone=True)
     rows = continuations.reshape(-1, states, explore.rollouts)
     if config.credit.estimator == "edge":
         segment = limit if worst else max(math.ceil(mean / states), 1)
@@ -273,6 +262,11 @@ def workload_of(
         trajectories=kept,
         **update_shapes(config, update_parts or parts, accepted),
     )
+
+
+def query_tokens(config: Config, assumptions: Assumptions) -> int:
+    """Tokens of a query."""
+    return max(int(assumptions.prompt * config.rollout.max_prompt), 1)
 
 
 def update_shapes(config: Config, parts: int, accepted: StateGroups) -> dict[str, Any]:
@@ -326,7 +320,7 @@ def accepted_groups(
     tree, state = tree[chosen], state[chosen]
     length = lengths[tree % trees, state]
     prefix = np.ceil(state / states * assumptions.response * rollout.max_response).astype(np.int32)
-    query = np.full(wanted, max(int(assumptions.prompt * rollout.max_prompt), 1), np.int32)
+    query = np.full(wanted, query_tokens(config, assumptions), np.int32)
     longest = int(length.max())
 
     def zeros(dtype: type, *sizes: int) -> np.ndarray:

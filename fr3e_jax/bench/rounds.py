@@ -1,0 +1,130 @@
+"""Whole rounds, first return and exploration, on branches of given lengths: one round against two of half."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from fr3e_jax.bench.rollout_sides import branches_of, engine_of, opening
+from fr3e_jax.bench.table import TINY, Measurement, in_turns, measurement, run_measurements
+from fr3e_jax.config.values import Count
+from fr3e_jax.engine.branches import Branches
+from fr3e_jax.engine.rollout import Engine, last
+from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.models.decoder import Params, init_params
+from fr3e_jax.parallel.memory import bytes_on_device
+
+ROUND_QUERIES, ROUND_BASE, ROUND_KEPT, ROUND_STATES, ROUND_ROLLOUTS = 16, 4, 2, 5, 16
+ROUND_PROMPT, ROUND_LIMIT = 32, 256
+MEAN_SHARE, LOG_DEVIATION = 0.35, 0.8  # of answers: mean to limit, and deviation of the logarithm
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of the branches of a round. base: int [B, R]. prefix, continuation: int [N, C]."""
+
+    base: np.ndarray
+    prefix: np.ndarray
+    continuation: np.ndarray
+
+
+@dataclasses.dataclass
+class Counted:
+    """What rounds took: tokens that were generated, rows that were decoded, and most bytes of KV caches."""
+
+    tokens: int = 0
+    rows: int = 0
+    peak: int = 0
+
+
+def round_lengths(queries: int, rng: np.random.Generator) -> Lengths:
+    """Draw the lengths of a round: log-normal, and what is left of an answer behind a state."""
+
+    def answers(*shape: int) -> np.ndarray:
+        middle = np.log(MEAN_SHARE * ROUND_LIMIT) - LOG_DEVIATION**2 / 2
+        drawn = np.exp(middle + LOG_DEVIATION * rng.standard_normal(shape))
+        return np.clip(np.ceil(drawn), 1, ROUND_LIMIT).astype(np.int32)
+
+    base = answers(queries, ROUND_BASE)
+    kept = base[:, :ROUND_KEPT].reshape(-1, 1)
+    share = np.repeat(np.arange(ROUND_STATES) / ROUND_STATES, ROUND_ROLLOUTS)[None]
+    prefix = np.minimum((share * kept).astype(np.int32), kept - 1)
+    whole = answers(queries * ROUND_KEPT, ROUND_STATES * ROUND_ROLLOUTS)
+    return Lengths(base, prefix, np.clip(whole - prefix, 1, ROUND_LIMIT - prefix).astype(np.int32))
+
+
+def run_round(engine: Engine, params: Params, lengths: Lengths, counted: Counted) -> None:
+    """Decode base trajectories and continuations of given lengths, on KV caches of random numbers."""
+    for branches in round_branches(lengths):
+        opened = opening(engine)(params, branches)
+        decoding = last(engine.decode(params, branches, opened, Sampling()))
+        assert (np.asarray(decoding.rollouts.length) == np.asarray(branches.limit)).all()
+        counted.tokens += int(np.asarray(branches.limit).sum())
+        counted.rows += int(decoding.row_steps)
+        caches = (branches.context.key, branches.context.value, decoding.pages.key, decoding.pages.value)
+        counted.peak = max(counted.peak, sum(map(bytes_on_device, caches)))
+
+
+def round_branches(lengths: Lengths) -> Sequence[Branches]:
+    """Make the branches of first return and of exploration, with KV caches of random numbers."""
+    return (
+        branches_of(TINY, ROUND_PROMPT, 0, np.zeros_like(lengths.base), lengths.base),
+        branches_of(TINY, ROUND_PROMPT, ROUND_LIMIT, lengths.prefix, lengths.continuation),
+    )
+
+
+def one_round_vs_two(repeats: int) -> list[Measurement]:
+    """Compare a round of 16 queries with two of 8, within the memory that one of these takes."""
+    params, whole = init_params(TINY, 0), round_lengths(ROUND_QUERIES, np.random.default_rng(0))
+    half, pairs = ROUND_QUERIES // 2, ROUND_QUERIES * ROUND_KEPT // 2
+    small = [
+        Lengths(whole.base[rows], whole.prefix[pair], whole.continuation[pair])
+        for rows, pair in (
+            (slice(0, half), slice(0, pairs)),
+            (slice(half, ROUND_QUERIES), slice(pairs, 2 * pairs)),
+        )
+    ]
+    engine, taken = engine_of(TINY, ROUND_LIMIT), Counted()
+    for lengths in small:
+        run_round(engine, params, lengths, taken)
+    within = dataclasses.replace(engine_of(TINY, ROUND_LIMIT), cache_bytes=taken.peak)
+    ours = Counted()
+    run_round(within, params, whole, ours)
+
+    def one() -> Any:
+        run_round(within, params, whole, Counted())
+
+    def two() -> Any:
+        for lengths in small:
+            run_round(engine, params, lengths, Counted())
+
+    fast, slow = (ours.tokens / seconds for seconds in in_turns(repeats, one, two))
+    of = f"{ROUND_QUERIES} queries, {ours.tokens:,} tokens; two rounds of {half} queries"
+    return [
+        measurement("round_vs_two", fast, slow, "tokens/s", of),
+        measurement("round_occupancy", ours.tokens, ours.rows, "tokens", "rows that were decoded"),
+        measurement(
+            "round_peak_vs_budget", ours.peak / 1e6, taken.peak / 1e6, "MB", "what a round of half took"
+        ),
+    ]
+
+
+def measure_rounds(repeats: Count = 3, json: bool = False) -> list[Measurement]:
+    """Measure whole rounds on branches of log-normal lengths, on 2 CPU cores.
+
+    round_vs_two: tokens a second of one round, to those of two rounds of half the queries, within the memory
+    of these. round_occupancy: tokens that were generated per row decoded. round_peak_vs_budget: most bytes of
+    KV caches, to what they may take.
+
+    Args:
+      repeats: of each side, in turns; medians are shown.
+      json: print an object a line instead of a table.
+
+    Returns:
+      What is printed as JSON.
+    """
+    console = Console(stderr=True) if json else Console()
+    found = run_measurements("round", {"one_round_vs_two": one_round_vs_two}, "", lambda _: repeats, console)
+    return found if json else []

@@ -1,0 +1,88 @@
+"""How many bytes of a device the KV caches of a run may take, planned or begun."""
+
+from typing import Any
+
+import jax
+
+from fr3e_jax.config import Config
+from fr3e_jax.models.decoder import DecoderConfig
+from fr3e_jax.parallel.hosts import Hosts
+from fr3e_jax.parallel.memory import share_of_host
+from fr3e_jax.planning.fit import RESERVE
+from fr3e_jax.planning.model_sizes import ModelSizes
+from fr3e_jax.planning.setup import Setup
+from fr3e_jax.planning.stages import state_bytes
+from fr3e_jax.planning.update_layout import slice_of
+from fr3e_jax.planning.workload import Assumptions, kept_trajectories, most_kept
+from fr3e_jax.run.build import given_bytes
+from fr3e_jax.run.queries import least_cache
+
+XLA_SHARE = 0.05  # of a chip, for what XLA needs beside the arrays that are counted
+
+
+SHARED_UNIT = 2**20  # processes share the number in this unit
+
+
+def cache_bytes_here(config: Config, model: DecoderConfig, hosts: Hosts) -> int | None:
+    """Find the most bytes of a device that the KV caches of a decoding take, on the devices that a run is on.
+
+    Args:
+      config: resolved, and checked for the mesh; with mesh.update_tensor.
+      model: the model's architecture.
+      hosts: all processes, which get the number of the first, with the mesh of sampling.
+
+    Returns:
+      The bytes; None, for any number, where the memory of the devices is not known.
+    """
+    if (given := given_bytes(config)) is not None:
+        return given
+    devices = hosts.mesh.devices.flat
+    if devices[0].platform == "cpu":
+        known, found = True, share_of_host()
+    else:
+        tpu = slice_of(devices)
+        limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+        usable = tpu.chip.usable if tpu is not None else float(min(limits))
+        known = usable > 0
+        found = cache_bytes_of(Setup(config, model, hosts.mesh), usable) if known else 0
+    # 0 says that it is not known, 1 that nothing is left.
+    number = int(found) // SHARED_UNIT + 1 if known else 0
+    shared = hosts.of_first(number, "the memory of KV caches is found")
+    return (shared - 1) * SHARED_UNIT if shared else None
+
+
+def cache_bytes_of(setup: Setup, usable: float) -> int:
+    """Most bytes of a chip that the KV caches of a decoding take, shared and own.
+
+    With `rollout.cache_gb` of `auto` that is what the state of training, the copy for sampling, the
+    rollouts and the temporaries of decoding leave.
+
+    Args:
+      usable: bytes of a chip that XLA gives to programs.
+    """
+    if (given := given_bytes(setup.config)) is not None:
+        return given
+    sizes, engine = ModelSizes(setup), setup.engine
+    left = usable * (1 - XLA_SHARE) - RESERVE
+    left -= sum(state_bytes(setup).values()) + sizes.sampling_copy
+    branches = most_branches(setup)
+    rows = max(engine.sizes.spans_of(engine.sizes.blocks(branches))) * engine.sizes.rows
+    # The prefill of the queries turns their caches around.
+    left -= sizes.rollouts(branches) + 2 * sizes.logits(rows) + sizes.query_cache
+    return max(int(left), 0)
+
+
+def most_branches(setup: Setup) -> int:
+    """Most branches of a part that are decoded together."""
+    config, queries = setup.config, setup.queries // setup.parts
+    explore = config.explore
+    if not explore.positions:
+        return queries * explore.rollouts
+    _, kept = kept_trajectories(config, queries, Assumptions(kept=float(most_kept(config))))
+    return max(queries * config.rollout.base_trajectories, kept * (explore.positions + 1) * explore.rollouts)
+
+
+def caches_fit(setup: Setup, cache_bytes: int, queries: int) -> bool:
+    """Whether every branch of a round of so many queries can be decoded to the limit."""
+    model: Any = setup.model
+    return least_cache(setup.config, setup.engine, model, queries) <= cache_bytes
