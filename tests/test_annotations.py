@@ -14,7 +14,7 @@ from fr3e_jax.config import LossConfig
 from fr3e_jax.engine.pages import ON_CPU
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import GREEDY, Sampling, draw, row_key
-from fr3e_jax.engine.seats import Block, Leg, Seats, seats_of
+from fr3e_jax.engine.seats import Leg, RowBlock, Seats, seats_of
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.attention import attend_sequence
 from fr3e_jax.models.decoder import graph_of
@@ -25,7 +25,7 @@ REWARD, VALID = jnp.ones((3, 2, 4)), jnp.ones((3, 2), bool)
 LOGPROB, MASK = jnp.ones((2, 5)), jnp.ones((2, 5), bool)
 QUERY, KEY = jnp.ones((5, 4, 8)), jnp.ones((2, 5, 8))
 NUMBERS = np.zeros(2, np.int32)
-BLOCK = Block(np.full((2, ON_CPU.rows), -1, np.int32), np.zeros((2, ON_CPU.rows), np.int32), [0], 1)
+BLOCK = RowBlock(np.full((2, ON_CPU.rows), -1, np.int32), np.zeros((2, ON_CPU.rows), np.int32), [0], 1)
 SEATS = seats_of([BLOCK], 1, 1, 1, 1, 4, ON_CPU)
 
 

@@ -7,7 +7,7 @@ from support import examples
 
 from fr3e_jax.engine import seats
 from fr3e_jax.engine.pages import PageSizes
-from fr3e_jax.engine.seats import Block, Leg, seats_of, strip_size
+from fr3e_jax.engine.seats import Leg, RowBlock, seats_of, strip_size
 
 
 @st.composite
@@ -29,7 +29,7 @@ def made(case):
         sits[rng.permutation(count * rows)[: len(some)]] = some
     numbers = rng.permutation(5 * count)
     blocks = [
-        Block(
+        RowBlock(
             branch[:, b * rows : (b + 1) * rows],
             rng.integers(0, 9, (parts, rows)).astype(np.int32),
             numbers[5 * b : 5 * b + rng.integers(1, 6)].tolist(),
@@ -119,7 +119,7 @@ def test_a_strip_is_the_largest_divisor_with_few_enough_rows(n, width):
 def test_a_leg_says_the_rows_that_its_spans_compute():
     """5 blocks of 9 in spans of 2: three spans."""
     blocks = [
-        Block(np.arange(9 * b, 9 * b + 9, dtype=np.int32)[None], np.zeros((1, 9), np.int32), [b], 1)
+        RowBlock(np.arange(9 * b, 9 * b + 9, dtype=np.int32)[None], np.zeros((1, 9), np.int32), [b], 1)
         for b in range(5)
     ]
     found = seats_of(blocks, 2, 7, 5, 5, 9, PageSizes(9, 4, (2,), 16, 1))

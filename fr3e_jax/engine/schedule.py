@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from fr3e_jax.engine.pages import PageSizes
-from fr3e_jax.engine.seats import Block, Leg, seats_of
+from fr3e_jax.engine.seats import Leg, RowBlock, seats_of
 
 LEAVE_SHARE = 8  # a leg ends when this part of its blocks, or one, can be given back
 
@@ -90,7 +90,7 @@ class Schedule:
             raise ValueError(f"{room.pages} pages do not hold a block of up to {room.most}")
         self.room, self.every, self.first_alone = room, every, first_alone
         self.free = list(range(room.pages))[::-1]
-        self.blocks, self.aside = list[Block](), list[Block]()
+        self.blocks, self.aside = list[RowBlock](), list[RowBlock]()
         self.filled, self.begun, self.looked = 0, 0, False
         parts = limit.shape[0]
         waiting = [np.flatnonzero(limit[part] > 0) for part in range(parts)]
@@ -119,7 +119,7 @@ class Schedule:
         for block in [block for block in self.blocks if (block.branch < 0).all()]:
             self.give_back(block)
 
-    def give_back(self, block: Block) -> None:
+    def give_back(self, block: RowBlock) -> None:
         """Take the pages of a block whose rows have left."""
         self.free += block.pages[::-1]
         self.blocks.remove(block)
@@ -159,7 +159,7 @@ class Schedule:
         """Branches of the fullest part that run."""
         return int(np.max(sum((block.branch >= 0).sum(axis=1) for block in self.blocks)))
 
-    def trim(self, block: Block) -> None:
+    def trim(self, block: RowBlock) -> None:
         """Give back the first pages of a block, where none of its rows has tokens any more."""
         slots = self.room.sizes.slots
         empty = int(block.first[block.branch >= 0].min()) // slots
@@ -197,9 +197,9 @@ class Schedule:
     def move(
         self,
         part: int,
-        source: Block,
+        source: RowBlock,
         row: int,
-        target: Block,
+        target: RowBlock,
         hole: int,
         copies: list[tuple[int, int, int, int]],
     ) -> None:
@@ -255,6 +255,6 @@ class Schedule:
             branch, self.waiting = self.waiting[:, :size], self.waiting[:, size:]
             branch = np.pad(branch, ((0, 0), (0, size - branch.shape[1])), constant_values=-1)
             first = np.full_like(branch, self.filled)
-            self.blocks.append(Block(branch, first, [self.free.pop()], 1, self.begun))
+            self.blocks.append(RowBlock(branch, first, [self.free.pop()], 1, self.begun))
             self.begun += 1
         return len(self.blocks) > before

@@ -18,7 +18,7 @@ STRIP_ROWS = 64  # rows whose context is attended to at a time, if trajectories 
 
 
 @dataclasses.dataclass(eq=False)
-class Block:
+class RowBlock:
     """Rows that decode together, of every part of the mesh.
 
     branch: int [P, B], the branch of its part that sits in each row, -1 where none does. first: int [P, B],
@@ -68,7 +68,9 @@ def strip_size(n: int, width: int) -> int:
     return max(size for size in range(1, min(n, most) + 1) if n % size == 0)
 
 
-def seats_of(blocks: list[Block], span: int, room: int, most: int, n: int, c: int, sizes: PageSizes) -> Seats:
+def seats_of(
+    blocks: list[RowBlock], span: int, room: int, most: int, n: int, c: int, sizes: PageSizes
+) -> Seats:
     """Write down where the branches of blocks sit, for the devices.
 
     Args:
