@@ -158,9 +158,9 @@ STRAY = "'stray' stands behind no option: options are written --key VALUE, lists
         (["rolout"], "there is no benchmark rolout; did you mean rollout?"),
         (
             ["quick"],
-            "there is no benchmark quick; choose one of adaptive, load, record, rollout, score, update",
+            "there is no benchmark quick; choose one of adaptive, load, record, rollout, round, score, update",
         ),
-        ([], "name a benchmark: adaptive, load, record, rollout, score, update"),
+        ([], "name a benchmark: adaptive, load, record, rollout, round, score, update"),
         (["rollout", "--repeat=3"], "there is no option --repeat; did you mean --repeats?"),
         (["update", "--repeats=0"], "repeats is 0, must be at least 1"),
         (["rollout", "--occupancy_limit", "-1"], "occupancy_limit is -1, must be at least 1"),

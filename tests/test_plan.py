@@ -124,7 +124,7 @@ def test_queries_that_are_auto_are_told_with_what_bounds_them():
     lines = conclusion(dataclasses.replace(plan, auto_queries=True))
     (line,) = set(lines) - set(conclusion(plan))
     assert line.startswith(f"rollout.queries auto: rounds of {plan.setup.queries} queries fill the batch")
-    assert "rollout.max_queries 64, which take more memory" in line
+    assert "rollout.max_queries 64, as far as their KV caches fit" in line
 
 
 def test_what_xla_refuses_does_not_fit_whatever_its_size():

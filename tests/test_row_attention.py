@@ -15,7 +15,7 @@ from fr3e_jax.engine import seats as seats_module
 from fr3e_jax.engine.page_moves import PageMoves
 from fr3e_jax.engine.pages import PAGE_AXES, Pages, PageSizes, store_tokens
 from fr3e_jax.engine.reading import Reach, attend_span
-from fr3e_jax.engine.seats import Block, seats_of
+from fr3e_jax.engine.seats import RowBlock, seats_of
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import cache_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
@@ -68,7 +68,7 @@ def made(parts, seed, running, strip_rows):
         pages = numbers[MOST * b : MOST * b + rng.integers(1, MOST + 1)].tolist()
         end = (len(pages) - 1) * SIZES.slots + filled
         first = rng.integers(0, end + 1, (parts, SIZES.rows)).astype(np.int32)
-        blocks.append(Block(sits[:, b * SIZES.rows : (b + 1) * SIZES.rows], first, pages, 0))
+        blocks.append(RowBlock(sits[:, b * SIZES.rows : (b + 1) * SIZES.rows], first, pages, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seats_module, "STRIP_ROWS", strip_rows)
         seats = seats_of(blocks, SPAN, BLOCKS, MOST, N, C, SIZES)
