@@ -158,7 +158,8 @@ STRAY = "'stray' stands behind no option: options are written --key VALUE, lists
         (["rolout"], "there is no benchmark rolout; did you mean rollout?"),
         (
             ["quick"],
-            "there is no benchmark quick; choose one of adaptive, load, record, rollout, round, score, update",
+            "there is no benchmark quick; choose one of adaptive, load, record, rollout, round, score, "
+            "update",
         ),
         ([], "name a benchmark: adaptive, load, record, rollout, round, score, update"),
         (["rollout", "--repeat=3"], "there is no option --repeat; did you mean --repeats?"),
