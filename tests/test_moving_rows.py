@@ -32,7 +32,7 @@ def test_moved_rows_generate_what_branches_generate_alone():
     e, done = engine_of(MANY_ENDS), []
     small = with_pages(e, (N, J), SIZE, 3)
 
-    @examples(14)
+    @examples(8)
     @given(rounds())
     def holds(drawn):
         q, chosen = drawn
