@@ -39,7 +39,7 @@ ALLOWED = {
     "library": set(
         "algorithm config engine learner models parallel pretrained problems rewards run step types".split()
     ),
-    "planning": set("algorithm config cost engine learner models parallel run types".split()),
+    "planning": set("config cost engine learner models parallel run types".split()),
     "export": set("cli config models parallel pretrained run".split()),
     "generate": set("cli config engine models parallel pretrained problems run types".split()),
     "sft": set("algorithm cli config engine learner models parallel pretrained problems run types".split()),

@@ -16,11 +16,12 @@ from fr3e_jax.engine.pages import ON_TPU, PAGE_AXES, Pages, PageSizes
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.schedule import Room, Schedule
+from fr3e_jax.engine.seats import map_leg
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import DecoderConfig, abstract_params, logical_axes
 from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.parallel.sizes import ceil_divide
-from fr3e_jax.planning.decodes import abstract_leg, run_leg, runs_of
+from fr3e_jax.planning.decodes import run_leg, runs_of
 from fr3e_jax.planning.hlo import Program
 from fr3e_jax.planning.topology import slice_mesh
 from fr3e_jax.run.build import policy_of_shape
@@ -106,10 +107,10 @@ def compile_decoding(
     engine = policy_of_shape(config, placement.mesh, (0,), jnp.dtype(CACHE_DTYPE)).engine(shape.slots)
     engine = dataclasses.replace(engine, sizes=sizes)
     turn = Schedule(room, np.ones((parts, room.n * c), np.int32)).next()
-    leg = abstract_leg(
+    leg = map_leg(
         turn.leg,
-        lambda sizes, dtype: array(dtype, *sizes),
-        lambda sizes, dtype: array(dtype, *sizes, axes=()),
+        lambda x: array(x.dtype, *x.shape),
+        lambda x: array(x.dtype, *x.shape, axes=()),
     )
     compiled = Engine.advance.lower(engine, params, branches, decoding, leg, sampling=Sampling()).compile()
 

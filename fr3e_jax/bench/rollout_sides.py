@@ -11,7 +11,7 @@ from flax import nnx
 
 from fr3e_jax.bench.table import TINY, hugging_face_model
 from fr3e_jax.engine.branches import Branches, Decoding
-from fr3e_jax.engine.budget import context_bytes, page_bytes
+from fr3e_jax.engine.budget import needed_bytes
 from fr3e_jax.engine.rollout import Engine, last
 from fr3e_jax.engine.sampler import Sampling, branch_keys
 from fr3e_jax.engine.schedule import Room
@@ -58,11 +58,11 @@ def opening(engine: Engine) -> Callable[[Params, Branches], Decoding]:
 def with_pages(engine: Engine, model: DecoderConfig, branches: Branches, tokens: float) -> Engine:
     """Let an engine have pages for so many tokens, beside what branches share."""
     (n, c), slots = branches.token.shape, branches.context.key.shape[3]
-    room, dtype = Room(engine.sizes, n, c, engine.max_new, 0), branches.context.key.dtype
-    pages = int(tokens / (engine.sizes.rows * engine.sizes.slots))
-    shared = context_bytes(model, engine.placement, room, slots, dtype)
-    page = page_bytes(model, engine.placement, room, dtype)
-    return dataclasses.replace(engine, cache_bytes=shared + (max(pages, room.most) + 1) * page)
+    room = Room(engine.sizes, n, c, engine.max_new, 0)
+    pages = int(tokens / (room.sizes.rows * room.sizes.slots))
+    room = dataclasses.replace(room, pages=max(pages, room.most))
+    needed = needed_bytes(model, engine.placement, room, slots, branches.context.key.dtype)
+    return dataclasses.replace(engine, cache_bytes=needed)
 
 
 def exploring(exploration: Exploration, params: Params) -> Callable[[], Any]:

@@ -1,8 +1,8 @@
 """Whole rounds, first return and exploration, on branches of given lengths: one round against two of half."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -11,13 +11,14 @@ from fr3e_jax.bench.rollout_sides import branches_of, engine_of, opening
 from fr3e_jax.bench.table import TINY, Measurement, in_turns, measurement, run_measurements
 from fr3e_jax.config.values import Count
 from fr3e_jax.engine.branches import Branches
+from fr3e_jax.engine.budget import needed_bytes
 from fr3e_jax.engine.rollout import Engine, last
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.decoder import Params, init_params
 from fr3e_jax.parallel.memory import bytes_on_device
 
 ROUND_QUERIES, ROUND_BASE, ROUND_KEPT, ROUND_STATES, ROUND_ROLLOUTS = 16, 4, 2, 5, 16
-ROUND_PROMPT, ROUND_LIMIT = 32, 256
+ROUND_PROMPT, ROUND_LIMIT = 32, 128
 MEAN_SHARE, LOG_DEVIATION = 0.35, 0.8  # of answers: mean to limit, and deviation of the logarithm
 
 
@@ -28,15 +29,6 @@ class Lengths:
     base: np.ndarray
     prefix: np.ndarray
     continuation: np.ndarray
-
-
-@dataclasses.dataclass
-class Counted:
-    """What rounds took: tokens that were generated, rows that were decoded, and most bytes of KV caches."""
-
-    tokens: int = 0
-    rows: int = 0
-    peak: int = 0
 
 
 def round_lengths(queries: int, rng: np.random.Generator) -> Lengths:
@@ -55,24 +47,44 @@ def round_lengths(queries: int, rng: np.random.Generator) -> Lengths:
     return Lengths(base, prefix, np.clip(whole - prefix, 1, ROUND_LIMIT - prefix).astype(np.int32))
 
 
-def run_round(engine: Engine, params: Params, lengths: Lengths, counted: Counted) -> None:
-    """Decode base trajectories and continuations of given lengths, on KV caches of random numbers."""
-    for branches in round_branches(lengths):
-        opened = opening(engine)(params, branches)
-        decoding = last(engine.decode(params, branches, opened, Sampling()))
-        assert (np.asarray(decoding.rollouts.length) == np.asarray(branches.limit)).all()
-        counted.tokens += int(np.asarray(branches.limit).sum())
-        counted.rows += int(decoding.row_steps)
-        caches = (branches.context.key, branches.context.value, decoding.pages.key, decoding.pages.value)
-        counted.peak = max(counted.peak, sum(map(bytes_on_device, caches)))
-
-
-def round_branches(lengths: Lengths) -> Sequence[Branches]:
+def round_branches(lengths: Lengths) -> tuple[Branches, Branches]:
     """Make the branches of first return and of exploration, with KV caches of random numbers."""
     return (
         branches_of(TINY, ROUND_PROMPT, 0, np.zeros_like(lengths.base), lengths.base),
         branches_of(TINY, ROUND_PROMPT, ROUND_LIMIT, lengths.prefix, lengths.continuation),
     )
+
+
+class Ended(NamedTuple):
+    """What a decoding took: tokens that were generated, rows that were decoded, and bytes of KV caches."""
+
+    tokens: int
+    rows: int
+    bytes: int
+
+
+def rounds_side(engine: Engine, params: Params, rounds: Sequence[Lengths]) -> Callable[[], list[Ended]]:
+    """Make the side that decodes the branches of rounds, one decoding after the other."""
+    start = opening(engine)
+    decodings = [branches for lengths in rounds for branches in round_branches(lengths)]
+
+    def decoded(branches: Branches) -> Ended:
+        decoding = last(engine.decode(params, branches, start(params, branches), Sampling()))
+        caches = (branches.context.key, branches.context.value, decoding.pages.key, decoding.pages.value)
+        tokens, rows = int(decoding.rollouts.length.sum()), int(decoding.row_steps)
+        return Ended(tokens, rows, sum(map(bytes_on_device, caches)))
+
+    return lambda: [decoded(branches) for branches in decodings]
+
+
+def most_bytes(engine: Engine, rounds: Sequence[Lengths]) -> int:
+    """Count the most bytes of KV caches that a decoding of these rounds has allocated."""
+    found = []
+    for branches in (branches for lengths in rounds for branches in round_branches(lengths)):
+        key, placement = branches.context.key, engine.placement
+        room = engine.room_for(TINY, branches.token.shape, key.shape[3], key.dtype)
+        found.append(needed_bytes(TINY, placement, room, key.shape[3], key.dtype))
+    return max(found)
 
 
 def one_round_vs_two(repeats: int) -> list[Measurement]:
@@ -86,28 +98,24 @@ def one_round_vs_two(repeats: int) -> list[Measurement]:
             (slice(half, ROUND_QUERIES), slice(pairs, 2 * pairs)),
         )
     ]
-    engine, taken = engine_of(TINY, ROUND_LIMIT), Counted()
-    for lengths in small:
-        run_round(engine, params, lengths, taken)
-    within = dataclasses.replace(engine_of(TINY, ROUND_LIMIT), cache_bytes=taken.peak)
-    ours = Counted()
-    run_round(within, params, whole, ours)
+    engine = engine_of(TINY, ROUND_LIMIT)
+    given = most_bytes(engine, small)
+    within = dataclasses.replace(engine_of(TINY, ROUND_LIMIT), cache_bytes=given)
+    one, ended = rounds_side(within, params, [whole]), list[Ended]()
 
-    def one() -> Any:
-        run_round(within, params, whole, Counted())
+    def ours() -> None:
+        ended[:] = one()
 
-    def two() -> Any:
-        for lengths in small:
-            run_round(engine, params, lengths, Counted())
-
-    fast, slow = (ours.tokens / seconds for seconds in in_turns(repeats, one, two))
-    of = f"{ROUND_QUERIES} queries, {ours.tokens:,} tokens; two rounds of {half} queries"
+    seconds = in_turns(repeats, ours, rounds_side(engine, params, small))
+    tokens = int(whole.base.sum() + whole.continuation.sum())
+    assert sum(decoding.tokens for decoding in ended) == tokens
+    rows, peak = sum(decoding.rows for decoding in ended), max(decoding.bytes for decoding in ended)
+    fast, slow = (tokens / taken for taken in seconds)
+    of = f"{ROUND_QUERIES} queries, {tokens:,} tokens; two rounds of {half} queries"
     return [
         measurement("round_vs_two", fast, slow, "tokens/s", of),
-        measurement("round_occupancy", ours.tokens, ours.rows, "tokens", "rows that were decoded"),
-        measurement(
-            "round_peak_vs_budget", ours.peak / 1e6, taken.peak / 1e6, "MB", "what a round of half took"
-        ),
+        measurement("round_occupancy", tokens, rows, "tokens", "rows that were decoded"),
+        measurement("round_peak_vs_budget", peak / 1e6, given / 1e6, "MB", "what a round of half takes"),
     ]
 
 

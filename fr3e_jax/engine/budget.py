@@ -1,13 +1,14 @@
 """How many pages a decoding has within a budget of memory."""
 
+import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
+import jax
 
 from fr3e_jax.engine.pages import PAGE_AXES
 from fr3e_jax.engine.schedule import Room
 from fr3e_jax.models.decoder import DecoderConfig, cache_axes
+from fr3e_jax.parallel.memory import bytes_on_device
 from fr3e_jax.parallel.mesh import Placement, PlacementError, row_parts
 
 GB = 10**9
@@ -19,8 +20,7 @@ class CacheBudgetError(PlacementError):
 
 def bytes_of(placement: Placement, axes: tuple[str | None, ...], shape: tuple[int, ...], dtype: Any) -> int:
     """Count the bytes of a KV cache on a device."""
-    local = placement.sharding(*axes).shard_shape(shape)
-    return int(np.prod(local, dtype=float)) * jnp.dtype(dtype).itemsize
+    return bytes_on_device(jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(*axes)))
 
 
 def page_bytes(config: DecoderConfig, placement: Placement, room: Room, dtype: Any) -> int:
@@ -37,13 +37,21 @@ def context_bytes(config: DecoderConfig, placement: Placement, room: Room, slots
     return 2 * bytes_of(placement, cache_axes("batch"), shape, dtype)
 
 
-def least_bytes(config: DecoderConfig, placement: Placement, room: Room, slots: int, dtype: Any) -> int:
-    """Count the bytes on a device with which every branch of a decoding ends.
+def needed_bytes(config: DecoderConfig, placement: Placement, room: Room, slots: int, dtype: Any) -> int:
+    """Count the bytes on a device with which `pages_within` gives a decoding the pages of its room.
 
-    These are one block to the limit, and a page that is on its way to the host or back, if there are others.
+    Where these are fewer than can come to be useful, blocks are set aside: a page more is on its way to the
+    host or back.
     """
+    pages = room.pages + (room.pages < room.useful)
     shared = context_bytes(config, placement, room, slots, dtype)
-    return shared + min(room.most + 1, room.useful) * page_bytes(config, placement, room, dtype)
+    return shared + pages * page_bytes(config, placement, room, dtype)
+
+
+def least_bytes(config: DecoderConfig, placement: Placement, room: Room, slots: int, dtype: Any) -> int:
+    """Count the bytes on a device with which every branch of a decoding ends: one block to the limit."""
+    least = dataclasses.replace(room, pages=room.most)
+    return needed_bytes(config, placement, least, slots, dtype)
 
 
 def pages_within(

@@ -14,6 +14,11 @@ CACHE_AXES = cache_axes("batch")
 PREFILL_TOKENS = 4096  # of a part, that run through the layers at a time, or one sequence
 
 
+def prefilled_together(count: int, width: int) -> int:
+    """Count the sequences that run through the layers at a time, of `count` of `width` tokens on a part."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * width <= PREFILL_TOKENS))
+
+
 def prefill(
     model: Decoder, placement: Placement, token: Int32[Array, "N T"], length: Int32[Array, " N"]
 ) -> Segment:
@@ -21,7 +26,7 @@ def prefill(
     count, width = token.shape
     parts = row_parts(placement.mesh)
     each = count // parts
-    together = max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or n * width <= PREFILL_TOKENS))
+    together = prefilled_together(each, width)
     position = jnp.arange(width)
 
     def one(token: Int32[Array, " T"], length: Int32[Array, ""]) -> Segment:

@@ -21,7 +21,7 @@ Aside = dict[int, list[Pages]]
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument under jit
 class PageMoves:
-    """Moves pages of one mesh."""
+    """Copies rows between pages, and pages between devices and the memory of their hosts, on one mesh."""
 
     placement: Placement
 

@@ -32,7 +32,7 @@ class Reach(NamedTuple):
     table: Int32[Any, "blocks most"]
     """The pages of each block in their order; the same in all parts."""
     count: Int32[Any, " blocks"]
-    """Pages of each block."""
+    """How many pages of the table each block has."""
     filled: Int32[Any, " blocks"]
     """Slots of each block that are filled; the next is the one to fill."""
     running: Int32[Any, ""]
@@ -46,7 +46,7 @@ class Reach(NamedTuple):
     strip: Int32[Any, "P strips"]
     """The strips that have rows in the span, and any numbers after them."""
     strips: Int32[Any, " P"]
-    """How many have."""
+    """How many strips of each part have rows in the span."""
     length: Int32[Any, "P R"]
     """How much of the context of its trajectory a row sees."""
 
@@ -56,7 +56,7 @@ class Pick(Protocol):
     """Takes the key-value heads that a device needs of those that it holds, along an axis."""
 
     def __call__(self, x: Any, *, axis: int) -> Any:
-        """Take them."""
+        """Return the heads that are needed of x, whose axis of heads is `axis`."""
 
 
 def as_it_is(x: Any, *, axis: int) -> Any:

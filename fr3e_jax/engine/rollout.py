@@ -30,6 +30,7 @@ from fr3e_jax.engine.seats import Leg, arrange_kept, place_leg
 from fr3e_jax.engine.stops import states_along
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, Params
+from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.types import AnyArray, Queries, Rollouts, States, StopTable
 
@@ -282,7 +283,7 @@ class Engine:
         special = (sampling.first_temperature is not None and branches.root is not None) or (
             branches.rank is not None
         )
-        running = jax.device_get(self.flags_of(decoding)).reshape(parts, -1)
+        running = gather(decoding.running).reshape(parts, -1)
         schedule = Schedule(room, running.astype(np.int32), every, first_alone=special)
         aside = Aside()
         if schedule.done:
@@ -300,11 +301,6 @@ class Engine:
             running, steps, longest = jax.device_get(ended)
             self.watch(int(running.sum()), running.size, int(longest))
             schedule.end(running.reshape(parts, -1), int(steps))
-
-    @functools.partial(jax.jit, static_argnames=("self",))
-    def flags_of(self, decoding: Decoding) -> Bool[Array, "N C"]:
-        """Tell every process which branches run."""
-        return self.placement.shard(decoding.running)
 
     @functools.partial(jax.jit, static_argnames=("self", "sampling"), donate_argnames=("decoding",))
     def advance(

@@ -34,7 +34,7 @@ def over(function: Any) -> Any:
 
 
 def pick(x: Shaped[Array, "P A *rest"], index: Int32[Array, "P B"]) -> Shaped[Array, "P B *rest"]:
-    """Index within each part."""
+    """Take entries of each part by their numbers in it."""
     return over(lambda x, index: x[index])(x, index)
 
 
@@ -52,7 +52,7 @@ def to_branches(
 
 
 def of_span(x: Shaped[Array, "P R *rest"], first: Any, size: int) -> Shaped[Array, "P S *rest"]:
-    """Take the rows of a span."""
+    """Take `size` rows of each part, those of a span, from row `first` on."""
     return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
 
 

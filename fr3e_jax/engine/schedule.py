@@ -55,7 +55,7 @@ class Room:
 
     @property
     def most(self) -> int:
-        """Most pages of a block."""
+        """Pages that a block may come to hold, when a row of it reaches the limit."""
         return self.sizes.pages(self.max_new)
 
     @property
@@ -101,7 +101,7 @@ class Schedule:
 
     @property
     def done(self) -> bool:
-        """Whether no branch is left."""
+        """Whether every branch has stopped, those that waited and those set aside included."""
         return not (self.blocks or self.aside or self.waiting.shape[1])
 
     def end(self, running: Bool[np.ndarray, "P branches"], tokens: int) -> None:

@@ -5,6 +5,8 @@ same decisions.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -59,7 +61,7 @@ class Seats:
     strip: Int32[AnyArray, "P spans strips"]
     """The strips of trajectories that have rows in a span."""
     strips: Int32[AnyArray, "P spans"]
-    """How many have."""
+    """How many strips have rows in each span."""
 
 
 def strip_size(n: int, width: int) -> int:
@@ -148,20 +150,25 @@ class Leg:
         return ceil_divide(int(self.blocks), self.span) * self.span * int(size)
 
 
+def map_leg(leg: Leg, by_part: Callable[[Any], Any], everywhere: Callable[[Any], Any]) -> Leg:
+    """Replace the arrays and numbers of a leg of the host.
+
+    Args:
+      by_part: what becomes of an array whose first axis is parts. everywhere: of what all parts share.
+    """
+    seats: dict[str, Any] = {
+        field.name: (everywhere if field.name in ("table", "count") else by_part)(x)
+        for field in dataclasses.fields(leg.seats)
+        for x in [getattr(leg.seats, field.name)]
+    }
+    names = ("blocks", "filled", "until", "leave")
+    numbers: dict[str, Any] = {name: everywhere(np.int32(getattr(leg, name))) for name in names}
+    return dataclasses.replace(leg, seats=dataclasses.replace(leg.seats, **seats), **numbers)
+
+
 def place_leg(placement: Placement, leg: Leg) -> Leg:
     """Put a leg of the host on the mesh."""
-    place, seats = placement.place, leg.seats
-    by_part = ("branch", "taken", "row", "seated", "first", "lane", "place", "strip", "strips")
-    placed = {name: placement.place_rows(getattr(seats, name)) for name in by_part}
-    seats = dataclasses.replace(seats, table=place(seats.table), count=place(seats.count), **placed)
-    return dataclasses.replace(
-        leg,
-        seats=seats,
-        blocks=place(np.int32(leg.blocks)),
-        filled=place(np.int32(leg.filled)),
-        until=place(np.int32(leg.until)),
-        leave=place(np.int32(leg.leave)),
-    )
+    return map_leg(leg, placement.place_rows, placement.place)
 
 
 def arrange_kept(

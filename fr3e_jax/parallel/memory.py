@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -24,7 +25,12 @@ def share_of_host() -> int:
     return int(SHARE_OF_HOST * memory) // jax.local_device_count()
 
 
-def bytes_on_device(array: jax.Array) -> int:
-    """Bytes that an array takes on each of its devices."""
+def device_memory() -> int:
+    """Bytes that the smallest device of this process may hold; 0 where devices do not tell."""
+    return min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
+
+
+def bytes_on_device(array: Any) -> int:
+    """Bytes that an array, or the shape of one with its sharding, takes on each of its devices."""
     shape = array.sharding.shard_shape(array.shape)
     return int(math.prod(shape)) * int(array.dtype.itemsize)

@@ -2,24 +2,20 @@
 
 from typing import Any
 
-import jax
-
 from fr3e_jax.config import Config
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.parallel.hosts import Hosts
-from fr3e_jax.parallel.memory import share_of_host
+from fr3e_jax.parallel.memory import device_memory, share_of_host
 from fr3e_jax.planning.fit import RESERVE
 from fr3e_jax.planning.model_sizes import ModelSizes
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.stages import state_bytes
 from fr3e_jax.planning.update_layout import slice_of
-from fr3e_jax.planning.workload import Assumptions, kept_trajectories, most_kept
+from fr3e_jax.planning.workload import Assumptions, kept_trajectories
 from fr3e_jax.run.build import given_bytes
-from fr3e_jax.run.queries import least_cache
+from fr3e_jax.run.queries import least_cache, most_kept
 
 XLA_SHARE = 0.05  # of a chip, for what XLA needs beside the arrays that are counted
-
-
 SHARED_UNIT = 2**20  # processes share the number in this unit
 
 
@@ -41,8 +37,7 @@ def cache_bytes_here(config: Config, model: DecoderConfig, hosts: Hosts) -> int 
         known, found = True, share_of_host()
     else:
         tpu = slice_of(devices)
-        limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
-        usable = tpu.chip.usable if tpu is not None else float(min(limits))
+        usable = tpu.chip.usable if tpu is not None else device_memory()
         known = usable > 0
         found = cache_bytes_of(Setup(config, model, hosts.mesh), usable) if known else 0
     # 0 says that it is not known, 1 that nothing is left.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -160,21 +160,3 @@ def run_leg(turn: Turn, room: Room, seen: np.ndarray, steps: int) -> LegWork:
         copies=turn.copies.shape[1],
         moved=moved,
     )
-
-
-def abstract_leg(leg: Leg, rows: Callable[[Any, Any], Any], whole: Callable[[Any, Any], Any]) -> Leg:
-    """A leg as the engine places it, without arrays.
-
-    Args:
-      rows: makes an abstract array that is split as batch rows are, from shape and dtype. whole: makes one
-        that every device has.
-    """
-    make: dict[str, Any] = {
-        field.name: (whole if field.name in ("table", "count") else rows)(x.shape, x.dtype)
-        for field in dataclasses.fields(leg.seats)
-        for x in [np.asarray(getattr(leg.seats, field.name))]
-    }
-    numbers: dict[str, Any] = {
-        name: whole((), np.dtype(np.int32)) for name in ("blocks", "filled", "until", "leave")
-    }
-    return dataclasses.replace(leg, seats=dataclasses.replace(leg.seats, **make), **numbers)

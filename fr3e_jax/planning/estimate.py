@@ -8,7 +8,7 @@ other than those of weights, gradients and activations. Compiled plans say how f
 planning/README.md.
 """
 
-from fr3e_jax.engine.caches import PREFILL_TOKENS
+from fr3e_jax.engine.caches import prefilled_together
 from fr3e_jax.engine.seats import strip_size
 from fr3e_jax.planning.decodes import Decode
 from fr3e_jax.planning.model_sizes import ModelSizes
@@ -95,17 +95,12 @@ def prefill_trajectories_stage(sizes: ModelSizes, work: Workload, always: dict[s
 
 def prefill_temporary(sizes: ModelSizes, count: int, width: int, caches: int) -> float:
     """Bytes that the prefill of some sequences needs beside its results, which are turned around."""
-    return sizes.activations(width * together(count, width)) + caches
-
-
-def together(count: int, width: int) -> int:
-    """Sequences that are prefilled at a time, of `count` of so many tokens."""
-    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * width <= PREFILL_TOKENS))
+    return sizes.activations(width * prefilled_together(count, width)) + caches
 
 
 def prefill_costs(sizes: ModelSizes, count: int, width: int, results: int) -> Costs:
     """Costs of the prefill of some sequences."""
-    tokens, runs = count * width, count // together(count, width)
+    tokens, runs = count * width, count // prefilled_together(count, width)
     moved = runs * sizes.sampling_copy + 3.0 * results
     calls = sizes.calls(runs) if sizes.tensor > 1 else 0.0
     return Costs(sizes.flops(tokens, tokens * width / 2, 0), moved, sizes.reductions(tokens, 1), calls)

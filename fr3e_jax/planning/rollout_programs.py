@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from fr3e_jax.config import ExploreConfig
 from fr3e_jax.engine.rollout import Engine, root_branches
 from fr3e_jax.engine.sampler import Sampling
+from fr3e_jax.engine.seats import map_leg
 from fr3e_jax.models.attention import Segment
-from fr3e_jax.planning.decodes import Decode, abstract_leg
+from fr3e_jax.planning.decodes import Decode
 from fr3e_jax.planning.position_programs import compile_second_pass, pass_needs
 from fr3e_jax.planning.setup import abstract, bytes_on_chip
 from fr3e_jax.planning.stages import Stage, StageCompiler
-from fr3e_jax.planning.workload import Workload, pilot_rollouts, pilot_states
+from fr3e_jax.planning.workload import Workload
+from fr3e_jax.run.queries import pilot_rollouts, pilot_states
 from fr3e_jax.types import Queries, States
 
 
@@ -154,10 +156,10 @@ def compile_decode(compiler: StageCompiler, phase: str, opened: Any, decode: Dec
     rollout, params = setup.config.rollout, setup.params(setup.dtype, sampling=True)
     sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p)
     work, whole = decode.typical, setup.placements[1].sharding()
-    leg = abstract_leg(
+    leg = map_leg(
         decode.examples[work.span],
-        lambda sizes, dtype: setup.rows(dtype, *sizes),
-        lambda sizes, dtype: abstract(sizes, dtype, whole),
+        lambda x: setup.rows(x.dtype, *x.shape),
+        lambda x: abstract(x.shape, x.dtype, whole),
     )
     branches = dataclasses.replace(branches, rank=None, root=None)
     lower = functools.partial(

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fr3e_jax.config import Config, ConfigError, updates_of
-from fr3e_jax.engine.budget import CacheBudgetError, context_bytes, page_bytes
+from fr3e_jax.engine.budget import CacheBudgetError, context_bytes, needed_bytes, page_bytes
 from fr3e_jax.engine.pages import ON_TPU
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.schedule import Room
@@ -160,9 +160,9 @@ class Setup:
 
     def engine_with(self, room: Room, slots: int) -> Engine:
         """The engine whose decoding has so many pages; slots: of what branches share."""
-        pages = room.pages + (room.pages < room.useful)  # one has room to move
-        held = self.context_bytes(room.n, slots) + pages * self.page_bytes(room)
-        return dataclasses.replace(self.engine, cache_bytes=held)
+        model: Any = self.model
+        needed = needed_bytes(model, self.placements[1], room, slots, self.dtype)
+        return dataclasses.replace(self.engine, cache_bytes=needed)
 
     def page_bytes(self, room: Room) -> int:
         """Bytes of a page on a chip, of a decoding."""

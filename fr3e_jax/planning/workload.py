@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
-from fr3e_jax.config import Config, ExploreConfig, rows_of_state, rule_needs
+from fr3e_jax.config import Config, rows_of_state
 from fr3e_jax.config.values import Bounds, NonNegativeNumber, Share
 from fr3e_jax.engine.pages import ON_TPU
 from fr3e_jax.engine.schedule import Room
@@ -20,7 +19,15 @@ from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
 from fr3e_jax.parallel.sizes import next_power_of_two
 from fr3e_jax.planning.decodes import Decode, decode_of
-from fr3e_jax.run.queries import assumed_states, queries_for, round_sizes
+from fr3e_jax.run.queries import (
+    assumed_states,
+    most_kept,
+    needs_pilots,
+    pilot_rollouts,
+    pilot_states,
+    queries_for,
+    round_sizes,
+)
 from fr3e_jax.types import StateGroups
 
 SPREAD = 0.8  # standard deviation of the logarithm of answers' lengths
@@ -65,21 +72,6 @@ def rooms_for(limit: int) -> Rooms:
     return room
 
 
-def needs_pilots(explore: ExploreConfig) -> bool:
-    """Whether the position rule needs pilot rollouts."""
-    return explore.positions > 0 and "information" in rule_needs(explore)
-
-
-def pilot_states(explore: ExploreConfig) -> int:
-    """Number of candidates of a trajectory, from each of which pilots are sampled."""
-    return CANDIDATES * explore.positions
-
-
-def pilot_rollouts(explore: ExploreConfig) -> int:
-    """Number of pilots of a candidate."""
-    return len(PILOT_TOKENS) * explore.pilots
-
-
 def lengths_of(count: int, mean: float, limit: int, rng: np.random.Generator) -> np.ndarray:
     """Lengths int [count] of answers: log-normal with mean `mean`, then cut at `limit`."""
     drawn = np.exp(math.log(max(mean, 1.0)) - SPREAD**2 / 2 + SPREAD * rng.standard_normal(count))
@@ -101,12 +93,6 @@ def planned_queries(
     sizes = round_sizes(config.rollout, parts)
     fitting = tuple(size for size in sizes if fits(size)) or sizes[:1]
     return queries_for(config.optimizer.batch_states, per_query, fitting)
-
-
-def most_kept(config: Config) -> int:
-    """Most trajectories of a query that are explored."""
-    pair = config.explore.keep in ("first_of_each", "random_of_each")
-    return 2 if pair else config.rollout.base_trajectories
 
 
 def kept_trajectories(config: Config, queries: int, assumptions: Assumptions) -> tuple[float, int]:

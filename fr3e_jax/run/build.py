@@ -6,7 +6,6 @@ training needs.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +34,7 @@ from fr3e_jax.learner.state import TrainState, init_state, sampling_cast
 from fr3e_jax.learner.update import Learner
 from fr3e_jax.models.decoder import DecoderConfig, Params, abstract_params
 from fr3e_jax.parallel.hosts import Hosts
-from fr3e_jax.parallel.memory import share_of_host
+from fr3e_jax.parallel.memory import bytes_on_device, device_memory, share_of_host
 from fr3e_jax.parallel.mesh import make_mesh, row_parts
 from fr3e_jax.pretrained.model import PlacedModel, UnplacedModel, open_model
 from fr3e_jax.pretrained.text import Text, load_text
@@ -94,18 +93,18 @@ class Policy:
 
     def memory_left(self) -> int | None:
         """Count the bytes of a device that the weights leave for KV caches; None where that is not known."""
-        devices = jax.local_devices()
-        if devices[0].platform == "cpu":
+        if jax.local_devices()[0].platform == "cpu":
             return share_of_host()
-        limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
-        placement, shapes = self.model.sampling, abstract_params(self.model.config)
-        local = jax.tree.map(
-            lambda x, at: math.prod(at.shard_shape(x.shape)),
+        if not (limit := device_memory()):
+            return None
+        shapes = abstract_params(self.model.config)
+        placed = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=at),
             shapes,
-            placement.shardings(self.model.axes, shapes),
+            self.model.sampling.shardings(self.model.axes, shapes),
         )
-        weights = sum(jax.tree.leaves(local)) * jnp.dtype(self.dtype).itemsize
-        return max(int(FOR_CACHES * min(limits)) - weights, 0) if min(limits) else None
+        weights = sum(map(bytes_on_device, jax.tree.leaves(placed)))
+        return max(int(FOR_CACHES * limit) - weights, 0)
 
     def learner(
         self,

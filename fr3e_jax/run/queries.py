@@ -9,7 +9,7 @@ that every process has, so all processes ask the same queries.
 import dataclasses
 
 from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
-from fr3e_jax.config import Config, ConfigError, RolloutConfig, rule_needs
+from fr3e_jax.config import Config, ConfigError, ExploreConfig, RolloutConfig, rule_needs
 from fr3e_jax.engine.budget import GB, least_bytes
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.schedule import Room
@@ -68,9 +68,28 @@ def assumed_states(config: Config, kept: float = ASSUMED_KEPT, accepted: float =
     explore = config.explore
     if not explore.positions:
         return accepted
-    pair = explore.keep in ("first_of_each", "random_of_each")
-    most = 2 if pair else config.rollout.base_trajectories
-    return max(min(kept, most), 1) * (explore.positions + 1) * accepted
+    return max(min(kept, most_kept(config)), 1) * (explore.positions + 1) * accepted
+
+
+def most_kept(config: Config) -> int:
+    """Most trajectories of a query that are explored."""
+    pair = config.explore.keep in ("first_of_each", "random_of_each")
+    return 2 if pair else config.rollout.base_trajectories
+
+
+def needs_pilots(explore: ExploreConfig) -> bool:
+    """Whether the position rule needs pilot rollouts."""
+    return explore.positions > 0 and "information" in rule_needs(explore)
+
+
+def pilot_states(explore: ExploreConfig) -> int:
+    """Number of candidates of a trajectory, from each of which pilots are sampled."""
+    return CANDIDATES * explore.positions
+
+
+def pilot_rollouts(explore: ExploreConfig) -> int:
+    """Number of pilots of a candidate."""
+    return len(PILOT_TOKENS) * explore.pilots
 
 
 def round_sizes(rollout: RolloutConfig, parts: int) -> tuple[int, ...]:
@@ -98,15 +117,14 @@ def least_cache(config: Config, engine: Engine, model: DecoderConfig, queries: i
     prompt, response = rollout.max_prompt, rollout.max_response
     decodings = [(per_part, explore.rollouts, prompt)]
     if explore.positions:
-        pair = explore.keep in ("first_of_each", "random_of_each")
-        kept = per_part * (min(2, rollout.base_trajectories) if pair else rollout.base_trajectories)
+        kept = per_part * min(most_kept(config), rollout.base_trajectories)
         states = (explore.positions + 1) * explore.rollouts
         decodings = [
             (per_part, rollout.base_trajectories, prompt),
             (next_power_of_two(kept), states, prompt + response),
         ]
-        if "information" in rule_needs(explore):
-            pilots = CANDIDATES * explore.positions * len(PILOT_TOKENS) * explore.pilots
+        if needs_pilots(explore):
+            pilots = pilot_states(explore) * pilot_rollouts(explore)
             decodings.append((decodings[-1][0], pilots, prompt + response))
     if config.evaluate.every:
         decodings.append((ceil_divide(config.evaluate.rows, row_parts(engine.placement.mesh)), 1, prompt))

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float32, Int32
 
-from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS, mutual_information, spread_scores
+from fr3e_jax.algorithm.information import PILOT_TOKENS, mutual_information, spread_scores
 from fr3e_jax.algorithm.success import solved
 from fr3e_jax.config import Config
 from fr3e_jax.cost import Cost, rollout_cost
@@ -20,6 +20,7 @@ from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.run.build import Parts, sampling_of
+from fr3e_jax.run.queries import pilot_rollouts, pilot_states
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.stages import Draws, find_states
 from fr3e_jax.types import AnyArray, Queries, Rollouts, States
@@ -66,7 +67,7 @@ def sample_pilots(
             placed,
             seed_key=draws.choices,
             step=draws.step,
-            rollouts=count * len(PILOT_TOKENS),
+            rollouts=pilot_rollouts(config.explore),
             sampling=sampling_of(config.rollout),
             after=config.rollout.base_trajectories,
             caches=judged.caches,
@@ -92,9 +93,7 @@ def find_candidates(config: Config, parts: Parts, draws: Draws, judged: Judged) 
     Returns:
       (states before each of them, without the root, on the host; the same on the devices).
     """
-    rules = dataclasses.replace(
-        config.explore, rule="entropy", positions=CANDIDATES * config.explore.positions
-    )
+    rules = dataclasses.replace(config.explore, rule="entropy", positions=pilot_states(config.explore))
     states = find_states(
         rules,
         parts.engine,
