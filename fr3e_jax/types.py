@@ -145,6 +145,9 @@ class Rollouts:
     """Whether an end token was drawn; False: cut at the limit."""
 
 
+PER_TOKEN = ("token", "logprob", "sampled_logprob", "entropy")  # fields of `Rollouts`, and of `StateGroups`
+
+
 @pytree
 class StopTable:
     """An automaton over tokens that recognises texts which end an answer.
@@ -183,6 +186,18 @@ class States:
 
 
 @pytree
+class Growing:
+    """C branches of each of N trajectories, of which some have not ended."""
+
+    rollouts: Rollouts
+    """What they have drawn so far."""
+    ended: Bool[AnyArray, "N C"]
+    """Which draw no more; also those that are never drawn."""
+    drawn_step: Float32[AnyArray, "N C"]
+    """Mean of the steps in which their tokens were drawn."""
+
+
+@pytree
 class StateGroups:
     """G accepted states with their M rollouts, on the host: what waits for the learner.
 
@@ -213,6 +228,8 @@ class StateGroups:
     """How much each of them counts in the objective, beside the advantage; None: 1."""
     share: Float32[AnyArray, "G M"] | None = None
     """How much a token of each rollout counts in the means of the loss; None: 1."""
+    drawn_step: Float32[AnyArray, "G M"] | None = None
+    """Mean of the steps in which the tokens of each rollout were drawn; nan or None: not known."""
 
 
 @pytree

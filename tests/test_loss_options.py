@@ -88,7 +88,7 @@ def test_carried_states_of_an_earlier_version_are_read(tmp_path, monkeypatch):
     held = jax.tree.map(
         lambda x: rng.integers(0, 9, (2, *x.shape[1:])).astype(x.dtype), groups.empty_groups(2, 3, 4)
     )
-    old = dataclasses.replace(held, sampled_logprob=None, entropy=None)
+    old = dataclasses.replace(held, sampled_logprob=None, entropy=None, drawn_step=None)
     like = TrainState({"w": jax.numpy.ones(2)}, {"count": jax.numpy.int32(1)})
     writer = Checkpoints(tmp_path, keep=1)
     writer.save(like, old, Progress(step=1))

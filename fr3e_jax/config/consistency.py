@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from fr3e_jax.algorithm.advantage import ADVANTAGES
+from fr3e_jax.algorithm.keep import KEEP_RULES
 from fr3e_jax.algorithm.positions import POSITION_RULES
 from fr3e_jax.algorithm.rules import RuleError, name_of, needs_of
 from fr3e_jax.algorithm.trajectories import NEEDS
@@ -107,6 +108,11 @@ def check_rollouts(config: Config, context: int) -> None:
         raise ConfigError(
             "explore.positions is 0, which leaves fr3e nothing to return to; set it to 1 or more, or "
             "use --algorithm grpo++"
+        )
+    if rollout.wait_for < 1 and explore.positions and name_of(KEEP_RULES, explore.keep) == "hardest":
+        raise ConfigError(
+            "explore.keep hardest compares the queries of a round, which are not judged together with "
+            f"rollout.wait_for {rollout.wait_for}; use --rollout.wait_for 1, or another explore.keep"
         )
     try:
         rule_needs(explore)

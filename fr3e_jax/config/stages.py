@@ -51,6 +51,10 @@ class RolloutConfig:
     """Memory of the KV caches on each device, 10^9 bytes. Branches that find no room wait; in float32 they
     draw the same tokens. With rollout.queries `auto` it bounds rounds too. `auto`: what the state of training
     and programs leave; on CPU a quarter of the machine's memory (ours)."""
+    wait_for: Annotated[float, Bounds(least=0.5, most=1, why="it is a share; 1 waits for all")] = 1.0
+    """Share of a round's rollouts that the update waits for; the others go on in the next step, under its
+    parameters, and a query is judged when all its rollouts are there. Below 1 the base trajectories of new
+    queries are sampled beside the partial rollouts of those before (ours; at 1 everybody waits: paper)."""
     base_trajectories: Samples = 4
     """R, whole answers per query that positions are sought in (release: 4). Not sampled by grpo and
     grpo++, which have no positions."""

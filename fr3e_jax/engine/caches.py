@@ -1,5 +1,7 @@
 """The KV caches that branches share: of queries, and of kept trajectories that are explored."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -8,7 +10,7 @@ from jaxtyping import Int32, Shaped
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, cache_axes
 from fr3e_jax.parallel.mesh import BATCH_AXES, Placement, row_parts
-from fr3e_jax.types import AnyArray, Queries, States
+from fr3e_jax.types import AnyArray, Queries
 
 CACHE_AXES = cache_axes("batch")
 PREFILL_TOKENS = 4096  # of a part, that run through the layers at a time, or one sequence
@@ -20,9 +22,17 @@ def prefilled_together(count: int, width: int) -> int:
 
 
 def prefill(
-    model: Decoder, placement: Placement, token: Int32[Array, "N T"], length: Int32[Array, " N"]
+    model: Decoder,
+    placement: Placement,
+    token: Int32[Array, "N T"],
+    length: Int32[Array, " N"],
+    some_empty: bool = False,
 ) -> Segment:
-    """Compute the keys and values of N right-padded sequences: [L, N, K, T, D], length [N]."""
+    """Compute the keys and values of N right-padded sequences: [L, N, K, T, D], length [N].
+
+    Args:
+      some_empty: whether many may have length 0; where all that run together do, they are passed over.
+    """
     count, width = token.shape
     parts = row_parts(placement.mesh)
     each = count // parts
@@ -47,14 +57,21 @@ def prefill(
         x = jnp.einsum("npl...->lpn...", x)
         return placement.shard(x.reshape(x.shape[0], count, *x.shape[3:]), *CACHE_AXES)
 
-    key, value = jax.lax.map(some, (turned(token), turned(length)))
+    def some_or_none(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(some, inputs))
+        return jax.lax.cond(jnp.any(inputs[1] > 0), some, lambda _: nothing, inputs)
+
+    key, value = jax.lax.map(some_or_none if some_empty else some, (turned(token), turned(length)))
     return Segment(whole(key), whole(value), length)
 
 
 def take_queries(
-    x: Int32[AnyArray, " B *rest"], states: States, placement: Placement
+    x: Int32[AnyArray, " B *rest"], states: Any, placement: Placement
 ) -> Int32[Array, " N *rest"]:
-    """Give each of N kept trajectories what its query has, which is in the same part of the mesh."""
+    """Give each of N trajectories, those of `States` or of `Starts`, what its query has.
+
+    That is in the same part of the mesh.
+    """
     parts = row_parts(placement.mesh)
     index = states.query.reshape(parts, -1) % (x.shape[0] // parts)
     taken = jax.vmap(lambda x, index: x[index], spmd_axis_name=BATCH_AXES)(
@@ -63,8 +80,8 @@ def take_queries(
     return placement.shard(taken.reshape(-1, *x.shape[1:]), "batch")
 
 
-def sequences_of(placement: Placement, queries: Queries, states: States) -> Int32[Array, "N T"]:
-    """Lay out the sequences of N kept trajectories: each query, and its base response behind it.
+def sequences_of(placement: Placement, queries: Queries, states: Any) -> Int32[Array, "N T"]:
+    """Lay out the sequences of N trajectories, those of `States` or of `Starts`: query, then response.
 
     A response begins where its query ends, not where the longest may. What follows it are any tokens, which
     no state sees.

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Int, Int32, Key, Shaped
+from jaxtyping import Bool, Int, Int32, Key
 
 from fr3e_jax.engine.branches import Branches, Decoding, advance_branches, start_branches
 from fr3e_jax.engine.budget import pages_within
-from fr3e_jax.engine.caches import prefill, sequences_of, take_queries
+from fr3e_jax.engine.caches import prefill, sequences_of
 from fr3e_jax.engine.page_moves import Aside, PageMoves
 from fr3e_jax.engine.pages import ON_CPU, PageSizes
 from fr3e_jax.engine.sampler import Sampling, branch_keys
 from fr3e_jax.engine.schedule import Room, Schedule
 from fr3e_jax.engine.seats import Leg, arrange_kept, place_leg
-from fr3e_jax.engine.stops import states_along
+from fr3e_jax.engine.starts import Starts, branches_at, starts_of
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, Params
 from fr3e_jax.parallel.hosts import gather
@@ -122,6 +122,33 @@ class Engine:
         decoding = last(self.decode(params, branches, decoding, sampling))
         return decoding.rollouts, decoding.row_steps
 
+    def go_on(
+        self,
+        params: Params,
+        queries: Queries,
+        starts: Starts,
+        *,
+        seed_key: Key[AnyArray, ""],
+        sampling: Sampling,
+        wait_for: float,
+    ) -> tuple[Rollouts, Bool[Array, "N C"], Int32[Array, ""]]:
+        """Sample branches from where they start or were left, until enough of them have ended.
+
+        Args:
+          params, queries, seed_key, sampling: as for `explore`.
+          starts: of N trajectories, as its states.
+          wait_for: share of the branches that are to end.
+
+        Returns:
+          (Rollouts with the tokens that each drew now, which branches have not ended, rows decoded over all
+          steps).
+        """
+        caches = self.prefill_trajectories(params, queries, starts)
+        branches, decoding = self.open_starts(params, queries, caches, starts, seed_key)
+        branches = branches.with_context(caches)
+        decoding = last(self.decode(params, branches, decoding, sampling, wait_for=wait_for))
+        return decoding.rollouts, decoding.running, decoding.row_steps
+
     @functools.partial(jax.jit, static_argnames=("self",))
     def open_queries(
         self,
@@ -156,17 +183,22 @@ class Engine:
         return branches, self.start(model, branches, queries.token.shape[1])
 
     @functools.partial(jax.jit, static_argnames=("self",))
-    def prefill_trajectories(self, params: Params, queries: Queries, states: States) -> Segment:
-        """Compute the KV caches of N kept trajectories, each in the part of its query.
+    def prefill_trajectories(self, params: Params, queries: Queries, states: States | Starts) -> Segment:
+        """Compute the KV caches of N trajectories, each in the part of its query.
 
-        One forward pass over the kept ones costs far less than to keep those of all that were sampled.
+        One forward pass over the kept ones costs far less than to keep those of all that were sampled. Starts
+        without any branch that is drawn are passed over.
 
         Returns:
           Keys and values [L, N, K, P + S, D], the query in the first slots and the response behind it.
         """
         model = nnx.merge(self.graph, params)
         token = sequences_of(self.placement, queries, states)
-        return prefill(model, self.placement, token, jnp.full(len(token), token.shape[1], jnp.int32))
+        length = jnp.full(len(token), token.shape[1], jnp.int32)
+        if isinstance(states, States):
+            return prefill(model, self.placement, token, length)
+        length = jnp.where(jnp.any(states.drawn, axis=1), length, 0)
+        return prefill(model, self.placement, token, length, some_empty=True)
 
     @functools.partial(jax.jit, static_argnames=("self", "rollouts", "ranks", "after"))
     def open_states(
@@ -187,47 +219,23 @@ class Engine:
         Their context is without keys and values, since a program would copy what it is given and returns:
         `Branches.with_context` adds them.
         """
-        model = nnx.merge(self.graph, params)
+        starts = starts_of(states, rollouts, after, step)
+        return self.open_starts(params, queries, caches, starts, seed_key, ranks)
 
-        def per_branch(x: Shaped[Array, "N J"]) -> Shaped[Array, "N C"]:
-            return jnp.repeat(x, rollouts, axis=1)
-
-        query_length = take_queries(queries.length, states, self.placement)[:, None]
-        begun = None
-        if self.stops is not None:
-            begun = jnp.take_along_axis(
-                states_along(self.stops, states.response), states.prefix_length, axis=1
-            )
-            begun = per_branch(begun)
-        before = jnp.take_along_axis(states.response, jnp.maximum(states.prefix_length - 1, 0), axis=1)
-        query = take_queries(queries.token, states, self.placement)
-        last = jnp.take_along_axis(query, query_length - 1, axis=1)
-        token = jnp.where(states.prefix_length > 0, before, last)
-        position = per_branch(query_length - 1 + states.prefix_length)
-
-        # A whole answer, prefix included, has at most max_new tokens.
-        limit = per_branch(jnp.where(states.valid, self.max_new - states.prefix_length, 0))
-        count = states.prefix_length.shape[1] * rollouts
-        if states.rollouts is not None:
-            limit = jnp.where(jnp.arange(count)[None] % rollouts < states.rollouts[:, None], limit, 0)
-        rank = None
-        if ranks is not None:
-            rank = jnp.broadcast_to(jnp.tile(jnp.array(ranks, jnp.int32), count // rollouts), limit.shape)
-        # Branch numbers continue after the base trajectories', one range per trajectory of the query.
-        number = after + states.base[:, None] * count + jnp.arange(count)[None, :]
-        index = take_queries(queries.index, states, self.placement)
-        branches = Branches(
-            token=per_branch(token),
-            position=position,
-            context=caches._replace(key=None, value=None, length=position),
-            limit=limit,
-            key=branch_keys(seed_key, step, index, number),
-            stops=self.stops,
-            begun=begun,
-            rank=rank,
-            root=per_branch(states.prefix_length == 0),
-        )
-        return branches, self.start(model, branches, caches.key.shape[3])
+    @functools.partial(jax.jit, static_argnames=("self", "ranks"))
+    def open_starts(
+        self,
+        params: Params,
+        queries: Queries,
+        caches: Segment,
+        starts: Starts,
+        seed_key: Key[AnyArray, ""],
+        ranks: tuple[int, ...] | None = None,
+    ) -> tuple[Branches, Decoding]:
+        """Open branches at starts; the arguments are those of `branches_at`."""
+        how = {"seed_key": seed_key, "max_new": self.max_new, "stops": self.stops, "ranks": ranks}
+        branches = branches_at(starts, queries, caches, self.placement, **how)
+        return branches, self.start(nnx.merge(self.graph, params), branches, caches.key.shape[3])
 
     def start(self, model: Decoder, branches: Branches, slots: int) -> Decoding:
         """Make the state of branches that have generated nothing; they share contexts of so many `slots`."""
@@ -258,8 +266,9 @@ class Engine:
         decoding: Decoding,
         sampling: Sampling,
         every: int | None = None,
+        wait_for: float = 1.0,
     ) -> Iterator[Decoding]:
-        """Generate until every branch has stopped.
+        """Generate until every branch has stopped, or enough of them.
 
         Every process takes the same decisions: they follow from which branches run, which all processes know.
 
@@ -269,6 +278,7 @@ class Engine:
           sampling: the distribution that tokens are drawn from.
           every: tokens between two looks at what was generated, 1 before the first; None looks where rows
             move.
+          wait_for: share of the branches that are to stop.
 
         Yields:
           The state after each leg.
@@ -284,7 +294,8 @@ class Engine:
             branches.rank is not None
         )
         running = gather(decoding.running).reshape(parts, -1)
-        schedule = Schedule(room, running.astype(np.int32), every, first_alone=special)
+        may_run = int((1 - wait_for) * running.sum() + 1e-6)
+        schedule = Schedule(room, running.astype(np.int32), every, first_alone=special, may_run=may_run)
         aside = Aside()
         if schedule.done:
             yield decoding

@@ -53,13 +53,22 @@ def row_key(
 
 def branch_keys(
     seed_key: Key[AnyArray, ""],
-    step: Int[AnyArray, ""] | int,
+    step: Int[AnyArray, "..."] | int,
     query: Int32[AnyArray, " N"],
     branch: Int32[AnyArray, "N C"],
 ) -> Key[Array, "N C"]:
-    """Make the PRNG keys of branches, from the queries' indices in the stream and the branches' numbers."""
+    """Make the PRNG keys of branches.
+
+    Args:
+      seed_key: PRNG key of the run's seed.
+      step: in which the branches were begun, one or of each trajectory.
+      query: index in the stream of the query of each trajectory.
+      branch: numbers among the branches of the query.
+    """
     keys = jax.vmap(row_key, in_axes=(None, None, None, 0))
-    return jax.vmap(keys, in_axes=(None, None, 0, 0))(seed_key, step, query, branch)
+    return jax.vmap(keys, in_axes=(None, 0, 0, 0))(
+        seed_key, jnp.broadcast_to(step, query.shape), query, branch
+    )
 
 
 def draw_uniform(key: Key[AnyArray, ""], position: Int[AnyArray, ""] | int) -> Float32[Array, ""]:

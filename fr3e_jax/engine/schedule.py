@@ -78,6 +78,7 @@ class Schedule:
         limit: Int32[np.ndarray, "P branches"],
         every: int | None = None,
         first_alone: bool = False,
+        may_run: int = 0,
     ) -> None:
         """Begin a decoding.
 
@@ -85,10 +86,11 @@ class Schedule:
           limit: most tokens of each branch, or any positive number; 0: it is never begun.
           every: tokens between two looks at what was generated, 1 before the first; None looks where needed.
           first_alone: whether the first token of a branch is a leg of its own.
+          may_run: most branches, of all parts together, that may still run at the end.
         """
         if room.pages < room.most:
             raise ValueError(f"{room.pages} pages do not hold a block of up to {room.most}")
-        self.room, self.every, self.first_alone = room, every, first_alone
+        self.room, self.every, self.first_alone, self.may_run = room, every, first_alone, may_run
         self.free = list(range(room.pages))[::-1]
         self.blocks, self.aside = list[RowBlock](), list[RowBlock]()
         self.filled, self.begun, self.looked = 0, 0, False
@@ -101,8 +103,9 @@ class Schedule:
 
     @property
     def done(self) -> bool:
-        """Whether every branch has stopped, those that waited and those set aside included."""
-        return not (self.blocks or self.aside or self.waiting.shape[1])
+        """Whether enough branches have stopped, those that waited and those set aside included."""
+        begun = sum(int((block.branch >= 0).sum()) for block in self.blocks + self.aside)
+        return begun + int((self.waiting >= 0).sum()) <= self.may_run
 
     def end(self, running: Bool[np.ndarray, "P branches"], tokens: int) -> None:
         """Take note of how a leg has ended.
@@ -149,6 +152,8 @@ class Schedule:
         if first and self.first_alone:
             until = 1
         leave = sizes.rows * (count - max(1, count // LEAVE_SHARE))
+        if not (self.aside or self.waiting.shape[1]):
+            leave = max(leave, self.may_run // len(self.waiting))
         leave = min(leave, self.running - 1)
         seats = seats_of(self.blocks, span, self.room.blocks, self.room.most, self.room.n, self.room.c, sizes)
         leg = Leg(seats, blocks=count, filled=self.filled, until=until, leave=leave, span=span)

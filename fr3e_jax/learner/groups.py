@@ -6,9 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from fr3e_jax.types import Queries, Rollouts, StateGroups, States
-
-PER_TOKEN = ("token", "logprob", "sampled_logprob", "entropy")  # of rollouts, and of groups
+from fr3e_jax.types import PER_TOKEN, Queries, Rollouts, StateGroups, States
 
 
 def collect(
@@ -19,6 +17,8 @@ def collect(
     advantage: Float32[np.ndarray, "N J rows"],
     trained: Bool[np.ndarray, "N J rows"] | None = None,
     base: Rollouts | None = None,
+    drawn_step: Float32[np.ndarray, "N C"] | None = None,
+    base_drawn_step: Float32[np.ndarray, "B R"] | None = None,
 ) -> StateGroups:
     """Take the accepted states out of a round, all of it on the host.
 
@@ -31,6 +31,8 @@ def collect(
       trained: what is trained on, None: all. The others have length 0.
       base: base trajectories, leaves [B, R, S], whose segments are trained on, each as one more row of its
         state, the last. None: only rollouts are trained on.
+      drawn_step: mean of the steps in which the tokens of each rollout were drawn; None: not known.
+      base_drawn_step: of each base trajectory.
     """
     n, j = np.nonzero(accepted)
     m = rollouts.length.shape[1] // accepted.shape[1]
@@ -40,14 +42,18 @@ def collect(
 
     query, length = states.query[n], grouped(rollouts.length)
     rows = {name: grouped(getattr(rollouts, name)) for name in PER_TOKEN}
+    drawn = np.full(rollouts.length.shape, np.nan, np.float32) if drawn_step is None else drawn_step
+    drawn = grouped(drawn)
     if base is not None:
         start, end = states.prefix_length[n, j], segment_ends(states, base)[n, j]
         at = start[:, None] + np.arange(rollouts.token.shape[2])
         inside, at = at < end[:, None], np.minimum(at, base.token.shape[2] - 1)
-        for name, drawn in rows.items():
+        for name, x in rows.items():
             own = np.take_along_axis(getattr(base, name)[query, states.base[n]], at, axis=1)
-            segment = np.where(inside, own, 0).astype(drawn.dtype)
-            rows[name] = np.concatenate([drawn, segment[:, None]], axis=1)
+            segment = np.where(inside, own, 0).astype(x.dtype)
+            rows[name] = np.concatenate([x, segment[:, None]], axis=1)
+        known = np.full(base.length.shape, np.nan, np.float32) if base_drawn_step is None else base_drawn_step
+        drawn = np.concatenate([drawn, known[query, states.base[n]][:, None]], axis=1)
         length = np.concatenate([length, (end - start)[:, None]], axis=1)
     if trained is not None:
         length = np.where(trained[n, j], length, 0)
@@ -59,6 +65,7 @@ def collect(
         length=length.astype(np.int32),
         advantage=advantage[n, j],
         source=np.stack([queries.index[query], states.base[n], j], axis=1).astype(np.int32),
+        drawn_step=drawn,
         **rows,
     )
 
@@ -91,12 +98,22 @@ def empty_groups(rows: int, max_prompt: int, max_response: int) -> StateGroups:
         source=np.zeros((0, 3), np.int32),
         sampled_logprob=np.zeros((0, rows, max_response), np.float32),
         entropy=np.zeros((0, rows, max_response), np.float32),
+        drawn_step=np.zeros((0, rows), np.float32),
     )
 
 
 def count(groups: StateGroups) -> int:
     """Count the states."""
     return int(groups.query_length.shape[0])
+
+
+def staleness(groups: StateGroups, step: int) -> float | None:
+    """Mean number of steps between the draw of a token and its training in `step`; None where not known."""
+    if groups.drawn_step is None:
+        return None
+    known = np.where(np.isnan(groups.drawn_step), 0, groups.length)
+    total = float(known.sum())
+    return float((known * (step - np.nan_to_num(groups.drawn_step))).sum() / total) if total else None
 
 
 def concatenate(first: StateGroups, second: StateGroups) -> StateGroups:
@@ -118,7 +135,7 @@ def minibatches(groups: StateGroups, parts: int, rng: np.random.Generator) -> li
     return [jax.tree.map(lambda x, part=part: x[part], groups) for part in order]
 
 
-LATER_FIELDS = frozenset({"sampled_logprob", "entropy"})
+LATER_FIELDS = frozenset({"sampled_logprob", "entropy", "drawn_step"})
 """Arrays that the checkpoints of earlier versions do not have."""
 
 
@@ -136,5 +153,9 @@ def from_dict(fields: dict[str, np.ndarray]) -> StateGroups:
 
     That version drew tokens as now, and had no option that looks at their entropies.
     """
-    earlier = {"sampled_logprob": fields["logprob"], "entropy": np.zeros_like(fields["logprob"])}
+    earlier = {
+        "sampled_logprob": fields["logprob"],
+        "entropy": np.zeros_like(fields["logprob"]),
+        "drawn_step": np.full_like(fields["advantage"], np.nan),
+    }
     return StateGroups(**{k: np.asarray(v)[:-1] for k, v in {**earlier, **fields}.items()})

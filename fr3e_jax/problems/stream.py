@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from fr3e_jax.config import ConfigError, DataConfig
 from fr3e_jax.parallel.hosts import Hosts
@@ -57,9 +58,15 @@ class QueryStream:
             problems = self.problems[position : position + count]
             return self.encode(problems, position), problems, position + count
         index, following = self.difficulty.positions(position, count, rates)
-        problems = [self.difficulty.problem(number) for number in self.difficulty.numbers(index).tolist()]
+        problems = self.problems_at(index)
         queries = self.encode(problems, position)
         return dataclasses.replace(queries, index=index.astype(np.int32)), problems, following
+
+    def problems_at(self, index: Int[np.ndarray, " B"]) -> list[Problem]:
+        """Read the problems of queries again, by their places in the stream (`Queries.index`)."""
+        if self.difficulty is None:
+            return [self.problems[int(place)] for place in index]
+        return [self.difficulty.problem(number) for number in self.difficulty.numbers(index).tolist()]
 
     def encode(self, problems: Sequence[Problem], first_index: int = 0) -> Queries:
         """Tokenize problems into right-padded host arrays, each process its own rows.

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from fr3e_jax.engine.unfinished import QueryRoom, as_arrays, begin, from_arrays
 from fr3e_jax.learner.groups import LATER_FIELDS, as_dict, empty_groups, from_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.waiting import waiting
@@ -21,7 +22,11 @@ from fr3e_jax.run.checksums import checksummed
 from fr3e_jax.run.quiet import quiet_orbax
 from fr3e_jax.run.saved import CHECKPOINTS, RECORD, DamagedError, Progress, Record, Saved
 from fr3e_jax.run.storage import StorageError, absolute, writing
-from fr3e_jax.types import StateGroups
+from fr3e_jax.types import Queries, StateGroups
+
+NO_QUERIES = begin(
+    Queries(*(np.zeros(shape, np.int32) for shape in ((0, 1), 0, 0))), 0, QueryRoom(1, 1, 1, 1, 1)
+)
 
 
 class Checkpoints:
@@ -92,6 +97,8 @@ class Checkpoints:
         }
         if progress.rates is not None:
             items["rates"] = vars(progress.rates)
+        if progress.unfinished is not None:
+            items["unfinished"] = as_arrays(progress.unfinished)
         sums = {item: checksummed(leaves) for item, leaves in items.items()}
         args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
         args[RECORD] = ocp.args.JsonSave(Record(progress, self.settings, sums, mesh_under(state)).as_json())
@@ -131,7 +138,7 @@ class Checkpoints:
         saved = self.saved(step)
         items = read_items(saved, like)
         saved.verify(items)
-        return *assemble(items, like), with_rates(saved.record.progress, items)
+        return *assemble(items, like), with_arrays(saved.record.progress, items)
 
     def close(self) -> None:
         """Wait until everything is on disk.
@@ -161,13 +168,17 @@ def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
         "optimizer": saved.read("optimizer", abstract_leaves(like.optimizer)),
         "carried": saved.read("carried", carried),
     }
-    if saved.record.arrays is not None and "rates" in saved.record.arrays:
-        found = saved.shapes("rates", ())
-        kinds = {name: x.dtype for name, x in vars(unseen(0)).items()}
-        if found.keys() != kinds.keys():
-            raise DamagedError("rates has other arrays than success rates have")
-        like_rates = {name: jax.ShapeDtypeStruct(found[name], kind) for name, kind in kinds.items()}
-        items["rates"] = saved.read("rates", like_rates)
+    kinds = {
+        "rates": {name: x.dtype for name, x in vars(unseen(0)).items()},
+        "unfinished": {name: x.dtype for name, x in as_arrays(NO_QUERIES).items()},
+    }
+    for item, types in kinds.items():
+        if saved.record.arrays is not None and item in saved.record.arrays:
+            found = saved.shapes(item, ())
+            if found.keys() != types.keys():
+                raise DamagedError(f"{item} has other arrays than such have")
+            like_found = {name: jax.ShapeDtypeStruct(found[name], kind) for name, kind in types.items()}
+            items[item] = saved.read(item, like_found)
     return items
 
 
@@ -178,12 +189,15 @@ def assemble(items: dict[str, dict[str, Any]], like: TrainState) -> tuple[TrainS
     return TrainState(params, optimizer), from_dict(items["carried"])
 
 
-def with_rates(progress: Progress, items: dict[str, dict[str, Any]]) -> Progress:
-    """Add the success rates that `read_items` returns to the progress of its checkpoint, if there are any."""
-    if "rates" not in items:
-        return progress
-    rates = SuccessRates(**{name: np.asarray(x) for name, x in items["rates"].items()})
-    return dataclasses.replace(progress, rates=rates)
+def with_arrays(progress: Progress, items: dict[str, dict[str, Any]]) -> Progress:
+    """Add the success rates and the unfinished queries of `read_items` to a checkpoint's progress."""
+    if "rates" in items:
+        rates = SuccessRates(**{name: np.asarray(x) for name, x in items["rates"].items()})
+        progress = dataclasses.replace(progress, rates=rates)
+    if "unfinished" in items:
+        response = items["carried"]["token"].shape[2]
+        progress = dataclasses.replace(progress, unfinished=from_arrays(items["unfinished"], response))
+    return progress
 
 
 def mesh_under(tree: Any) -> dict[str, int] | None:

@@ -7,12 +7,14 @@ that every process has, so all processes ask the same queries.
 """
 
 import dataclasses
+import math
 
 from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
 from fr3e_jax.config import Config, ConfigError, ExploreConfig, RolloutConfig, rule_needs
 from fr3e_jax.engine.budget import GB, least_bytes
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.schedule import Room
+from fr3e_jax.engine.unfinished import QueryRoom
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.parallel.sizes import ceil_divide, next_power_of_two, two_per_doubling_below
@@ -92,6 +94,31 @@ def pilot_rollouts(explore: ExploreConfig) -> int:
     return len(PILOT_TOKENS) * explore.pilots
 
 
+def query_room(config: Config) -> QueryRoom:
+    """What a query of a run has room for; without positions its base trajectories are all that there is."""
+    explore, rollout = config.explore, config.rollout
+    base = rollout.base_trajectories if explore.positions else explore.rollouts
+    kept = min(most_kept(config), base) if explore.positions else 1
+    return QueryRoom(base, kept, explore.positions + 1, explore.rollouts, rollout.max_response)
+
+
+def decoding_rows(config: Config, queries: int) -> int:
+    """Count the trajectories of a part that decode together where rollout.wait_for is below 1.
+
+    These are the kept ones of so many queries, the base trajectories of as many new ones, and what the
+    decoding before may have left, of which each branch has a row of its own.
+
+    Args:
+      config: resolved.
+      queries: of a round, of a part.
+    """
+    sizes, wait_for = query_room(config), config.rollout.wait_for
+    kept = sizes.kept if config.explore.positions else 0
+    branches = queries * (sizes.base + kept * sizes.branches)
+    left = math.ceil((1 - wait_for) / wait_for * branches)
+    return queries * (kept + ceil_divide(sizes.base, sizes.branches)) + left
+
+
 def round_sizes(rollout: RolloutConfig, parts: int) -> tuple[int, ...]:
     """List the numbers of queries that a round may have, ascending: one, or with `auto` at most 7.
 
@@ -126,6 +153,9 @@ def least_cache(config: Config, engine: Engine, model: DecoderConfig, queries: i
         if needs_pilots(explore):
             pilots = pilot_states(explore) * pilot_rollouts(explore)
             decodings.append((decodings[-1][0], pilots, prompt + response))
+    if rollout.wait_for < 1:
+        together = decoding_rows(config, per_part), query_room(config).branches, prompt + response
+        decodings = [together, *decodings[2:]]
     if config.evaluate.every:
         decodings.append((ceil_divide(config.evaluate.rows, row_parts(engine.placement.mesh)), 1, prompt))
     dtype = config.model.compute_dtype
@@ -168,3 +198,30 @@ def queries_for(states: float, per_query: float, sizes: tuple[int, ...], left: i
     possible = [size for size in sizes if left is None or size <= left] or [sizes[0]]
     enough = (size for size in possible if size * per_query >= QUERY_MARGIN * states)
     return next(enough, possible[-1])
+
+
+def queries_to_begin(
+    config: Config,
+    states: float,
+    unfinished: int,
+    per_query: float,
+    sizes: tuple[int, ...],
+    left: int | None = None,
+) -> int:
+    """Choose the number of queries that a round begins where it does not wait for its last rollouts.
+
+    Most are complete in the step after, so that with rollout.queries `auto` a round asks for what this step
+    and the next one lack beyond the queries that were begun before.
+
+    Args:
+      config: resolved.
+      states: that the batch lacks.
+      unfinished: queries that are not complete.
+      per_query, sizes, left: as for `queries_for`.
+    """
+    if config.rollout.wait_for == 1:
+        return 0  # those are completed that were begun before another wait_for was set
+    if config.rollout.queries != "auto":
+        return sizes[0]
+    lacking = states + config.optimizer.batch_states - unfinished * per_query
+    return 0 if lacking <= 0 < unfinished else queries_for(lacking, per_query, sizes, left)

@@ -9,14 +9,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from fr3e_jax.config import Config, ConfigError, as_written
+from fr3e_jax.engine.unfinished import as_arrays, begin
 from fr3e_jax.learner.groups import as_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.hosts import Hosts, is_first
 from fr3e_jax.problems.difficulty import SuccessRates
-from fr3e_jax.run.checkpoints import Checkpoints, assemble, mesh_under, read_items, with_rates
+from fr3e_jax.run.checkpoints import Checkpoints, assemble, mesh_under, read_items, with_arrays
+from fr3e_jax.run.queries import query_room
 from fr3e_jax.run.run_dir import (
     LostSettingsError,
     MissingSettingsError,
@@ -28,7 +31,7 @@ from fr3e_jax.run.run_dir import (
 )
 from fr3e_jax.run.saved import CHECKPOINTS, UNVERIFIED, DamagedError, Progress, Record, Saved
 from fr3e_jax.run.storage import move, writing
-from fr3e_jax.types import StateGroups
+from fr3e_jax.types import Queries, StateGroups
 
 NOT_TOLD = {"run_dir", "resume", "compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor"}
 """Settings whose changes are not told: those of the mesh follow from its shape, which is."""
@@ -159,6 +162,7 @@ def resume(
         usual = as_dict(carried)
         refuse_misshapen(items["carried"], {name: usual[name] for name in items["carried"]})
         refuse_other_questions(items.get("rates"), progress.rates)
+        refuse_other_trees(items.get("unfinished"), config)
         return items
 
     whole = newest_whole(run, steps, read, hosts)
@@ -171,7 +175,7 @@ def resume(
         )
         messages.append(f"warning: {lost}: {known}")
     messages.extend(changed_settings(whole.record, config, mesh_under(state) or dict(hosts.mesh.shape)))
-    reached = with_rates(whole.record.progress, whole.items)
+    reached = with_arrays(whole.record.progress, whole.items)
     return Resumed(*assemble(whole.items, state), reached, messages, sorted(whole.damaged))
 
 
@@ -251,6 +255,25 @@ def refuse_other_questions(found: Mapping[str, Any] | None, fresh: SuccessRates 
     wanted = None if fresh is None else {name: x.shape for name, x in vars(fresh).items()}
     if wanted != (None if found is None else {name: x.shape for name, x in found.items()}):
         raise DamagedError("rates are not those of the run's questions")
+
+
+def refuse_other_trees(found: Mapping[str, Any] | None, config: Config) -> None:
+    """Refuse unfinished queries whose shapes are not those of the run.
+
+    Args:
+      found: arrays of the checkpoint by name, None where it has none.
+      config: of the run.
+
+    Raises:
+      DamagedError: they are not.
+    """
+    if found is None:
+        return
+    queries = Queries(np.zeros((1, config.rollout.max_prompt), np.int32), *np.zeros((2, 1), np.int32))
+    like = as_arrays(begin(queries, 0, query_room(config)))
+    wanted = {name: x.shape[1:] for name, x in like.items()}
+    if wanted != {name: x.shape[1:] for name, x in found.items()}:
+        raise DamagedError("unfinished is not of the shapes that the settings give")
 
 
 def set_aside(run: epath.Path, steps: list[int]) -> None:

@@ -43,6 +43,7 @@ RESUMABLE = {
     "rollout.queries",
     "rollout.cache_gb",
     "rollout.max_queries",
+    "rollout.wait_for",
     "credit.max_rounds",
     "credit.short_batch",
     "optimizer.micro_tokens",

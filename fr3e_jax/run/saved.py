@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from fr3e_jax.engine.unfinished import Unfinished
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.run.arrays import read_arrays, stored_shapes
 from fr3e_jax.run.checksums import Entry, checksummed, differing_entries, json_sum
@@ -38,6 +39,7 @@ UNREACHABLE = (
 )
 # Numbers of a run's progress that are no counts.
 REAL_NUMBERS = ("seconds", "flops", "entropy_coefficient", "recent_queries", "recent_states")
+ARRAYS_OF_PROGRESS = ("rates", "unfinished")  # items of their own
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -57,8 +59,8 @@ class Progress:
     that `data_position` counts in.
     `recent_queries` and `recent_states` count the queries of the last steps and their accepted states, older
     steps with less weight; 0 before the first round.
-    `rates` are the remembered success rates of questions, where they are; a checkpoint has their arrays in an
-    item of their own.
+    `rates` are the remembered success rates of questions, where they are, and `unfinished` the queries whose
+    rollouts are not all there, where there are any; a checkpoint has their arrays in items of their own.
     `unreported` holds the metrics of `step` and a state to read until they are written: a run can be stopped
     in the evaluation that follows a step.
     """
@@ -76,6 +78,7 @@ class Progress:
     recent_queries: float = 0.0
     recent_states: float = 0.0
     rates: SuccessRates | None = dataclasses.field(default=None, compare=False)
+    unfinished: Unfinished | None = dataclasses.field(default=None, compare=False)
     unreported: dict[str, Any] | None = None
 
 
@@ -85,7 +88,8 @@ class Record:
 
     settings: text of the run's config.yaml; None where it was not saved. mesh: axis -> size, of the mesh that
     its parameters lay on, that of updates; None where it was not saved. arrays: item (`params`, `optimizer`,
-    `carried`, `rates`) -> path -> shape, type and checksum of the array; None in an earlier version's
+    `carried`, `rates`,
+    `unfinished`) -> path -> shape, type and checksum of the array; None in an earlier version's
     checkpoint.
     """
 
@@ -96,8 +100,8 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         """Convert to the JSON value that is saved, with a checksum of itself."""
-        progress = dataclasses.asdict(dataclasses.replace(self.progress, rates=None))
-        del progress["rates"]  # arrays of their own
+        progress = dataclasses.asdict(dataclasses.replace(self.progress, rates=None, unfinished=None))
+        progress = {name: value for name, value in progress.items() if name not in ARRAYS_OF_PROGRESS}
         held = {"progress": progress, "settings": self.settings, "arrays": self.arrays, "mesh": self.mesh}
         record = json.loads(json.dumps({"format": FORMAT, **held}))
         return {**record, "sum": json_sum(record)}
@@ -133,7 +137,9 @@ def parse_progress(raw: Any) -> Progress:
     """
     if not isinstance(raw, dict):
         raise DamagedError(f"{RECORD} is not a mapping")
-    fields = {field.name: field for field in dataclasses.fields(Progress) if field.name != "rates"}
+    fields = {
+        field.name: field for field in dataclasses.fields(Progress) if field.name not in ARRAYS_OF_PROGRESS
+    }
     if unknown := sorted(raw.keys() - fields.keys()):
         raise DamagedError(f"{RECORD} has the unknown key {', '.join(unknown)}, perhaps of a newer version")
     first = {"step", "data_position", "tokens_generated", "seconds", "seed"}  # of all versions
@@ -181,7 +187,7 @@ class Saved:
         """Read path -> array of an item, without verifying it.
 
         Args:
-          item: `params`, `optimizer`, `carried` or `rates`.
+          item: `params`, `optimizer`, `carried`, `rates` or `unfinished`.
           like: path -> shape, type and sharding; an array without a sharding is read onto the host.
 
         Raises:

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 
 from fr3e_jax.config import Config
+from fr3e_jax.engine.unfinished import Unfinished
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.run.build import Parts
-from fr3e_jax.run.queries import AcceptedCount, accepted_before, queries_for
+from fr3e_jax.run.queries import AcceptedCount, accepted_before, queries_for, queries_to_begin
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
+from fr3e_jax.step.continued import continue_round
 from fr3e_jax.step.diagnosis import no_signal
-from fr3e_jax.step.metrics import Metrics
+from fr3e_jax.step.metrics import Metrics, cost_metrics
 from fr3e_jax.step.record import Recorder
 from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.types import StateGroups
@@ -47,6 +49,8 @@ class SampledBatch:
     """Success rates of questions, with what the rounds showed, where they are remembered."""
     excerpt: dict[str, Any] | None
     """A state with two of its continuations, for people to read."""
+    unfinished: Unfinished | None = None
+    """Queries whose rollouts are not all there, which go on in the next step; None without any."""
 
 
 def fill_batch(
@@ -71,9 +75,10 @@ def fill_batch(
     recorder = None if recorder is None else recorder.begin(step)
     counted, sizes = accepted_before(config, progress), parts.round_sizes(config)
     left, asked = questions_left(parts, progress.rates), list[int]()
+    unfinished, judged = progress.unfinished, 0
     shown.begin(step, groups.count(carried), wanted)
     while groups.count(waiting) < wanted:
-        if len(rounds) == most:
+        if judged == most:
             if may_be_short(config, groups.count(waiting), progress.empty_steps):
                 break
             late = count_timed_out(parts.verifier, timed_out)
@@ -87,23 +92,35 @@ def fill_batch(
             params = parts.policy.sampling_params(state.params)
         shown.round(len(rounds) + 1, most)
         how = watch, progress.rates, recorder is not None
-        missing = wanted - groups.count(waiting)
-        if (opened := ahead) is None:
-            queries = queries_for(missing, counted.per_query, sizes, left)
-            opened = open_round(config, parts, params, step, position, *how, queries)
-        ahead, position = None, opened.following
-        asked.append(len(opened.queries.length))
-        if opened.most < missing and len(rounds) + 1 < most:
-            # There will be another round, whatever the verdicts on this one.
-            expected = min(counted.per_query * asked[-1], opened.most)
-            queries = queries_for(missing - expected, counted.per_query, sizes, left)
-            ahead = open_round(config, parts, params, step, position, *how, queries)
+        missing, per_query = wanted - groups.count(waiting), counted.per_query
+        if config.rollout.wait_for < 1 or unfinished is not None:
+            begun_before = 0 if unfinished is None else unfinished.count
+            asked.append(queries_to_begin(config, missing, begun_before, per_query, sizes, left))
+            unfinished, opened, costs, position = continue_round(
+                config, parts, params, step, position, *how, asked[-1], unfinished
+            )
+            if opened is None:
+                rounds.append(cost_metrics(costs))
+                continue
+            opened.costs.update(costs)
+        else:
+            if (opened := ahead) is None:
+                queries = queries_for(missing, per_query, sizes, left)
+                opened = open_round(config, parts, params, step, position, *how, queries)
+            ahead, position = None, opened.following
+            asked.append(len(opened.queries.length))
+            if opened.most < missing and judged + 1 < most:
+                # There will be another round, whatever the verdicts on this one.
+                expected = min(per_query * asked[-1], opened.most)
+                queries = queries_for(missing - expected, per_query, sizes, left)
+                ahead = open_round(config, parts, params, step, position, *how, queries)
         accepted, round_metrics, excerpt, success = close_round(config, parts, opened, watch, recorder)
         visits.append((opened.queries.index, success))
-        counted = counted if rounds else counted.fade()
-        counted = counted.add_round(asked[-1], groups.count(accepted))
+        counted = counted if judged else counted.fade()
+        counted = counted.add_round(len(opened.queries.length), groups.count(accepted))
         waiting = groups.concatenate(waiting, accepted)
         rounds.append(round_metrics)
+        judged += 1
         shown.states(groups.count(waiting))
     shown.end()
     if recorder is not None:
@@ -121,7 +138,7 @@ def fill_batch(
     if rates is not None and difficulty is not None:
         rates = difficulty.remembered(rates, visits)
         metrics |= difficulty.metrics(rates)
-    return SampledBatch(waiting, position, rounds, metrics, counted, rates, excerpt)
+    return SampledBatch(waiting, position, rounds, metrics, counted, rates, excerpt, unfinished)
 
 
 def questions_left(parts: Parts, rates: SuccessRates | None) -> int | None:

@@ -19,6 +19,7 @@ def no_signal(config: Config, rounds: Sequence[Mapping[str, Any]], timed_out: in
       rounds: their metrics, as `step.close_round` makes them.
       timed_out: answers on which the scorer ran out of time.
     """
+    rounds = [one for one in rounds if "states/accepted" in one]  # in the others no query was complete
 
     def total(name: str) -> int:
         return sum(one[name] for one in rounds)

@@ -64,6 +64,20 @@ OTHERS: dict[str, Meaning] = {
         "often: the problems are too easy or too hard, or credit.max_rounds is too low",
     ),
     "states/carried": Meaning("accepted states that wait for the next step", "count", STEP),
+    "unfinished/queries": Meaning(
+        "queries that go on in the next step, where rollout.wait_for is below 1", "count", STEP
+    ),
+    "unfinished/rollouts": Meaning(
+        "rollouts that have begun and go on in the next step, where rollout.wait_for is below 1",
+        "count",
+        STEP,
+    ),
+    "tokens/staleness": Meaning(
+        "steps between the one that drew a token and the one that trains on it",
+        "steps",
+        TRAINED,
+        "much above 1: too many queries are begun for the batch, or rollout.wait_for is too low",
+    ),
     "tokens/generated": Meaning("tokens that were drawn", "tokens", STEP),
     "tokens/prefilled": Meaning("query tokens that ran through the model", "tokens", STEP),
     "tokens/reused": Meaning(

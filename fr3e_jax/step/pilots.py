@@ -27,7 +27,7 @@ from fr3e_jax.types import AnyArray, Queries, Rollouts, States
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class Explored:
     """A round after its base trajectories are judged and kept ones are chosen.
 
     queries, problems, base, kept: on the host. value: V(root) of the queries, where explore.adaptive. placed,
@@ -45,7 +45,7 @@ class Judged:
 
 
 def sample_pilots(
-    config: Config, parts: Parts, params: Params, draws: Draws, judged: Judged, watch: Stopwatch
+    config: Config, parts: Parts, params: Params, draws: Draws, explored: Explored, watch: Stopwatch
 ) -> tuple[Float32[Array, "N S"], Cost]:
     """Stage 5 of the rule mutual_information: estimate what each candidate tells about the reward.
 
@@ -59,35 +59,35 @@ def sample_pilots(
       NotFiniteError: tokens were drawn from logits that are not finite.
     """
     engine, count = parts.engine, config.explore.pilots
-    candidates, placed = find_candidates(config, parts, draws, judged)
+    candidates, placed = find_candidates(config, parts, draws, explored)
     with watch.stage("pilots"):
         pilots, row_steps = engine.explore(
             params,
-            judged.placed,
+            explored.placed,
             placed,
             seed_key=draws.choices,
             step=draws.step,
             rollouts=pilot_rollouts(config.explore),
             sampling=sampling_of(config.rollout),
             after=config.rollout.base_trajectories,
-            caches=judged.caches,
+            caches=explored.caches,
             ranks=tuple(rank for rank in PILOT_TOKENS for _ in range(count)),
         )
         pilots = gather(pilots)
     require_finite(pilots, "pilot rollouts")
-    cost = rollout_cost(parts.policy.model.config, judged.queries, pilots, int(row_steps), candidates)
+    cost = rollout_cost(parts.policy.model.config, explored.queries, pilots, int(row_steps), candidates)
     with watch.stage("verify"):
-        reward = parts.verifier.whole(candidates, pilots, judged.problems)()
+        reward = parts.verifier.whole(candidates, pilots, explored.problems)()
     by_token = (*candidates.valid.shape, len(PILOT_TOKENS), count)
     right = solved(reward, config.reward.success_at).reshape(by_token)
     logprob = pilots.logprob[:, :, 0].reshape(by_token)[..., 0]
     rows = engine.placement.place_rows((right.mean(axis=-1, dtype=np.float32), logprob))
-    size = judged.base.token.shape[2]
+    size = explored.base.token.shape[2]
     where = (placed.prefix_length, placed.valid)
     return compiled_information(engine.placement.mesh, size, *rows, *where), cost
 
 
-def find_candidates(config: Config, parts: Parts, draws: Draws, judged: Judged) -> tuple[States, States]:
+def find_candidates(config: Config, parts: Parts, draws: Draws, explored: Explored) -> tuple[States, States]:
     """Find the 4 K most uncertain tokens of each kept trajectory, explore.min_gap apart.
 
     Returns:
@@ -98,11 +98,11 @@ def find_candidates(config: Config, parts: Parts, draws: Draws, judged: Judged) 
         rules,
         parts.engine,
         draws,
-        judged.queries,
-        judged.base,
-        judged.kept,
-        judged.rollouts,
-        judged.value,
+        explored.queries,
+        explored.base,
+        explored.kept,
+        explored.rollouts,
+        explored.value,
     )
     return without_root(states[0]), jax.jit(without_root)(states[1])
 

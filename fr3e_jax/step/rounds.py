@@ -26,8 +26,8 @@ from jax import Array
 from jaxtyping import Bool, Float32
 
 from fr3e_jax.algorithm.values import counted_states
-from fr3e_jax.config import Config, rule_needs
-from fr3e_jax.cost import Cost, rollout_cost, second_pass_flops
+from fr3e_jax.config import Config
+from fr3e_jax.cost import Cost, rollout_cost
 from fr3e_jax.engine.finite import require_finite
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.learner import groups
@@ -38,19 +38,16 @@ from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.step.choose import Judged, states_to_explore, uncut
 from fr3e_jax.step.decisions import decision_metrics
 from fr3e_jax.step.measured import Measured, success_rates
-from fr3e_jax.step.measures import kept_rows, measure_trajectories, needs_caches
 from fr3e_jax.step.metrics import Metrics, cost_metrics, measure
-from fr3e_jax.step.pilots import Judged, sample_pilots
-from fr3e_jax.step.record import ForRecord, Recorder, position_statistic
+from fr3e_jax.step.record import ForRecord, Recorder
 from fr3e_jax.step.sources import source_metrics
 from fr3e_jax.step.stages import (
     Draws,
     assign_credit,
     draws_of,
-    find_states,
-    keep,
 )
 from fr3e_jax.types import Queries, Rollouts, StateGroups, States
 
@@ -71,6 +68,10 @@ class Round:
     costs: dict[str, Cost]
     following: int
     """Position in the stream behind the round's queries."""
+    drawn_step: Float32[np.ndarray, "N C"]
+    """Mean of the steps in which the tokens of each partial rollout were drawn."""
+    base_drawn_step: Float32[np.ndarray, "B R"]
+    """Of each base trajectory."""
     counted: Bool[np.ndarray, "N J M"] | None = None
     """Which of the rollouts count; None: all. Others were never drawn, or their rewards are not known."""
     for_record: ForRecord | None = None
@@ -127,33 +128,15 @@ def open_round(
         base_rewards = verifier.base(base, problems, base_notes)
         base = parts.text.trimmed(base)
     if not config.explore.positions:
-        return Round(
-            queries, problems, base, None, roots(base), base, base_rewards, costs, following, None, kept_for
-        )
+        alone, when = (queries, problems, base, None, roots(base), base), drawn_in(step, base)
+        return Round(*alone, base_rewards, costs, following, when, when, None, kept_for)
     with watch.stage("verify"):
         base_reward = base_rewards()
-    index, placed_reward, counted = place((queries.index, base_reward, uncut(config, base)))
-    kept = gather(keep(config.explore, draws, index, placed_reward, config.reward.success_at, counted))
-    measures, caches, value = None, None, root_value(config, base, base_reward)
-    if needs := rule_needs(config.explore):
-        with watch.stage("positions"):
-            rows = kept_rows(engine, base, kept)
-            if needs_caches(needs):
-                caches = engine.prefill_trajectories(params, placed, rows)
-            measures = measure_trajectories(
-                needs, engine, params, placed, rows, caches, base, kept, parts.text
-            )
-        flops = second_pass_flops(model, needs, queries.length, base.length, kept)
-        costs["positions"] = {"flops": flops}
-        if "information" in needs and caches is not None:
-            judged = Judged(queries, problems, base, value, kept, placed, sampled, caches)
-            information, costs["pilots"] = sample_pilots(config, parts, params, draws, judged, watch)
-            measures = dataclasses.replace(measures, information=information)
-    states, placed_states = find_states(
-        config.explore, engine, draws, queries, base, kept, sampled, value, measures
-    )
+    judged = Judged(queries, problems, base, base_reward, uncut(config, base), placed, sampled)
+    chosen = states_to_explore(config, parts, params, draws, judged, watch, recorded)
+    states, costs = chosen.states, costs | chosen.costs
     with watch.stage("explore"):
-        rollouts, row_steps = explore(config, engine, params, draws, placed, placed_states, caches)
+        rollouts, row_steps = explore(config, engine, params, draws, placed, chosen.placed, chosen.caches)
         rollouts = gather(rollouts)
     require_finite(rollouts, f"step {step}, partial rollouts")
     costs["explore"] = rollout_cost(model, queries, rollouts, int(row_steps), states)
@@ -162,12 +145,27 @@ def open_round(
         rollouts = parts.text.trimmed(rollouts, states)
     counted = None if states.rollouts is None else states.drawn(config.explore.rollouts)
     if kept_for is not None:
-        found = states, placed_states, value, measures
-        kept_for.statistic = position_statistic(
-            config.explore, engine.placement, draws, queries, base, sampled, *found
-        )
-    known = queries, problems, base, base_reward, states, rollouts, rewards, costs, following
-    return Round(*known, counted, kept_for)
+        kept_for.statistic = chosen.statistic
+    return Round(
+        queries,
+        problems,
+        base,
+        base_reward,
+        states,
+        rollouts,
+        rewards,
+        costs,
+        following,
+        drawn_step=drawn_in(step, rollouts),
+        base_drawn_step=drawn_in(step, base),
+        counted=counted,
+        for_record=kept_for,
+    )
+
+
+def drawn_in(step: int, rollouts: Rollouts) -> Float32[np.ndarray, "N C"]:
+    """Say of each rollout that its tokens were drawn in a step."""
+    return np.full(rollouts.length.shape, step, np.float32)
 
 
 def close_round(
@@ -185,7 +183,7 @@ def close_round(
         reward = opened.rewards()
     base_reward = opened.base_reward
     if base_reward is None:
-        base_reward, reward = reward, reward[:, None]
+        base_reward, reward = reward[: len(queries.length)], reward[:, None]
     counted, whole = opened.counted, uncut(config, rollouts)
     if whole is not None:
         counted = whole.reshape(reward.shape) & (True if counted is None else counted)
@@ -197,7 +195,15 @@ def close_round(
     credit = gather(assign_credit(config.credit, *place(given)))
     of_states = (reward, credit.value, credit.alpha, credit.advantage, credit.accepted)
     gathered = groups.collect(
-        credit.accepted, queries, states, rollouts, credit.advantage, credit.trained, base if edges else None
+        credit.accepted,
+        queries,
+        states,
+        rollouts,
+        credit.advantage,
+        credit.trained,
+        base if edges else None,
+        opened.drawn_step,
+        opened.base_drawn_step,
     )
     measured = Measured(
         base,
@@ -222,24 +228,6 @@ def close_round(
     if len(parts.corpus.tasks) > 1:
         metrics |= source_metrics(opened.problems, credit.accepted, states.query)
     return gathered, metrics, excerpt, success_rates(measured)
-
-
-def uncut(config: Config, rollouts: Rollouts) -> Bool[np.ndarray, "N C"] | None:
-    """Which answers count where those that the length limit cut off do not; None: all."""
-    return rollouts.stopped if config.reward.cut == "masked" else None
-
-
-def root_value(
-    config: Config, base: Rollouts, base_reward: Float32[np.ndarray, "B R"]
-) -> Float32[np.ndarray, " B"] | None:
-    """V(root) of each query, the mean reward of its base trajectories that count; None where nothing asks."""
-    if not config.explore.adaptive:
-        return None
-    counted = uncut(config, base)
-    if counted is None:
-        return base_reward.mean(axis=1)
-    total = np.where(counted, base_reward, 0).sum(axis=1)
-    return np.asarray(total / np.maximum(counted.sum(axis=1), 1), np.float32)
 
 
 def first_return(

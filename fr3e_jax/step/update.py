@@ -10,6 +10,7 @@ import numpy as np
 from fr3e_jax.algorithm.entropy_target import adapted_coefficient
 from fr3e_jax.config import Config, LossConfig
 from fr3e_jax.cost import total_flops, update_flops
+from fr3e_jax.engine.unfinished import Unfinished
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, token_counts
 from fr3e_jax.learner.state import TrainState
@@ -80,6 +81,10 @@ def train_step(
     metrics |= {"states/carried": groups.count(carried), "tokens/total": generated}
     if groups.count(batch) < wanted:
         metrics["states/missing"] = wanted - groups.count(batch)
+    if (steps := groups.staleness(batch, step)) is not None:
+        metrics["tokens/staleness"] = steps
+    if config.rollout.wait_for < 1:
+        metrics |= unfinished_metrics(sampled.unfinished)
     if bonus is not None:
         metrics["update/entropy_coefficient"] = bonus
     if metrics.get("states/accepted"):
@@ -96,11 +101,19 @@ def train_step(
         skipped=skipped_in_a_row(progress.skipped, updates, config.optimizer.max_skipped),
         empty_steps=0 if updates else progress.empty_steps + 1,
         rates=sampled.rates,
+        unfinished=sampled.unfinished,
         recent_queries=sampled.counted.queries,
         recent_states=sampled.counted.states,
         entropy_coefficient=following_bonus(config.loss, bonus, metrics.get("update/entropy")),
     )
     return state, carried, progress, metrics, sampled.excerpt
+
+
+def unfinished_metrics(unfinished: Unfinished | None) -> Metrics:
+    """Count what goes on in the next step: queries, and their rollouts that have begun and not ended."""
+    if unfinished is None:
+        return {"unfinished/queries": 0, "unfinished/rollouts": 0}
+    return {"unfinished/queries": unfinished.count, "unfinished/rollouts": unfinished.in_the_middle}
 
 
 def take_updates(

@@ -1,0 +1,197 @@
+"""A round that does not wait for its last rollouts (`rollout.wait_for` below 1).
+
+One decoding samples the base trajectories of new queries, the partial rollouts of queries whose states are
+open, and what the decoding before has left. It ends when enough of these have ended. Queries whose base
+trajectories are all there get their states, which the next decoding explores. Those whose rollouts are all
+there leave as a round whose last rewards are being found. The others go on in the next step.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from fr3e_jax.config import Config
+from fr3e_jax.cost import Cost, decode_cost, prefill_cost
+from fr3e_jax.engine.finite import require_finite
+from fr3e_jax.engine.laid_out import Placed, lay_out
+from fr3e_jax.engine.unfinished import (
+    Unfinished,
+    absorbed,
+    begin,
+    complete,
+    joined,
+    states_of_queries,
+    with_states,
+)
+from fr3e_jax.models.decoder import Params
+from fr3e_jax.parallel.hosts import gather
+from fr3e_jax.parallel.mesh import row_parts
+from fr3e_jax.parallel.sizes import ceil_divide, next_power_of_two
+from fr3e_jax.problems.difficulty import SuccessRates
+from fr3e_jax.run.build import Parts, sampling_of
+from fr3e_jax.run.queries import decoding_rows, query_room
+from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.step.choose import Judged, states_to_explore, uncut
+from fr3e_jax.step.record import ForRecord
+from fr3e_jax.step.rounds import Round, roots
+from fr3e_jax.step.stages import Draws, draws_of
+from fr3e_jax.types import Rollouts
+
+
+def continue_round(
+    config: Config,
+    parts: Parts,
+    params: Params,
+    step: int,
+    position: int,
+    watch: Stopwatch,
+    rates: SuccessRates | None,
+    recorded: bool,
+    count: int,
+    unfinished: Unfinished | None,
+) -> tuple[Unfinished | None, Round | None, dict[str, Cost], int]:
+    """Stages 1 to 8 of all queries that are not complete, until enough branches have ended.
+
+    Args:
+      params, step, position, watch, rates, recorded: as for `open_round`.
+      count: of queries that are begun; 0: none.
+      unfinished: queries that were begun before.
+
+    Returns:
+      (queries that are not complete, those that are as a round whose rewards are being found, costs of the
+      stages, position in the stream behind the queries that were begun); None without any queries.
+
+    Raises:
+      NotFiniteError: tokens were drawn from logits that are not finite.
+    """
+    draws, sizes = draws_of(config.seed, step, parts.engine.placement), query_room(config)
+    if count:
+        with watch.stage("tokenize"):
+            queries, _, position = parts.stream.take(position, count, rates)
+        begun = begin(queries, step, sizes)
+        unfinished = begun if unfinished is None else joined(unfinished, begun)
+    assert unfinished is not None, "a round has queries that are begun, or such as were begun before"
+    mesh_rows, round_sizes = row_parts(parts.engine.placement.mesh), parts.round_sizes(config)
+    mesh_rowss = [decoding_rows(config, size // mesh_rows) for size in round_sizes]
+    placed = lay_out(unfinished, config.rollout.base_trajectories, sizes.branches, mesh_rowss, mesh_rows)
+    with watch.stage("explore"):
+        drawn, running, row_steps = parts.engine.go_on(
+            params,
+            parts.engine.placement.place_rows(placed.queries),
+            parts.engine.placement.place_rows(placed.starts),
+            seed_key=draws.tokens,
+            sampling=sampling_of(config.rollout, config.explore.temperature),
+            wait_for=config.rollout.wait_for,
+        )
+        drawn, running = gather((drawn, running))
+    require_finite(drawn, f"step {step}, rollouts")
+    costs = {"explore": continued_cost(parts, placed, drawn, int(row_steps))}
+    unfinished = absorbed(unfinished, placed.place, drawn, running, step)
+    if config.explore.positions:
+        whole = np.flatnonzero(unfinished.base.ended.all(axis=1) & ~unfinished.judged)
+        for first in range(0, len(whole), round_sizes[-1]):
+            some = whole[first : first + round_sizes[-1]]
+            unfinished, more = judge_base(config, parts, params, draws, unfinished, some, watch, recorded)
+            for stage, cost in more.items():
+                costs[stage] = {name: cost[name] + costs.get(stage, {}).get(name, 0.0) for name in cost}
+    done = complete(unfinished, bool(config.explore.positions))
+    closing = None
+    if done.any():
+        closing = close(config, parts, unfinished.take(done), watch, recorded, position)
+    return None if done.all() else unfinished.take(~done), closing, costs, position
+
+
+def continued_cost(parts: Parts, placed: Placed, drawn: Rollouts, row_steps: int) -> Cost:
+    """Count the cost of a decoding: what its trajectories share is prefilled, and tokens are drawn.
+
+    Args:
+      placed: what was decoded. drawn: on the host. row_steps: rows that were decoded, added up over steps.
+    """
+    model, starts = parts.policy.model.config, placed.starts
+    prefix = placed.queries.length[:, None] + starts.prefix_length
+    shared = np.where(starts.drawn, prefix, 0).max(axis=1)
+    prefilled = prefill_cost(model, shared)
+    cost = decode_cost(model, prefix, drawn, row_steps)
+    cost["flops"] += prefilled["flops"]
+    cost["tokens/reused"] -= prefilled["tokens/prefilled"]
+    return cost | {"tokens/prefilled": prefilled["tokens/prefilled"]}
+
+
+def judge_base(
+    config: Config,
+    parts: Parts,
+    params: Params,
+    draws: Draws,
+    unfinished: Unfinished,
+    row: np.ndarray,
+    watch: Stopwatch,
+    recorded: bool,
+) -> tuple[Unfinished, dict[str, Cost]]:
+    """Stages 3 to 6 of queries whose base trajectories have all ended.
+
+    Args:
+      unfinished: all queries. row: of those that are judged.
+
+    Returns:
+      (all queries, those with their states open, costs of the stages).
+    """
+    placement, padded = parts.engine.placement, row[padded_rows(len(row), parts)]
+    real = np.arange(len(padded)) < len(row)
+    some = unfinished.take(padded)
+    problems = parts.stream.problems_at(some.queries.index)
+    with watch.stage("verify"):
+        reward = parts.verifier.base(some.base.rollouts, problems)()
+        base = parts.text.trimmed(some.base.rollouts)
+    whole = uncut(config, base)
+    counted = np.broadcast_to(real[:, None], reward.shape) & (True if whole is None else whole)
+    on_devices = placement.place_rows((some.queries, some.base.rollouts))
+    judged = Judged(some.queries, problems, base, reward, counted, *on_devices)
+    chosen = states_to_explore(config, parts, params, draws, judged, watch, recorded)
+    found = chosen.states, chosen.statistic, config.explore.rollouts
+    return with_states(unfinished, padded, reward, base, *found), chosen.costs
+
+
+def close(
+    config: Config, parts: Parts, done: Unfinished, watch: Stopwatch, recorded: bool, following: int
+) -> Round:
+    """Begin stage 8 of queries that have all their rollouts.
+
+    Args:
+      done: the queries.
+      following: position in the stream behind all that were begun.
+    """
+    verifier, problems = parts.verifier, parts.stream.problems_at(done.queries.index)
+    kept_for, base = ForRecord() if recorded else None, done.base.rollouts
+    base_notes, notes = (None, None) if kept_for is None else (kept_for.base_notes, kept_for.notes)
+    # Padded with the first query, as rewards and credit need rows for each part of the mesh.
+    padded = padded_rows(done.count, parts)
+    asked = [problems[row] for row in padded]
+    if not config.explore.positions:
+        growing = jax.tree.map(lambda x: x[padded], done.base)
+        states = roots(growing.rollouts)
+        states = dataclasses.replace(states, valid=(np.arange(len(padded)) < done.count)[:, None])
+        rewards = verifier.base(growing.rollouts, asked, base_notes)
+        rollouts, base = parts.text.trimmed(growing.rollouts), parts.text.trimmed(base)
+        drawn = growing.drawn_step, done.base.drawn_step
+        alone = done.queries, problems, base, None, states, rollouts
+        return Round(*alone, rewards, {}, following, *drawn, None, kept_for)
+    rows = len(padded_rows(int((done.kept >= 0).sum()), parts))
+    states, growing, statistic = states_of_queries(done, rows, config.explore.adaptive)
+    rewards = verifier.whole(states, growing.rollouts, problems, notes)
+    rollouts = parts.text.trimmed(growing.rollouts, states)
+    counted = None if states.rollouts is None else states.drawn(config.explore.rollouts)
+    if kept_for is not None:
+        # Judged again for what the verdicts say, which no checkpoint keeps.
+        verifier.base(jax.tree.map(lambda x: x[padded], base), asked, base_notes)()
+        kept_for.statistic = statistic
+    drawn = growing.drawn_step, done.base.drawn_step
+    judged_base = done.queries, problems, base, done.base_reward
+    return Round(*judged_base, states, rollouts, rewards, {}, following, *drawn, counted, kept_for)
+
+
+def padded_rows(count: int, parts: Parts) -> np.ndarray:
+    """Number so many rows, and repeat the first until there are as many as few programs are compiled for."""
+    mesh_rows = row_parts(parts.engine.placement.mesh)
+    rows = np.arange(mesh_rows * next_power_of_two(ceil_divide(count, mesh_rows)))
+    return np.where(rows < count, rows, 0)
