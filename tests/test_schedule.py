@@ -124,7 +124,9 @@ def follow(room, length, options, limit=None):
         found.append((turn, tokens))
         assert len(found) <= length.sum()  # a branch draws in each
         schedule.end(devices.running, tokens)
-    assert (devices.drawn == length).all() and not devices.aside
+    if not options.get("may_run"):
+        assert (devices.drawn == length).all() and not devices.aside
+    assert devices.running.sum() <= options.get("may_run", 0)
     return found
 
 
@@ -153,6 +155,18 @@ def test_every_branch_finds_its_tokens_whatever_moved_and_ends_with_its_length()
 
     holds()
     assert kinds == {"aside", "back", "moved", "several pages", "begins amid a page"}
+
+
+@examples(100)
+@given(decodings(), st.floats(0, 1))
+def test_a_decoding_that_does_not_wait_ends_when_few_enough_run(case, share):
+    """At once where all branches of a part begin together: when the others have drawn their last token."""
+    room, length, options = made(case)
+    may_run = int(share * (length > 0).sum())
+    turns = follow(room, length, {**options, "may_run": may_run})
+    if len(length) == 1 and room.pages == room.useful:
+        wait = -np.sort(-length[0])[may_run] if may_run < length.size else 0
+        assert sum(tokens for _, tokens in turns) == wait
 
 
 @examples(60)

@@ -30,7 +30,7 @@ def lay_out(
     """Lay out what has not ended: branches in the middle, then those from states, then base trajectories.
 
     What finds no row waits for the next decoding. Of each kind older queries come first. Each trajectory goes
-    to the part of the mesh that has the fewest branches yet.
+    to the part of the mesh that has the fewest branches yet, those with the most branches first.
 
     Args:
       unfinished: all queries.
@@ -44,10 +44,8 @@ def lay_out(
     rows = parts * next(enough, row_counts[-1])
     of_part = [list[BranchRow]() for _ in range(parts)]
     load = np.zeros(parts, np.int64)
-    for row in found:
-        room = np.array([len(x) < rows // parts for x in of_part])
-        if not room.any():
-            break
+    for row in sorted(found[:rows], key=lambda row: -len(row.place)):
+        room = [len(its) < rows // parts for its in of_part]
         part = int(np.argmin(np.where(room, load, np.iinfo(np.int64).max)))
         of_part[part].append(row)
         load[part] += len(row.place)
@@ -120,15 +118,21 @@ def not_begun(unfinished: Unfinished, after: int, columns: int) -> list[BranchRo
     each, found = c // trees, []
     waits = (~unfinished.partial.ended & (unfinished.partial.rollouts.length == 0)).reshape(q, trees, each)
     for query, tree in np.argwhere(waits.any(axis=2)).tolist():
-        base, column = unfinished.kept[query, tree], np.flatnonzero(waits[query, tree])
-        prefix = unfinished.prefix_length[query, tree, column // (each // j)]
-        place = q * r + query * c + tree * each + column
+        base = unfinished.kept[query, tree]
         response = unfinished.base.rollouts.token[query, base]
-        found.append(BranchRow(2, query, response, place, prefix, after + base * each + column, prefix > 0))
+        for column in split_every(np.flatnonzero(waits[query, tree]), columns):
+            prefix = unfinished.prefix_length[query, tree, column // (each // j)]
+            place = q * r + query * c + tree * each + column
+            number = after + base * each + column
+            found.append(BranchRow(2, query, response, place, prefix, number, prefix > 0))
     waits = ~unfinished.base.ended & (unfinished.base.rollouts.length == 0)
     for query in np.flatnonzero(waits.any(axis=1)).tolist():
-        branches = np.flatnonzero(waits[query])
-        for some in np.array_split(branches, range(columns, len(branches), columns)):
+        for some in split_every(np.flatnonzero(waits[query]), columns):
             none = np.zeros(len(some), np.int32)
             found.append(BranchRow(0, query, none[:0], query * r + some, none, some, none > 0))
     return found
+
+
+def split_every(x: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut an array into pieces of at most `size` entries."""
+    return np.array_split(x, range(size, len(x), size))

@@ -7,6 +7,7 @@ there leave as a round whose last rewards are being found. The others go on in t
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.parallel.sizes import ceil_divide, next_power_of_two
 from fr3e_jax.problems.difficulty import SuccessRates
+from fr3e_jax.rewards.verify import Notes, PartMeans, Rewards, Verifier
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.queries import decoding_rows, query_room
 from fr3e_jax.run.reporter import Stopwatch
@@ -36,7 +38,7 @@ from fr3e_jax.step.choose import Judged, states_to_explore, uncut
 from fr3e_jax.step.record import ForRecord
 from fr3e_jax.step.rounds import Round, roots
 from fr3e_jax.step.stages import Draws, draws_of
-from fr3e_jax.types import Rollouts
+from fr3e_jax.types import Problem, Rollouts, States
 
 
 def continue_round(
@@ -115,7 +117,8 @@ def continued_cost(parts: Parts, placed: Placed, drawn: Rollouts, row_steps: int
     cost = decode_cost(model, prefix, drawn, row_steps)
     cost["flops"] += prefilled["flops"]
     cost["tokens/reused"] -= prefilled["tokens/prefilled"]
-    return cost | {"tokens/prefilled": prefilled["tokens/prefilled"]}
+    drawn_now = {"rollouts/drawn": float(starts.drawn.sum())}
+    return cost | {"tokens/prefilled": prefilled["tokens/prefilled"]} | drawn_now
 
 
 def judge_base(
@@ -136,20 +139,20 @@ def judge_base(
     Returns:
       (all queries, those with their states open, costs of the stages).
     """
-    placement, padded = parts.engine.placement, row[padded_rows(len(row), parts)]
-    real = np.arange(len(padded)) < len(row)
-    some = unfinished.take(padded)
+    placement, (padded, real) = parts.engine.placement, padded_rows(len(row), parts)
+    some = unfinished.take(row[padded])
     problems = parts.stream.problems_at(some.queries.index)
     with watch.stage("verify"):
-        reward = parts.verifier.base(some.base.rollouts, problems)()
+        reward = rewards_alone(parts.verifier, some.base.rollouts, real, problems)()
         base = parts.text.trimmed(some.base.rollouts)
     whole = uncut(config, base)
     counted = np.broadcast_to(real[:, None], reward.shape) & (True if whole is None else whole)
     on_devices = placement.place_rows((some.queries, some.base.rollouts))
     judged = Judged(some.queries, problems, base, reward, counted, *on_devices)
     chosen = states_to_explore(config, parts, params, draws, judged, watch, recorded)
+    reward, base = jax.tree.map(lambda x: x[real], (reward, base))
     found = chosen.states, chosen.statistic, config.explore.rollouts
-    return with_states(unfinished, padded, reward, base, *found), chosen.costs
+    return with_states(unfinished, row, reward, base, *found), chosen.costs
 
 
 def close(
@@ -164,34 +167,60 @@ def close(
     verifier, problems = parts.verifier, parts.stream.problems_at(done.queries.index)
     kept_for, base = ForRecord() if recorded else None, done.base.rollouts
     base_notes, notes = (None, None) if kept_for is None else (kept_for.base_notes, kept_for.notes)
-    # Padded with the first query, as rewards and credit need rows for each part of the mesh.
-    padded = padded_rows(done.count, parts)
-    asked = [problems[row] for row in padded]
+    padded, real = padded_rows(done.count, parts)
+    growing, asked = jax.tree.map(lambda x: x[padded], done.base), [problems[row] for row in padded]
     if not config.explore.positions:
-        growing = jax.tree.map(lambda x: x[padded], done.base)
-        states = roots(growing.rollouts)
-        states = dataclasses.replace(states, valid=(np.arange(len(padded)) < done.count)[:, None])
-        rewards = verifier.base(growing.rollouts, asked, base_notes)
-        rollouts, base = parts.text.trimmed(growing.rollouts), parts.text.trimmed(base)
+        with watch.stage("verify"):
+            rewards = rewards_alone(verifier, growing.rollouts, real, asked, base_notes)
+            rollouts, base = parts.text.trimmed(growing.rollouts), parts.text.trimmed(base)
+        alone = done.queries, problems, base, None, real_roots(rollouts, real), rollouts
         drawn = growing.drawn_step, done.base.drawn_step
-        alone = done.queries, problems, base, None, states, rollouts
         return Round(*alone, rewards, {}, following, *drawn, None, kept_for)
-    rows = len(padded_rows(int((done.kept >= 0).sum()), parts))
-    states, growing, statistic = states_of_queries(done, rows, config.explore.adaptive)
-    rewards = verifier.whole(states, growing.rollouts, problems, notes)
-    rollouts = parts.text.trimmed(growing.rollouts, states)
-    counted = None if states.rollouts is None else states.drawn(config.explore.rollouts)
     if kept_for is not None:
         # Judged again for what the verdicts say, which no checkpoint keeps.
-        verifier.base(jax.tree.map(lambda x: x[padded], base), asked, base_notes)()
+        silent = dataclasses.replace(verifier, parts=PartMeans())
+        with watch.stage("record"):
+            rewards_alone(silent, growing.rollouts, real, asked, base_notes)()
+    row, _ = padded_rows(int((done.kept >= 0).sum()), parts)
+    states, growing, statistic = states_of_queries(done, len(row), config.explore.adaptive)
+    with watch.stage("verify"):
+        rewards = verifier.whole(states, growing.rollouts, problems, notes)
+        rollouts = parts.text.trimmed(growing.rollouts, states)
+    counted = None if states.rollouts is None else states.drawn(config.explore.rollouts)
+    if kept_for is not None:
         kept_for.statistic = statistic
     drawn = growing.drawn_step, done.base.drawn_step
     judged_base = done.queries, problems, base, done.base_reward
     return Round(*judged_base, states, rollouts, rewards, {}, following, *drawn, counted, kept_for)
 
 
-def padded_rows(count: int, parts: Parts) -> np.ndarray:
-    """Number so many rows, and repeat the first until there are as many as few programs are compiled for."""
+def padded_rows(count: int, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+    """Number so many rows, and repeat the first until each part of the mesh has as many as few programs have.
+
+    Returns:
+      (numbers, which of them are not repeated).
+    """
     mesh_rows = row_parts(parts.engine.placement.mesh)
     rows = np.arange(mesh_rows * next_power_of_two(ceil_divide(count, mesh_rows)))
-    return np.where(rows < count, rows, 0)
+    return np.where(rows < count, rows, 0), rows < count
+
+
+def real_roots(rollouts: Rollouts, real: np.ndarray) -> States:
+    """S_0 of queries, without those that are padding."""
+    return dataclasses.replace(roots(rollouts), valid=real[:, None])
+
+
+def rewards_alone(
+    verifier: Verifier,
+    base: Rollouts,
+    real: np.ndarray,
+    problems: Sequence[Problem],
+    notes: Notes | None = None,
+) -> Rewards:
+    """Start to find the rewards of answers from the query alone, float32 [B, R]; 0 where only padding.
+
+    Args:
+      real: bool [B], False of padding. notes: as for `Verifier.base`.
+    """
+    rewards = verifier.whole(real_roots(base, real), base, problems, notes)
+    return lambda: rewards()[:, 0]

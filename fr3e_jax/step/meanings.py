@@ -64,13 +64,19 @@ OTHERS: dict[str, Meaning] = {
         "often: the problems are too easy or too hard, or credit.max_rounds is too low",
     ),
     "states/carried": Meaning("accepted states that wait for the next step", "count", STEP),
-    "unfinished/queries": Meaning(
+    "queries/unfinished": Meaning(
         "queries that go on in the next step, where rollout.wait_for is below 1", "count", STEP
     ),
-    "unfinished/rollouts": Meaning(
+    "rollouts/drawn": Meaning(
+        "rollouts that were begun or went on, where rollout.wait_for is below 1", "count", STEP
+    ),
+    "rollouts/unfinished": Meaning(
         "rollouts that have begun and go on in the next step, where rollout.wait_for is below 1",
         "count",
         STEP,
+    ),
+    "rollouts/unfinished_share": Meaning(
+        "share that goes on in the next step, where rollout.wait_for is below 1", "share", "rollouts/drawn"
     ),
     "tokens/staleness": Meaning(
         "steps between the one that drew a token and the one that trains on it",

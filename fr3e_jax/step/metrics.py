@@ -241,7 +241,7 @@ def summarize_step(rounds: list[Metrics], updates: list[Metrics]) -> Metrics:
         counted = (
             METRICS[name].counted
             if name in METRICS
-            else name.startswith(("tokens/", "rows/", "flops/", "sources/"))
+            else name.startswith(("tokens/", "rows/", "rollouts/", "flops/", "sources/"))
         )
         metrics[name] = sum(values) if counted else float(np.mean(values))
     reduce = {"ratio_max": np.max, "ratio_min": np.min, "abs_log_ratio_max": np.max}

@@ -15,7 +15,8 @@ A step samples rounds until enough states carry a gradient, then updates the pol
   9. credit             values, modulated advantages, rejection         algorithm/credit
  10. policy update      clip-higher, once enough states are accepted    learner/update
 
-grpo and grpo++ have no positions: a round is M rollouts from S_0, which stages 2 and 7 both are.
+grpo and grpo++ have no positions: a round is M rollouts from S_0, which stages 2 and 7 both are. Where a
+step does not wait for its last rollouts, stages 2 and 7 are one decoding (step/continued.py).
 """
 
 import dataclasses

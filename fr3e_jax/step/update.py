@@ -84,7 +84,7 @@ def train_step(
     if (steps := groups.staleness(batch, step)) is not None:
         metrics["tokens/staleness"] = steps
     if config.rollout.wait_for < 1:
-        metrics |= unfinished_metrics(sampled.unfinished)
+        metrics |= unfinished_metrics(sampled.unfinished, metrics.get("rollouts/drawn", 0))
     if bonus is not None:
         metrics["update/entropy_coefficient"] = bonus
     if metrics.get("states/accepted"):
@@ -109,11 +109,19 @@ def train_step(
     return state, carried, progress, metrics, sampled.excerpt
 
 
-def unfinished_metrics(unfinished: Unfinished | None) -> Metrics:
-    """Count what goes on in the next step: queries, and their rollouts that have begun and not ended."""
-    if unfinished is None:
-        return {"unfinished/queries": 0, "unfinished/rollouts": 0}
-    return {"unfinished/queries": unfinished.count, "unfinished/rollouts": unfinished.in_the_middle}
+def unfinished_metrics(unfinished: Unfinished | None, drawn: int) -> Metrics:
+    """Count what goes on in the next step.
+
+    Args:
+      unfinished: after the step; None: nothing.
+      drawn: rollouts that the decodings of the step began or went on with.
+    """
+    queries, rollouts = (0, 0) if unfinished is None else (unfinished.count, unfinished.in_the_middle)
+    return {
+        "queries/unfinished": queries,
+        "rollouts/unfinished": rollouts,
+        "rollouts/unfinished_share": rollouts / max(drawn, 1),
+    }
 
 
 def take_updates(
