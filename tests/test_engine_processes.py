@@ -15,9 +15,11 @@ from jax.experimental.multihost_utils import process_allgather
 from moving_rows import SMALL_PAGES, noted, total, with_pages
 from support import TINY, mesh_of, two_processes
 
+from fr3e_jax.engine.laid_out import lay_out
 from fr3e_jax.engine.rollout import Engine
+from fr3e_jax.engine.unfinished import QueryRoom, absorbed, begin
 from fr3e_jax.models.decoder import logical_axes
-from fr3e_jax.parallel.mesh import place_model
+from fr3e_jax.parallel.mesh import place_model, row_parts
 from fr3e_jax.types import Queries, States
 
 B, R, M, ANSWERS = 8, 2, 2, 6
@@ -85,16 +87,36 @@ def rollouts_on(mesh):
         partial, row_steps = engine.explore(params, q, placement.place_rows(states), **how)
         partial, row_steps = host((partial, row_steps))
     assert not partial.length[~real].any()
+    late, stops = left_and_gone_on(engine, params, host)
     where = {(q, t): n for n, (q, t) in enumerate(zip(query, trajectory, strict=True)) if real[n]}
     partial = jax.tree.map(lambda x: x[[where[kept] for kept in map(tuple, np.argwhere(KEPT))]], partial)
-    rollouts = {"answers": answers, "base": base, "partial": partial}
+    rollouts = {"answers": answers, "base": base, "partial": partial, "late": late}
     return {
         **{
             f"{what}.{name}": x for what, of in rollouts.items() for name, x in dataclasses.asdict(of).items()
         },
         "row_steps": row_steps,
         "done": np.array(total(done)),
+        "stops": np.array(stops),
     }
+
+
+def left_and_gone_on(engine, params, host):
+    """Base trajectories that are left in the middle, and go on, until all have ended; how many were left."""
+    unfinished, left = begin(queries(), STEP, QueryRoom(R, 1, 1, 1, MAX_NEW)), []
+    parts = row_parts(engine.placement.mesh)
+    while not unfinished.base.ended.all():
+        placed = lay_out(unfinished, R, R, [2 * B // parts], parts)
+        drawn, running, _ = engine.go_on(
+            params,
+            *engine.placement.place_rows((placed.queries, placed.starts)),
+            seed_key=jax.random.key(7),
+            sampling=POLICY,
+            wait_for=0.5,
+        )
+        unfinished = absorbed(unfinished, placed.place, *host((drawn, running)), STEP)
+        left.append(unfinished.in_the_middle)
+    return unfinished.base.rollouts, left[:1]
 
 
 @functools.cache
@@ -105,12 +127,14 @@ def on_one_device():
 def check_equal(found):
     """To the rollouts of one device; and rows did move, and blocks were set aside and taken up."""
     alone = on_one_device()
-    for name in alone.keys() - {"row_steps", "done"}:
+    for name in alone.keys() - {"row_steps", "done", "stops"}:
         if alone[name].dtype == np.float32:
             np.testing.assert_allclose(found[name], alone[name], atol=1e-5, err_msg=name)
         else:
             np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
-    assert found["done"].min() > 0
+    for name in ("token", "length", "stopped"):  # as if they had not been left
+        np.testing.assert_array_equal(found[f"late.{name}"], found[f"base.{name}"], err_msg=name)
+    assert found["done"].min() > 0 and found["stops"].min() > 0
 
 
 @pytest.mark.slow

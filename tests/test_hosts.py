@@ -24,7 +24,8 @@ LAYOUT = {"rows/decoded", "rows/occupancy", *LAYOUT_OF_UPDATES}
 GLOO = re.compile(
     r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+"
 )
-RARELY = [*SMALL, "--checkpoint.every=4"]
+# What has not ended goes on in the next step, so that it is in the checkpoints too.
+RARELY = [*SMALL, "--checkpoint.every=4", "--rollout.wait_for=0.8"]
 # Of rollouts what does not depend on the order of sums.
 EXACT = "step round query question kind trajectory state position token text reason extracted reward".split()
 
