@@ -13,6 +13,7 @@ from support import TINY, call, command, needs_compiler, placement, run
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, ConfigError, RolloutConfig
 from fr3e_jax.plan import PLANS, PlanConfig, model_of
+from fr3e_jax.planning.answers import lengths_of
 from fr3e_jax.planning.as_json import as_json
 from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.fit import RESERVE, Plan, memory_parts
@@ -24,7 +25,7 @@ from fr3e_jax.planning.slices import GIB, find_slice
 from fr3e_jax.planning.stages import Stage
 from fr3e_jax.planning.times import Phase, Rates, Seconds
 from fr3e_jax.planning.topology import devices_of, mesh_on
-from fr3e_jax.planning.workload import Assumptions, Chunk, lengths_of, workload_of
+from fr3e_jax.planning.workload import Assumptions, Chunk, workload_of
 
 # --- what a step does
 

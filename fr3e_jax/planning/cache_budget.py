@@ -13,7 +13,7 @@ from fr3e_jax.planning.stages import state_bytes
 from fr3e_jax.planning.update_layout import slice_of
 from fr3e_jax.planning.workload import Assumptions, kept_trajectories
 from fr3e_jax.run.build import given_bytes
-from fr3e_jax.run.queries import least_cache, most_kept
+from fr3e_jax.run.queries import decoding_rows, least_cache, most_kept, query_room, round_sizes
 
 XLA_SHARE = 0.05  # of a chip, for what XLA needs beside the arrays that are counted
 SHARED_UNIT = 2**20  # processes share the number in this unit
@@ -57,20 +57,40 @@ def cache_bytes_of(setup: Setup, usable: float) -> int:
     """
     if (given := given_bytes(setup.config)) is not None:
         return given
-    sizes, engine = ModelSizes(setup), setup.engine
+    sizes, waits = ModelSizes(setup), setup.config.rollout.wait_for == 1
     left = usable * (1 - XLA_SHARE) - RESERVE
     left -= sum(state_bytes(setup).values()) + sizes.sampling_copy
-    branches = most_branches(setup)
-    rows = max(engine.sizes.spans_of(engine.sizes.blocks(branches))) * engine.sizes.rows
     # The prefill of the queries turns their caches around.
-    left -= sizes.rollouts(branches) + 2 * sizes.logits(rows) + sizes.query_cache
-    return max(int(left), 0)
+    left -= sizes.query_cache if waits else 0
+    # A decoding that does not wait has room for far more branches than it has: of the largest that fits.
+    possible = (setup.queries,) if waits else round_sizes(setup.config.rollout, setup.parts)[::-1]
+    for queries in possible:
+        found = max(int(left - beside_caches(sizes, queries // setup.parts)), 0)
+        if waits or caches_fit(setup, found, queries):
+            break
+    return found
 
 
-def most_branches(setup: Setup) -> int:
-    """Most branches of a part that are decoded together."""
-    config, queries = setup.config, setup.queries // setup.parts
+def beside_caches(sizes: ModelSizes, queries: int) -> float:
+    """Bytes of a chip that the rollouts and the logits of a decoding take.
+
+    Args:
+      queries: of a round, of a part.
+    """
+    engine, branches = sizes.setup.engine, most_branches(sizes.setup.config, queries)
+    rows = max(engine.sizes.spans_of(engine.sizes.blocks(branches))) * engine.sizes.rows
+    return sizes.rollouts(branches) + 2 * sizes.logits(rows)
+
+
+def most_branches(config: Config, queries: int) -> int:
+    """Most branches of a part that a decoding has room for.
+
+    Args:
+      queries: of a round, of a part.
+    """
     explore = config.explore
+    if config.rollout.wait_for < 1:
+        return decoding_rows(config, queries) * query_room(config).branches
     if not explore.positions:
         return queries * explore.rollouts
     _, kept = kept_trajectories(config, queries, Assumptions(kept=float(most_kept(config))))

@@ -68,12 +68,14 @@ def runs_of(work: LegWork) -> dict[str, float]:
 class Decode:
     """A decoding: its branches, and the legs that it takes.
 
-    lengths: int [P, n, C], tokens of each branch. room: blocks and pages. slots: of what the branches of a
-    trajectory share. legs: what each computes. examples: the first leg of each number of blocks in a span,
-    which is compiled as one program.
+    lengths: int [P, n, C], tokens of each branch; 0 where there is none. left: those of them that are not
+    drawn when the decoding ends. room: blocks and pages. slots: of what the branches of a trajectory share.
+    legs: what each computes. examples: the first leg of each number of blocks in a span, which is compiled
+    as one program.
     """
 
     lengths: np.ndarray
+    left: np.ndarray
     room: Room
     slots: int
     legs: tuple[LegWork, ...]
@@ -82,7 +84,12 @@ class Decode:
     @property
     def tokens(self) -> int:
         """Number of tokens that are generated, on all parts."""
-        return int(self.lengths.sum())
+        return int(self.lengths.sum() - self.left.sum())
+
+    @property
+    def trajectories(self) -> int:
+        """Number of trajectories that have branches, of the part that has most of them."""
+        return int((self.lengths > 0).any(axis=2).sum(axis=1).max())
 
     @property
     def row_steps(self) -> int:
@@ -100,21 +107,28 @@ class Decode:
 
 
 def decode_of(
-    lengths: np.ndarray, room: Room, context: Any = 1, slots: int = 1, first_alone: bool = False
+    lengths: np.ndarray,
+    room: Room,
+    context: Any = 1,
+    slots: int = 1,
+    first_alone: bool = False,
+    wait_for: float = 1.0,
 ) -> Decode:
     """The legs that `Engine.decode` would run for branches of these lengths, without a device.
 
     Args:
-      lengths: int [P, n, C], number of tokens that each branch generates, at least 1.
+      lengths: int [P, n, C], number of tokens that each branch has to generate; 0 where there is none.
       room: blocks and pages.
       context: int, of the shape of lengths or one that is broadcast to it: how much of what a trajectory's
         branches share each branch sees.
       slots: of what they share.
       first_alone: as for `Schedule`.
+      wait_for: share of the branches that are to end, as for `Engine.decode`.
     """
     flat = lengths.reshape(len(lengths), -1).astype(np.int32)
     seen = np.broadcast_to(context, lengths.shape).reshape(flat.shape)
-    schedule, drawn = Schedule(room, flat, first_alone=first_alone), np.zeros_like(flat)
+    may_run = int((1 - wait_for) * np.count_nonzero(flat) + 1e-6)
+    schedule, drawn = Schedule(room, flat, first_alone=first_alone, may_run=may_run), np.zeros_like(flat)
     legs, examples = list[LegWork](), dict[int, Leg]()
     while not schedule.done:
         turn = schedule.next()
@@ -128,7 +142,7 @@ def decode_of(
         examples.setdefault(leg.span, leg)
         drawn = drawn + np.where(sits, np.minimum(left, steps), 0)
         schedule.end(drawn < flat, steps)
-    return Decode(lengths, room, slots, tuple(legs), examples)
+    return Decode(lengths, (flat - drawn).reshape(lengths.shape), room, slots, tuple(legs), examples)
 
 
 def run_leg(turn: Turn, room: Room, seen: np.ndarray, steps: int) -> LegWork:

@@ -14,7 +14,7 @@ from fr3e_jax.planning.decodes import Decode
 from fr3e_jax.planning.model_sizes import ModelSizes
 from fr3e_jax.planning.position_programs import estimated_second_pass, pass_needs
 from fr3e_jax.planning.program_costs import Costs
-from fr3e_jax.planning.rollout_programs import prefill_phase
+from fr3e_jax.planning.rollout_programs import prefilled_trajectories
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.stages import Stage, stage_of, state_bytes, without
 from fr3e_jax.planning.update_programs import FORWARD, typical_chunk
@@ -24,19 +24,22 @@ from fr3e_jax.planning.workload import Workload
 def estimate_step(setup: Setup, work: Workload) -> list[Stage]:
     """The stages of a step, as `compile_step` would find them, by arithmetic."""
     always, sizes = state_bytes(setup), ModelSizes(setup)
-    stages = [
-        cast_stage(sizes, always),
-        prefill_stage(sizes, work, always),
-        decode_stage(sizes, "first return", work.first_return, always),
-    ]
-    if work.explore is not None:
-        stages.append(prefill_trajectories_stage(sizes, work, always))
-        if pass_needs(setup.config.explore):
+    explore, prefilled = setup.config.explore, prefilled_trajectories(setup.config.explore, work)
+    stages = [cast_stage(sizes, always)]
+    if work.first_return is not None:
+        stages.append(prefill_stage(sizes, work.first_return, always))
+        stages.append(decode_stage(sizes, "first return", work.first_return, always))
+    if "positions" in prefilled:
+        stages.append(prefill_trajectories_stage(sizes, "positions", prefilled["positions"], always))
+        if pass_needs(explore):
             stages.append(estimated_second_pass(sizes, work, always))
         if work.pilots is not None:
             stages.append(open_states_stage(sizes, "positions", "open pilots", work.pilots, always))
             stages.append(decode_stage(sizes, "positions", work.pilots, always))
-        stages.append(open_states_stage(sizes, "explore", "open states", work.explore, always))
+    if work.explore is not None:
+        if "explore" in prefilled:
+            stages.append(prefill_trajectories_stage(sizes, "explore", prefilled["explore"], always))
+        stages.append(open_states_stage(sizes, "explore", work.opening, work.explore, always))
         stages.append(decode_stage(sizes, "explore", work.explore, always))
     return [*stages, *update_stages(ModelSizes(setup.update), work, always)]
 
@@ -62,9 +65,9 @@ def cast_stage(sizes: ModelSizes, always: dict[str, int]) -> Stage:
     )
 
 
-def prefill_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> Stage:
+def prefill_stage(sizes: ModelSizes, first: Decode, always: dict[str, int]) -> Stage:
     """The prefill of the queries, with the empty pages of their branches."""
-    width, first = sizes.setup.config.rollout.max_prompt, work.first_return
+    width = sizes.setup.config.rollout.max_prompt
     opened = sizes.query_cache + opened_bytes(sizes, first)
     return stage_of(
         "first return",
@@ -77,13 +80,13 @@ def prefill_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> 
     )
 
 
-def prefill_trajectories_stage(sizes: ModelSizes, work: Workload, always: dict[str, int]) -> Stage:
-    """The prefill of the kept trajectories."""
-    assert work.explore is not None
-    count, width = work.trajectories, work.explore.slots
+def prefill_trajectories_stage(sizes: ModelSizes, phase: str, count: int, always: dict[str, int]) -> Stage:
+    """The prefill of `count` trajectories."""
+    rollout = sizes.setup.config.rollout
+    width = rollout.max_prompt + rollout.max_response
     caches = sizes.setup.context_bytes(count, width)
     return stage_of(
-        prefill_phase(sizes.setup.config.explore, work),
+        phase,
         "prefill trajectories",
         always,
         {"sampling copy": sizes.sampling_copy},

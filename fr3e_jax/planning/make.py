@@ -22,6 +22,7 @@ from fr3e_jax.planning.times import Rates, phases_of
 from fr3e_jax.planning.topology import mesh_sizes, positions_in, run_mesh, splits
 from fr3e_jax.planning.update_layout import fastest_fitting, with_update_tensor
 from fr3e_jax.planning.workload import Assumptions, Workload, planned_queries
+from fr3e_jax.run.queries import round_sizes
 
 MARGIN = 1.25  # programs whose estimate leaves less than this of a chip are compiled to see whether they fit
 
@@ -123,8 +124,9 @@ def setup_on(question: Question, mesh: Mesh, tpu: Slice) -> Setup:
     cache_bytes = cache_bytes_of(setup, tpu.chip.usable)
     fits = functools.partial(caches_fit, setup, cache_bytes)
     queries = planned_queries(config, parts, question.assumptions, fits)
+    sizes = tuple(size for size in round_sizes(config.rollout, parts) if fits(size)) or (queries,)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, queries=queries))
-    setup = dataclasses.replace(setup, config=config)
+    setup = dataclasses.replace(setup, config=config, sizes=sizes)
     if config.mesh.update_tensor is None:
         setup = with_update_tensor(setup, fastest_fitting(config, question.model, mesh, tpu))
     return dataclasses.replace(setup, cache_bytes=cache_bytes)

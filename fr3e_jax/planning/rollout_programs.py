@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fr3e_jax.config import ExploreConfig
+from fr3e_jax.engine.caches import prefilled_together
 from fr3e_jax.engine.rollout import Engine, root_branches
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.seats import map_leg
+from fr3e_jax.engine.starts import Starts
 from fr3e_jax.models.attention import Segment
+from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.planning.decodes import Decode
 from fr3e_jax.planning.position_programs import compile_second_pass, pass_needs
 from fr3e_jax.planning.setup import abstract, bytes_on_chip
@@ -28,13 +31,11 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     Left out are programs that are not wanted, unless one that is wanted needs their results, and those that
     need the results of one that is too large.
     """
-    setup, always = compiler.setup, compiler.always
-    config, first = setup.config, work.first_return
-    rollout, params = config.rollout, setup.params(setup.dtype, sampling=True)
-    numbers = setup.rows(jnp.int32, setup.queries)
-    queries = Queries(setup.rows(jnp.int32, setup.queries, rollout.max_prompt), numbers, numbers)
-    weights = {"sampling copy": bytes_on_chip(params)}
-    if compiler.wants("first return"):
+    setup, explore = compiler.setup, compiler.setup.config.explore
+    params = setup.params(setup.dtype, sampling=True)
+    queries = abstract_queries(compiler, setup.queries)
+    if work.first_return is not None and compiler.wants("first return"):
+        first = work.first_return
         count = first.lengths.shape[2]
         branch_numbers = jax.eval_shape(lambda queries: root_branches(queries, count), queries)
         engine = setup.engine_with(first.room, first.slots)
@@ -42,37 +43,46 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
             "first return",
             "prefill",
             lambda: Engine.open_queries.lower(engine, params, queries, branch_numbers, seed_of(), 0),
-            held=always,
-            own=weights,
+            held=compiler.always,
+            own={"sampling copy": bytes_on_chip(params)},
         )
         yield prefill
         if opened is None:
             return
         if compiler.wants("first return", "decode"):
             yield compile_decode(compiler, "first return", opened, first)
-    if work.explore is None or not (compiler.wants("positions") or compiler.wants("explore")):
-        return
 
-    states = abstract_states(compiler, work, config.explore.positions + 1)
-    prefill, caches = compiler(
-        prefill_phase(config.explore, work),
-        "prefill trajectories",
-        lambda: Engine.prefill_trajectories.lower(setup.engine, params, queries, states),
-        held=always,
-        own=weights,
-    )
-    yield prefill
-    if caches is None:
+    prefilled, restarts = prefilled_trajectories(explore, work), None
+    # Exploration goes on with the caches, unless it prefills trajectories of its own.
+    needed = compiler.wants("positions") or ("explore" not in prefilled and compiler.wants("explore"))
+    if "positions" in prefilled and needed:
+        states = abstract_states(compiler, work, explore.positions + 1)
+        prefill, restarts = compile_prefill(compiler, "positions", params, queries, states)
+        yield prefill
+        if restarts is None:
+            return
+        if pass_needs(explore) and compiler.wants("positions"):
+            yield compile_second_pass(compiler, params, queries, restarts.caches, states)
+        if work.pilots is not None:
+            candidates = abstract_states(compiler, work, pilot_states(explore))
+            lower = restarts.from_states(candidates, pilot_rollouts(explore))
+            yield from restarts.compile("positions", "open pilots", work.pilots, lower)
+    if work.explore is None or not compiler.wants("explore"):
         return
-    restarts = RestartCompiler(compiler, params, queries, caches)
-    if pass_needs(config.explore) and compiler.wants("positions"):
-        yield compile_second_pass(compiler, params, queries, caches, states)
-    if work.pilots is not None:
-        candidates = abstract_states(compiler, work, pilot_states(config.explore))
-        yield from restarts.compile(
-            "positions", "open pilots", work.pilots, candidates, pilot_rollouts(config.explore)
-        )
-    yield from restarts.compile("explore", "open states", work.explore, states, config.explore.rollouts)
+    starts: States | Starts = abstract_states(compiler, work, explore.positions + 1)
+    if work.first_return is None:
+        starts = abstract_starts(compiler, work.explore)
+        queries = abstract_queries(compiler, starts.query.shape[0])
+    if "explore" in prefilled:
+        prefill, restarts = compile_prefill(compiler, "explore", params, queries, starts)
+        yield prefill
+    if restarts is None:
+        return
+    if isinstance(starts, States):
+        lower = restarts.from_states(starts, explore.rollouts)
+    else:
+        lower = restarts.from_starts(starts)
+    yield from restarts.compile("explore", work.opening, work.explore, lower)
 
 
 def seed_of() -> Any:
@@ -80,9 +90,34 @@ def seed_of() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def prefill_phase(explore: ExploreConfig, work: Workload) -> str:
-    """The phase where trajectories are prefilled: the first that needs their caches."""
-    return "positions" if work.pilots is not None or pass_needs(explore) else "explore"
+def prefilled_trajectories(explore: ExploreConfig, work: Workload) -> dict[str, int]:
+    """The phases where trajectories are prefilled -> how many of each part their caches hold.
+
+    Kept trajectories are in the first phase that needs their caches. A decoding that does not wait for its
+    last rollouts prefills all that it decodes.
+    """
+    found = dict[str, int]()
+    if work.pilots is not None or pass_needs(explore):
+        found["positions"] = work.trajectories
+    if work.explore is not None and (not found or work.first_return is None):
+        found["explore"] = work.explore.room.n
+    return found
+
+
+def prefilled_share(decode: Decode) -> float:
+    """Share of a decoding's trajectories that run through the model in their prefill.
+
+    Those without branches are passed over, where all that run together are such.
+    """
+    together = prefilled_together(decode.room.n, decode.slots)
+    return next_multiple(decode.trajectories, together) / decode.room.n
+
+
+def abstract_queries(compiler: StageCompiler, count: int) -> Queries:
+    """`count` queries, without arrays."""
+    setup = compiler.setup
+    numbers = setup.rows(jnp.int32, count)
+    return Queries(setup.rows(jnp.int32, count, setup.config.rollout.max_prompt), numbers, numbers)
 
 
 def abstract_states(compiler: StageCompiler, work: Workload, count: int) -> States:
@@ -98,11 +133,45 @@ def abstract_states(compiler: StageCompiler, work: Workload, count: int) -> Stat
     )
 
 
+def abstract_starts(compiler: StageCompiler, decode: Decode) -> Starts:
+    """The starts of all branches of a decoding, without arrays."""
+    setup, (_, n, c) = compiler.setup, decode.lengths.shape
+    n *= setup.parts
+    numbers, flags = setup.rows(jnp.int32, n, c), setup.rows(jnp.bool_, n, c)
+    return Starts(
+        query=setup.rows(jnp.int32, n),
+        response=setup.rows(jnp.int32, n, setup.config.rollout.max_response),
+        prefix_length=numbers,
+        drawn=flags,
+        number=numbers,
+        step=setup.rows(jnp.int32, n),
+        at_position=flags,
+    )
+
+
+def compile_prefill(
+    compiler: StageCompiler, phase: str, params: Any, queries: Queries, starts: States | Starts
+) -> "tuple[Stage, RestartCompiler | None]":
+    """Compile the prefill of trajectories, which branches then start from; None: it is too large."""
+    stage, caches = compiler(
+        phase,
+        "prefill trajectories",
+        lambda: Engine.prefill_trajectories.lower(compiler.setup.engine, params, queries, starts),
+        held=compiler.always,
+        own={"sampling copy": bytes_on_chip(params)},
+    )
+    return stage, None if caches is None else RestartCompiler(compiler, params, queries, caches)
+
+
+Lowering = Callable[[Engine], Any]
+"""Lowers a program of an engine."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RestartCompiler:
-    """What is decoded from states of the base trajectories.
+    """What is decoded behind trajectories that are prefilled.
 
-    params, queries, caches: abstract, as `Engine.open_states` takes them.
+    params, queries, caches: abstract, as `Engine.open_states` and `Engine.open_starts` take them.
     """
 
     compiler: StageCompiler
@@ -110,31 +179,36 @@ class RestartCompiler:
     queries: Queries
     caches: Segment
 
-    def compile(
-        self, phase: str, opening: str, decode: Decode, states: States, rollouts: int
-    ) -> Iterator[Stage]:
-        """Compile the opening of branches from states, and their decoding.
+    def from_states(self, states: States, rollouts: int) -> Lowering:
+        """Lower the opening of so many branches from each of the states."""
+        after = self.compiler.setup.config.rollout.base_trajectories
+        given = self.params, self.queries, self.caches, states
+        how = {"step": 0, "rollouts": rollouts, "after": after}
+        return lambda engine: Engine.open_states.lower(engine, *given, seed_key=seed_of(), **how)
+
+    def from_starts(self, starts: Starts) -> Lowering:
+        """Lower the opening of the branches of starts."""
+        given = self.params, self.queries, self.caches, starts
+        return lambda engine: Engine.open_starts.lower(engine, *given, seed_of())
+
+    def compile(self, phase: str, opening: str, decode: Decode, lower: Lowering) -> Iterator[Stage]:
+        """Compile the opening of branches, and their decoding.
 
         Args:
           phase, opening: names of the phase, and of the program that opens the branches.
           decode: the legs.
-          states: abstract.
-          rollouts: of a state.
+          lower: lowers that program.
         """
         compiler = self.compiler
         if not compiler.wants(phase):
             return
         setup = compiler.setup
         engine = setup.engine_with(decode.room, decode.slots)
-        lower = functools.partial(
-            Engine.open_states.lower, engine, self.params, self.queries, self.caches, states
-        )
-        after = setup.config.rollout.base_trajectories
         shared = setup.context_bytes(decode.room.n, decode.slots)
         stage, opened = compiler(
             phase,
             opening,
-            lambda: lower(seed_key=seed_of(), step=0, rollouts=rollouts, after=after),
+            lambda: lower(engine),
             held=compiler.always,
             own={"sampling copy": bytes_on_chip(self.params), "shared caches": shared},
         )

@@ -58,13 +58,15 @@ def parameter_shapes(model: DecoderConfig) -> Any:
 class Setup:
     """A run on a mesh, without arrays.
 
-    config: resolved. mesh: of sampling. cache_bytes: as the engine has it (`cache_budget.py`).
+    config: resolved. mesh: of sampling. cache_bytes: as the engine has it (`cache_budget.py`). sizes: numbers
+    of queries that rounds of the run may have; none: those of the configuration.
     """
 
     config: Config
     model: DecoderConfig
     mesh: Mesh
     cache_bytes: int | None = None
+    sizes: tuple[int, ...] = ()
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -138,7 +140,8 @@ class Setup:
 
     def work(self, assumptions: Assumptions, worst: bool = False) -> Workload:
         """The work of a step, on the meshes of sampling and of updates; others as for `workload_of`."""
-        return workload_of(self.config, self.parts, assumptions, worst, self.update.parts, self.room)
+        given = self.config, self.parts, assumptions, worst, self.update.parts, self.room
+        return workload_of(*given, self.sizes or None)
 
     def room(self, n: int, c: int, slots: int) -> Room:
         """The blocks and pages of a decoding; the fewest pages where it needs more memory than there is.

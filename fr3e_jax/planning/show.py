@@ -94,6 +94,13 @@ def conclusion(plan: Plan) -> list[str]:
             "accepted as assumed; where fewer are, rounds have up to rollout.max_queries "
             f"{plan.setup.config.rollout.max_queries}, as far as their KV caches fit"
         )
+    if plan.work.first_return is None and (decode := plan.work.explore) is not None:
+        left, branches = int((decode.left > 0).sum()), int((decode.lengths > 0).sum())
+        lines.append(
+            f"rollout.wait_for {plan.setup.config.rollout.wait_for:g}: a step decodes {branches:,} branches, "
+            f"those that the step before has left included, and leaves {left:,}; {decode.trajectories} of "
+            f"{decode.room.n} trajectories of a part have branches"
+        )
     lines.append(assumptions_line(plan))
     where = f"{plan.largest.phase}: {plan.largest.program.name}"
     by = ", by the estimate" if plan.estimated else ""

@@ -10,7 +10,7 @@ from fr3e_jax.planning.compiled import CompiledProgram
 from fr3e_jax.planning.decodes import Decode, LegWork
 from fr3e_jax.planning.position_programs import SECOND_PASS
 from fr3e_jax.planning.program_costs import Costs
-from fr3e_jax.planning.rollout_programs import prefill_phase
+from fr3e_jax.planning.rollout_programs import prefilled_share, prefilled_trajectories
 from fr3e_jax.planning.setup import Setup
 from fr3e_jax.planning.slices import Slice
 from fr3e_jax.planning.stages import Stage
@@ -103,19 +103,19 @@ def phases_of(setup: Setup, work: Workload, stages: Sequence[Stage], rates: Rate
         return []
     rounds, first = float(work.rounds), work.first_return
     stage_by_phase = {stage.phase: stage for stage in stages if stage.leg is not None}
-    runs: dict[str, Runs] = {
-        "reshard": [(1.0, programs["reshard", "cast"].once)],
-        "first return": [
-            (rounds, programs["first return", "prefill"].once),
-            *((rounds, costs) for costs in decode_costs(setup, first, stage_by_phase["first return"])),
-        ],
-    }
-    if work.explore is not None:
-        phase = prefill_phase(setup.config.explore, work)
-        runs[phase] = [(rounds, programs[phase, "prefill trajectories"].once)]
+    runs: dict[str, Runs] = {"reshard": [(1.0, programs["reshard", "cast"].once)]}
+    if first is not None:
+        of_first = decode_costs(setup, first, stage_by_phase["first return"])
+        of_first = [programs["first return", "prefill"].once, *of_first]
+        runs["first return"] = [(rounds, costs) for costs in of_first]
+    for phase in prefilled_trajectories(setup.config.explore, work):
+        share = 1.0
+        if phase == "explore" and work.explore is not None:
+            share = prefilled_share(work.explore)
+        runs[phase] = [(rounds * share, programs[phase, "prefill trajectories"].once)]
     if SECOND_PASS in programs:
         runs["positions"].append((rounds, programs[SECOND_PASS].once))
-    restarts = {"positions": ("open pilots", work.pilots), "explore": ("open states", work.explore)}
+    restarts = {"positions": ("open pilots", work.pilots), "explore": (work.opening, work.explore)}
     for phase, (opening, decoding) in restarts.items():
         if decoding is None:
             continue

@@ -6,7 +6,7 @@ The engine's own schedule of a decoding and the learner's own layout of rows dec
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,9 +18,12 @@ from fr3e_jax.engine.schedule import Room
 from fr3e_jax.learner import groups
 from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
 from fr3e_jax.parallel.sizes import next_power_of_two
+from fr3e_jax.planning.answers import AnswerLengths
 from fr3e_jax.planning.decodes import Decode, decode_of
+from fr3e_jax.planning.steady import steady_decoding
 from fr3e_jax.run.queries import (
     assumed_states,
+    decoding_rows,
     most_kept,
     needs_pilots,
     pilot_rollouts,
@@ -29,8 +32,6 @@ from fr3e_jax.run.queries import (
     round_sizes,
 )
 from fr3e_jax.types import StateGroups
-
-SPREAD = 0.8  # standard deviation of the logarithm of answers' lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +71,6 @@ def rooms_for(limit: int) -> Rooms:
         return dataclasses.replace(whole, pages=whole.useful)
 
     return room
-
-
-def lengths_of(count: int, mean: float, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths int [count] of answers: log-normal with mean `mean`, then cut at `limit`."""
-    drawn = np.exp(math.log(max(mean, 1.0)) - SPREAD**2 / 2 + SPREAD * rng.standard_normal(count))
-    return np.clip(np.ceil(drawn), 1, limit).astype(np.int32)
 
 
 def planned_queries(
@@ -139,7 +134,8 @@ class Workload:
     """The work of a step.
 
     rounds: of sampling. first_return, pilots, explore: decodings of a round; explore is None without
-    positions, and pilots where explore.rule needs none.
+    positions, and pilots where explore.rule needs none. Where rollout.wait_for is below 1, first_return is
+    None, and explore has what a round amid a run decodes: base trajectories too, and what was left.
     trajectories: number of trajectories of a part that are explored. trunks: (number, width) of the trunks of
     a bundle on each part -> number of such bundles in the step. chunks: shape -> number of such chunks in the
     step. real: tokens that run through the model in the update, padding left out, on all parts. trained:
@@ -147,7 +143,7 @@ class Workload:
     """
 
     rounds: int
-    first_return: Decode
+    first_return: Decode | None
     explore: Decode | None
     pilots: Decode | None
     trajectories: int
@@ -169,8 +165,13 @@ class Workload:
         return sum(x.tokens for x in self.decodings) / sum(x.row_steps for x in self.decodings)
 
     @property
+    def opening(self) -> str:
+        """Name of the program in reports that opens the branches of `explore`."""
+        return "open starts" if self.first_return is None else "open states"
+
+    @property
     def decodings(self) -> list[Decode]:
-        """The decodings of a round in order: first return, and pilots and exploration where it has them."""
+        """The decodings of a round in order: first return, pilots and exploration where it has them."""
         return [x for x in (self.first_return, self.pilots, self.explore) if x is not None]
 
 
@@ -181,6 +182,7 @@ def workload_of(
     worst: bool = False,
     update_parts: int | None = None,
     rooms: Rooms | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Workload:
     """The work of a step of a run.
 
@@ -191,50 +193,49 @@ def workload_of(
       worst: every answer goes to the limit, and every position is at the beginning.
       update_parts: number of parts that updates split batch rows into; None: as many.
       rooms: the blocks and pages of decodings; None: as many as can come to be useful.
+      sizes: numbers of queries that rounds of the run may have; None: those of the configuration.
     """
     rollout, explore, limit = config.rollout, config.explore, config.rollout.max_response
     queries = planned_queries(config, parts, assumptions)
     rng, per_part = np.random.default_rng(0), queries // parts
-    mean, query = limit if worst else assumptions.response * limit, query_tokens(config, assumptions)
+    mean = limit if worst else assumptions.response * limit
+    answers = AnswerLengths(mean, limit, query_tokens(config, assumptions), worst)
     rooms = rooms or rooms_for(limit)
-    restarts = explore.positions > 0
-    count = rollout.base_trajectories if restarts else explore.rollouts
-    # All others wait for the longest, and among so many one goes to the limit.
-    lengths = lengths_of(queries * count, mean, limit, rng).reshape(parts, per_part, count)
-    lengths[:, 0, 0] = limit
-    if worst:
-        lengths[:] = limit
-    first = decode_of(lengths, rooms(per_part, count, rollout.max_prompt), query, rollout.max_prompt)
     wanted, kept = kept_trajectories(config, per_part, assumptions)
-    states = explore.positions + 1
+    restarts, states, alone = explore.positions > 0, explore.positions + 1, explore.temperature is not None
 
-    def continuations_of(first: int, states: int, rollouts: int, rng: np.random.Generator) -> np.ndarray:
-        """Lengths int [P, n, J, M] from states `first` up to `states`, at equal distances in their answers.
-
-        A continuation is as long as the share of the answer that is left.
-        """
-        lengths = lengths_of(parts * kept * (states - first) * rollouts, mean, limit, rng)
-        lengths = lengths.reshape(parts, kept, states - first, rollouts)
-        share = 1 - np.arange(first, states)[:, None] / states
-        return np.maximum(np.ceil(lengths * (1 if worst else share)), limit if worst else 1).astype(np.int32)
+    def decode_queries(lengths: np.ndarray) -> Decode:
+        """A decoding of answers [B, C] from the queries alone."""
+        lengths = lengths.reshape(parts, per_part, -1)
+        # All others wait for the longest, and among so many one goes to the limit.
+        lengths[:, 0, 0] = limit
+        room = rooms(per_part, lengths.shape[2], rollout.max_prompt)
+        return decode_of(lengths, room, answers.query, rollout.max_prompt)
 
     def decode_from(lengths: np.ndarray, first: int, alone: bool) -> Decode:
-        """A decoding of continuations [P, n, J, M] from states `first` on; `alone` as for `decode_of`."""
-        _, _, count, rollouts = lengths.shape
-        place = np.arange(first, first + count) / (first + count)
-        prefix = np.ceil(place * (0 if worst else mean)).astype(np.int64)
-        slots, context = rollout.max_prompt + limit, query + np.repeat(prefix, rollouts)
+        """A decoding of continuations [P n, J, M] from states `first` on; `alone` as for `decode_of`."""
+        _, count, rollouts = lengths.shape
+        prefix = answers.prefix(first, first + count)
+        slots, context = rollout.max_prompt + limit, answers.query + np.repeat(prefix, rollouts)
         room = rooms(kept, count * rollouts, slots)
         return decode_of(lengths.reshape(parts, kept, -1), room, context, slots, alone)
 
-    continuations = continuations_of(0, states, explore.rollouts, rng)
-    decode = decode_from(continuations, 0, explore.temperature is not None) if restarts else None
-    per_round = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
-    pilots = None
+    whole = answers.whole(queries, rollout.base_trajectories if restarts else explore.rollouts, rng)
+    continuations = answers.partial(parts * kept, 0, states, explore.rollouts, rng)
+    # Others have random numbers of their own, so that the update is planned as it is without them.
+    first = decode = pilots = None
+    if rollout.wait_for == 1:
+        first, decode = decode_queries(whole), decode_from(continuations, 0, alone) if restarts else None
+    else:
+        share = wanted / per_part if restarts else 0.0
+        counts = [decoding_rows(config, size // parts) for size in sizes or round_sizes(rollout, parts)]
+        given = config, parts, queries, counts, answers, share
+        decode = steady_decoding(*given, np.random.default_rng(2), rooms)
     if needs_pilots(explore):
-        # With numbers of their own, so that the update is planned as it is without them.
         count, own_rng = pilot_rollouts(explore), np.random.default_rng(1)
-        pilots = decode_from(continuations_of(1, 1 + pilot_states(explore), count, own_rng), 1, alone=True)
+        tried = answers.partial(parts * kept, 1, 1 + pilot_states(explore), count, own_rng)
+        pilots = decode_from(tried, 1, alone=True)
+    per_round = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
     rows = continuations.reshape(-1, states, explore.rollouts)
     if config.credit.estimator == "edge":
         segment = limit if worst else max(math.ceil(mean / states), 1)

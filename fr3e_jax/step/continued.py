@@ -75,8 +75,8 @@ def continue_round(
         unfinished = begun if unfinished is None else joined(unfinished, begun)
     assert unfinished is not None, "a round has queries that are begun, or such as were begun before"
     mesh_rows, round_sizes = row_parts(parts.engine.placement.mesh), parts.round_sizes(config)
-    mesh_rowss = [decoding_rows(config, size // mesh_rows) for size in round_sizes]
-    placed = lay_out(unfinished, config.rollout.base_trajectories, sizes.branches, mesh_rowss, mesh_rows)
+    rows = [decoding_rows(config, size // mesh_rows) for size in round_sizes]
+    placed = lay_out(unfinished, config.rollout.base_trajectories, sizes.branches, rows, mesh_rows)
     with watch.stage("explore"):
         drawn, running, row_steps = parts.engine.go_on(
             params,
