@@ -67,13 +67,14 @@ def test_a_decoding_that_does_not_wait_leaves_what_the_engine_leaves(max_new, pa
     params, queries, *randomness = engine_arguments()
     whole, all_rows = engine.sample(params, queries, *randomness, COUNT, Sampling())
     length = np.asarray(whole.length).reshape(2, 2, COUNT)
+    may_run = round((1 - wait_for) * length.size)
     number = AT.place_rows(root_branches(queries, COUNT))
     branches, decoding = engine.open_queries(params, queries, number, *randomness)
-    decoding = last(engine.decode(params, branches, decoding, Sampling(), wait_for=wait_for))
-    plan = decode_of(length, room, wait_for=wait_for)
+    decoding = last(engine.decode(params, branches, decoding, Sampling(), may_run=may_run))
+    plan = decode_of(length, room, may_run=may_run)
     assert (length - plan.left == np.asarray(decoding.rollouts.length).reshape(length.shape)).all()
     assert ((plan.left > 0) == np.asarray(decoding.running).reshape(length.shape)).all()
-    assert 0 < (plan.left > 0).sum() <= round((1 - wait_for) * length.size)
+    assert 0 < (plan.left > 0).sum() <= may_run
     assert plan.tokens == int(decoding.rollouts.length.sum()) < int(whole.length.sum())
     assert plan.row_steps == int(decoding.row_steps) < int(all_rows)
 

@@ -21,7 +21,7 @@ from fr3e_jax.planning.show import conclusion
 from fr3e_jax.planning.stages import StageCompiler, state_bytes
 from fr3e_jax.planning.steady import first_decodings, unfinished_of
 from fr3e_jax.planning.workload import Assumptions, rooms_for, workload_of
-from fr3e_jax.run.queries import decoding_rows, query_room
+from fr3e_jax.run.queries import continued_shape, query_room
 
 PARTS, QUERIES = 2, 8
 CONFIG = Config(rollout=RolloutConfig(queries=QUERIES, wait_for=0.9, max_prompt=64, max_response=256))
@@ -36,11 +36,11 @@ def with_explore(config, **changes):
     return dataclasses.replace(config, explore=dataclasses.replace(config.explore, **changes))
 
 
-def steps_of(config=CONFIG, steps=6, kept=1.5, row_counts=None, answers=ANSWERS):
-    rows = row_counts or [decoding_rows(config, QUERIES // PARTS)]
+def steps_of(config=CONFIG, steps=6, kept=1.5, shapes=None, answers=ANSWERS):
+    shapes = shapes or [continued_shape(config, QUERIES // PARTS)]
     rooms = rooms_for(config.rollout.max_response)
     return first_decodings(
-        config, PARTS, QUERIES, rows, answers, kept, np.random.default_rng(0), rooms, steps
+        config, PARTS, QUERIES, shapes, answers, kept, np.random.default_rng(0), rooms, steps
     )
 
 
@@ -61,8 +61,9 @@ def test_what_a_step_leaves_is_drawn_later():
 
 def test_a_step_decodes_in_the_rows_that_the_engine_has():
     """Trajectories with branches are the first of each part; base trajectories see the query alone."""
-    counts = [decoding_rows(CONFIG, size) for size in (1, QUERIES // PARTS, QUERIES)]
-    for in_work, decode in steps_of(row_counts=counts):
+    shapes = [continued_shape(CONFIG, size) for size in (1, QUERIES // PARTS, QUERIES)]
+    counts = [shape.rows for shape in shapes]
+    for in_work, decode in steps_of(shapes=shapes):
         _, n, c = decode.lengths.shape
         assert n in counts and c == query_room(CONFIG).branches == 80
         there = (decode.lengths > 0).any(axis=2)

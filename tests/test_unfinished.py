@@ -212,7 +212,7 @@ def test_a_branch_that_is_left_goes_on_as_if_it_never_had_been(sizes):
             *e.placement.place_rows((placed.queries, placed.starts)),
             seed_key=SEED_KEY,
             sampling=POLICY,
-            wait_for=0.3,
+            may_run=int(0.7 * before),
         )
         drawn, running = gather((drawn, running))
         assert running.sum() <= 0.7 * before

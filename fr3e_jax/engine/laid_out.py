@@ -27,7 +27,7 @@ class Placed(NamedTuple):
 def lay_out(
     unfinished: Unfinished, after: int, columns: int, row_counts: Sequence[int], parts: int
 ) -> Placed:
-    """Lay out what has not ended: branches in the middle, then those from states, then base trajectories.
+    """Lay out what has not ended: branches in the middle, then base trajectories, then branches from states.
 
     What finds no row waits for the next decoding. Of each kind older queries come first. Each trajectory goes
     to the part of the mesh that has the fewest branches yet, those with the most branches first.
@@ -112,10 +112,15 @@ def begun_branches(unfinished: Unfinished, after: int) -> list[BranchRow]:
 
 
 def not_begun(unfinished: Unfinished, after: int, columns: int) -> list[BranchRow]:
-    """Make rows of the branches that have drawn nothing: from states, then base trajectories."""
+    """Make rows of the branches that have drawn nothing: base trajectories, then those from states."""
     (q, r), (_, c) = unfinished.base.ended.shape, unfinished.partial.ended.shape
     trees, j = unfinished.valid.shape[1:]
     each, found = c // trees, []
+    waits = ~unfinished.base.ended & (unfinished.base.rollouts.length == 0)
+    for query in np.flatnonzero(waits.any(axis=1)).tolist():
+        for some in split_every(np.flatnonzero(waits[query]), columns):
+            none = np.zeros(len(some), np.int32)
+            found.append(BranchRow(0, query, none[:0], query * r + some, none, some, none > 0))
     waits = (~unfinished.partial.ended & (unfinished.partial.rollouts.length == 0)).reshape(q, trees, each)
     for query, tree in np.argwhere(waits.any(axis=2)).tolist():
         base = unfinished.kept[query, tree]
@@ -125,11 +130,6 @@ def not_begun(unfinished: Unfinished, after: int, columns: int) -> list[BranchRo
             place = q * r + query * c + tree * each + column
             number = after + base * each + column
             found.append(BranchRow(2, query, response, place, prefix, number, prefix > 0))
-    waits = ~unfinished.base.ended & (unfinished.base.rollouts.length == 0)
-    for query in np.flatnonzero(waits.any(axis=1)).tolist():
-        for some in split_every(np.flatnonzero(waits[query]), columns):
-            none = np.zeros(len(some), np.int32)
-            found.append(BranchRow(0, query, none[:0], query * r + some, none, some, none > 0))
     return found
 
 

@@ -130,23 +130,26 @@ class Engine:
         *,
         seed_key: Key[AnyArray, ""],
         sampling: Sampling,
-        wait_for: float,
+        may_run: int,
+        drawn: int | None = None,
     ) -> tuple[Rollouts, Bool[Array, "N C"], Int32[Array, ""]]:
-        """Sample branches from where they start or were left, until enough of them have ended.
+        """Sample branches from where they start or were left, until few of them run.
 
         Args:
           params, queries, seed_key, sampling: as for `explore`.
           starts: of N trajectories, as its states.
-          wait_for: share of the branches that are to end.
+          may_run: most branches that have not ended at the end.
+          drawn: most branches of a part that are drawn, for which there is memory; None: all that there may
+            be.
 
         Returns:
           (Rollouts with the tokens that each drew now, which branches have not ended, rows decoded over all
           steps).
         """
         caches = self.prefill_trajectories(params, queries, starts)
-        branches, decoding = self.open_starts(params, queries, caches, starts, seed_key)
+        branches, decoding = self.open_starts(params, queries, caches, starts, seed_key, drawn=drawn)
         branches = branches.with_context(caches)
-        decoding = last(self.decode(params, branches, decoding, sampling, wait_for=wait_for))
+        decoding = last(self.decode(params, branches, decoding, sampling, may_run=may_run, drawn=drawn))
         return decoding.rollouts, decoding.running, decoding.row_steps
 
     @functools.partial(jax.jit, static_argnames=("self",))
@@ -222,7 +225,7 @@ class Engine:
         starts = starts_of(states, rollouts, after, step)
         return self.open_starts(params, queries, caches, starts, seed_key, ranks)
 
-    @functools.partial(jax.jit, static_argnames=("self", "ranks"))
+    @functools.partial(jax.jit, static_argnames=("self", "ranks", "drawn"))
     def open_starts(
         self,
         params: Params,
@@ -231,31 +234,34 @@ class Engine:
         starts: Starts,
         seed_key: Key[AnyArray, ""],
         ranks: tuple[int, ...] | None = None,
+        drawn: int | None = None,
     ) -> tuple[Branches, Decoding]:
-        """Open branches at starts; the arguments are those of `branches_at`."""
+        """Open branches at starts; the arguments are those of `branches_at`, and `drawn` of `go_on`."""
         how = {"seed_key": seed_key, "max_new": self.max_new, "stops": self.stops, "ranks": ranks}
         branches = branches_at(starts, queries, caches, self.placement, **how)
-        return branches, self.start(nnx.merge(self.graph, params), branches, caches.key.shape[3])
+        return branches, self.start(nnx.merge(self.graph, params), branches, caches.key.shape[3], drawn)
 
-    def start(self, model: Decoder, branches: Branches, slots: int) -> Decoding:
-        """Make the state of branches that have generated nothing; they share contexts of so many `slots`."""
-        room = self.room_for(model.config, branches.token.shape, slots, model.dtype)
+    def start(self, model: Decoder, branches: Branches, slots: int, drawn: int | None = None) -> Decoding:
+        """Make the state of branches that have generated nothing; slots, drawn: as for `room_for`."""
+        room = self.room_for(model.config, branches.token.shape, slots, model.dtype, drawn)
         return start_branches(
             model, self.placement, branches, max_new=self.max_new, sizes=room.sizes, pages=room.pages
         )
 
-    def room_for(self, config: Any, shape: tuple[int, ...], slots: int, dtype: Any) -> Room:
+    def room_for(
+        self, config: Any, shape: tuple[int, ...], slots: int, dtype: Any, drawn: int | None = None
+    ) -> Room:
         """The blocks and pages of a decoding.
 
         Args:
           config: of the model. shape: N trajectories and C branches of each. slots: of what they share.
-          dtype: of keys and values.
+          dtype: of keys and values. drawn: as for `go_on`.
 
         Raises:
           CacheBudgetError: `cache_bytes` do not hold what a block of rows needs.
         """
         n, c = shape[0] // row_parts(self.placement.mesh), shape[1]
-        room = Room(self.sizes, n, c, self.max_new, 0)
+        room = Room(self.sizes, n, c, self.max_new, 0, drawn)
         pages = pages_within(self.cache_bytes, config, self.placement, room, slots, dtype)
         return dataclasses.replace(room, pages=pages)
 
@@ -266,9 +272,10 @@ class Engine:
         decoding: Decoding,
         sampling: Sampling,
         every: int | None = None,
-        wait_for: float = 1.0,
+        may_run: int = 0,
+        drawn: int | None = None,
     ) -> Iterator[Decoding]:
-        """Generate until every branch has stopped, or enough of them.
+        """Generate until every branch has stopped, or few of them run.
 
         Every process takes the same decisions: they follow from which branches run, which all processes know.
 
@@ -278,14 +285,14 @@ class Engine:
           sampling: the distribution that tokens are drawn from.
           every: tokens between two looks at what was generated, 1 before the first; None looks where rows
             move.
-          wait_for: share of the branches that are to stop.
+          may_run, drawn: as for `go_on`.
 
         Yields:
           The state after each leg.
         """
         n, c = branches.token.shape
         parts = row_parts(self.placement.mesh)
-        room = Room(self.sizes, n // parts, c, self.max_new, decoding.pages.key.shape[1])
+        room = Room(self.sizes, n // parts, c, self.max_new, decoding.pages.key.shape[1], drawn)
         usual = (
             dataclasses.replace(branches, rank=None, root=None),
             dataclasses.replace(sampling, first_temperature=None),
@@ -294,7 +301,6 @@ class Engine:
             branches.rank is not None
         )
         running = gather(decoding.running).reshape(parts, -1)
-        may_run = int((1 - wait_for) * running.sum() + 1e-6)
         schedule = Schedule(room, running.astype(np.int32), every, first_alone=special, may_run=may_run)
         aside = Aside()
         if schedule.done:

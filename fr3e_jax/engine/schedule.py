@@ -40,7 +40,8 @@ class Turn:
 class Room:
     """What a decoding has room for on each part of the mesh.
 
-    n: trajectories. c: branches of each. max_new: most tokens of a branch. pages: that are allocated.
+    n: trajectories. c: branches of each. max_new: most tokens of a branch. pages: that are allocated. drawn:
+    most branches that are drawn, of which others wait for the end; None: all n x c.
     """
 
     sizes: PageSizes
@@ -48,6 +49,7 @@ class Room:
     c: int
     max_new: int
     pages: int
+    drawn: int | None = None
 
     def __post_init__(self) -> None:
         """Let blocks be no larger than the branches need."""
@@ -61,12 +63,17 @@ class Room:
     @property
     def blocks(self) -> int:
         """Most blocks that run at a time."""
-        return min(self.sizes.blocks(self.n * self.c), self.pages)
+        return min(self.sizes.blocks(self.most_drawn), self.pages)
 
     @property
     def useful(self) -> int:
         """Most pages that the branches of a part can come to need."""
-        return self.sizes.blocks(self.n * self.c) * self.most
+        return self.sizes.blocks(self.most_drawn) * self.most
+
+    @property
+    def most_drawn(self) -> int:
+        """Most branches of a part that are drawn at a time."""
+        return self.n * self.c if self.drawn is None else min(self.drawn, self.n * self.c)
 
 
 class Schedule:

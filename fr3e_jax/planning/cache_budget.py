@@ -13,7 +13,7 @@ from fr3e_jax.planning.stages import state_bytes
 from fr3e_jax.planning.update_layout import slice_of
 from fr3e_jax.planning.workload import Assumptions, kept_trajectories
 from fr3e_jax.run.build import given_bytes
-from fr3e_jax.run.queries import decoding_rows, least_cache, most_kept, query_room, round_sizes
+from fr3e_jax.run.queries import continued_shape, least_cache, most_kept, query_room, round_sizes
 
 XLA_SHARE = 0.05  # of a chip, for what XLA needs beside the arrays that are counted
 SHARED_UNIT = 2**20  # processes share the number in this unit
@@ -90,7 +90,7 @@ def most_branches(config: Config, queries: int) -> int:
     """
     explore = config.explore
     if config.rollout.wait_for < 1:
-        return decoding_rows(config, queries) * query_room(config).branches
+        return continued_shape(config, queries).rows * query_room(config).branches
     if not explore.positions:
         return queries * explore.rollouts
     _, kept = kept_trajectories(config, queries, Assumptions(kept=float(most_kept(config))))

@@ -112,7 +112,7 @@ def decode_of(
     context: Any = 1,
     slots: int = 1,
     first_alone: bool = False,
-    wait_for: float = 1.0,
+    may_run: int = 0,
 ) -> Decode:
     """The legs that `Engine.decode` would run for branches of these lengths, without a device.
 
@@ -123,11 +123,10 @@ def decode_of(
         branches share each branch sees.
       slots: of what they share.
       first_alone: as for `Schedule`.
-      wait_for: share of the branches that are to end, as for `Engine.decode`.
+      may_run: most branches that may still run at the end, as for `Schedule`.
     """
     flat = lengths.reshape(len(lengths), -1).astype(np.int32)
     seen = np.broadcast_to(context, lengths.shape).reshape(flat.shape)
-    may_run = int((1 - wait_for) * np.count_nonzero(flat) + 1e-6)
     schedule, drawn = Schedule(room, flat, first_alone=first_alone, may_run=may_run), np.zeros_like(flat)
     legs, examples = list[LegWork](), dict[int, Leg]()
     while not schedule.done:

@@ -2,7 +2,7 @@
 
 Exact are the bytes of parameters, moments, gradient, their copies, and KV caches. Temporaries are what the
 algorithm itself needs beside them: logits, activations that the backward pass reads, gathered weights, the
-caches of a prefill while they are turned around. Left out are the buffers that XLA adds (layout changes,
+caches of a few sequences in their prefill. Left out are the buffers that XLA adds (layout changes,
 padding to tiles, code), reading and writing of activations in main memory while decoding, and collectives
 other than those of weights, gradients and activations. Compiled plans say how far that is off: see
 planning/README.md.
@@ -97,8 +97,9 @@ def prefill_trajectories_stage(sizes: ModelSizes, phase: str, count: int, always
 
 
 def prefill_temporary(sizes: ModelSizes, count: int, width: int, caches: int) -> float:
-    """Bytes that the prefill of some sequences needs beside its results, which are turned around."""
-    return sizes.activations(width * prefilled_together(count, width)) + caches
+    """Bytes that the prefill of some sequences needs beside its results: those that run together twice."""
+    together = prefilled_together(count, width)
+    return sizes.activations(width * together) + 2 * caches * together / count
 
 
 def prefill_costs(sizes: ModelSizes, count: int, width: int, results: int) -> Costs:

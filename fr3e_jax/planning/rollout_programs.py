@@ -81,7 +81,7 @@ def compile_rollouts(compiler: StageCompiler, work: Workload) -> Iterator[Stage]
     if isinstance(starts, States):
         lower = restarts.from_states(starts, explore.rollouts)
     else:
-        lower = restarts.from_starts(starts)
+        lower = restarts.from_starts(starts, work.explore.room.drawn)
     yield from restarts.compile("explore", work.opening, work.explore, lower)
 
 
@@ -186,10 +186,10 @@ class RestartCompiler:
         how = {"step": 0, "rollouts": rollouts, "after": after}
         return lambda engine: Engine.open_states.lower(engine, *given, seed_key=seed_of(), **how)
 
-    def from_starts(self, starts: Starts) -> Lowering:
-        """Lower the opening of the branches of starts."""
+    def from_starts(self, starts: Starts, drawn: int | None) -> Lowering:
+        """Lower the opening of the branches of starts; drawn: most of a part that there are."""
         given = self.params, self.queries, self.caches, starts
-        return lambda engine: Engine.open_starts.lower(engine, *given, seed_of())
+        return lambda engine: Engine.open_starts.lower(engine, *given, seed_of(), drawn=drawn)
 
     def compile(self, phase: str, opening: str, decode: Decode, lower: Lowering) -> Iterator[Stage]:
         """Compile the opening of branches, and their decoding.

@@ -20,7 +20,7 @@ from fr3e_jax.models.decoder import DecoderConfig, abstract_params
 from fr3e_jax.parallel.mesh import Placement, row_parts
 from fr3e_jax.planning.workload import Assumptions, Workload, workload_of
 from fr3e_jax.run.build import Policy, policy_of_shape
-from fr3e_jax.run.queries import round_sizes
+from fr3e_jax.run.queries import continued_shapes, round_sizes
 
 END_TOKENS = (0, 1)
 """Any two ids: which ones they are does not change a program."""
@@ -141,24 +141,27 @@ class Setup:
     def work(self, assumptions: Assumptions, worst: bool = False) -> Workload:
         """The work of a step, on the meshes of sampling and of updates; others as for `workload_of`."""
         given = self.config, self.parts, assumptions, worst, self.update.parts, self.room
-        return workload_of(*given, self.sizes or None)
+        sizes = self.sizes or round_sizes(self.config.rollout, self.parts)
+        model: Any = self.model
+        return workload_of(*given, continued_shapes(self.config, self.engine, model, sizes))
 
-    def room(self, n: int, c: int, slots: int) -> Room:
+    def room(self, n: int, c: int, slots: int, drawn: int | None = None) -> Room:
         """The blocks and pages of a decoding; the fewest pages where it needs more memory than there is.
 
         Args:
-          n: trajectories of a part. c: branches of each. slots: of what they share.
+          n: trajectories of a part. c: branches of each. slots: of what they share. drawn: most branches that
+            are drawn; None: all.
 
         Raises:
           ConfigError: they do not fit `rollout.cache_gb`.
         """
         model: Any = self.model
         try:
-            return self.engine.room_for(model, (n * self.parts, c), slots, self.dtype)
+            return self.engine.room_for(model, (n * self.parts, c), slots, self.dtype, drawn)
         except CacheBudgetError as error:
             if self.config.rollout.cache_gb != "auto":
                 raise ConfigError(str(error)) from None
-            room = Room(self.engine.sizes, n, c, self.engine.max_new, 0)
+            room = Room(self.engine.sizes, n, c, self.engine.max_new, 0, drawn)
             return dataclasses.replace(room, pages=room.most)
 
     def engine_with(self, room: Room, slots: int) -> Engine:

@@ -11,8 +11,8 @@ from fr3e_jax.planning.topology import mesh_warnings
 
 ESTIMATED = (
     "estimated by arithmetic (--quick), nothing was compiled: parameters, moments, copies and KV caches are "
-    "exact; of temporaries only logits, activations, gathered weights and turned caches count. Left out "
-    "are XLA's own buffers, padding and code. Compiled plans of shipped configurations need 0.99 to "
+    "exact; of temporaries only logits, activations, gathered weights and caches of a few sequences count. "
+    "Left out are XLA's own buffers, padding and code. Compiled plans of shipped configurations need 0.99 to "
     "1.24 times as much memory, and their steps take 0.95 to 1.03 times as long"
 )
 

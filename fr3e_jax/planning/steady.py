@@ -16,7 +16,7 @@ from fr3e_jax.engine.schedule import Room
 from fr3e_jax.engine.unfinished import QueryRoom, Unfinished, begin
 from fr3e_jax.planning.answers import AnswerLengths
 from fr3e_jax.planning.decodes import Decode, decode_of
-from fr3e_jax.run.queries import query_room
+from fr3e_jax.run.queries import ContinuedShape, query_room
 from fr3e_jax.types import PER_TOKEN, Growing, Queries
 
 STEPS = 16  # that are simulated
@@ -49,18 +49,18 @@ def steady_decoding(
     config: Config,
     parts: int,
     queries: int,
-    rows: Sequence[int],
+    shapes: Sequence[ContinuedShape],
     answers: AnswerLengths,
     kept: float,
     rng: np.random.Generator,
-    rooms: Callable[[int, int, int], Room],
+    rooms: Callable[[int, int, int, int | None], Room],
 ) -> Decode:
     """The decoding of a step amid a run; the arguments are those of `first_decodings`.
 
     Steps differ by chance. Of those that are simulated it is the one that is nearest to the mean, by the time
     that it takes and the tokens that it draws.
     """
-    steps = first_decodings(config, parts, queries, rows, answers, kept, rng, rooms, STEPS)
+    steps = first_decodings(config, parts, queries, shapes, answers, kept, rng, rooms, STEPS)
     later = [decode for _, decode in steps[UNLIKE:]]
     found = np.array([(relative_time(decode), decode.tokens) for decode in later], float)
     return later[int(np.abs(found / found.mean(axis=0) - 1).sum(axis=1).argmin())]
@@ -75,11 +75,11 @@ def first_decodings(
     config: Config,
     parts: int,
     queries: int,
-    rows: Sequence[int],
+    shapes: Sequence[ContinuedShape],
     answers: AnswerLengths,
     kept: float,
     rng: np.random.Generator,
-    rooms: Callable[[int, int, int], Room],
+    rooms: Callable[[int, int, int, int | None], Room],
     steps: int,
 ) -> list[tuple[InWork, Decode]]:
     """The decodings of the first steps of a run.
@@ -87,9 +87,10 @@ def first_decodings(
     Args:
       config: resolved.
       parts: number of parts that the mesh splits batch rows into.
-      queries: that each step begins. rows: numbers of trajectories of a part, ascending, as for `lay_out`.
+      queries: that each step begins. shapes: of decodings, ascending, as `continued_shapes` lists them.
       answers: their lengths. kept: mean number of base trajectories of a query that are explored.
-      rooms: (trajectories of a part, branches of each, slots that these share) -> blocks and pages.
+      rooms: (trajectories of a part, branches of each, slots that these share, most branches that are drawn)
+        -> blocks and pages.
       steps: number of decodings.
 
     Returns:
@@ -105,12 +106,16 @@ def first_decodings(
         number = np.diff(np.floor(kept * np.arange(step * queries, (step + 1) * queries + 1) + 1e-9))
         partial = np.where((np.arange(room.kept) < number[:, None])[..., None], partial, 0)
         in_work = begun(in_work, base, partial.reshape(queries, -1))
-        placed = lay_out(unfinished_of(in_work, room, prefix), room.base, room.branches, rows, parts)
+        unfinished, rows = unfinished_of(in_work, room, prefix), [shape.rows for shape in shapes]
+        placed = lay_out(unfinished, room.base, room.branches, rows, parts)
         there = placed.place >= 0
         lengths = np.where(there, in_work.left[placed.place], 0).reshape(parts, -1, room.branches)
         context = answers.query + np.asarray(placed.starts.prefix_length).reshape(lengths.shape)
-        alone, wait_for = config.explore.temperature is not None, rollout.wait_for
-        decode = decode_of(lengths, rooms(*lengths.shape[1:], slots), context, slots, alone, wait_for)
+        shape = shapes[rows.index(lengths.shape[1])]
+        may_run = shape.may_run(rollout.wait_for, int(there.sum()), parts)
+        of_pages = rooms(*lengths.shape[1:], slots, shape.branches)
+        alone = config.explore.temperature is not None
+        decode = decode_of(lengths, of_pages, context, slots, alone, may_run)
         found.append((in_work, decode))
         drawn = (decode.lengths - decode.left).reshape(there.shape)
         in_work = after_drawing(in_work, placed.place[there], drawn[there])

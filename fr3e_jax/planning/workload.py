@@ -22,8 +22,9 @@ from fr3e_jax.planning.answers import AnswerLengths
 from fr3e_jax.planning.decodes import Decode, decode_of
 from fr3e_jax.planning.steady import steady_decoding
 from fr3e_jax.run.queries import (
+    ContinuedShape,
     assumed_states,
-    decoding_rows,
+    continued_shape,
     most_kept,
     needs_pilots,
     pilot_rollouts,
@@ -59,15 +60,16 @@ class Assumptions:
     """Least time of a collective, seconds."""
 
 
-Rooms = Callable[[int, int, int], Room]
-"""(trajectories of a part, branches of each, slots that these share) -> blocks and pages of a decoding."""
+Rooms = Callable[[int, int, int, int | None], Room]
+"""(Trajectories of a part, branches of each, slots that these share, most branches that are drawn or None) ->
+blocks and pages of a decoding."""
 
 
 def rooms_for(limit: int) -> Rooms:
     """The blocks and pages of decodings where memory bounds nothing. limit: most tokens of a branch."""
 
-    def room(n: int, c: int, slots: int) -> Room:
-        whole = Room(ON_TPU, n, c, limit, 0)
+    def room(n: int, c: int, slots: int, drawn: int | None) -> Room:
+        whole = Room(ON_TPU, n, c, limit, 0, drawn)
         return dataclasses.replace(whole, pages=whole.useful)
 
     return room
@@ -182,7 +184,7 @@ def workload_of(
     worst: bool = False,
     update_parts: int | None = None,
     rooms: Rooms | None = None,
-    sizes: Sequence[int] | None = None,
+    shapes: Sequence[ContinuedShape] | None = None,
 ) -> Workload:
     """The work of a step of a run.
 
@@ -193,7 +195,7 @@ def workload_of(
       worst: every answer goes to the limit, and every position is at the beginning.
       update_parts: number of parts that updates split batch rows into; None: as many.
       rooms: the blocks and pages of decodings; None: as many as can come to be useful.
-      sizes: numbers of queries that rounds of the run may have; None: those of the configuration.
+      shapes: of decodings that do not wait for their last rollouts; None: those of the configuration.
     """
     rollout, explore, limit = config.rollout, config.explore, config.rollout.max_response
     queries = planned_queries(config, parts, assumptions)
@@ -209,7 +211,7 @@ def workload_of(
         lengths = lengths.reshape(parts, per_part, -1)
         # All others wait for the longest, and among so many one goes to the limit.
         lengths[:, 0, 0] = limit
-        room = rooms(per_part, lengths.shape[2], rollout.max_prompt)
+        room = rooms(per_part, lengths.shape[2], rollout.max_prompt, None)
         return decode_of(lengths, room, answers.query, rollout.max_prompt)
 
     def decode_from(lengths: np.ndarray, first: int, alone: bool) -> Decode:
@@ -217,7 +219,7 @@ def workload_of(
         _, count, rollouts = lengths.shape
         prefix = answers.prefix(first, first + count)
         slots, context = rollout.max_prompt + limit, answers.query + np.repeat(prefix, rollouts)
-        room = rooms(kept, count * rollouts, slots)
+        room = rooms(kept, count * rollouts, slots, None)
         return decode_of(lengths.reshape(parts, kept, -1), room, context, slots, alone)
 
     whole = answers.whole(queries, rollout.base_trajectories if restarts else explore.rollouts, rng)
@@ -228,8 +230,8 @@ def workload_of(
         first, decode = decode_queries(whole), decode_from(continuations, 0, alone) if restarts else None
     else:
         share = wanted / per_part if restarts else 0.0
-        counts = [decoding_rows(config, size // parts) for size in sizes or round_sizes(rollout, parts)]
-        given = config, parts, queries, counts, answers, share
+        shapes = shapes or [continued_shape(config, size // parts) for size in round_sizes(rollout, parts)]
+        given = config, parts, queries, shapes, answers, share
         decode = steady_decoding(*given, np.random.default_rng(2), rooms)
     if needs_pilots(explore):
         count, own_rng = pilot_rollouts(explore), np.random.default_rng(1)

@@ -42,7 +42,7 @@ from fr3e_jax.problems.corpus import Corpus, make_corpus
 from fr3e_jax.problems.stream import QueryStream, difficulty_of
 from fr3e_jax.rewards.pool import ScoringPool
 from fr3e_jax.rewards.verify import Verifier
-from fr3e_jax.run.queries import fitting_sizes
+from fr3e_jax.run.queries import ContinuedShape, continued_shapes, fitting_sizes
 from fr3e_jax.types import StopTable
 
 FOR_CACHES = 0.9  # of a device's memory, less the weights, where nothing is trained
@@ -224,6 +224,10 @@ class Parts:
     def round_sizes(self, config: Config) -> tuple[int, ...]:
         """List the numbers of queries that a round of this run may have, ascending."""
         return fitting_sizes(config, self.engine, self.policy.model.config)
+
+    def continued_shapes(self, config: Config) -> list[ContinuedShape]:
+        """List the shapes that decodings of this run have which do not wait for their last rollouts."""
+        return continued_shapes(config, self.engine, self.policy.model.config, self.round_sizes(config))
 
 
 def given_bytes(config: Config, *_: Any) -> int | None:

@@ -8,10 +8,12 @@ that every process has, so all processes ask the same queries.
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
 from fr3e_jax.config import Config, ConfigError, ExploreConfig, RolloutConfig, rule_needs
-from fr3e_jax.engine.budget import GB, least_bytes
+from fr3e_jax.engine.budget import GB, context_bytes, least_bytes
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.schedule import Room
 from fr3e_jax.engine.unfinished import QueryRoom
@@ -102,11 +104,30 @@ def query_room(config: Config) -> QueryRoom:
     return QueryRoom(base, kept, explore.positions + 1, explore.rollouts, rollout.max_response)
 
 
-def decoding_rows(config: Config, queries: int) -> int:
-    """Count the trajectories of a part that decode together where rollout.wait_for is below 1.
+class ContinuedShape(NamedTuple):
+    """What decodes together on a part where rollout.wait_for is below 1.
 
-    These are the kept ones of so many queries, the base trajectories of as many new ones, and what the
-    decoding before may have left, of which each branch has a row of its own.
+    rows: trajectories. branches: most that are drawn. left: most of them that may have been left in the
+    middle by the decoding before, each of which has a row of its own.
+    """
+
+    rows: int
+    branches: int
+    left: int
+
+    def may_run(self, wait_for: float, drawn: int, parts: int) -> int:
+        """Count the branches that may still run when a decoding ends.
+
+        Args:
+          wait_for: share of the branches that are to end.
+          drawn: branches of all parts. parts: of the mesh.
+        """
+        return min(int((1 - wait_for) * drawn + 1e-6), self.left * parts)
+
+
+def continued_shape(config: Config, queries: int) -> ContinuedShape:
+    """Count what decodes together: the kept trajectories of so many queries, the base trajectories of as many
+    new ones, and what the decoding before has left.
 
     Args:
       config: resolved.
@@ -116,7 +137,8 @@ def decoding_rows(config: Config, queries: int) -> int:
     kept = sizes.kept if config.explore.positions else 0
     branches = queries * (sizes.base + kept * sizes.branches)
     left = math.ceil((1 - wait_for) / wait_for * branches)
-    return queries * (kept + ceil_divide(sizes.base, sizes.branches)) + left
+    rows = queries * (kept + ceil_divide(sizes.base, sizes.branches)) + left
+    return ContinuedShape(rows, branches + left, left)
 
 
 def round_sizes(rollout: RolloutConfig, parts: int) -> tuple[int, ...]:
@@ -154,8 +176,8 @@ def least_cache(config: Config, engine: Engine, model: DecoderConfig, queries: i
             pilots = pilot_states(explore) * pilot_rollouts(explore)
             decodings.append((decodings[-1][0], pilots, prompt + response))
     if rollout.wait_for < 1:
-        together = decoding_rows(config, per_part), query_room(config).branches, prompt + response
-        decodings = [together, *decodings[2:]]
+        rows = continued_shape(config, per_part).rows
+        decodings = [(rows, query_room(config).branches, prompt + response), *decodings[2:]]
     if config.evaluate.every:
         decodings.append((ceil_divide(config.evaluate.rows, row_parts(engine.placement.mesh)), 1, prompt))
     dtype = config.model.compute_dtype
@@ -184,6 +206,31 @@ def fitting_sizes(config: Config, engine: Engine, model: DecoderConfig) -> tuple
         f"and rollout.cache_gb {config.rollout.cache_gb} gives {room / GB:.2f}; lower --rollout.queries, "
         f"--evaluate.rows, --rollout.max_response or --explore.rollouts, or raise --rollout.cache_gb"
     )
+
+
+def continued_shapes(
+    config: Config, engine: Engine, model: DecoderConfig, sizes: Sequence[int]
+) -> list[ContinuedShape]:
+    """List the shapes that decodings have which do not wait for their last rollouts, ascending.
+
+    They are the smallest, and those that leave pages at least as much memory as the caches that branches
+    share take: with few pages most branches would wait.
+
+    Args:
+      config: resolved.
+      engine: of the run. model: its architecture.
+      sizes: numbers of queries of rounds that fit, ascending.
+    """
+    placement, rollout = engine.placement, config.rollout
+    slots, dtype = rollout.max_prompt + rollout.max_response, config.model.compute_dtype
+    parts, shapes = row_parts(placement.mesh), list[ContinuedShape]()
+    for size in sizes:
+        shape = continued_shape(config, size // parts)
+        room = Room(engine.sizes, shape.rows, 1, rollout.max_response, 0)
+        shared = context_bytes(model, placement, room, slots, dtype)
+        if not shapes or engine.cache_bytes is None or 2 * shared <= engine.cache_bytes:
+            shapes.append(shape)
+    return shapes
 
 
 def queries_for(states: float, per_query: float, sizes: tuple[int, ...], left: int | None = None) -> int:

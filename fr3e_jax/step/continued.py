@@ -32,7 +32,7 @@ from fr3e_jax.parallel.sizes import ceil_divide, next_power_of_two
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Notes, PartMeans, Rewards, Verifier
 from fr3e_jax.run.build import Parts, sampling_of
-from fr3e_jax.run.queries import decoding_rows, query_room
+from fr3e_jax.run.queries import query_room
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.choose import Judged, states_to_explore, uncut
 from fr3e_jax.step.record import ForRecord
@@ -74,9 +74,11 @@ def continue_round(
         begun = begin(queries, step, sizes)
         unfinished = begun if unfinished is None else joined(unfinished, begun)
     assert unfinished is not None, "a round has queries that are begun, or such as were begun before"
-    mesh_rows, round_sizes = row_parts(parts.engine.placement.mesh), parts.round_sizes(config)
-    rows = [decoding_rows(config, size // mesh_rows) for size in round_sizes]
+    mesh_rows, shapes = row_parts(parts.engine.placement.mesh), parts.continued_shapes(config)
+    rows = [shape.rows for shape in shapes]
     placed = lay_out(unfinished, config.rollout.base_trajectories, sizes.branches, rows, mesh_rows)
+    shape = shapes[rows.index(len(placed.place) // mesh_rows)]
+    may_run = shape.may_run(config.rollout.wait_for, int(placed.starts.drawn.sum()), mesh_rows)
     with watch.stage("explore"):
         drawn, running, row_steps = parts.engine.go_on(
             params,
@@ -84,7 +86,8 @@ def continue_round(
             parts.engine.placement.place_rows(placed.starts),
             seed_key=draws.tokens,
             sampling=sampling_of(config.rollout, config.explore.temperature),
-            wait_for=config.rollout.wait_for,
+            may_run=may_run,
+            drawn=shape.branches,
         )
         drawn, running = gather((drawn, running))
     require_finite(drawn, f"step {step}, rollouts")
@@ -92,8 +95,9 @@ def continue_round(
     unfinished = absorbed(unfinished, placed.place, drawn, running, step)
     if config.explore.positions:
         whole = np.flatnonzero(unfinished.base.ended.all(axis=1) & ~unfinished.judged)
-        for first in range(0, len(whole), round_sizes[-1]):
-            some = whole[first : first + round_sizes[-1]]
+        most = parts.round_sizes(config)[-1]
+        for first in range(0, len(whole), most):
+            some = whole[first : first + most]
             unfinished, more = judge_base(config, parts, params, draws, unfinished, some, watch, recorded)
             for stage, cost in more.items():
                 costs[stage] = {name: cost[name] + costs.get(stage, {}).get(name, 0.0) for name in cost}
