@@ -112,7 +112,7 @@ def left_and_gone_on(engine, params, host):
             *engine.placement.place_rows((placed.queries, placed.starts)),
             seed_key=jax.random.key(7),
             sampling=POLICY,
-            may_run=(~unfinished.base.ended).sum() // 2,
+            may_run=int((~unfinished.base.ended).sum()) // 2,
         )
         unfinished = absorbed(unfinished, placed.place, *host((drawn, running)), STEP)
         left.append(unfinished.in_the_middle)

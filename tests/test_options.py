@@ -289,7 +289,7 @@ def another(kind, value):
     candidates = {
         bool: [True, False],
         int: [7, 1],
-        float: [1.0 / 3, 1.1 + 1e-9],
+        float: [1.0 / 3, 2.0 / 3, 1.1 + 1e-9],
         str: [f"{value}: 'x' # [y]"],
     }.get(base, get_args(kind))
     for candidate in candidates:
