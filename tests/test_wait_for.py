@@ -19,8 +19,9 @@ from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.step.update import train_step
 
 EARLY, ROUNDS = "--rollout.wait_for=0.6", 2
+USUAL = ["--explore.adaptive=true", "--credit.estimator=edge"]  # of all tests, so that little is compiled
 ROUNDS_OF = [
-    ["--explore.adaptive=true", "--credit.estimator=edge"],
+    USUAL,
     pytest.param(["--explore.rule=mutual_information", "--explore.temperature=1.5"], marks=pytest.mark.slow),
     pytest.param(
         ["--explore.rule=random", "--rollout.stop=['7']", "--reward.cut=masked"], marks=pytest.mark.slow
@@ -119,7 +120,7 @@ class Steps:
 
 @pytest.fixture(scope="module")
 def steps():
-    made = Steps()
+    made = Steps(*USUAL)
     yield made
     made.parts.verifier.pool.close()
 
