@@ -39,6 +39,7 @@ def table_rows():
             yield match[1], float(match[2]), float(match[3].replace(",", ""))
 
 
+@pytest.mark.slow  # the schedules of twelve steps
 def test_estimates_are_near_the_compiled_plans_of_all_presets():
     """Memory to 35%, and none that fits is refused; seconds, which leave more out, to a factor of 1.75."""
     rows = list(table_rows())

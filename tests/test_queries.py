@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from fr3e_jax.run.queries import (
     accepted_before,
     assumed_states,
     queries_for,
+    queries_to_begin,
     round_sizes,
 )
 from fr3e_jax.run.rollout_files import read_rollouts
@@ -227,3 +229,32 @@ def test_a_plan_has_the_rounds_that_a_run_would_ask():
     question = Question("x", short, TINY, "v5e-4", Assumptions())
     setup = setup_on(question, mesh_of(1, 4, 1), find_slice(question.topology))
     assert setup.queries == setup.config.rollout.queries == 16
+
+
+@pytest.mark.parametrize(("per_query", "delays"), [(5.0, (0.0, 0.3, 0.4, 0.3)), (1.3, (0.5, 0.5))])
+def test_rounds_that_do_not_wait_begin_what_steps_use(per_query, delays):
+    """However many rounds a query takes: a decoding a step, and queries that do not pile up."""
+    config = changed(Config(), rollout__queries="auto", rollout__wait_for=0.9)
+    batch, sizes = config.optimizer.batch_states, round_sizes(config.rollout, 4)
+    under_way, waiting, decodings, most = [], 0.0, [], 0.0
+    for _ in range(60):
+        decodings.append(0)
+        while waiting < batch:
+            unfinished = sum(n * sum(delays[age:]) for n, age in under_way)
+            begun = queries_to_begin(config, batch - waiting, round(unfinished), per_query, sizes)
+            under_way = [(n, age) for n, age in [*under_way, (begun, 0)] if age < len(delays)]
+            waiting += per_query * sum(n * delays[age] for n, age in under_way)
+            under_way = [(n, age + 1) for n, age in under_way]
+            decodings[-1], most = decodings[-1] + 1, max(most, unfinished)
+        waiting -= batch
+    assert 0.85 < np.mean(decodings[5:]) < 1.1 and max(decodings[5:]) <= 2
+    assert most < 5 * batch / per_query
+
+
+def test_no_query_is_begun_while_many_are_unfinished_or_all_are_to_be_completed():
+    config = changed(Config(), rollout__queries="auto", rollout__wait_for=0.9)
+    sizes = (8, 16)
+    assert queries_to_begin(config, 64, 0, 0.0, sizes) == 16  # none was accepted yet
+    assert queries_to_begin(config, 64, 8 * 16 + 1, 0.0, sizes) == 0
+    assert queries_to_begin(changed(config, rollout__wait_for=1.0), 64, 5, 1.0, sizes) == 0
+    assert queries_to_begin(changed(config, rollout__queries=8), 64, 5, 1.0, (8,)) == 8

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support import examples
 
 from fr3e_jax.engine.laid_out import lay_out
+from fr3e_jax.engine.sampler import branch_keys, row_key
 from fr3e_jax.engine.unfinished import (
     QueryRoom,
     absorbed,
@@ -243,3 +244,17 @@ def test_the_step_of_a_branch_is_the_mean_over_its_tokens():
         unfinished = absorbed(unfinished, place, drawn, np.array([[running]]), step)
     assert unfinished.base.drawn_step[0].tolist() == [3, 0, 0] and unfinished.base.ended[0, 0]
     assert unfinished.base.rollouts.length[0].tolist() == [6, 0, 0]
+
+
+def test_what_is_drawn_follows_from_the_step_in_which_a_query_was_begun():
+    """Of each trajectory its own step, with query and number: not of the step that decodes it."""
+    q, step = queries(), np.array([3, 9, 9, 4], np.int32)
+    number = np.arange(2 * B, dtype=np.int32).reshape(B, 2)
+    keys = branch_keys(SEED_KEY, step, q.index, number)
+    for n, c in np.ndindex(B, 2):
+        expected = jax.random.key_data(row_key(SEED_KEY, step[n], q.index[n], number[n, c]))
+        np.testing.assert_array_equal(jax.random.key_data(keys[n, c]), expected)
+    begun = joined(begin(some_queries(0, 1), 3, ROOM), begin(some_queries(1, 2), 9, ROOM))
+    placed = lay_out(begun, AFTER, 3, [4], 1)
+    steps = dict(zip(placed.queries.index.tolist(), placed.starts.step.tolist(), strict=True))
+    assert [steps[query] for query in (0, 1, 2)] == [3, 9, 9]

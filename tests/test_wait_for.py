@@ -14,9 +14,11 @@ from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
 from fr3e_jax.step import batch
-from fr3e_jax.step.continued import continue_round
+from fr3e_jax.step.continued import continue_round, real_roots
 from fr3e_jax.step.rounds import close_round, open_round
+from fr3e_jax.step.sources import source_metrics
 from fr3e_jax.step.update import train_step
+from fr3e_jax.types import Problem, Rollouts
 
 EARLY, ROUNDS = "--rollout.wait_for=0.6", 2
 USUAL = ["--explore.adaptive=true", "--credit.estimator=edge"]  # of all tests, so that little is compiled
@@ -82,6 +84,21 @@ def test_nothing_is_lost_or_changed_by_not_waiting(options):
     np.testing.assert_allclose(*rates)
 
 
+def test_queries_that_are_padding_belong_to_no_source():
+    """Three queries of two sources, whose rows are padded to four."""
+    problems = [Problem("q", "a", "exact", source) for source in ("first", "second", "first")]
+    nothing, length = np.zeros((4, 2, 3), np.float32), np.ones((4, 2), np.int32)
+    answers = Rollouts(nothing.astype(np.int32), nothing, nothing, nothing, length, length > 0)
+    states = real_roots(answers, np.array([True, True, True, False]))
+    told = source_metrics(problems, states.valid & np.array([[1], [0], [1], [1]], bool), states.query)
+    assert told == {
+        "sources/asked/first": 2,
+        "sources/asked/second": 1,
+        "sources/accepted/first": 2,
+        "sources/accepted/second": 0,
+    }
+
+
 def joined(rounds):
     """The accepted states of rounds."""
     return jax.tree.map(lambda *x: np.concatenate(x), *(one[0] for one in rounds))
@@ -97,6 +114,18 @@ def recorded(rounds):
             index = int(opened.queries.index[states.query[n]]), int(states.base[n])
             found[index] = kept.statistic[n]
     return found, notes
+
+
+def judged_queries(monkeypatch):
+    """The places in the stream of the queries that are judged from now on, in a list that grows."""
+    judged = []
+
+    def noting(config, parts, opened, *rest):
+        judged.extend(opened.queries.index.tolist())
+        return close_round(config, parts, opened, *rest)
+
+    monkeypatch.setattr(batch, "close_round", noting)
+    return judged
 
 
 class Steps:
@@ -127,13 +156,7 @@ def steps():
 
 def test_a_run_that_does_not_wait_goes_on_from_its_checkpoint_bit_for_bit(steps, tmp_path, monkeypatch):
     """And of all questions that it asked, each is judged once, or goes on."""
-    judged = []
-
-    def noting(config, parts, opened, *rest):
-        judged.extend(opened.queries.index.tolist())
-        return close_round(config, parts, opened, *rest)
-
-    monkeypatch.setattr(batch, "close_round", noting)
+    judged = judged_queries(monkeypatch)
     now, told = steps.begin(), []
     for number in range(4):
         now, metrics = steps.step(*now)
@@ -156,14 +179,18 @@ def test_a_run_that_does_not_wait_goes_on_from_its_checkpoint_bit_for_bit(steps,
 
 
 @pytest.mark.slow
-def test_what_is_unfinished_is_completed_where_a_run_goes_on_waiting(steps):
-    """With rollout.wait_for back at 1: first what was begun, then whole rounds as ever."""
+def test_what_is_unfinished_is_completed_where_a_run_goes_on_waiting(steps, monkeypatch):
+    """With rollout.wait_for back at 1: first what was begun, then whole rounds as ever; each query once."""
+    judged = judged_queries(monkeypatch)
     (*now, progress), _ = steps.step(*steps.begin())
     assert progress.unfinished is not None
     rollout = dataclasses.replace(steps.config.rollout, wait_for=1.0)
     waiting = Steps.__new__(Steps)
     waiting.config, waiting.parts = dataclasses.replace(steps.config, rollout=rollout), steps.parts
-    for _ in range(3):
+    for _ in range(8):
         (*now, progress), metrics = waiting.step(*now, progress)
         assert "queries/unfinished" not in metrics
+        if progress.unfinished is None:
+            break
     assert progress.unfinished is None
+    assert sorted(judged) == list(range(progress.data_position))

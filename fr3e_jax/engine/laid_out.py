@@ -55,8 +55,9 @@ def lay_out(
     place, query = np.full((rows, columns), -1), np.zeros(rows, np.int64)
     response = np.zeros((rows, size), np.int32)
     for part, its in enumerate(of_part):
-        # The longest first, should they not find room all at once.
-        for n, row in enumerate(sorted(its, key=lambda row: row.kind), part * (rows // parts)):
+        # They begin in this order where not all find room at once: the longest first, and older queries.
+        its = sorted(its, key=lambda row: (row.kind, row.query))
+        for n, row in enumerate(its, part * (rows // parts)):
             here = n, slice(len(row.place))
             query[n], response[n, : len(row.response)] = row.query, row.response
             drawn[here], place[here] = True, row.place

@@ -176,7 +176,7 @@ def read_items(saved: Saved, like: TrainState) -> dict[str, dict[str, Any]]:
         if saved.record.arrays is not None and item in saved.record.arrays:
             found = saved.shapes(item, ())
             if found.keys() != types.keys():
-                raise DamagedError(f"{item} has other arrays than such have")
+                raise DamagedError(f"{item} holds other arrays than it should")
             like_found = {name: jax.ShapeDtypeStruct(found[name], kind) for name, kind in types.items()}
             items[item] = saved.read(item, like_found)
     return items

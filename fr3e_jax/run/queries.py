@@ -24,6 +24,9 @@ from fr3e_jax.run.saved import Progress
 
 FADING = 0.8  # weight of a step in the counts of accepted states, to that of the step after it
 QUERY_MARGIN = 1.2  # queries that are asked, to those that would do on average
+IN_RESERVE = 0.5  # states that should wait when a round begins that does not wait, to those of a batch
+RESERVE_GAIN = 0.25  # of what the reserve lacks, that a round makes up for: more would swing
+MOST_ROUNDS_UNFINISHED = 8  # rounds whose queries may be unfinished, so that memory is bounded
 ASSUMED_QUERIES = 8  # weight of the assumption before the first round, in queries
 ASSUMED_KEPT, ASSUMED_ACCEPTED = 2.0, 0.5  # trajectories of a query, and share of their states
 
@@ -138,6 +141,8 @@ def continued_shape(config: Config, queries: int) -> ContinuedShape:
     branches = queries * (sizes.base + kept * sizes.branches)
     left = math.ceil((1 - wait_for) / wait_for * branches)
     rows = queries * (kept + ceil_divide(sizes.base, sizes.branches)) + left
+    if wait_for == 1 and kept:  # what was begun before is completed in the memory of an exploration
+        rows = next_power_of_two(queries * kept)
     return ContinuedShape(rows, branches + left, left)
 
 
@@ -248,27 +253,28 @@ def queries_for(states: float, per_query: float, sizes: tuple[int, ...], left: i
 
 
 def queries_to_begin(
-    config: Config,
-    states: float,
-    unfinished: int,
-    per_query: float,
-    sizes: tuple[int, ...],
-    left: int | None = None,
+    config: Config, states: float, unfinished: int, per_query: float, sizes: tuple[int, ...]
 ) -> int:
     """Choose the number of queries that a round begins where it does not wait for its last rollouts.
 
-    Most are complete in the step after, so that with rollout.queries `auto` a round asks for what this step
-    and the next one lack beyond the queries that were begun before.
+    Queries are complete some rounds later, and how many depends on their lengths. So with rollout.queries
+    `auto` each round begins what one step uses: as many states as a batch has, and a little more or fewer
+    where fewer or more states than `IN_RESERVE` wait. Of the sizes the nearest is taken, as what it is too
+    large or too small by shows in later rounds.
 
     Args:
       config: resolved.
       states: that the batch lacks.
       unfinished: queries that are not complete.
-      per_query, sizes, left: as for `queries_for`.
+      per_query: accepted states that a query is expected to give; 0 takes the largest size.
+      sizes: numbers of queries of which a decoding has room, ascending.
     """
     if config.rollout.wait_for == 1:
         return 0  # those are completed that were begun before another wait_for was set
+    if unfinished > MOST_ROUNDS_UNFINISHED * sizes[-1]:
+        return 0
     if config.rollout.queries != "auto":
         return sizes[0]
-    lacking = states + config.optimizer.batch_states - unfinished * per_query
-    return 0 if lacking <= 0 < unfinished else queries_for(lacking, per_query, sizes, left)
+    batch = config.optimizer.batch_states
+    wanted = max(batch + RESERVE_GAIN * (IN_RESERVE * batch - (batch - states)), 0.0)
+    return min(sizes, key=lambda size: abs(size * per_query - wanted)) if per_query > 0 else sizes[-1]

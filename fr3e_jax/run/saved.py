@@ -88,9 +88,8 @@ class Record:
 
     settings: text of the run's config.yaml; None where it was not saved. mesh: axis -> size, of the mesh that
     its parameters lay on, that of updates; None where it was not saved. arrays: item (`params`, `optimizer`,
-    `carried`, `rates`,
-    `unfinished`) -> path -> shape, type and checksum of the array; None in an earlier version's
-    checkpoint.
+    `carried`, `rates`, `unfinished`) -> path -> shape, type and checksum of the array; None in an earlier
+    version's checkpoint.
     """
 
     progress: Progress

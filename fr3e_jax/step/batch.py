@@ -90,12 +90,13 @@ def fill_batch(
             )
         if params is None:
             params = parts.policy.sampling_params(state.params)
-        shown.round(len(rounds) + 1, most)
+        shown.round(judged + 1, most)
         how = watch, progress.rates, recorder is not None
         missing, per_query = wanted - groups.count(waiting), counted.per_query
         if config.rollout.wait_for < 1 or unfinished is not None:
             begun_before = 0 if unfinished is None else unfinished.count
-            asked.append(queries_to_begin(config, missing, begun_before, per_query, sizes, left))
+            with_room = sizes[: len(parts.continued_shapes(config))]
+            asked.append(queries_to_begin(config, missing, begun_before, per_query, with_room))
             unfinished, opened, costs, position = continue_round(
                 config, parts, params, step, position, *how, asked[-1], unfinished
             )

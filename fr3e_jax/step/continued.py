@@ -109,15 +109,17 @@ def continue_round(
 
 
 def continued_cost(parts: Parts, placed: Placed, drawn: Rollouts, row_steps: int) -> Cost:
-    """Count the cost of a decoding: what its trajectories share is prefilled, and tokens are drawn.
+    """Count the cost of a decoding: each query is prefilled once, and tokens are drawn.
+
+    What is prefilled again, prefixes and what was drawn before, is recomputation, which is not counted.
 
     Args:
       placed: what was decoded. drawn: on the host. row_steps: rows that were decoded, added up over steps.
     """
     model, starts = parts.policy.model.config, placed.starts
     prefix = placed.queries.length[:, None] + starts.prefix_length
-    shared = np.where(starts.drawn, prefix, 0).max(axis=1)
-    prefilled = prefill_cost(model, shared)
+    begins = (starts.number == 0) & (starts.prefix_length == 0) & (drawn.length > 0)
+    prefilled = prefill_cost(model, placed.queries.length[begins.any(axis=1)])
     cost = decode_cost(model, prefix, drawn, row_steps)
     cost["flops"] += prefilled["flops"]
     cost["tokens/reused"] -= prefilled["tokens/prefilled"]
@@ -181,10 +183,11 @@ def close(
         drawn = growing.drawn_step, done.base.drawn_step
         return Round(*alone, rewards, {}, following, *drawn, None, kept_for)
     if kept_for is not None:
-        # Judged again for what the verdicts say, which no checkpoint keeps.
-        silent = dataclasses.replace(verifier, parts=PartMeans())
+        # Judged again for what the verdicts say, which no checkpoint keeps. No metric counts them twice.
+        silent, timed_out = dataclasses.replace(verifier, parts=PartMeans()), verifier.pool.timed_out
         with watch.stage("record"):
             rewards_alone(silent, growing.rollouts, real, asked, base_notes)()
+        verifier.pool.timed_out = timed_out
     row, _ = padded_rows(int((done.kept >= 0).sum()), parts)
     states, growing, statistic = states_of_queries(done, len(row), config.explore.adaptive)
     with watch.stage("verify"):
@@ -210,8 +213,9 @@ def padded_rows(count: int, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def real_roots(rollouts: Rollouts, real: np.ndarray) -> States:
-    """S_0 of queries, without those that are padding."""
-    return dataclasses.replace(roots(rollouts), valid=real[:, None])
+    """S_0 of queries; of those that are padding it is not valid, and they stand for the first query."""
+    states = roots(rollouts)
+    return dataclasses.replace(states, query=np.where(real, states.query, 0), valid=real[:, None])
 
 
 def rewards_alone(

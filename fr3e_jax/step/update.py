@@ -114,14 +114,11 @@ def unfinished_metrics(unfinished: Unfinished | None, drawn: int) -> Metrics:
 
     Args:
       unfinished: after the step; None: nothing.
-      drawn: rollouts that the decodings of the step began or went on with.
+      drawn: rollouts that the decodings of the step began or went on with; 0 without a round.
     """
     queries, rollouts = (0, 0) if unfinished is None else (unfinished.count, unfinished.in_the_middle)
-    return {
-        "queries/unfinished": queries,
-        "rollouts/unfinished": rollouts,
-        "rollouts/unfinished_share": rollouts / max(drawn, 1),
-    }
+    share = {"rollouts/unfinished_share": rollouts / drawn} if drawn else {}  # none without a round
+    return {"queries/unfinished": queries, "rollouts/unfinished": rollouts} | share
 
 
 def take_updates(
