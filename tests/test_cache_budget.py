@@ -13,11 +13,13 @@ from support import TINY, changed, placed, placement
 
 from fr3e_jax.config import Config, ConfigError
 from fr3e_jax.engine.budget import CacheBudgetError, context_bytes, least_bytes, page_bytes
+from fr3e_jax.engine.laid_out import lay_out
 from fr3e_jax.engine.page_moves import PageMoves
 from fr3e_jax.engine.pages import PageSizes
 from fr3e_jax.engine.rollout import Engine, root_branches
 from fr3e_jax.engine.schedule import Schedule
 from fr3e_jax.engine.seats import place_leg
+from fr3e_jax.engine.unfinished import QueryRoom, begin
 from fr3e_jax.parallel.memory import share_of_host
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE, row_parts
 from fr3e_jax.planning import cache_budget
@@ -146,6 +148,19 @@ def test_the_caches_of_a_round_stay_within_what_they_are_given(mesh):
     # Exactly what was promised: the context, and the least pages, beside which one has room to move.
     one = page_bytes(TINY, e.placement, room, np.float32)
     assert set(seen) == {least - one} and sampling <= given
+    # And of a decoding that does not wait, of base trajectories beside nothing else.
+    laid = lay_out(begin(queries(), STEP, QueryRoom(32, 1, 3, 16, 64)), 32, 48, [4 // parts], parts)
+    seen[:] = []
+    late, running, _ = e.go_on(
+        params,
+        *e.placement.place_rows((laid.queries, laid.starts)),
+        seed_key=SEED_KEY,
+        sampling=POLICY,
+        may_run=20,
+        drawn=4 // parts * 32,
+    )
+    assert set(seen) == {least - one} and np.asarray(running).sum() <= 20
+    assert np.asarray(late.length).sum() > 0.5 * base.length.sum()
     context = context_bytes(TINY, e.placement, room, MAX_PROMPT + 64, np.float32)
     shape = 2 * 4 * TINY.num_hidden_layers * (4 // parts) * TINY.num_key_value_heads * (MAX_PROMPT + 64)
     assert context == shape * TINY.head_dim // (mesh[2] if TINY.num_key_value_heads % mesh[2] == 0 else 1)
