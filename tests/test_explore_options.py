@@ -17,7 +17,7 @@ from fr3e_jax.run.build import build
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.run.saved import Progress
 from fr3e_jax.run.step_progress import StepProgress
-from fr3e_jax.step import rounds
+from fr3e_jax.step import choose
 from fr3e_jax.step.rounds import close_round, open_round
 from fr3e_jax.step.update import train_step
 
@@ -103,13 +103,13 @@ def test_positions_of_mutual_information_are_those_that_decided_the_rewards_of_p
 @pytest.mark.slow
 def test_rollouts_do_not_depend_on_pilots(monkeypatch):
     """Where these say nothing: the KV caches that they read are as they were, and the positions entropy's."""
-    real, found = rounds.sample_pilots, []
+    real, found = choose.sample_pilots, []
 
     def saying_nothing(*arguments):
         information, cost = real(*arguments)
         return jnp.where(jnp.isneginf(information), information, 0.0), cost
 
-    monkeypatch.setattr(rounds, "sample_pilots", saying_nothing)
+    monkeypatch.setattr(choose, "sample_pilots", saying_nothing)
     for options in (["--explore.positions=1"], PILOTS):
         found.append(round_of(*options)[2])
     usual, ours = found
