@@ -190,7 +190,7 @@ class Growing:
     """C branches of each of N trajectories, of which some have not ended."""
 
     rollouts: Rollouts
-    """What they have drawn so far."""
+    """What the branches have drawn so far, leaves [N, C, S]."""
     ended: Bool[AnyArray, "N C"]
     """Which draw no more; also those that are never drawn."""
     drawn_step: Float32[AnyArray, "N C"]

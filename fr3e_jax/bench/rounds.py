@@ -10,7 +10,7 @@ from rich.console import Console
 from fr3e_jax.bench.rollout_sides import branches_of, engine_of, opening
 from fr3e_jax.bench.table import TINY, Measurement, in_turns, measurement, run_measurements
 from fr3e_jax.config.values import Count
-from fr3e_jax.engine.branches import Branches
+from fr3e_jax.engine.branches import Branches, Decoding
 from fr3e_jax.engine.budget import needed_bytes
 from fr3e_jax.engine.rollout import Engine, last
 from fr3e_jax.engine.sampler import Sampling
@@ -63,16 +63,23 @@ class Ended(NamedTuple):
     bytes: int
 
 
+def decode_given(
+    engine: Engine, params: Params, opened: Decoding, branches: Branches, may_run: int = 0
+) -> tuple[Decoding, Ended]:
+    """Decode branches of given lengths, until at most `may_run` of them run; and what it took."""
+    decoding = last(engine.decode(params, branches, opened, Sampling(), may_run=may_run))
+    caches = (branches.context.key, branches.context.value, decoding.pages.key, decoding.pages.value)
+    tokens, rows = int(decoding.rollouts.length.sum()), int(decoding.row_steps)
+    return decoding, Ended(tokens, rows, sum(map(bytes_on_device, caches)))
+
+
 def rounds_side(engine: Engine, params: Params, rounds: Sequence[Lengths]) -> Callable[[], list[Ended]]:
     """Make the side that decodes the branches of rounds, one decoding after the other."""
     start = opening(engine)
     decodings = [branches for lengths in rounds for branches in round_branches(lengths)]
 
     def decoded(branches: Branches) -> Ended:
-        decoding = last(engine.decode(params, branches, start(params, branches), Sampling()))
-        caches = (branches.context.key, branches.context.value, decoding.pages.key, decoding.pages.value)
-        tokens, rows = int(decoding.rollouts.length.sum()), int(decoding.row_steps)
-        return Ended(tokens, rows, sum(map(bytes_on_device, caches)))
+        return decode_given(engine, params, start(params, branches), branches)[1]
 
     return lambda: [decoded(branches) for branches in decodings]
 
@@ -126,11 +133,8 @@ def early_side(engine: Engine, params: Params, whole: Lengths) -> Callable[[], E
     def decoded(given: Together) -> tuple[Ended, Together]:
         branches = branches_of(TINY, ROUND_PROMPT, ROUND_LIMIT, given.prefix, given.limit)
         may_run = int((1 - ROUND_WAIT_FOR) * np.count_nonzero(given.limit))
-        opened = start(params, branches)
-        decoding = last(engine.decode(params, branches, opened, Sampling(), may_run=may_run))
-        caches = (branches.context.key, branches.context.value, decoding.pages.key, decoding.pages.value)
+        decoding, ended = decode_given(engine, params, start(params, branches), branches, may_run)
         drawn = np.asarray(decoding.rollouts.length)
-        ended = Ended(int(drawn.sum()), int(decoding.row_steps), sum(map(bytes_on_device, caches)))
         return ended, Together(given.prefix + drawn, given.limit - drawn)
 
     _, left = decoded(together(whole, None, columns))

@@ -60,7 +60,7 @@ class Unfinished:
 
     @property
     def count(self) -> int:
-        """Number of the queries."""
+        """Count the queries whose rollouts are not all there."""
         return len(self.step)
 
     @property
@@ -70,7 +70,7 @@ class Unfinished:
         return sum(int((~x.ended & (x.rollouts.length > 0)).sum()) for x in growing)
 
     def take(self, which: Bool[np.ndarray, " Q"] | Int[np.ndarray, " n"]) -> "Unfinished":
-        """Take some of the queries."""
+        """Leave the queries that are chosen, by a mask or by their rows, with all that is known of each."""
         return jax.tree.map(lambda x: x[which], self)
 
 

@@ -60,7 +60,7 @@ def cache_bytes_of(setup: Setup, usable: float) -> int:
     sizes, waits = ModelSizes(setup), setup.config.rollout.wait_for == 1
     left = usable * (1 - XLA_SHARE) - RESERVE
     left -= sum(state_bytes(setup).values()) + sizes.sampling_copy
-    # The prefill of the queries turns their caches around.
+    # What the prefill of the queries may need beside their caches.
     left -= sizes.query_cache if waits else 0
     # A decoding that does not wait has room for far more branches than it has: of the largest that fits.
     possible = (setup.queries,) if waits else round_sizes(setup.config.rollout, setup.parts)[::-1]

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fr3e_jax.config import Config
-from fr3e_jax.engine.laid_out import lay_out
 from fr3e_jax.engine.schedule import Room
 from fr3e_jax.engine.unfinished import QueryRoom, Unfinished, begin
 from fr3e_jax.planning.answers import AnswerLengths
 from fr3e_jax.planning.decodes import Decode, decode_of
-from fr3e_jax.run.queries import ContinuedShape, query_room
+from fr3e_jax.run.queries import ContinuedShape, laid_out_decoding, query_room
 from fr3e_jax.types import PER_TOKEN, Growing, Queries
 
 STEPS = 16  # that are simulated
@@ -45,22 +44,12 @@ class InWork:
         return np.concatenate([x.reshape(-1) for x in parts])
 
 
-def steady_decoding(
-    config: Config,
-    parts: int,
-    queries: int,
-    shapes: Sequence[ContinuedShape],
-    answers: AnswerLengths,
-    kept: float,
-    rng: np.random.Generator,
-    rooms: Callable[[int, int, int, int | None], Room],
-) -> Decode:
-    """The decoding of a step amid a run; the arguments are those of `first_decodings`.
+def steady_decoding(steps: Sequence[tuple[InWork, Decode]]) -> Decode:
+    """The decoding of a step amid a run, of those that `first_decodings` returns.
 
-    Steps differ by chance. Of those that are simulated it is the one that is nearest to the mean, by the time
-    that it takes and the tokens that it draws.
+    Steps differ by chance. It is the one that is nearest to the mean, by the time that it takes and the
+    tokens that it draws.
     """
-    steps = first_decodings(config, parts, queries, shapes, answers, kept, rng, rooms, STEPS)
     later = [decode for _, decode in steps[UNLIKE:]]
     found = np.array([(relative_time(decode), decode.tokens) for decode in later], float)
     return later[int(np.abs(found / found.mean(axis=0) - 1).sum(axis=1).argmin())]
@@ -80,7 +69,7 @@ def first_decodings(
     kept: float,
     rng: np.random.Generator,
     rooms: Callable[[int, int, int, int | None], Room],
-    steps: int,
+    steps: int = STEPS,
 ) -> list[tuple[InWork, Decode]]:
     """The decodings of the first steps of a run.
 
@@ -106,13 +95,11 @@ def first_decodings(
         number = np.diff(np.floor(kept * np.arange(step * queries, (step + 1) * queries + 1) + 1e-9))
         partial = np.where((np.arange(room.kept) < number[:, None])[..., None], partial, 0)
         in_work = begun(in_work, base, partial.reshape(queries, -1))
-        unfinished, rows = unfinished_of(in_work, room, prefix), [shape.rows for shape in shapes]
-        placed = lay_out(unfinished, room.base, room.branches, rows, parts)
+        unfinished = unfinished_of(in_work, room, prefix)
+        placed, shape, may_run = laid_out_decoding(config, unfinished, shapes, parts)
         there = placed.place >= 0
         lengths = np.where(there, in_work.left[placed.place], 0).reshape(parts, -1, room.branches)
         context = answers.query + np.asarray(placed.starts.prefix_length).reshape(lengths.shape)
-        shape = shapes[rows.index(lengths.shape[1])]
-        may_run = shape.may_run(rollout.wait_for, int(there.sum()), parts)
         of_pages = rooms(*lengths.shape[1:], slots, shape.branches)
         alone = config.explore.temperature is not None
         decode = decode_of(lengths, of_pages, context, slots, alone, may_run)

@@ -20,7 +20,7 @@ from fr3e_jax.learner.layout import bundles_of, most_rows, width_of
 from fr3e_jax.parallel.sizes import next_power_of_two
 from fr3e_jax.planning.answers import AnswerLengths
 from fr3e_jax.planning.decodes import Decode, decode_of
-from fr3e_jax.planning.steady import steady_decoding
+from fr3e_jax.planning.steady import first_decodings, steady_decoding
 from fr3e_jax.run.queries import (
     ContinuedShape,
     assumed_states,
@@ -232,7 +232,7 @@ def workload_of(
         share = wanted / per_part if restarts else 0.0
         shapes = shapes or [continued_shape(config, size // parts) for size in round_sizes(rollout, parts)]
         given = config, parts, queries, shapes, answers, share
-        decode = steady_decoding(*given, np.random.default_rng(2), rooms)
+        decode = steady_decoding(first_decodings(*given, np.random.default_rng(2), rooms))
     if needs_pilots(explore):
         count, own_rng = pilot_rollouts(explore), np.random.default_rng(1)
         tried = answers.partial(parts * kept, 1, 1 + pilot_states(explore), count, own_rng)

@@ -14,9 +14,10 @@ from typing import NamedTuple
 from fr3e_jax.algorithm.information import CANDIDATES, PILOT_TOKENS
 from fr3e_jax.config import Config, ConfigError, ExploreConfig, RolloutConfig, rule_needs
 from fr3e_jax.engine.budget import GB, context_bytes, least_bytes
+from fr3e_jax.engine.laid_out import Placed, lay_out
 from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.schedule import Room
-from fr3e_jax.engine.unfinished import QueryRoom
+from fr3e_jax.engine.unfinished import QueryRoom, Unfinished
 from fr3e_jax.models.decoder import DecoderConfig
 from fr3e_jax.parallel.mesh import row_parts
 from fr3e_jax.parallel.sizes import ceil_divide, next_power_of_two, two_per_doubling_below
@@ -236,6 +237,25 @@ def continued_shapes(
         if not shapes or engine.cache_bytes is None or 2 * shared <= engine.cache_bytes:
             shapes.append(shape)
     return shapes
+
+
+def laid_out_decoding(
+    config: Config, unfinished: Unfinished, shapes: Sequence[ContinuedShape], parts: int
+) -> tuple[Placed, ContinuedShape, int]:
+    """Lay out the next decoding of a run that does not wait for its last rollouts.
+
+    Args:
+      config: resolved.
+      unfinished: all queries that are not complete.
+      shapes: of `continued_shapes`. parts: of the mesh.
+
+    Returns:
+      (branches where they sit, the shape that has room for them, branches that may still run at the end).
+    """
+    rows = [shape.rows for shape in shapes]
+    placed = lay_out(unfinished, config.rollout.base_trajectories, query_room(config).branches, rows, parts)
+    shape = shapes[rows.index(len(placed.place) // parts)]
+    return placed, shape, shape.may_run(config.rollout.wait_for, int(placed.starts.drawn.sum()), parts)
 
 
 def queries_for(states: float, per_query: float, sizes: tuple[int, ...], left: int | None = None) -> int:

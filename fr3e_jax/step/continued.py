@@ -15,7 +15,7 @@ import numpy as np
 from fr3e_jax.config import Config
 from fr3e_jax.cost import Cost, decode_cost, prefill_cost
 from fr3e_jax.engine.finite import require_finite
-from fr3e_jax.engine.laid_out import Placed, lay_out
+from fr3e_jax.engine.laid_out import Placed
 from fr3e_jax.engine.unfinished import (
     Unfinished,
     absorbed,
@@ -32,7 +32,7 @@ from fr3e_jax.parallel.sizes import ceil_divide, next_power_of_two
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Notes, PartMeans, Rewards, Verifier
 from fr3e_jax.run.build import Parts, sampling_of
-from fr3e_jax.run.queries import query_room
+from fr3e_jax.run.queries import laid_out_decoding, query_room
 from fr3e_jax.run.reporter import Stopwatch
 from fr3e_jax.step.choose import Judged, states_to_explore, uncut
 from fr3e_jax.step.record import ForRecord
@@ -67,18 +67,15 @@ def continue_round(
     Raises:
       NotFiniteError: tokens were drawn from logits that are not finite.
     """
-    draws, sizes = draws_of(config.seed, step, parts.engine.placement), query_room(config)
+    draws = draws_of(config.seed, step, parts.engine.placement)
     if count:
         with watch.stage("tokenize"):
             queries, _, position = parts.stream.take(position, count, rates)
-        begun = begin(queries, step, sizes)
+        begun = begin(queries, step, query_room(config))
         unfinished = begun if unfinished is None else joined(unfinished, begun)
     assert unfinished is not None, "a round has queries that are begun, or such as were begun before"
     mesh_rows, shapes = row_parts(parts.engine.placement.mesh), parts.continued_shapes(config)
-    rows = [shape.rows for shape in shapes]
-    placed = lay_out(unfinished, config.rollout.base_trajectories, sizes.branches, rows, mesh_rows)
-    shape = shapes[rows.index(len(placed.place) // mesh_rows)]
-    may_run = shape.may_run(config.rollout.wait_for, int(placed.starts.drawn.sum()), mesh_rows)
+    placed, shape, may_run = laid_out_decoding(config, unfinished, shapes, mesh_rows)
     with watch.stage("explore"):
         drawn, running, row_steps = parts.engine.go_on(
             params,

@@ -72,7 +72,7 @@ class Round:
     drawn_step: Float32[np.ndarray, "N C"]
     """Mean of the steps in which the tokens of each partial rollout were drawn."""
     base_drawn_step: Float32[np.ndarray, "B R"]
-    """Of each base trajectory."""
+    """Mean of the steps in which the tokens of each base trajectory were drawn."""
     counted: Bool[np.ndarray, "N J M"] | None = None
     """Which of the rollouts count; None: all. Others were never drawn, or their rewards are not known."""
     for_record: ForRecord | None = None
