@@ -16,9 +16,10 @@ from fr3e_jax.engine.budget import CacheBudgetError, context_bytes, least_bytes,
 from fr3e_jax.engine.laid_out import lay_out
 from fr3e_jax.engine.page_moves import PageMoves
 from fr3e_jax.engine.pages import PageSizes
-from fr3e_jax.engine.rollout import Engine, root_branches
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.schedule import Schedule
 from fr3e_jax.engine.seats import place_leg
+from fr3e_jax.engine.starts import root_branches
 from fr3e_jax.engine.unfinished import QueryRoom, begin
 from fr3e_jax.parallel.memory import share_of_host
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE, row_parts

@@ -9,9 +9,10 @@ from support import TINY, placement, tiny_params
 
 from fr3e_jax.engine.budget import context_bytes, page_bytes
 from fr3e_jax.engine.pages import PageSizes
-from fr3e_jax.engine.rollout import Engine, last, root_branches
+from fr3e_jax.engine.rollout import Engine, last
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.schedule import Room
+from fr3e_jax.engine.starts import root_branches
 from fr3e_jax.models.decoder import graph_of, logical_axes
 from fr3e_jax.parallel.mesh import SAMPLING_TABLE
 from fr3e_jax.planning.decodes import decode_of

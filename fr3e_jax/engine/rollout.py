@@ -24,10 +24,10 @@ from fr3e_jax.engine.budget import pages_within
 from fr3e_jax.engine.caches import prefill, sequences_of
 from fr3e_jax.engine.page_moves import Aside, PageMoves
 from fr3e_jax.engine.pages import ON_CPU, PageSizes
-from fr3e_jax.engine.sampler import Sampling, branch_keys
+from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.schedule import Room, Schedule
 from fr3e_jax.engine.seats import Leg, arrange_kept, place_leg
-from fr3e_jax.engine.starts import Starts, branches_at, starts_of
+from fr3e_jax.engine.starts import Starts, branches_at, root_branches, starts_of, starts_of_queries
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.models.decoder import Decoder, Params
 from fr3e_jax.parallel.hosts import gather
@@ -170,19 +170,10 @@ class Engine:
           seed_key, step: as for `explore`.
         """
         model = nnx.merge(self.graph, params)
-        query_segment = prefill(model, self.placement, queries.token, queries.length)
-        shape = number.shape
-        last = queries.length[:, None] - 1
-        position = jnp.broadcast_to(last, shape)
-        branches = Branches(
-            token=jnp.broadcast_to(jnp.take_along_axis(queries.token, last, axis=1), shape),
-            position=position,
-            context=query_segment._replace(length=position),
-            limit=jnp.full(shape, self.max_new, jnp.int32),
-            key=branch_keys(seed_key, step, queries.index, number),
-            stops=self.stops,
-            begun=None if self.stops is None else jnp.zeros(shape, jnp.int32),
-        )
+        caches = prefill(model, self.placement, queries.token, queries.length)
+        starts = starts_of_queries(queries, number, step)
+        how = {"seed_key": seed_key, "max_new": self.max_new, "stops": self.stops}
+        branches = branches_at(starts, queries, caches, self.placement, **how).with_context(caches)
         return branches, self.start(model, branches, queries.token.shape[1])
 
     @functools.partial(jax.jit, static_argnames=("self",))
@@ -352,8 +343,3 @@ class Engine:
 def last(states: Iterator[Decoding]) -> Decoding:
     """Take the last of an iterator; those before it are dropped as they come."""
     return collections.deque(states, maxlen=1)[0]
-
-
-def root_branches(queries: Queries, count: int) -> Int32[np.ndarray, "B {count}"]:
-    """Number `count` branches from each query alone, on the host."""
-    return np.broadcast_to(np.arange(count, dtype=np.int32), (queries.length.shape[0], count))

@@ -1,6 +1,7 @@
 """Where branches start, or go on: what `Branches` are opened from, beside KV caches."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int, Int32, Key, Shaped
 
@@ -31,6 +32,27 @@ class Starts:
     """Of the run, which it is a function of too."""
     at_position: Bool[AnyArray, "N C"]
     """Which branches begin with the token at a position, which may be drawn at another temperature."""
+
+
+def root_branches(queries: Queries, count: int) -> Int32[np.ndarray, "B {count}"]:
+    """Number `count` branches from each query alone, on the host."""
+    return np.broadcast_to(np.arange(count, dtype=np.int32), (queries.length.shape[0], count))
+
+
+def starts_of_queries(
+    queries: Queries, number: Int32[AnyArray, "B C"], step: Int[AnyArray, ""] | int
+) -> Starts:
+    """Start branches of these numbers from each query alone, without any trajectory."""
+    count, nothing = number.shape[0], jnp.zeros_like(number)
+    return Starts(
+        query=jnp.arange(count, dtype=jnp.int32),
+        response=nothing[:, :1],
+        prefix_length=nothing,
+        drawn=nothing == 0,
+        number=number,
+        step=jnp.full(count, step, jnp.int32),
+        at_position=nothing > 0,
+    )
 
 
 def starts_of(states: States, rollouts: int, after: int, step: Int[AnyArray, ""] | int) -> Starts:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from fr3e_jax.config import ExploreConfig
 from fr3e_jax.engine.caches import prefilled_together
-from fr3e_jax.engine.rollout import Engine, root_branches
+from fr3e_jax.engine.rollout import Engine
 from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.engine.seats import map_leg
-from fr3e_jax.engine.starts import Starts
+from fr3e_jax.engine.starts import Starts, root_branches
 from fr3e_jax.models.attention import Segment
 from fr3e_jax.parallel.sizes import next_multiple
 from fr3e_jax.planning.decodes import Decode

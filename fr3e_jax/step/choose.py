@@ -1,10 +1,9 @@
 """Stages 4 to 6 of a round: the states of the base trajectories that are explored."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 
 from fr3e_jax.algorithm.trajectories import Measures
 from fr3e_jax.config import Config, rule_needs
@@ -14,28 +13,12 @@ from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather
 from fr3e_jax.run.build import Parts
 from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.step.judged import Judged, root_value
 from fr3e_jax.step.measures import kept_rows, measure_trajectories, needs_caches
 from fr3e_jax.step.pilots import Explored, sample_pilots
 from fr3e_jax.step.record import position_statistic
 from fr3e_jax.step.stages import Draws, find_states, keep
-from fr3e_jax.types import Queries, Rollouts, States
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """Queries whose base trajectories are judged.
-
-    queries, problems, base, reward: on the host. counted: which trajectories count, and may be explored;
-    None: all. placed, sampled: queries and base trajectories as they lie on the devices.
-    """
-
-    queries: Queries
-    problems: Any
-    base: Rollouts
-    reward: Float32[np.ndarray, "B R"]
-    counted: Bool[np.ndarray, "B R"] | None
-    placed: Queries
-    sampled: Rollouts
+from fr3e_jax.types import States
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +70,7 @@ def states_to_explore(
         flops = second_pass_flops(parts.policy.model.config, needs, queries.length, base.length, kept)
         costs["positions"] = {"flops": flops}
         if "information" in needs and caches is not None:
-            explored = Explored(
-                queries, judged.problems, base, value, kept, judged.placed, judged.sampled, caches
-            )
+            explored = Explored(judged, value, kept, caches)
             information, costs["pilots"] = sample_pilots(config, parts, params, draws, explored, watch)
             measures = dataclasses.replace(measures or Measures(), information=information)
     states, placed = find_states(
@@ -102,19 +83,3 @@ def states_to_explore(
             config.explore, engine.placement, draws, queries, base, judged.sampled, *found
         )
     return ChosenStates(states, placed, caches, costs, statistic)
-
-
-def root_value(config: Config, judged: Judged) -> Float32[np.ndarray, " B"] | None:
-    """V(root) of each query, the mean reward of its base trajectories that count; None where nothing asks."""
-    if not config.explore.adaptive:
-        return None
-    reward, counted = judged.reward, judged.counted
-    if counted is None:
-        return reward.mean(axis=1)
-    total = np.where(counted, reward, 0).sum(axis=1)
-    return np.asarray(total / np.maximum(counted.sum(axis=1), 1), np.float32)
-
-
-def uncut(config: Config, rollouts: Rollouts) -> Bool[np.ndarray, "N C"] | None:
-    """Which answers count where those that the length limit cut off do not; None: all."""
-    return rollouts.stopped if config.reward.cut == "masked" else None

@@ -34,7 +34,8 @@ from fr3e_jax.rewards.verify import Notes, PartMeans, Rewards, Verifier
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.queries import laid_out_decoding, query_room
 from fr3e_jax.run.reporter import Stopwatch
-from fr3e_jax.step.choose import Judged, states_to_explore, uncut
+from fr3e_jax.step.choose import states_to_explore
+from fr3e_jax.step.judged import Judged, uncut
 from fr3e_jax.step.record import ForRecord
 from fr3e_jax.step.rounds import Round, roots
 from fr3e_jax.step.stages import Draws, draws_of

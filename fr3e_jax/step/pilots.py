@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,25 +21,22 @@ from fr3e_jax.parallel.mesh import Placement
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.queries import pilot_rollouts, pilot_states
 from fr3e_jax.run.reporter import Stopwatch
+from fr3e_jax.step.judged import Judged
 from fr3e_jax.step.stages import Draws, find_states
-from fr3e_jax.types import AnyArray, Queries, Rollouts, States
+from fr3e_jax.types import AnyArray, States
 
 
 @dataclasses.dataclass(frozen=True)
 class Explored:
-    """A round after its base trajectories are judged and kept ones are chosen.
+    """Judged queries whose trajectories to explore are chosen.
 
-    queries, problems, base, kept: on the host. value: V(root) of the queries, where explore.adaptive. placed,
-    rollouts: queries and base trajectories as they lie on the devices. caches: of the kept trajectories.
+    value: V(root) of the queries, where explore.adaptive. kept: which trajectories, on the host. caches: of
+    the kept trajectories.
     """
 
-    queries: Queries
-    problems: Any
-    base: Rollouts
+    judged: Judged
     value: Float32[np.ndarray, " B"] | None
     kept: Bool[np.ndarray, "B R"]
-    placed: Queries
-    rollouts: Rollouts
     caches: Segment
 
 
@@ -58,12 +54,12 @@ def sample_pilots(
     Raises:
       NotFiniteError: tokens were drawn from logits that are not finite.
     """
-    engine, count = parts.engine, config.explore.pilots
+    engine, count, judged = parts.engine, config.explore.pilots, explored.judged
     candidates, placed = find_candidates(config, parts, draws, explored)
     with watch.stage("pilots"):
         pilots, row_steps = engine.explore(
             params,
-            explored.placed,
+            judged.placed,
             placed,
             seed_key=draws.choices,
             step=draws.step,
@@ -75,14 +71,14 @@ def sample_pilots(
         )
         pilots = gather(pilots)
     require_finite(pilots, "pilot rollouts")
-    cost = rollout_cost(parts.policy.model.config, explored.queries, pilots, int(row_steps), candidates)
+    cost = rollout_cost(parts.policy.model.config, judged.queries, pilots, int(row_steps), candidates)
     with watch.stage("verify"):
-        reward = parts.verifier.whole(candidates, pilots, explored.problems)()
+        reward = parts.verifier.whole(candidates, pilots, judged.problems)()
     by_token = (*candidates.valid.shape, len(PILOT_TOKENS), count)
     right = solved(reward, config.reward.success_at).reshape(by_token)
     logprob = pilots.logprob[:, :, 0].reshape(by_token)[..., 0]
     rows = engine.placement.place_rows((right.mean(axis=-1, dtype=np.float32), logprob))
-    size = explored.base.token.shape[2]
+    size = judged.base.token.shape[2]
     where = (placed.prefix_length, placed.valid)
     return compiled_information(engine.placement.mesh, size, *rows, *where), cost
 
@@ -94,14 +90,15 @@ def find_candidates(config: Config, parts: Parts, draws: Draws, explored: Explor
       (states before each of them, without the root, on the host; the same on the devices).
     """
     rules = dataclasses.replace(config.explore, rule="entropy", positions=pilot_states(config.explore))
+    judged = explored.judged
     states = find_states(
         rules,
         parts.engine,
         draws,
-        explored.queries,
-        explored.base,
+        judged.queries,
+        judged.base,
         explored.kept,
-        explored.rollouts,
+        judged.sampled,
         explored.value,
     )
     return without_root(states[0]), jax.jit(without_root)(states[1])

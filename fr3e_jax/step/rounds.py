@@ -39,8 +39,9 @@ from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.rewards.verify import Rewards
 from fr3e_jax.run.build import Parts, sampling_of
 from fr3e_jax.run.reporter import Stopwatch
-from fr3e_jax.step.choose import Judged, states_to_explore, uncut
+from fr3e_jax.step.choose import states_to_explore
 from fr3e_jax.step.decisions import decision_metrics
+from fr3e_jax.step.judged import Judged, uncut
 from fr3e_jax.step.measured import Measured, success_rates
 from fr3e_jax.step.metrics import Metrics, cost_metrics, measure
 from fr3e_jax.step.record import ForRecord, Recorder
