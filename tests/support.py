@@ -38,7 +38,9 @@ from fr3e_jax.parallel.mesh import (
 from fr3e_jax.planning.topology import available
 from fr3e_jax.pretrained.weights import read_params
 from fr3e_jax.pretrained.write_weights import write_params
+from fr3e_jax.run.checkpoints import assemble, read_items, with_arrays
 from fr3e_jax.run.reporter import read_metrics
+from fr3e_jax.run.saved import saved_at
 
 needs_compiler = pytest.mark.skipif(not available(), reason="needs libtpu: pip install 'fr3e_jax[tpu]'")
 
@@ -326,3 +328,11 @@ def settings_of(config_class, prefix=""):
             yield from settings_of(kind, f"{name}.")
         else:
             yield name, kind, config_class, field.name
+
+
+def restored(directory, step, like):
+    """(State, carried states, progress) of a checkpoint, in the layout of the state `like`."""
+    saved = saved_at(directory, step)
+    items = read_items(saved, like)
+    saved.verify(items)
+    return *assemble(items, like), with_arrays(saved.record.progress, items)

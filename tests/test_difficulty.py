@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from problem_files import jsonl
-from support import SMALL, call, mesh_of
+from support import SMALL, call, mesh_of, restored
 from support import metrics as metrics_of_run
 
 from fr3e_jax.cli import parse
@@ -279,9 +279,9 @@ def test_a_run_that_is_killed_between_steps_asks_what_it_would_have_asked(small,
     whole, metrics = next_step(config, parts, state, carried, progress)
 
     blank = parts.policy.fresh_state(parts.learner)
-    again, carried, restored = Checkpoints(tmp_path, keep=2).restore(1, blank)
-    assert restored == progress and restored.rates.rate.dtype == np.float32
-    resumed, repeated = next_step(config, parts, again, carried, restored)
+    again, carried, found = restored(tmp_path, 1, blank)
+    assert found == progress and found.rates.rate.dtype == np.float32
+    resumed, repeated = next_step(config, parts, again, carried, found)
     for name in ("visits", "rate"):
         assert getattr(resumed.rates, name).tobytes() == getattr(whole.rates, name).tobytes()
     assert resumed == whole and whole.data_position > 13 + 8 * metrics["rounds"]  # some were passed over

@@ -149,6 +149,38 @@ hosts.leave(0)
 """
 
 
+FAILS = """
+import sys
+port, number = sys.argv[1:]
+import os
+os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+               "JAX_PROCESS_ID": number, "FR3E_DISTRIBUTED": "1"}
+from fr3e_jax.config import DistributedConfig
+from fr3e_jax.parallel import hosts
+from fr3e_jax.parallel.mesh import make_mesh
+hosts.initialize(DistributedConfig(timeout=60))
+here = hosts.Hosts(make_mesh(1, -1, 1), 60)
+def work(failing):
+    if number == failing:
+        raise KeyError(failing * 500)
+    return number
+for failing in "01":
+    try:
+        here.all_or_none(lambda: work(failing), KeyError, "work")
+    except KeyError as error:
+        whole = failing * 500
+        assert error.args[0] == whole if number == failing else error.args[0] == repr(whole)[:400], error
+    else:
+        raise AssertionError("it went on")
+assert here.all_or_none(lambda: work("none"), KeyError, "work") == number
+hosts.leave(0)
+"""
+
+
+def test_where_work_fails_in_one_process_it_fails_in_all_which_still_work_together():
+    two_processes(FAILS)
+
+
 @pytest.mark.slow
 def test_a_late_process_is_not_waited_for_longer_than_the_timeout():
     two_processes(LATE)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from support import SMALL, changed
+from support import SMALL, changed, restored
 
 from fr3e_jax.cli import parse
 from fr3e_jax.config import Config, LossConfig, dump, resolve, without_effect
@@ -94,7 +94,7 @@ def test_carried_states_of_an_earlier_version_are_read(tmp_path, monkeypatch):
     writer.save(like, old, Progress(step=1))
     writer.close()
     assert set(groups.as_dict(held)) - set(groups.as_dict(old)) == groups.LATER_FIELDS
-    _, again, _ = Checkpoints(tmp_path, keep=1).restore(1, like)
+    _, again, _ = restored(tmp_path, 1, like)
     np.testing.assert_array_equal(again.logprob, held.logprob)
     np.testing.assert_array_equal(again.sampled_logprob, held.logprob)  # filters came later than these
     assert again.entropy.shape == held.entropy.shape

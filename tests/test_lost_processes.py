@@ -120,6 +120,80 @@ def test_a_process_that_loses_another_says_where_and_the_run_goes_on(tmp_path):
     assert [line["step"] for line in read_metrics(directory)] == list(range(reached + 2))
 
 
+# A run whose process `number` alone runs out of memory, as XLA says it, in its third exploration.
+SHORT = """
+import os, sys
+number, *sys.argv[1:] = sys.argv[1:]
+import jax
+from fr3e_jax.engine.rollout import Engine
+whole, calls = Engine.explore, []
+def short(self, *arguments, **options):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["JAX_PROCESS_ID"] == number:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+    return whole(self, *arguments, **options)
+Engine.explore = short
+from fr3e_jax.train import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_says_so_and_the_run_goes_on_with_less(tmp_path):
+    """The other says that it waited: neither is left in what only both can do, such as a save."""
+    directory = tmp_path / "run"
+    options = [*SMALL, "--checkpoint.every=1", "--run_dir", directory, "--distributed.timeout", TIMEOUT]
+    port, program = free_port(), ["-c", SHORT, 0, *options, "--steps=400"]
+    (code, _, said), other = ends_of([start(number, port, *program) for number in (0, 1)])
+    last = said.splitlines()[-1]
+    assert code == 1 and "Traceback" not in said, said
+    assert last.startswith("fr3e_jax.train: error: the memory does not suffice (Out of memory"), said
+    assert " for exploration of step " in last and "lower rollout.cache_gb (auto), " in last, said
+    assert_says_where(other, 1, [], TIMEOUT)
+    saved = max(steps_saved(directory))
+    assert f"the checkpoint of step {saved} stands, and --run_dir {directory} goes on from it" in last
+    less = ["--optimizer.micro_tokens=256", "--rollout.cache_gb=0.01", "--rollout.queries=16"]
+    again = ends_of(start_pair("train", *options, *less, f"--steps={saved + 1}"))
+    assert [code for code, _, _ in again] == [0, 0], again
+    changed = "optimizer.micro_tokens: 512 -> 256, rollout.cache_gb: auto -> 0.01, rollout.queries: 8 -> 16"
+    assert changed in (directory / "log.txt").read_text()
+    assert [line["step"] for line in read_metrics(directory)] == list(range(saved + 2))
+
+
+# An own task whose scorer fails in the first process, when a file is there.
+FAILING = """
+import os
+from pathlib import Path
+
+def problems(split):
+    first = 10 if split == "train" else 60
+    return [{{"question": f"{{n}}+{{n}}=", "answer": str(2 * n)}} for n in range(first, first + 32)]
+
+def score(response, answer):
+    if os.environ["JAX_PROCESS_ID"] == "0" and Path("{there}").exists():
+        raise ValueError("a parser of mine")
+    return answer in response
+"""
+
+
+@pytest.mark.slow
+def test_where_a_scorer_fails_in_one_process_all_say_so_and_save(tmp_path):
+    """In the first, which alone judges the answers of an evaluation."""
+    directory, task = tmp_path / "run", tmp_path / "task.py"
+    task.write_text(FAILING.format(there=directory / "checkpoints" / "2"))
+    options = [*SMALL, "--steps=400", "--credit.short_batch=use", "--checkpoint.every=1"]
+    options += ["--evaluate.every=1", "--distributed.timeout=300"]
+    options += ["--data.source", task, "--run_dir", directory]
+    begun = time.monotonic()
+    for code, _, said in ends_of(start_pair("train", *options)):
+        assert code == 1 and "Traceback" not in said, said
+        last = said.splitlines()[-1]
+        assert "fr3e_jax.train: error: " in last and "ValueError: a parser of mine" in last, said
+    assert time.monotonic() - begun < 200  # nobody waited until the time-out
+    assert [line["step"] for line in read_metrics(directory)] == [0, 1, 2]
+    assert max(steps_saved(directory)) == 3  # told when the run goes on, with its evaluation
+
+
 GLOO = "UNKNOWN: Gloo all-gather failed: Connection closed by peer [127.0.0.1]:41217"
 
 

@@ -22,7 +22,7 @@ from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.checksums import json_sum
 from fr3e_jax.run.resume import changed_settings
 from fr3e_jax.run.rollout_files import read_rollouts
-from fr3e_jax.run.saved import Progress, Record, parse_record
+from fr3e_jax.run.saved import Progress, Record, parse_record, saved_at, saved_steps
 from fr3e_jax.run.storage import StorageError
 from fr3e_jax.step import shortage
 from fr3e_jax.step.shortage import GIBIBYTE, OutOfMemoryError, arrays_alive, raise_shortage
@@ -180,7 +180,7 @@ def test_a_checkpoint_says_the_mesh_that_its_parameters_lie_on(tmp_path):
     writer.save(state, groups.empty_groups(1, 1, 1), Progress(step=1))
     writer.close()
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    assert Checkpoints(tmp_path, keep=None).saved(1).record.mesh == mesh
+    assert saved_at(tmp_path, 1).record.mesh == mesh
     earlier = Record(Progress(step=1), "text", {}).as_json()
     del earlier["mesh"], earlier["sum"]
     assert parse_record(earlier | {"sum": json_sum(earlier)}, 1).mesh is None
@@ -269,7 +269,7 @@ def test_the_last_checkpoint_stands_and_goes_on_with_less(tmp_path, monkeypatch,
         fails_once(patch, owner, method, at)
         ended = call("train", *once, "--run_dir", directory)
     assert ended.returncode == 1 and stage in ended.stderr, ended.stderr
-    saved = Checkpoints(directory, keep=None).latest()
+    saved = max(saved_steps(directory))
     assert f"the checkpoint of step {saved} stands" in ended.stderr and saved >= 1
     less = [*once, "--optimizer.micro_tokens=256"]
     less += ["--rollout.queries=16"] if owner is Engine else []

@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_of_a_bucket_is_told_and_moved_aside(here):
         "from fr3e_jax.run.checkpoints import Checkpoints, abstract_leaves\n"
         "from fr3e_jax.run.resume import newest_whole, set_aside\n"
         "from fr3e_jax.learner.groups import empty_groups\n"
-        "from fr3e_jax.run.saved import Progress\n"
+        "from fr3e_jax.run.saved import Progress, saved_steps\n"
         "from fr3e_jax.run.storage import location\n"
         "from fr3e_jax.learner.state import TrainState\n"
         "from fr3e_jax.parallel.hosts import Hosts\n"
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_of_a_bucket_is_told_and_moved_aside(here):
         "read = lambda saved: {'params': saved.read('params', abstract_leaves(state.params))}\n"
         "whole = newest_whole(run, [1, 2], read, Hosts(None, 9))\n"
         "set_aside(run, list(whole.damaged))\n"
-        "print(whole.step, whole.damaged, Checkpoints(run, keep=3).steps())\n"
+        "print(whole.step, whole.damaged, saved_steps(run))\n"
     )
     process = talking_to(program)
     deadline = time.monotonic() + 60

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from support import restored
 from test_step import small_parts
 
 from fr3e_jax.config import rows_of_state
@@ -169,7 +170,7 @@ def test_a_run_that_does_not_wait_goes_on_from_its_checkpoint_bit_for_bit(steps,
     left = now[2].unfinished
     goes_on = [] if left is None else left.queries.index.tolist()
     assert sorted(judged + goes_on) == list(range(now[2].data_position))
-    again = list(Checkpoints(tmp_path, keep=1).restore(2, steps.begin()[0]))
+    again = list(restored(tmp_path, 2, steps.begin()[0]))
     assert again[2].unfinished.count == told[1]["queries/unfinished"]
     for metrics in told[2:]:
         again, resumed = steps.step(*again)

@@ -13,7 +13,7 @@ from fr3e_jax.engine.sampler import Sampling
 from fr3e_jax.models.decoder import Params
 from fr3e_jax.parallel.hosts import gather, is_first
 from fr3e_jax.problems.stream import QueryStream
-from fr3e_jax.rewards.verdict import WRONG, Verdict
+from fr3e_jax.rewards.verdict import WRONG, ScorerError, Verdict
 from fr3e_jax.rewards.verify import Verifier
 from fr3e_jax.types import Problem, Rollouts
 
@@ -115,9 +115,10 @@ class Respondent:
             verdicts = self.verifier.begin(texts, [ask.problem for ask in asks])
 
         def result() -> list[Answer]:
-            judged, success_at = verdicts(), self.verifier.config.success_at
+            hosts, of = self.verifier.hosts, "verdicts of an evaluation"
+            judged, success_at = hosts.all_or_none(verdicts, ScorerError, of), self.verifier.config.success_at
             right = np.array([solved(verdict.score, success_at) for verdict in judged], np.int32)
-            right = self.verifier.hosts.add_up(right, "verdicts of an evaluation")
+            right = hosts.add_up(right, of)
             each = zip(right.tolist(), judged, stopped, lengths, texts, strict=True)
             return [Answer(bool(r) and end, v.extracted, not end, n, text) for r, v, end, n, text in each]
 

@@ -10,8 +10,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,9 @@ from fr3e_jax.config import ConfigError, DistributedConfig
 from fr3e_jax.parallel.mesh import MESH_AXES
 from fr3e_jax.parallel.sizes import next_power_of_two
 from fr3e_jax.parallel.waiting import HERE, HostError, rank, reporting_losses, waiting
+
+Done = TypeVar("Done")
+Failure = TypeVar("Failure", bound=Exception)
 
 INITIALIZE = "FR3E_DISTRIBUTED"
 ADDRESS, PROCESSES, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -150,6 +153,35 @@ class Hosts:
         own[jax.process_index(), : len(raw)] = list(raw)
         rows = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self.add_up(own, where)]
         return next(filter(None, rows), "")
+
+    def all_or_none(self, work: Callable[[], Done], failure: type[Failure], where: str) -> Done:
+        """Do work that may fail on some processes alone: where it does on one, it does on all.
+
+        So they end alike, and can save before, for which each needs the others.
+
+        Args:
+          work: what this process does.
+          failure: the error that it may raise; others are as ever.
+          where: what the processes wait for, for the message.
+
+        Returns:
+          What `work` returns.
+
+        Raises:
+          Failure: it failed on one of the processes, whose message the others raise, cut off after 400 bytes.
+          HostError: not all of them came in time.
+        """
+        own: Failure | None = None
+        try:
+            done = work()
+        except failure as error:
+            own = error
+        message = self.said("" if own is None else str(own) or "it failed", where)
+        if own is not None:
+            raise own
+        if message:
+            raise failure(message)
+        return done
 
     def gather_bytes(self, data: bytes, where: str) -> list[bytes]:
         """Share bytes of any length: all processes return those of each process, in their order.

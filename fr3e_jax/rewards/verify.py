@@ -15,7 +15,7 @@ from fr3e_jax.rewards import form
 from fr3e_jax.rewards.pool import Asked, ScoringPool
 from fr3e_jax.rewards.rules import judges_groups
 from fr3e_jax.rewards.shape import length_factor
-from fr3e_jax.rewards.verdict import Verdict
+from fr3e_jax.rewards.verdict import ScorerError, Verdict
 from fr3e_jax.types import Problem, Rollouts, States
 
 Rewards = Callable[[], np.ndarray]
@@ -216,9 +216,9 @@ class Verifier:
         wait = self.rewards(answers, stopped, own, groups, noting(notes, places))
 
         def result() -> np.ndarray:
-            reward = np.zeros((b, r), np.float32)
-            reward[here] = wait().reshape(-1, r)
-            return self.hosts.add_up(reward, "rewards of base trajectories")
+            reward, of = np.zeros((b, r), np.float32), "rewards of base trajectories"
+            reward[here] = self.hosts.all_or_none(wait, ScorerError, of).reshape(-1, r)
+            return self.hosts.add_up(reward, of)
 
         return result
 
@@ -256,9 +256,9 @@ class Verifier:
         wait = self.rewards(answers, stopped, asked, groups, noting(notes, places))
 
         def result() -> np.ndarray:
-            reward = np.zeros((n, j, m), np.float32)
-            reward[mine] = wait()
-            return self.hosts.add_up(reward, "rewards of partial rollouts")
+            reward, of = np.zeros((n, j, m), np.float32), "rewards of partial rollouts"
+            reward[mine] = self.hosts.all_or_none(wait, ScorerError, of)
+            return self.hosts.add_up(reward, of)
 
         return result
 

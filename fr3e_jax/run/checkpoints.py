@@ -1,7 +1,7 @@
 """Checkpoints: what a run needs to go on as if nothing had happened.
 
 A checkpoint is written beside the old ones and becomes visible in one rename, so a kill at any moment
-leaves the last whole one. `saved` reads one, and `resume` chooses which.
+leaves the last whole one. `saved` lists and reads them, and `resume` chooses one.
 """
 
 import dataclasses
@@ -30,22 +30,21 @@ NO_QUERIES = begin(
 
 
 class Checkpoints:
-    """The checkpoints of a run directory."""
+    """Writes the checkpoints of a run directory."""
 
     def __init__(
         self,
         directory: epath.PathLike,
-        keep: int | None,
+        keep: int,
         keep_every: int = 0,
         settings: str | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the checkpoints of a run.
+        """Open the checkpoints of a run to write more. Every process does it together.
 
         Args:
           directory: of the run.
-          keep: last checkpoints that are kept. With None they are only read: none is deleted, and no
-            directory is made.
+          keep: last checkpoints that are kept.
           keep_every: checkpoints of steps that this divides are kept too; 0 keeps none of them.
           settings: text of the run's config.yaml, which is saved in each checkpoint.
           before: called before each save, which must not be ahead of what it writes.
@@ -59,7 +58,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
-            create=keep is not None,
             lightweight_initialize=True,  # without orbax's notes on a checkpoint, which may be damaged
         )
         with writing(place):
@@ -67,19 +65,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Return the step of the last checkpoint that is complete; None without any."""
-        return max(self.steps(), default=None)
-
-    def steps(self) -> list[int]:
-        """Return the steps of all complete checkpoints, ascending."""
-        return sorted(self.manager.all_steps())
-
-    def saved(self, step: int) -> Saved:
-        """Open a checkpoint to read it.
-
-        Raises:
-          DamagedError: it is damaged.
-        """
-        return Saved(self.manager.directory / str(step))
+        return max(self.manager.all_steps(), default=None)
 
     def save(self, state: TrainState, carried: StateGroups, progress: Progress) -> None:
         """Start to save: return when the arrays are copied, and write them in the background.
@@ -128,17 +114,6 @@ class Checkpoints:
         if progress.step and progress.step != self.latest():
             self.save(state, carried, progress)
         self.close()
-
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, StateGroups, Progress]:
-        """Read a checkpoint into the layout of `like`, whatever mesh it was written from.
-
-        Raises:
-          DamagedError: it is damaged.
-        """
-        saved = self.saved(step)
-        items = read_items(saved, like)
-        saved.verify(items)
-        return *assemble(items, like), with_arrays(saved.record.progress, items)
 
     def close(self) -> None:
         """Wait until everything is on disk.

@@ -18,7 +18,7 @@ from fr3e_jax.learner.groups import as_dict
 from fr3e_jax.learner.state import TrainState
 from fr3e_jax.parallel.hosts import Hosts, is_first
 from fr3e_jax.problems.difficulty import SuccessRates
-from fr3e_jax.run.checkpoints import Checkpoints, assemble, mesh_under, read_items, with_arrays
+from fr3e_jax.run.checkpoints import assemble, mesh_under, read_items, with_arrays
 from fr3e_jax.run.queries import query_room
 from fr3e_jax.run.run_dir import (
     LostSettingsError,
@@ -29,7 +29,16 @@ from fr3e_jax.run.run_dir import (
     parse_settings,
     refuse_differing,
 )
-from fr3e_jax.run.saved import CHECKPOINTS, UNVERIFIED, DamagedError, Progress, Record, Saved
+from fr3e_jax.run.saved import (
+    CHECKPOINTS,
+    UNVERIFIED,
+    DamagedError,
+    Progress,
+    Record,
+    Saved,
+    saved_at,
+    saved_steps,
+)
 from fr3e_jax.run.storage import move, writing
 from fr3e_jax.types import Queries, StateGroups
 
@@ -79,8 +88,7 @@ def newest_whole(run: epath.Path, steps: list[int], read: Callable[[Saved], Item
       ConfigError: none is whole.
       StorageError: one cannot be read now.
     """
-    checkpoints, left = Checkpoints(run, keep=None), sorted(steps)
-    damaged: dict[int, str] = {}
+    left, damaged = sorted(steps), dict[int, str]()
     while True:
         # As the first process sees the directory: another's listing may be older.
         following = str(left.pop()) if left and is_first() else ""
@@ -91,7 +99,7 @@ def newest_whole(run: epath.Path, steps: list[int], read: Callable[[Saved], Item
         saved, why = None, ""
         items: Items = {}
         try:
-            saved = checkpoints.saved(step)
+            saved = saved_at(run, step)
             items = read(saved)
         except DamagedError as error:
             why = str(error)
@@ -149,7 +157,7 @@ def resume(
     place = run / CHECKPOINTS
     if place.exists() and not place.is_dir():
         raise ConfigError(f"{place} is not a directory; move it away, or choose another --run_dir")
-    steps = Checkpoints(run, keep=None).steps() if place.exists() else []
+    steps = saved_steps(run)
     if not hosts.said("some" if steps and is_first() else "", "whether there are checkpoints"):
         if lost is not None and not isinstance(lost, MissingSettingsError):
             raise ConfigError(f"{lost}; restore it, or delete it to begin this run anew")

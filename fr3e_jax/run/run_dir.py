@@ -17,9 +17,8 @@ from fr3e_jax.config import Config, ConfigError, SourceConfig, as_written, dump,
 from fr3e_jax.config.renamed import with_new_names
 from fr3e_jax.parallel.hosts import is_first
 from fr3e_jax.pretrained.hub import FINAL_MODEL, RUN_SETTINGS
-from fr3e_jax.run.checkpoints import Checkpoints
 from fr3e_jax.run.reporter import SUMMARY_FILE
-from fr3e_jax.run.saved import CHECKPOINTS
+from fr3e_jax.run.saved import CHECKPOINTS, saved_steps
 from fr3e_jax.run.storage import FULL, StorageError, brief, location, write_atomically
 
 OLD_HELD_OUT = 256  # what data.held_out was before its default was null
@@ -111,11 +110,6 @@ def begun_anew(config: Config) -> list[str]:
         return []
     begins = f"{directory} has no saved step, and begins anew"
     return [f"{begins} with other settings: {arrows(changed)}" if changed else begins]
-
-
-def saved_steps(directory: epath.Path) -> list[int]:
-    """Steps of the checkpoints of a run, ascending; they may be damaged."""
-    return Checkpoints(directory, keep=None).steps() if (directory / CHECKPOINTS).is_dir() else []
 
 
 def completed(config: Config) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""One checkpoint: the record beside its arrays, and how both are read so that damage is noticed.
+"""Checkpoints that are there: the record beside the arrays of one, read so that damage is noticed.
 
 The record is JSON in the item `progress`: where the run stands, the run's settings, and a checksum of each
 array and of itself. It is a part of the checkpoint, so it appears with it, in the same rename.
@@ -18,7 +18,8 @@ from fr3e_jax.engine.unfinished import Unfinished
 from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.run.arrays import read_arrays, stored_shapes
 from fr3e_jax.run.checksums import Entry, checksummed, differing_entries, json_sum
-from fr3e_jax.run.storage import StorageError, brief, in_bucket, innermost
+from fr3e_jax.run.quiet import quiet_orbax
+from fr3e_jax.run.storage import StorageError, absolute, brief, in_bucket, innermost, writing
 
 T = TypeVar("T")
 
@@ -153,6 +154,27 @@ def parse_progress(raw: Any) -> Progress:
     return Progress(**raw)
 
 
+def saved_steps(run: epath.PathLike) -> list[int]:
+    """List the steps of the complete checkpoints of a run, ascending; they may be damaged.
+
+    No process waits for another here, so that one that fails can say from where the run goes on.
+
+    Args:
+      run: directory.
+
+    Raises:
+      StorageError: a bucket cannot be read now.
+    """
+    place = absolute(run) / CHECKPOINTS
+    with writing(place):
+        return sorted(found.step for found in ocp.step.standard_name_format().find_all(place))
+
+
+def saved_at(run: epath.PathLike, step: int) -> "Saved":
+    """Open the checkpoint of a step of a run; the errors are those of `Saved`."""
+    return Saved(absolute(run) / CHECKPOINTS / str(step))
+
+
 class Saved:
     """A checkpoint on disk: its record, and its arrays when they are asked for.
 
@@ -167,6 +189,7 @@ class Saved:
           DamagedError: it has none, or it is damaged.
           StorageError: it cannot be read now.
         """
+        quiet_orbax()
         self.directory = directory
         raw = attempt(directory, RECORD, ocp.JsonCheckpointHandler().restore)
         self.record = parse_record(raw, int(directory.name))

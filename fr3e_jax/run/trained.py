@@ -11,7 +11,7 @@ from fr3e_jax.models.decoder import Params, abstract_params
 from fr3e_jax.parallel.hosts import Hosts
 from fr3e_jax.pretrained.hub import RUN_SETTINGS
 from fr3e_jax.pretrained.model import PlacedModel, open_model
-from fr3e_jax.run.checkpoints import Checkpoints, abstract_leaves, from_leaves, shapes_of
+from fr3e_jax.run.checkpoints import abstract_leaves, from_leaves, shapes_of
 from fr3e_jax.run.resume import Items, newest_whole
 from fr3e_jax.run.run_dir import (
     LostSettingsError,
@@ -19,7 +19,7 @@ from fr3e_jax.run.run_dir import (
     parse_settings,
     read_settings,
 )
-from fr3e_jax.run.saved import CHECKPOINTS, DamagedError, Saved
+from fr3e_jax.run.saved import DamagedError, Saved, saved_at, saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def steps_of(run: epath.Path, step: int | None) -> list[int]:
     """
     if not holds_run(run):
         raise ConfigError(f"{run} is not a run directory: it holds no {RUN_SETTINGS}")
-    steps = Checkpoints(run, keep=None).steps() if (run / CHECKPOINTS).is_dir() else []
+    steps = saved_steps(run)
     if not steps:
         raise ConfigError(f"{run} holds no checkpoint yet")
     if step is not None and step not in steps:
@@ -114,12 +114,9 @@ def setting(run: epath.Path, section: str, key: str, absent: Any = None) -> Any:
 
 def saved_settings(run: epath.Path) -> list[dict[str, Any]]:
     """Read the settings from the newest checkpoint whose record is whole; a list of one, or of none."""
-    if not (run / CHECKPOINTS).is_dir():
-        return []
-    checkpoints = Checkpoints(run, keep=None)
-    for step in reversed(checkpoints.steps()):
+    for step in reversed(saved_steps(run)):
         try:
-            text = checkpoints.saved(step).record.settings
+            text = saved_at(run, step).record.settings
         except DamagedError:
             continue
         return [] if text is None else [parse_settings(text)]

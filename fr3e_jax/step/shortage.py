@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from fr3e_jax.config import Config
 from fr3e_jax.parallel.memory import bytes_on_device, out_of_memory
 from fr3e_jax.parallel.waiting import HostError, blocks_of
-from fr3e_jax.run.run_dir import saved_steps
+from fr3e_jax.run.saved import saved_steps
 from fr3e_jax.run.storage import StorageError
 from fr3e_jax.step.machine import host_memory
 
