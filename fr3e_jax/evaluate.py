@@ -140,15 +140,20 @@ def judge_again(config: EvaluationConfig, stored: str, lock: Lock, console: Cons
     """Judge stored answers with the scorers of now, show what changes, and write it if that is wanted."""
     if config.out is not None:
         lock.take(location(config.out), "--out")
-    if not is_first():
-        return {}
-    before, after = rescore(Path(stored), config.files, config.scoring, say_beside)
-    console.print(changes_table(before, after))
-    if config.out is None:
-        console.print(f"{stored} is as it was; with --out DIR the new verdicts are written", markup=False)
-        return {"benchmarks": [summarize(score) for score in scores_of(after).values()]}
-    write_rescored(Path(stored), Path(config.out), after)
-    return show_table(config, Path(config.out), console)
+    summary: dict[str, Any] = {}
+
+    def judge() -> None:
+        before, after = rescore(Path(stored), config.files, config.scoring, say_beside)
+        console.print(changes_table(before, after))
+        if config.out is None:
+            console.print(f"{stored} is as it was; with --out DIR the new verdicts are written", markup=False)
+            summary["benchmarks"] = [summarize(score) for score in scores_of(after).values()]
+            return
+        write_rescored(Path(stored), Path(config.out), after)
+        summary.update(show_table(config, Path(config.out), console))
+
+    lock.hosts.first_alone(judge, "the answers are judged again")
+    return summary
 
 
 def say_beside(line: str) -> None:

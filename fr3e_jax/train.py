@@ -244,11 +244,11 @@ def train_locked(config: Config, name: str, lock: Lock, stack: contextlib.ExitSt
         lock.check()
         with waiting("the export"):
             export_type = jnp.dtype(config.model.export_dtype)
-            export_run(directory / FINAL_MODEL, policy.model.source, state.params, export_type)
+            export_run(directory / FINAL_MODEL, policy.model.source, state.params, export_type, hosts)
         return finish(reporter, directory, progress, ended)
 
 
-def export_run(out: epath.Path, source: Path, params: Params, dtype: Any) -> None:
+def export_run(out: epath.Path, source: Path, params: Params, dtype: Any, hosts: Hosts) -> None:
     """Write the final model; to a bucket from a folder here."""
     if not in_bucket(out):
         with writing(out):
@@ -257,8 +257,7 @@ def export_run(out: epath.Path, source: Path, params: Params, dtype: Any) -> Non
     with tempfile.TemporaryDirectory() as folder:
         with writing(folder):
             export_model(source, Path(folder) / out.name, params, dtype)
-        if is_first():
-            upload(Path(folder) / out.name, out)
+        hosts.first_alone(lambda: upload(Path(folder) / out.name, out), "the model is copied to the bucket")
 
 
 def finish(

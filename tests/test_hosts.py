@@ -149,8 +149,8 @@ hosts.leave(0)
 """
 
 
-FAILS = """
-import sys
+ALONE = """
+import sys, time
 port, number = sys.argv[1:]
 import os
 os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
@@ -173,12 +173,23 @@ for failing in "01":
     else:
         raise AssertionError("it went on")
 assert here.all_or_none(lambda: work("none"), KeyError, "work") == number
+begun, told, impatient = time.monotonic(), [], hosts.Hosts(here.mesh, 1)
+impatient.first_alone(lambda: told.append(time.sleep(4)), "long work")  # longer than its time-out
+assert time.monotonic() - begun > 3.9 and len(told) == (number == "0")
+try:
+    impatient.first_alone(lambda: work("0"), "work that fails")
+except KeyError:
+    assert number == "0"
+else:
+    assert number == "1"
+here.meet("the end")
 hosts.leave(0)
 """
 
 
-def test_where_work_fails_in_one_process_it_fails_in_all_which_still_work_together():
-    two_processes(FAILS)
+def test_processes_end_alike_where_one_fails_and_wait_for_long_work_of_the_first():
+    """And they still work together afterwards."""
+    two_processes(ALONE)
 
 
 @pytest.mark.slow

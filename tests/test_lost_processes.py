@@ -160,7 +160,7 @@ def test_a_process_that_runs_out_of_memory_says_so_and_the_run_goes_on_with_less
     assert [line["step"] for line in read_metrics(directory)] == list(range(saved + 2))
 
 
-# An own task whose scorer fails in the first process, when a file is there.
+# An own task whose scorer fails in an evaluation of the first process, when a file is there.
 FAILING = """
 import os
 from pathlib import Path
@@ -170,7 +170,8 @@ def problems(split):
     return [{{"question": f"{{n}}+{{n}}=", "answer": str(2 * n)}} for n in range(first, first + 32)]
 
 def score(response, answer):
-    if os.environ["JAX_PROCESS_ID"] == "0" and Path("{there}").exists():
+    held_out = int(answer) >= 120
+    if held_out and os.environ["JAX_PROCESS_ID"] == "0" and Path("{there}").exists():
         raise ValueError("a parser of mine")
     return answer in response
 """
@@ -190,8 +191,8 @@ def test_where_a_scorer_fails_in_one_process_all_say_so_and_save(tmp_path):
         last = said.splitlines()[-1]
         assert "fr3e_jax.train: error: " in last and "ValueError: a parser of mine" in last, said
     assert time.monotonic() - begun < 200  # nobody waited until the time-out
-    assert [line["step"] for line in read_metrics(directory)] == [0, 1, 2]
-    assert max(steps_saved(directory)) == 3  # told when the run goes on, with its evaluation
+    told = [line["step"] for line in read_metrics(directory)]
+    assert max(steps_saved(directory)) == told[-1] + 1 > 2  # told when the run goes on, with its evaluation
 
 
 GLOO = "UNKNOWN: Gloo all-gather failed: Connection closed by peer [127.0.0.1]:41217"

@@ -141,6 +141,16 @@ def test_workers_that_are_ended_while_they_rest_are_replaced(scorer, tmp_path, h
     pool.close()
 
 
+def test_workers_that_end_before_they_are_asked_fail_where_verdicts_are_waited_for(scorer, monkeypatch):
+    """There all processes of a run learn of it; where judging begins, one would end alone."""
+    pool = ScoringPool([f"own:{scorer}"], workers=1)
+    monkeypatch.setattr(pool, "send", lambda piece: (_ for _ in ()).throw(ScorerError("they end")))
+    judging = pool.begin(own(scorer, "5"))
+    with pytest.raises(ScorerError, match="they end"):
+        judging.result()
+    pool.close()
+
+
 def test_workers_that_cannot_start_end_the_run_with_what_to_change(scorer):
     pool = ScoringPool([f"own:{scorer}"], workers=1, memory_gb=0.001)
     with pytest.raises(ScorerError, match=r"raise scoring\.memory_gb"):

@@ -225,6 +225,8 @@ def test_a_plan_has_the_rounds_that_a_run_would_ask():
     assert planned_queries(config, 4, Assumptions()) == 16  # 1.2 x 64 / 5, rounded up
     assert planned_queries(config, 4, Assumptions(accepted=0.1)) == 64
     assert planned_queries(Config(), 4, Assumptions()) == 32
+    early = changed(config, rollout__wait_for=0.97)
+    assert planned_queries(early, 4, Assumptions()) == 12  # nearest to 64 / 5, as such a run begins
     short = changed(config, rollout__max_prompt=8, rollout__max_response=16, mesh__update_tensor=1)
     question = Question("x", short, TINY, "v5e-4", Assumptions())
     setup = setup_on(question, mesh_of(1, 4, 1), find_slice(question.topology))
@@ -255,6 +257,8 @@ def test_no_query_is_begun_while_many_are_unfinished_or_all_are_to_be_completed(
     config = changed(Config(), rollout__queries="auto", rollout__wait_for=0.9)
     sizes = (8, 16)
     assert queries_to_begin(config, 64, 0, 0.0, sizes) == 16  # none was accepted yet
+    assert queries_to_begin(config, 64, 0, 0.0, sizes, left=15) == 8  # no question is asked twice at a time
+    assert queries_to_begin(config, 64, 0, 4.0, sizes, left=7) == 8
     assert queries_to_begin(config, 64, 8 * 16 + 1, 0.0, sizes) == 0
     assert queries_to_begin(changed(config, rollout__wait_for=1.0), 64, 5, 1.0, sizes) == 0
     assert queries_to_begin(changed(config, rollout__queries=8), 64, 5, 1.0, (8,)) == 8

@@ -8,6 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from support import SMALL, call, changed, metrics, placement
@@ -92,6 +93,17 @@ def test_the_message_names_the_stage_and_what_to_lower_as_it_is_set(told, error,
     assert f") for {where}; alive were, GiB of a device: " in message
     assert f"; this process holds 1.50 GiB; lower {lower}" in message
     assert "(now data 1 x fsdp 8 x tensor 1)" in message and "no step is saved in" in message
+
+
+def test_a_shortage_is_told_where_the_checkpoints_cannot_be_listed(told, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(ocp.step.standard_name_format()), "find_all", refused)
+    with pytest.raises(StorageError, match=r"checkpoints cannot be read now; nothing was changed"):
+        saved_steps("/run")
+    with pytest.raises(OutOfMemoryError, match=r"goes on from its last checkpoint, with such a change"):
+        told(MemoryError(), Config())
 
 
 def test_where_queries_are_auto_their_bound_is_what_to_lower(told):

@@ -139,8 +139,8 @@ class Engine:
           params, queries, seed_key, sampling: as for `explore`.
           starts: of N trajectories, as its states.
           may_run: most branches that have not ended at the end.
-          drawn: most branches of a part that are drawn, for which there is memory; None: all that there may
-            be.
+          drawn: most branches of a part that decode at the same time, and for which there is memory; others
+            wait until blocks are free. None: all of them.
 
         Returns:
           (Rollouts with the tokens that each drew now, which branches have not ended, rows decoded over all

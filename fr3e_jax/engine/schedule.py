@@ -41,7 +41,7 @@ class Room:
     """What a decoding has room for on each part of the mesh.
 
     n: trajectories. c: branches of each. max_new: most tokens of a branch. pages: that are allocated. drawn:
-    most branches that are drawn, of which others wait for the end; None: all n x c.
+    most branches that decode at the same time, where others wait until blocks are free; None: all n x c.
     """
 
     sizes: PageSizes

@@ -70,7 +70,7 @@ class Unfinished:
         return sum(int((~x.ended & (x.rollouts.length > 0)).sum()) for x in growing)
 
     def take(self, which: Bool[np.ndarray, " Q"] | Int[np.ndarray, " n"]) -> "Unfinished":
-        """Leave the queries that are chosen, by a mask or by their rows, with all that is known of each."""
+        """Keep only the queries that are chosen, by a mask or by their rows."""
         return jax.tree.map(lambda x: x[which], self)
 
 

@@ -4,6 +4,7 @@ All take the same decisions, since they take them from values that are equal on 
 and scores the text of its own rows of a batch. None waits longer for another than the time-out.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -154,21 +155,47 @@ class Hosts:
         rows = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self.add_up(own, where)]
         return next(filter(None, rows), "")
 
+    def first_alone(self, work: Callable[[], Any], where: str) -> None:
+        """Let the first process work while the others wait, however long it takes.
+
+        They meet several times within a time-out, so that they still notice when it is gone.
+
+        Args:
+          work: done in a thread where there are other processes.
+          where: what these wait for, for the message.
+
+        Raises:
+          HostError: a process is gone or late.
+          Exception: on the first process, what `work` raises.
+        """
+        if jax.process_count() == 1:
+            work()
+            return
+        threads = concurrent.futures.ThreadPoolExecutor(1)
+        doing = threads.submit(work) if is_first() else None
+        done = False
+        while not done:
+            if doing is not None:
+                concurrent.futures.wait([doing], self.timeout / 4)
+            done = self.of_first(doing is not None and doing.done(), where) == 1
+        if doing is not None:
+            doing.result()
+
     def all_or_none(self, work: Callable[[], Done], failure: type[Failure], where: str) -> Done:
-        """Do work that may fail on some processes alone: where it does on one, it does on all.
+        """Do work that may fail on some of the processes; where it fails on one, all raise.
 
         So they end alike, and can save before, for which each needs the others.
 
         Args:
           work: what this process does.
-          failure: the error that it may raise; others are as ever.
+          failure: the error of `work` that the processes share. Any other is raised here alone.
           where: what the processes wait for, for the message.
 
         Returns:
           What `work` returns.
 
         Raises:
-          Failure: it failed on one of the processes, whose message the others raise, cut off after 400 bytes.
+          Failure: `work` raised it here or on another process, whose message is cut off after 400 bytes.
           HostError: not all of them came in time.
         """
         own: Failure | None = None

@@ -60,9 +60,9 @@ def cache_bytes_of(setup: Setup, usable: float) -> int:
     sizes, waits = ModelSizes(setup), setup.config.rollout.wait_for == 1
     left = usable * (1 - XLA_SHARE) - RESERVE
     left -= sum(state_bytes(setup).values()) + sizes.sampling_copy
-    # What the prefill of the queries may need beside their caches.
+    # The prefill of the queries may need their caches twice.
     left -= sizes.query_cache if waits else 0
-    # A decoding that does not wait has room for far more branches than it has: of the largest that fits.
+    # Without waiting there is memory for all branches that may come to be, in the largest round that fits.
     possible = (setup.queries,) if waits else round_sizes(setup.config.rollout, setup.parts)[::-1]
     for queries in possible:
         found = max(int(left - beside_caches(sizes, queries // setup.parts)), 0)

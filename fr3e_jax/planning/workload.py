@@ -22,6 +22,7 @@ from fr3e_jax.planning.answers import AnswerLengths
 from fr3e_jax.planning.decodes import Decode, decode_of
 from fr3e_jax.planning.steady import first_decodings, steady_decoding
 from fr3e_jax.run.queries import (
+    IN_RESERVE,
     ContinuedShape,
     assumed_states,
     continued_shape,
@@ -30,6 +31,7 @@ from fr3e_jax.run.queries import (
     pilot_rollouts,
     pilot_states,
     queries_for,
+    queries_to_begin,
     round_sizes,
 )
 from fr3e_jax.types import StateGroups
@@ -80,6 +82,8 @@ def planned_queries(
 ) -> int:
     """Number of queries of a round: with `auto`, as many as a run asks that knows what is assumed here.
 
+    Where it does not wait for its last rollouts, amid the run: half a batch of states waits there.
+
     Args:
       config: resolved.
       parts: number of parts that the mesh splits batch rows into.
@@ -89,7 +93,10 @@ def planned_queries(
     per_query = assumed_states(config, assumptions.kept, assumptions.accepted)
     sizes = round_sizes(config.rollout, parts)
     fitting = tuple(size for size in sizes if fits(size)) or sizes[:1]
-    return queries_for(config.optimizer.batch_states, per_query, fitting)
+    batch = config.optimizer.batch_states
+    if config.rollout.wait_for < 1:
+        return queries_to_begin(config, (1 - IN_RESERVE) * batch, 0, per_query, fitting)
+    return queries_for(batch, per_query, fitting)
 
 
 def kept_trajectories(config: Config, queries: int, assumptions: Assumptions) -> tuple[float, int]:

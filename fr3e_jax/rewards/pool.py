@@ -171,10 +171,15 @@ class ScoringPool:
         others = sorted(different.keys() - inline.keys() - set(groups))
         parts = [others[start : start + PIECE] for start in range(0, len(others), PIECE)]
         pieces: collections.deque[Piece] = collections.deque()
+        failed = None
         for numbers in [*parts, *([n] for n in groups)]:
             piece = [different[n] for n in numbers]
-            pieces.append((numbers, piece, self.send(piece)))
-        return Judging(self, place, inline, pieces)
+            try:
+                pieces.append((numbers, piece, self.send(piece)))
+            except ScorerError as error:  # raised where the verdicts are waited for, like all others
+                failed = error
+                break
+        return Judging(self, place, inline, pieces, failed)
 
     def send(self, piece: list[Asked]) -> ProcessFuture[list[Any]]:
         """Hand a piece to the workers; where they have all ended, to new ones.
@@ -208,8 +213,10 @@ class Judging:
         place: list[int],
         verdicts: dict[int, Verdicts],
         pieces: collections.deque[Piece],
+        failed: ScorerError | None = None,
     ) -> None:
         self.pool, self.place, self.verdicts, self.pieces = pool, place, verdicts, pieces
+        self.failed = failed
 
     def result(self) -> list[Any]:
         """Wait for the verdicts, in the order that was asked; of a group the tuple of its verdicts.
@@ -217,6 +224,8 @@ class Judging:
         Raises:
           ScorerError: a user's own scorer failed, or workers end as soon as they start.
         """
+        if self.failed is not None:
+            raise self.failed
         while self.pieces:
             numbers, piece, future = self.pieces.popleft()
             try:

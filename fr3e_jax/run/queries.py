@@ -111,8 +111,8 @@ def query_room(config: Config) -> QueryRoom:
 class ContinuedShape(NamedTuple):
     """What decodes together on a part where rollout.wait_for is below 1.
 
-    rows: trajectories. branches: most that are drawn. left: most of them that may have been left in the
-    middle by the decoding before, each of which has a row of its own.
+    rows: trajectories. branches: most that decode at the same time. left: most of them that the decoding
+    before may have left in the middle, each of which has a row of its own.
     """
 
     rows: int
@@ -267,13 +267,23 @@ def queries_for(states: float, per_query: float, sizes: tuple[int, ...], left: i
       sizes: of `round_sizes`.
       left: questions that may be asked; None: any number. The smallest size is taken in any case.
     """
-    possible = [size for size in sizes if left is None or size <= left] or [sizes[0]]
+    possible = sizes_within(sizes, left)
     enough = (size for size in possible if size * per_query >= QUERY_MARGIN * states)
     return next(enough, possible[-1])
 
 
+def sizes_within(sizes: tuple[int, ...], left: int | None) -> tuple[int, ...]:
+    """Choose the sizes of rounds that ask no more questions than are left; the smallest in any case."""
+    return tuple(size for size in sizes if left is None or size <= left) or sizes[:1]
+
+
 def queries_to_begin(
-    config: Config, states: float, unfinished: int, per_query: float, sizes: tuple[int, ...]
+    config: Config,
+    states: float,
+    unfinished: int,
+    per_query: float,
+    sizes: tuple[int, ...],
+    left: int | None = None,
 ) -> int:
     """Choose the number of queries that a round begins where it does not wait for its last rollouts.
 
@@ -287,7 +297,8 @@ def queries_to_begin(
       states: that the batch lacks.
       unfinished: queries that are not complete.
       per_query: accepted states that a query is expected to give; 0 takes the largest size.
-      sizes: numbers of queries of which a decoding has room, ascending.
+      sizes: numbers of queries that a decoding has room for, ascending.
+      left: questions that may be asked, as for `queries_for`.
     """
     if config.rollout.wait_for == 1:
         return 0  # those are completed that were begun before another wait_for was set
@@ -297,4 +308,5 @@ def queries_to_begin(
         return sizes[0]
     batch = config.optimizer.batch_states
     wanted = max(batch + RESERVE_GAIN * (IN_RESERVE * batch - (batch - states)), 0.0)
-    return min(sizes, key=lambda size: abs(size * per_query - wanted)) if per_query > 0 else sizes[-1]
+    possible = sizes_within(sizes, left)
+    return min(possible, key=lambda size: abs(size * per_query - wanted)) if per_query > 0 else possible[-1]

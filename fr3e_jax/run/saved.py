@@ -1,4 +1,4 @@
-"""Checkpoints that are there: the record beside the arrays of one, read so that damage is noticed.
+"""Lists the checkpoints of a run, and reads one so that damage is noticed.
 
 The record is JSON in the item `progress`: where the run stands, the run's settings, and a checksum of each
 array and of itself. It is a part of the checkpoint, so it appears with it, in the same rename.
@@ -19,7 +19,7 @@ from fr3e_jax.problems.difficulty import SuccessRates
 from fr3e_jax.run.arrays import read_arrays, stored_shapes
 from fr3e_jax.run.checksums import Entry, checksummed, differing_entries, json_sum
 from fr3e_jax.run.quiet import quiet_orbax
-from fr3e_jax.run.storage import StorageError, absolute, brief, in_bucket, innermost, writing
+from fr3e_jax.run.storage import StorageError, absolute, brief, in_bucket, innermost, of_system
 
 T = TypeVar("T")
 
@@ -163,11 +163,15 @@ def saved_steps(run: epath.PathLike) -> list[int]:
       run: directory.
 
     Raises:
-      StorageError: a bucket cannot be read now.
+      StorageError: they cannot be listed now.
     """
     place = absolute(run) / CHECKPOINTS
-    with writing(place):
+    try:
         return sorted(found.step for found in ocp.step.standard_name_format().find_all(place))
+    except Exception as error:
+        if not in_bucket(place) and not of_system(error):
+            raise
+        raise unreadable(place, innermost(error)) from error
 
 
 def saved_at(run: epath.PathLike, step: int) -> "Saved":
@@ -256,12 +260,16 @@ def attempt(directory: epath.Path, item: str, read: Callable[[epath.Path], T]) -
         root = innermost(error)
         if isinstance(root, MemoryError | jax.errors.JaxRuntimeError):
             raise
-        damaged, message = is_damage(root, in_bucket(directory)), brief(root)
+        damaged = is_damage(root, in_bucket(directory))
     if damaged:
-        raise DamagedError(f"{item} cannot be read ({message})")
-    raise StorageError(
-        f"{directory / item} cannot be read now; nothing was changed, and the same command tries "
-        f"again ({message})"
+        raise DamagedError(f"{item} cannot be read ({brief(root)})")
+    raise unreadable(directory / item, root)
+
+
+def unreadable(place: epath.Path, root: BaseException) -> StorageError:
+    """Make the error for what may be read another time. root: why it cannot be now."""
+    return StorageError(
+        f"{place} cannot be read now; nothing was changed, and the same command tries again ({brief(root)})"
     )
 
 

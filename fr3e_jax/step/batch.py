@@ -40,7 +40,7 @@ class SampledBatch:
     position: int
     """In the stream of queries, behind the last round's."""
     rounds: list[Metrics]
-    """Metrics of each round of the step in order, as `close_round` gives them."""
+    """Metrics of each round of the step in order; of one in which no query was complete only its costs."""
     metrics: Metrics
     """Metrics of all rounds together."""
     counted: AcceptedCount
@@ -96,7 +96,7 @@ def fill_batch(
         if config.rollout.wait_for < 1 or unfinished is not None:
             begun_before = 0 if unfinished is None else unfinished.count
             with_room = sizes[: len(parts.continued_shapes(config))]
-            asked.append(queries_to_begin(config, missing, begun_before, per_query, with_room))
+            asked.append(queries_to_begin(config, missing, begun_before, per_query, with_room, left))
             unfinished, opened, costs, position = continue_round(
                 config, parts, params, step, position, *how, asked[-1], unfinished
             )

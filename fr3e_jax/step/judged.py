@@ -1,4 +1,4 @@
-"""A round between its base trajectories' rewards and its states."""
+"""Queries whose base trajectories are judged, and which answers of theirs count."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ class Judged:
 
 
 def root_value(config: Config, judged: Judged) -> Float32[np.ndarray, " B"] | None:
-    """V(root) of each query, the mean reward of its base trajectories that count; None where nothing asks."""
+    """V(root) of each query: the mean reward of its base trajectories that count. None if not adaptive."""
     if not config.explore.adaptive:
         return None
     reward, counted = judged.reward, judged.counted
@@ -39,5 +39,5 @@ def root_value(config: Config, judged: Judged) -> Float32[np.ndarray, " B"] | No
 
 
 def uncut(config: Config, rollouts: Rollouts) -> Bool[np.ndarray, "N C"] | None:
-    """Which answers count where those that the length limit cut off do not; None: all."""
+    """Mask of the answers that the length limit did not cut off, where reward.cut is `masked`; None: all."""
     return rollouts.stopped if config.reward.cut == "masked" else None

@@ -146,7 +146,11 @@ def device_limit() -> str:
 
 def way_on(directory: epath.Path) -> str:
     """Say from which checkpoint the run goes on."""
-    if not (steps := saved_steps(directory)):
+    try:
+        steps = saved_steps(directory)
+    except StorageError:  # the shortage is what must be told
+        return f"--run_dir {directory} goes on from its last checkpoint, with such a change"
+    if not steps:
         return f"no step is saved in {directory}, so that the same command begins it anew"
     stands = f"the checkpoint of step {steps[-1]} stands"
     return f"{stands}, and --run_dir {directory} goes on from it with such a change"
