@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from fr3e_jax.engine.starts import Starts
+from fr3e_jax.engine.starts import Starts, branch_number
 from fr3e_jax.engine.unfinished import Unfinished
 from fr3e_jax.types import Queries
 
@@ -92,20 +92,19 @@ class BranchRow(NamedTuple):
 
 def begun_branches(unfinished: Unfinished, after: int) -> list[BranchRow]:
     """Make a row of each branch that was left in the middle."""
-    (q, r), (_, c) = unfinished.base.ended.shape, unfinished.partial.ended.shape
-    found, each = [], unfinished.valid.shape[2]
-    for growing, before in ((unfinished.base, 0), (unfinished.partial, q * r)):
+    (_, trees, states), found = unfinished.valid.shape, []
+    of_tree = unfinished.partial.ended.shape[1] // trees
+    for growing, before in ((unfinished.base, 0), (unfinished.partial, unfinished.base.ended.size)):
         length = growing.rollouts.length
         for query, branch in np.argwhere(~growing.ended & (length > 0)).tolist():
             response = own = growing.rollouts.token[query, branch, : length[query, branch]]
             number = branch
             if before:
-                tree, column = divmod(branch, c // unfinished.kept.shape[1])
-                state = column // (c // unfinished.kept.shape[1] // each)
+                tree, column = divmod(branch, of_tree)
                 base = unfinished.kept[query, tree]
-                prefix = unfinished.prefix_length[query, tree, state]
+                prefix = unfinished.prefix_length[query, tree, column // (of_tree // states)]
                 response = np.concatenate([unfinished.base.rollouts.token[query, base, :prefix], own])
-                number = after + base * (c // unfinished.kept.shape[1]) + column
+                number = branch_number(base, column, of_tree, after)
             place = before + query * length.shape[1] + branch
             one = np.array([place]), np.array([len(response)]), np.array([number]), np.array([False])
             found.append(BranchRow(1, query, response, *one))
@@ -115,21 +114,21 @@ def begun_branches(unfinished: Unfinished, after: int) -> list[BranchRow]:
 def not_begun(unfinished: Unfinished, after: int, columns: int) -> list[BranchRow]:
     """Make rows of the branches that have drawn nothing: base trajectories, then those from states."""
     (q, r), (_, c) = unfinished.base.ended.shape, unfinished.partial.ended.shape
-    trees, j = unfinished.valid.shape[1:]
-    each, found = c // trees, []
+    (_, trees, states), found = unfinished.valid.shape, []
+    of_tree = c // trees
     waits = ~unfinished.base.ended & (unfinished.base.rollouts.length == 0)
     for query in np.flatnonzero(waits.any(axis=1)).tolist():
         for some in split_every(np.flatnonzero(waits[query]), columns):
             none = np.zeros(len(some), np.int32)
             found.append(BranchRow(0, query, none[:0], query * r + some, none, some, none > 0))
-    waits = (~unfinished.partial.ended & (unfinished.partial.rollouts.length == 0)).reshape(q, trees, each)
+    waits = (~unfinished.partial.ended & (unfinished.partial.rollouts.length == 0)).reshape(q, trees, of_tree)
     for query, tree in np.argwhere(waits.any(axis=2)).tolist():
         base = unfinished.kept[query, tree]
         response = unfinished.base.rollouts.token[query, base]
         for column in split_every(np.flatnonzero(waits[query, tree]), columns):
-            prefix = unfinished.prefix_length[query, tree, column // (each // j)]
-            place = q * r + query * c + tree * each + column
-            number = after + base * each + column
+            prefix = unfinished.prefix_length[query, tree, column // (of_tree // states)]
+            place = q * r + query * c + tree * of_tree + column
+            number = branch_number(base, column, of_tree, after)
             found.append(BranchRow(2, query, response, place, prefix, number, prefix > 0))
     return found
 

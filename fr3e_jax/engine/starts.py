@@ -1,5 +1,7 @@
 """Where branches start, or go on: what `Branches` are opened from, beside KV caches."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -55,6 +57,17 @@ def starts_of_queries(
     )
 
 
+def branch_number(base: Any, column: Any, columns: int, after: int) -> Any:
+    """Number a partial rollout among the branches of its query, behind the base trajectories.
+
+    Args:
+      base: number of the trajectory that it starts from. column: its own, of the `columns` of each
+        trajectory. Both are integers or arrays of them.
+      after: number of base trajectories.
+    """
+    return after + base * columns + column
+
+
 def starts_of(states: States, rollouts: int, after: int, step: Int[AnyArray, ""] | int) -> Starts:
     """Start `rollouts` branches from every valid state; the arguments are those of `Engine.explore`.
 
@@ -69,7 +82,7 @@ def starts_of(states: States, rollouts: int, after: int, step: Int[AnyArray, ""]
         response=states.response,
         prefix_length=prefix_length,
         drawn=valid,
-        number=after + states.base[:, None] * count + jnp.arange(count)[None, :],
+        number=branch_number(states.base[:, None], jnp.arange(count)[None, :], count, after),
         step=jnp.broadcast_to(jnp.asarray(step, jnp.int32), states.query.shape),
         at_position=prefix_length > 0,
     )

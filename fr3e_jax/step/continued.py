@@ -168,45 +168,94 @@ def close(
       done: the queries.
       following: position in the stream behind all that were begun.
     """
-    verifier, problems = parts.verifier, parts.stream.problems_at(done.queries.index)
-    kept_for, base = ForRecord() if recorded else None, done.base.rollouts
-    base_notes, notes = (None, None) if kept_for is None else (kept_for.base_notes, kept_for.notes)
-    padded, real = padded_rows(done.count, parts)
-    growing, asked = jax.tree.map(lambda x: x[padded], done.base), [problems[row] for row in padded]
+    problems, kept_for = parts.stream.problems_at(done.queries.index), ForRecord() if recorded else None
     if not config.explore.positions:
-        with watch.stage("verify"):
-            rewards = rewards_alone(verifier, growing.rollouts, real, asked, base_notes)
-            rollouts, base = parts.text.trimmed(growing.rollouts), parts.text.trimmed(base)
-        alone = done.queries, problems, base, None, real_roots(rollouts, real), rollouts
-        drawn = growing.drawn_step, done.base.drawn_step
-        return Round(*alone, rewards, {}, following, *drawn, None, kept_for)
+        return close_answers(parts, done, problems, watch, kept_for, following)
     if kept_for is not None:
-        # Judged again for what the verdicts say, which no checkpoint keeps. No metric counts them twice.
-        silent, timed_out = dataclasses.replace(verifier, parts=PartMeans()), verifier.pool.timed_out
         with watch.stage("record"):
-            rewards_alone(silent, growing.rollouts, real, asked, base_notes)()
-        verifier.pool.timed_out = timed_out
-    row, _ = padded_rows(int((done.kept >= 0).sum()), parts)
-    states, growing, statistic = states_of_queries(done, len(row), config.explore.adaptive)
+            note_again(parts, done, problems, kept_for)
+    rows = padded_count(int((done.kept >= 0).sum()), parts)
+    states, growing, statistic = states_of_queries(done, rows, config.explore.adaptive)
     with watch.stage("verify"):
-        rewards = verifier.whole(states, growing.rollouts, problems, notes)
+        rewards = parts.verifier.whole(
+            states, growing.rollouts, problems, None if kept_for is None else kept_for.notes
+        )
         rollouts = parts.text.trimmed(growing.rollouts, states)
-    counted = None if states.rollouts is None else states.drawn(config.explore.rollouts)
     if kept_for is not None:
         kept_for.statistic = statistic
-    drawn = growing.drawn_step, done.base.drawn_step
-    judged_base = done.queries, problems, base, done.base_reward
-    return Round(*judged_base, states, rollouts, rewards, {}, following, *drawn, counted, kept_for)
+    return Round(
+        done.queries,
+        problems,
+        done.base.rollouts,
+        done.base_reward,
+        states,
+        rollouts,
+        rewards,
+        {},
+        following,
+        drawn_step=growing.drawn_step,
+        base_drawn_step=done.base.drawn_step,
+        counted=None if states.rollouts is None else states.drawn(config.explore.rollouts),
+        for_record=kept_for,
+    )
+
+
+def close_answers(
+    parts: Parts,
+    done: Unfinished,
+    problems: Sequence[Problem],
+    watch: Stopwatch,
+    kept_for: ForRecord | None,
+    following: int,
+) -> Round:
+    """`close` where the answers from the query alone are all that is sampled."""
+    padded, real = padded_rows(done.count, parts)
+    growing, asked = jax.tree.map(lambda x: x[padded], done.base), [problems[row] for row in padded]
+    notes = None if kept_for is None else kept_for.base_notes
+    with watch.stage("verify"):
+        rewards = rewards_alone(parts.verifier, growing.rollouts, real, asked, notes)
+        rollouts, base = (parts.text.trimmed(x) for x in (growing.rollouts, done.base.rollouts))
+    return Round(
+        done.queries,
+        problems,
+        base,
+        None,
+        real_roots(rollouts, real),
+        rollouts,
+        rewards,
+        {},
+        following,
+        drawn_step=growing.drawn_step,
+        base_drawn_step=done.base.drawn_step,
+        for_record=kept_for,
+    )
+
+
+def note_again(parts: Parts, done: Unfinished, problems: Sequence[Problem], kept_for: ForRecord) -> None:
+    """Judge base trajectories again for what the verdicts say, which no checkpoint keeps.
+
+    No metric counts them twice.
+    """
+    verifier, (padded, real) = parts.verifier, padded_rows(done.count, parts)
+    silent, timed_out = dataclasses.replace(verifier, parts=PartMeans()), verifier.pool.timed_out
+    base, asked = jax.tree.map(lambda x: x[padded], done.base.rollouts), [problems[row] for row in padded]
+    rewards_alone(silent, base, real, asked, kept_for.base_notes)()
+    verifier.pool.timed_out = timed_out
+
+
+def padded_count(count: int, parts: Parts) -> int:
+    """Round a number of rows up, so that each part of the mesh has as many as few programs have."""
+    mesh_rows = row_parts(parts.engine.placement.mesh)
+    return mesh_rows * next_power_of_two(ceil_divide(count, mesh_rows))
 
 
 def padded_rows(count: int, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
-    """Number so many rows, and repeat the first until each part of the mesh has as many as few programs have.
+    """Number so many rows, and repeat the first up to `padded_count`.
 
     Returns:
       (numbers, which of them are not repeated).
     """
-    mesh_rows = row_parts(parts.engine.placement.mesh)
-    rows = np.arange(mesh_rows * next_power_of_two(ceil_divide(count, mesh_rows)))
+    rows = np.arange(padded_count(count, parts))
     return np.where(rows < count, rows, 0), rows < count
 
 
