@@ -102,8 +102,18 @@ def test_the_update_is_planned_as_where_a_step_waits():
     waits, goes_on = (
         workload_of(with_rollout(CONFIG, wait_for=share), PARTS, Assumptions()) for share in (1.0, 0.9)
     )
-    for name in ("chunks", "trunks", "real", "trained", "rounds", "trajectories"):
+    for name in ("chunks", "trunks", "real", "trained", "trajectories"):
         assert getattr(waits, name) == getattr(goes_on, name), name
+
+
+def test_rounds_that_do_not_wait_are_as_many_as_give_the_states_of_steps():
+    """Two trajectories of a query with 5 states, of which half are accepted: 8 queries give 40 of 64."""
+    for share, queries, rounds in ((1.0, 8, 2), (0.9, 8, 1.6), (1.0, 16, 1), (0.9, 16, 1)):
+        config = with_rollout(CONFIG, wait_for=share, queries=queries)
+        batch = dataclasses.replace(config.optimizer, batch_states=64)
+        work = workload_of(dataclasses.replace(config, optimizer=batch), PARTS, Assumptions())
+        assert work.rounds == rounds
+        assert work.tokens == round(rounds * sum(decode.tokens for decode in work.decodings))
 
 
 # --- its programs

@@ -225,8 +225,6 @@ def test_a_plan_has_the_rounds_that_a_run_would_ask():
     assert planned_queries(config, 4, Assumptions()) == 16  # 1.2 x 64 / 5, rounded up
     assert planned_queries(config, 4, Assumptions(accepted=0.1)) == 64
     assert planned_queries(Config(), 4, Assumptions()) == 32
-    early = changed(config, rollout__wait_for=0.97)
-    assert planned_queries(early, 4, Assumptions()) == 12  # nearest to 64 / 5, as such a run begins
     short = changed(config, rollout__max_prompt=8, rollout__max_response=16, mesh__update_tensor=1)
     question = Question("x", short, TINY, "v5e-4", Assumptions())
     setup = setup_on(question, mesh_of(1, 4, 1), find_slice(question.topology))

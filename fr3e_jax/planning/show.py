@@ -55,7 +55,7 @@ def memory_table(plan: Plan) -> Table:
 
 def time_table(plan: Plan) -> Table:
     """The time of a step, phase by phase."""
-    table = Table(title=f"a step of {plan.work.rounds} round(s), one chip")
+    table = Table(title=f"a step of {plan.work.rounds:.3g} round(s), one chip")
     for name in ("phase", "TFLOP", "GB memory", "GB received", "collectives", "bound", "seconds"):
         table.add_column(name, justify="left" if name in ("phase", "collectives", "bound") else "right")
     for phase in plan.phases:

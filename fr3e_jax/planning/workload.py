@@ -22,7 +22,6 @@ from fr3e_jax.planning.answers import AnswerLengths
 from fr3e_jax.planning.decodes import Decode, decode_of
 from fr3e_jax.planning.steady import first_decodings, steady_decoding
 from fr3e_jax.run.queries import (
-    IN_RESERVE,
     ContinuedShape,
     assumed_states,
     continued_shape,
@@ -31,7 +30,6 @@ from fr3e_jax.run.queries import (
     pilot_rollouts,
     pilot_states,
     queries_for,
-    queries_to_begin,
     round_sizes,
 )
 from fr3e_jax.types import StateGroups
@@ -80,9 +78,10 @@ def rooms_for(limit: int) -> Rooms:
 def planned_queries(
     config: Config, parts: int, assumptions: Assumptions, fits: Callable[[int], bool] = lambda _: True
 ) -> int:
-    """Number of queries of a round: with `auto`, as many as a run asks that knows what is assumed here.
+    """Number of queries of a round: with `auto`, as many as a first round asks that knows what is assumed.
 
-    Where it does not wait for its last rollouts, amid the run: half a batch of states waits there.
+    Later ones may ask fewer, for what carried states leave. Plans have the same number for any
+    `rollout.wait_for`, so that they can be compared.
 
     Args:
       config: resolved.
@@ -93,10 +92,7 @@ def planned_queries(
     per_query = assumed_states(config, assumptions.kept, assumptions.accepted)
     sizes = round_sizes(config.rollout, parts)
     fitting = tuple(size for size in sizes if fits(size)) or sizes[:1]
-    batch = config.optimizer.batch_states
-    if config.rollout.wait_for < 1:
-        return queries_to_begin(config, (1 - IN_RESERVE) * batch, 0, per_query, fitting)
-    return queries_for(batch, per_query, fitting)
+    return queries_for(config.optimizer.batch_states, per_query, fitting)
 
 
 def kept_trajectories(config: Config, queries: int, assumptions: Assumptions) -> tuple[float, int]:
@@ -142,16 +138,17 @@ class Chunk:
 class Workload:
     """The work of a step.
 
-    rounds: of sampling. first_return, pilots, explore: decodings of a round; explore is None without
-    positions, and pilots where explore.rule needs none. Where rollout.wait_for is below 1, first_return is
-    None, and explore has what a round amid a run decodes: base trajectories too, and what was left.
-    trajectories: number of trajectories of a part that are explored. trunks: (number, width) of the trunks of
-    a bundle on each part -> number of such bundles in the step. chunks: shape -> number of such chunks in the
-    step. real: tokens that run through the model in the update, padding left out, on all parts. trained:
-    tokens that carry loss. widest, widest_trunks: the chunk and the trunks that need most memory.
+    rounds: of sampling; their mean where rollout.wait_for is below 1. first_return, pilots, explore:
+    decodings of a round; explore is None without positions, and pilots where explore.rule needs none. Where
+    rollout.wait_for is below 1, first_return is None, and explore has what a round amid a run decodes: base
+    trajectories too, and what was left. trajectories: number of trajectories of a part that are explored.
+    trunks: (number, width) of the trunks of a bundle on each part -> number of such bundles in the step.
+    chunks: shape -> number of such chunks in the step. real: tokens that run through the model in the update,
+    padding left out, on all parts. trained: tokens that carry loss. widest, widest_trunks: the chunk and the
+    trunks that need most memory.
     """
 
-    rounds: int
+    rounds: float
     first_return: Decode | None
     explore: Decode | None
     pilots: Decode | None
@@ -166,7 +163,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Number of tokens that are generated in the step."""
-        return self.rounds * sum(decode.tokens for decode in self.decodings)
+        return round(self.rounds * sum(decode.tokens for decode in self.decodings))
 
     @property
     def occupancy(self) -> float:
@@ -245,13 +242,14 @@ def workload_of(
         tried = answers.partial(parts * kept, 1, 1 + pilot_states(explore), count, own_rng)
         pilots = decode_from(tried, 1, alone=True)
     per_round = max(parts * math.ceil(wanted) * states * assumptions.accepted, 1)
+    lacking = config.optimizer.batch_states / per_round
     rows = continuations.reshape(-1, states, explore.rollouts)
     if config.credit.estimator == "edge":
         segment = limit if worst else max(math.ceil(mean / states), 1)
         rows = np.concatenate([rows, np.full((*rows.shape[:2], 1), segment, np.int32)], axis=2)
     accepted = accepted_groups(config, rows, assumptions, rng)
     return Workload(
-        rounds=math.ceil(config.optimizer.batch_states / per_round),
+        rounds=math.ceil(lacking) if rollout.wait_for == 1 else max(lacking, 1.0),
         first_return=first,
         explore=decode,
         pilots=pilots,
