@@ -44,9 +44,8 @@ if os.environ["JAX_PROCESS_ID"] == number:
 from fr3e_jax.train import main
 main()
 """
-# (where, which process, whether it dies or stands still): each place, by turns the first and the second.
+# (where, which process, whether it dies or stands still). The first is lost in the midst of sampling below.
 LOSSES = [
-    ("first_return", 0, signal.SIGKILL),
     ("update", 1, signal.SIGKILL),
     ("a save", 0, signal.SIGKILL),
     ("an evaluation", 1, signal.SIGSTOP),
