@@ -140,6 +140,7 @@ Attend = Callable[
 """`attend_sequence`, or a function that computes the same in another way, or for a batch of sequences."""
 
 QUERY_BLOCK = 256  # tokens whose scores exist at a time
+LOOPED_BLOCKS = 4  # of a long sequence, that one loop computes; each computes scores with all their keys
 
 
 def attend_sequence(
@@ -152,7 +153,8 @@ def attend_sequence(
     """Attend causally, a sequence to its prefix and to itself; the result has the dtype of `query`.
 
     Scores exist for `QUERY_BLOCK` tokens at a time, also in the backward pass, which computes them again.
-    Scores of a block with later tokens are not computed.
+    Scores of a block with later tokens are not computed, and where the sequence is long only few: there
+    `LOOPED_BLOCKS` blocks are one loop, which is compiled once.
 
     Args:
       query, key, value: of the sequence.
@@ -165,14 +167,23 @@ def attend_sequence(
         held = jnp.arange(prefix.key.shape[2]) < prefix.length
         before = [Part(prefix.key[prefix.which], prefix.value[prefix.which], held[None])]
 
-    @functools.partial(jax.checkpoint, static_argnums=0)
-    def block(first: int, query: Array, key: Array, value: Array, before: list[Part]) -> Array:
+    @jax.checkpoint
+    def block(first: Int32[Array, ""], query: Array, key: Array, value: Array, before: list[Part]) -> Array:
         index, seen = first + jnp.arange(query.shape[0])[:, None], jnp.arange(key.shape[1])[None]
         mask = ((seen <= index) & real[None, : key.shape[1]]) | (seen == index)
         return attend(query, [*before, Part(key, value, mask)])
 
-    blocks = []
-    for first in range(0, length, QUERY_BLOCK):
+    together, blocks = QUERY_BLOCK * LOOPED_BLOCKS, []
+    looped = length // together * together if length > together else 0
+    for first in range(0, looped, together):
+        end = first + together
+        queries = query[first:end].reshape(LOOPED_BLOCKS, QUERY_BLOCK, *query.shape[1:])
+        see = key[:, :end], value[:, :end], before
+        attended = jax.lax.map(
+            lambda x, see=see: block(*x, *see), (jnp.arange(first, end, QUERY_BLOCK), queries)
+        )
+        blocks.append(attended.reshape(query[first:end].shape))
+    for first in range(looped, length, QUERY_BLOCK):
         end = min(first + QUERY_BLOCK, length)
-        blocks.append(block(first, query[first:end], key[:, :end], value[:, :end], before))
+        blocks.append(block(jnp.int32(first), query[first:end], key[:, :end], value[:, :end], before))
     return jnp.concatenate(blocks)
