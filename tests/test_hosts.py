@@ -124,16 +124,18 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_on_another_mesh(two, o
     assert_close(metrics(directory), metrics(one_process), LAYOUT)
 
 
-LATE = """
-import sys, time
+# One of two processes, the arguments of which are a port to meet at and its number.
+JOINED = """
+import os, sys, time
 port, number = sys.argv[1:]
-import os
 os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
                "JAX_PROCESS_ID": number, "FR3E_DISTRIBUTED": "1"}
 from fr3e_jax.config import DistributedConfig
 from fr3e_jax.parallel import hosts, waiting
 from fr3e_jax.parallel.mesh import make_mesh
 hosts.initialize(DistributedConfig(timeout=60))
+"""
+LATE = """
 here = hosts.Hosts(make_mesh(1, -1, 1), 1)
 here.meet("both are there")
 if number == "1":  # not the first, with whom the others would end
@@ -150,15 +152,6 @@ hosts.leave(0)
 
 
 ALONE = """
-import sys, time
-port, number = sys.argv[1:]
-import os
-os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
-               "JAX_PROCESS_ID": number, "FR3E_DISTRIBUTED": "1"}
-from fr3e_jax.config import DistributedConfig
-from fr3e_jax.parallel import hosts
-from fr3e_jax.parallel.mesh import make_mesh
-hosts.initialize(DistributedConfig(timeout=60))
 here = hosts.Hosts(make_mesh(1, -1, 1), 60)
 def work(failing):
     if number == failing:
@@ -173,9 +166,9 @@ for failing in "01":
     else:
         raise AssertionError("it went on")
 assert here.all_or_none(lambda: work("none"), KeyError, "work") == number
-begun, told, impatient = time.monotonic(), [], hosts.Hosts(here.mesh, 1)
-impatient.first_alone(lambda: told.append(time.sleep(4)), "long work")  # longer than its time-out
-assert time.monotonic() - begun > 3.9 and len(told) == (number == "0")
+begun, told, impatient = time.monotonic(), [], hosts.Hosts(here.mesh, 5)
+impatient.first_alone(lambda: told.append(time.sleep(8)), "long work")  # longer than its time-out
+assert time.monotonic() - begun > 7.9 and len(told) == (number == "0")
 try:
     impatient.first_alone(lambda: work("0"), "work that fails")
 except KeyError:
@@ -189,12 +182,12 @@ hosts.leave(0)
 
 def test_processes_end_alike_where_one_fails_and_wait_for_long_work_of_the_first():
     """And they still work together afterwards."""
-    two_processes(ALONE)
+    two_processes(JOINED + ALONE)
 
 
 @pytest.mark.slow
 def test_a_late_process_is_not_waited_for_longer_than_the_timeout():
-    two_processes(LATE)
+    two_processes(JOINED + LATE)
 
 
 SHARE = """
