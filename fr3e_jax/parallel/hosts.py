@@ -171,8 +171,7 @@ class Hosts:
         if jax.process_count() == 1:
             work()
             return
-        threads = concurrent.futures.ThreadPoolExecutor(1)
-        doing = threads.submit(work) if is_first() else None
+        doing = concurrent.futures.ThreadPoolExecutor(1).submit(work) if is_first() else None
         done = False
         while not done:
             if doing is not None:
